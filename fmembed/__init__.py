@@ -1,0 +1,69 @@
+"""Verified tables of embeddings from a dataset and a pretrained foundation model.
+
+import fmembed
+result = fmembed.embed(fmembed.RunSpec.from_yaml("config.yaml"))
+table = fmembed.read("out/bbc")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fmembed.spec import (
+    ComputeSpec,
+    FmembedError,
+    HubDataset,
+    Interrupted,
+    ModelError,
+    ModelSpec,
+    OutputSpec,
+    RejectedError,
+    RunSpec,
+    SourceError,
+    SourceSpec,
+    SpecError,
+    TableError,
+    UserError,
+)
+
+if TYPE_CHECKING:
+    from fmembed.pipeline import RunResult, embed, probe
+    from fmembed.table import read, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ComputeSpec",
+    "FmembedError",
+    "HubDataset",
+    "Interrupted",
+    "ModelError",
+    "ModelSpec",
+    "OutputSpec",
+    "RejectedError",
+    "RunResult",
+    "RunSpec",
+    "SourceError",
+    "SourceSpec",
+    "SpecError",
+    "TableError",
+    "UserError",
+    "__version__",
+    "embed",
+    "probe",
+    "read",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, because ray.data alone costs 1.4 s and a spec needs none of it.
+    if name in ("RunResult", "embed", "probe"):
+        from fmembed import pipeline
+
+        return getattr(pipeline, name)
+    if name in ("read", "verify"):
+        from fmembed import table
+
+        return getattr(table, name)
+    raise AttributeError(f"module 'fmembed' has no attribute {name!r}")

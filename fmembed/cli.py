@@ -1,0 +1,166 @@
+"""The command line: thin, every command is one call into the pipeline or the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from typing import Annotated, Any
+
+# Before any import of numpy or torch: torch's OpenMP and Ray's own threads read these once.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import typer
+
+from fmembed import __version__
+from fmembed.spec import FmembedError, RunSpec
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Verified tables of embeddings from a dataset and a pretrained foundation model.",
+)
+
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+_Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's own output.")]
+
+
+@app.command()
+def embed(
+    config: Annotated[str | None, typer.Argument(help="A YAML config.")] = None,
+    source: Annotated[str | None, typer.Option(help="source.uri")] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="source.format")] = None,
+    input_: Annotated[str | None, typer.Option("--input", help="source.input")] = None,
+    id_: Annotated[str | None, typer.Option("--id", help="source.id")] = None,
+    label: Annotated[str | None, typer.Option(help="source.label")] = None,
+    split: Annotated[str | None, typer.Option(help="source.split")] = None,
+    carry: Annotated[list[str] | None, typer.Option(help="source.carry, once a column")] = None,
+    model: Annotated[str | None, typer.Option(help="model.id")] = None,
+    revision: Annotated[str | None, typer.Option(help="model.revision")] = None,
+    dtype: Annotated[str | None, typer.Option(help="model.dtype")] = None,
+    prompt: Annotated[str | None, typer.Option(help="model.prompt")] = None,
+    output: Annotated[str | None, typer.Option(help="output.uri")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Any other field, e.g. compute.actors=2."
+        ),
+    ] = None,
+    json_: _Json = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Embed a dataset; run the same command again to resume."""
+    import yaml
+
+    overrides: dict[str, Any] = {
+        "source.uri": source,
+        "source.format": format_,
+        "source.input": input_,
+        "source.id": id_,
+        "source.label": label,
+        "source.split": split,
+        "source.carry": carry or None,
+        "model.id": model,
+        "model.revision": revision,
+        "model.dtype": dtype,
+        "model.prompt": prompt,
+        "output.uri": output,
+    }
+    for assignment in set_ or ():
+        name, _, value = assignment.partition("=")
+        overrides[name] = yaml.safe_load(value)
+    spec = RunSpec.from_yaml(config, overrides)
+    from fmembed import pipeline
+
+    result = pipeline.embed(spec, verbose=verbose, quiet=json_)
+    _print_result(asdict(result), json_)
+
+
+@app.command()
+def probe(
+    table: Annotated[str, typer.Argument(help="A table's folder or URL.")],
+    probes: Annotated[
+        list[str] | None, typer.Option("--probe", help="Which; default: those of its config.")
+    ] = None,
+    json_: _Json = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Probe an existing table anew and write its report."""
+    from fmembed import pipeline
+
+    result = pipeline.probe(table, tuple(probes) if probes else None, verbose=verbose)
+    _print_result(asdict(result), json_)
+
+
+@app.command()
+def verify(
+    table: Annotated[str, typer.Argument(help="A table's folder or URL.")], json_: _Json = False
+) -> None:
+    """Recount a table from storage; exit 1 when something is off."""
+    from fmembed.table import verify as verify_table
+
+    result = verify_table(table)
+    if json_:
+        print(json.dumps(asdict(result)))
+    else:
+        print(
+            f"{result.table} version {result.version}: {result.rows:,} rows of dimension "
+            f"{result.dim} in {result.parts:,} parts, {result.rows_rejected:,} rejected, norms "
+            f"{result.norm_min:.4f} to {result.norm_max:.4f}"
+        )
+        for problem in result.problems:
+            print(f"  off: {problem}")
+        print("something is off" if result.problems else "all is well")
+    if result.problems:
+        raise typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print it.")] = False) -> None:
+    if version:
+        print(f"fmembed {__version__}")
+        raise typer.Exit
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
+    if result["rows_embedded"] == 0 and result["rows_rejected"] == 0:
+        print(f"nothing to do: all {result['rows_skipped']:,} rows are done")
+    print(
+        f"rows      {result['rows_read']:,} read, {result['rows_embedded']:,} embedded, "
+        f"{result['rows_rejected']:,} rejected, {result['rows_skipped']:,} skipped"
+    )
+    if result["rows_embedded"]:
+        print(f"rate      {result['rows_per_s']:,.1f} rows/s over {result['seconds']:,.1f} s")
+    for cause, count in result["causes"].items():
+        print(f"rejected  {count:,} {cause}")
+    for name, p in result["probes"].items():
+        if "skipped" in p:
+            print(f"{name:<9} skipped: {p['skipped']}")
+            continue
+        metric = p["metric"] + (f" (k = {p['k']})" if "k" in p else "")
+        baselines = ", ".join(f"{n} {v:.3f}" for n, v in p["baselines"].items())
+        print(f"{name:<9} {metric} {p['value']:.3f} [{p['low']:.3f}, {p['high']:.3f}]; {baselines}")
+    print(f"table     {result['table']} version {result['version']}")
+    if result["report"]:
+        print(f"report    {result['report']}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; a user's mistake is one line on stderr, never a traceback."""
+    try:
+        app(arguments)
+    except FmembedError as e:
+        print(f"fmembed: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        print("fmembed: interrupted before anything was embedded", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Load a model once, forward, pool, normalise: token ids to vectors.
+
+Legend: B rows of a batch, L tokens of its longest row, D dimensions of a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fmembed.batching import pad, plan_batches
+from fmembed.checkpoint import Checkpoint, read_config
+from fmembed.rows import accepted, reject
+from fmembed.spec import ModelError
+
+# 16k-token batches were slower than 4k on a CPU (cache); a GPU wants them large.
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+
+
+class Encoder:
+    """A loaded checkpoint as a Ray Data stage: one instance an actor, one call a window of rows."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str = "cpu",
+        num_threads: int | None = None,
+        batch_tokens: int | None = None,
+    ) -> None:
+        """Load the weights.
+
+        Args:
+            checkpoint: What to load.
+            device: "cpu", or "cuda" for the GPU that this process was given.
+            num_threads: CPU threads of this process; None leaves torch's choice.
+            batch_tokens: Token budget of a batch, padding included; None chooses by device.
+
+        Raises:
+            ModelError: The weights do not fit the architecture, or need remote code.
+        """
+        if num_threads is not None:
+            # Ray sets OMP_NUM_THREADS to the CPUs reserved, and reuses workers with their threads.
+            torch.set_num_threads(num_threads)
+        self._device = torch.device(device)
+        self._batch_tokens = batch_tokens or _BATCH_TOKENS[self._device.type]
+        self._checkpoint = checkpoint
+        self._model, self._pad_id = _load_model(checkpoint, self._device)
+        self._dense = _load_dense(checkpoint, self._device)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Replace `input_ids` by `embedding: fixed_size_list<float32>[dim]`.
+
+        A row whose vector is not finite is rejected; a rejected row's vector is null.
+        """
+        good = np.flatnonzero(accepted(rows))
+        ids = rows["input_ids"].combine_chunks()
+        if isinstance(ids, pa.ChunkedArray):
+            ids = pa.concat_arrays(ids.chunks) if ids.num_chunks else pa.array([], ids.type)
+        values, offsets = ids.values.to_numpy(), ids.offsets.to_numpy()
+        vectors = self.embed([values[offsets[i] : offsets[i + 1]] for i in good])
+        finite = np.isfinite(vectors).all(axis=1)
+        rows = reject(
+            rows.drop_columns(["input_ids"]),
+            "embed",
+            {
+                int(i): ("not finite", "the model's output has NaN or infinity")
+                for i in good[~finite]
+            },
+        )
+        full = np.zeros((rows.num_rows, vectors.shape[1]), dtype=np.float32)
+        full[good[finite]] = vectors[finite]
+        missing = np.ones(rows.num_rows, dtype=np.bool_)
+        missing[good[finite]] = False
+        column = pa.FixedSizeListArray.from_arrays(
+            pa.array(full.reshape(-1)), vectors.shape[1], mask=pa.array(missing)
+        )
+        return rows.append_column("embedding", column)
+
+    @torch.inference_mode()
+    def embed(self, ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
+        """Embed rows of token ids.
+
+        Batches are filled by length, and each row's vector goes back to its own place: order and
+        company of the rows cannot change a vector beyond the rounding of its dtype.
+
+        Args:
+            ids: Token ids of each row, special tokens included.
+
+        Returns:
+            Shape (rows, dim), float32.
+        """
+        lengths = np.fromiter((len(i) for i in ids), dtype=np.int64, count=len(ids))
+        vectors = np.empty((len(ids), self.dim), dtype=np.float32)
+        for batch in plan_batches(lengths, self._batch_tokens):
+            ids_BL, mask_BL = pad([ids[i] for i in batch], self._pad_id)
+            vectors[batch] = self._forward(ids_BL, mask_BL).cpu().numpy()
+        return vectors
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        if self._dense:
+            return int(self._dense[-1][0].out_features)
+        return int(self._model.config.hidden_size)
+
+    def _forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        ids_BL, mask_BL = ids_BL.to(self._device), mask_BL.to(self._device)
+        output = self._model(input_ids=ids_BL, attention_mask=mask_BL)
+        vectors_BD = pool(output.last_hidden_state, mask_BL, self._checkpoint.pooling)
+        for dense in self._dense:
+            vectors_BD = dense(vectors_BD)
+        if self._checkpoint.normalize:
+            vectors_BD = nn.functional.normalize(vectors_BD, p=2, dim=1)
+        return vectors_BD
+
+
+def pool(hidden_BLD: Tensor, mask_BL: Tensor, pooling: str) -> Tensor:
+    """Reduce token states to one vector a row.
+
+    Padding never enters: it is excluded before summing or comparing, so batch composition cannot
+    change a row's vector.
+
+    Args:
+        hidden_BLD: Last hidden states, shape (rows, tokens, dim), any float dtype.
+        mask_BL: 1 for real tokens, 0 for the padding on their right, shape (rows, tokens).
+        pooling: cls (first token), mean, last (last real token) or max.
+
+    Returns:
+        Shape (rows, dim), float32.
+
+    Raises:
+        ModelError: The pooling is unknown.
+    """
+    hidden_BLD = hidden_BLD.float()
+    mask_BL1 = mask_BL.unsqueeze(-1)
+    if pooling == "cls":
+        return hidden_BLD[:, 0]
+    if pooling == "mean":
+        return (hidden_BLD * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
+    if pooling == "max":
+        return hidden_BLD.masked_fill(mask_BL1 == 0, -torch.inf).amax(dim=1)
+    if pooling == "last":
+        last_B = mask_BL.sum(dim=1) - 1
+        return hidden_BLD[torch.arange(len(hidden_BLD), device=hidden_BLD.device), last_B]
+    raise ModelError(f"model.pooling: unknown pooling {pooling!r}")
+
+
+def has_cuda() -> bool:
+    """Whether this process sees a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def _load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, int]:
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = checkpoint.folder() / checkpoint.weights
+    try:
+        model, loading = AutoModel.from_pretrained(
+            folder,
+            dtype=getattr(torch, checkpoint.dtype),
+            use_safetensors=True,
+            trust_remote_code=checkpoint.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ModelError(f"model.id: {checkpoint.id} cannot be loaded: {reason}") from None
+    # A pooler head is optional and unused here; anything else missing would be random weights.
+    missing = sorted(k for k in loading["missing_keys"] if "pooler" not in k)
+    if missing:
+        raise ModelError(
+            f"model.id: {checkpoint.id} lacks {len(missing)} weights, {missing[0]} first; "
+            "they would be random"
+        )
+    pad_id = model.config.pad_token_id
+    return model.eval().to(device), int(pad_id) if pad_id is not None else 0
+
+
+def _load_dense(checkpoint: Checkpoint, device: torch.device) -> list[nn.Sequential]:
+    """Load sentence-transformers Dense modules: linear, then an activation of torch.nn."""
+    modules = []
+    for path in checkpoint.dense:
+        folder: Path = checkpoint.folder() / path
+        config = read_config(folder)
+        linear = nn.Linear(config["in_features"], config["out_features"], config.get("bias", True))
+        weights = load_file(folder / "model.safetensors")
+        linear.load_state_dict({k.removeprefix("linear."): v for k, v in weights.items()})
+        name = str(config.get("activation_function", "torch.nn.Tanh")).rsplit(".", 1)[-1]
+        activation = getattr(nn, name, None)
+        if activation is None:
+            raise ModelError(f"model.id: {path}: unknown activation {name!r}")
+        # float32, as pooling is: the projection is a few thousandths of the work.
+        modules.append(nn.Sequential(linear, activation()).eval().to(device))
+    return modules

@@ -1,0 +1,653 @@
+"""The line: read -> preprocess -> embed -> write parts -> commit -> probe -> report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import ray.exceptions
+from ray.data import ActorPoolStrategy
+
+from fmembed import encoder, probes, progress, report
+from fmembed import source as source_module
+from fmembed.checkpoint import Checkpoint, cpu_has_bfloat16, open_checkpoint
+from fmembed.preprocess import Tokenize
+from fmembed.rows import RowIds, keys_of
+from fmembed.source import Source, open_source, skip_committed
+from fmembed.spec import (
+    ComputeSpec,
+    FmembedError,
+    Interrupted,
+    OutputSpec,
+    RejectedError,
+    RunSpec,
+    SpecError,
+    fingerprint,
+)
+from fmembed.table import Part, Table, Written, sample, write_part
+
+# Ray's own defaults are endless: a model that kills its process would never fail the run.
+_MAX_ACTOR_RESTARTS = 3
+_MAX_WRITES_IN_FLIGHT = 4
+# Below this the fraction says little: one bad row of ten is not yet a bad dataset.
+_MIN_ROWS_TO_STOP = 1000
+# Sorted by length and cut into batches: a CPU's window is seconds of work, a GPU's should be too.
+_WINDOW_ROWS = {"cpu": 256, "cuda": 4096}
+_MAX_FETCH_BYTES = 10 * 2**30
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run did. rows_read = rows_embedded + rows_rejected + rows_skipped."""
+
+    run_id: str
+    started: str
+    table: str
+    version: int | None
+    fingerprint: str
+    rows_read: int = 0
+    rows_embedded: int = 0
+    rows_rejected: int = 0
+    rows_skipped: int = 0
+    rows_per_s: float = 0.0
+    seconds: float = 0.0
+    table_rows: int = 0
+    table_rejected: int = 0
+    num_units: int = 0
+    num_truncated: int = 0
+    causes: dict[str, int] = field(default_factory=dict)
+    stages: dict[str, Any] = field(default_factory=dict)
+    compute: dict[str, Any] = field(default_factory=dict)
+    probes: dict[str, Any] = field(default_factory=dict)
+    report: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who gets which CPUs. `cpus_per_actor` is what Ray reserves, `num_threads` what torch uses."""
+
+    device: str
+    min_actors: int
+    max_actors: int
+    gpus_per_actor: float
+    cpus_per_actor: float
+    num_threads: int
+    cpus_per_task: float
+    window_rows: int
+    batch_tokens: int | None
+
+
+def embed(spec: RunSpec, *, verbose: bool = False, quiet: bool = False) -> RunResult:
+    """Run the whole line once; run it again to resume.
+
+    Args:
+        spec: What to do.
+        verbose: Show Ray's own output.
+        quiet: Draw no progress.
+
+    Returns:
+        What was counted, and where the table and the report are.
+
+    Raises:
+        UserError: The spec, the source, the checkpoint or the output is wrong; nothing was written.
+        RejectedError: Too many rows were rejected; what was embedded is committed.
+        Interrupted: SIGINT or SIGTERM; what was finished is committed.
+        FmembedError: Anything else; what was committed stays.
+    """
+    leave = False
+    if os.environ.get("RAY_ADDRESS"):
+        leave = progress.connect(verbose)
+    try:
+        source = open_source(spec.source)
+        checkpoint = open_checkpoint(spec.model, _native_bfloat16(spec))
+        table = Table.open_output(spec.output.uri, checkpoint.identity)
+        committed = table.row_ids()
+        source, num_skipped = skip_committed(source, committed)
+        run = _Run(spec, checkpoint, table, num_skipped)
+        if source.shards:
+            leave = progress.connect(verbose) or leave
+            run.go(source, committed, quiet)
+        result = run.finish()
+        if result.version is None:
+            return result
+        if result.rows_embedded or result.rows_rejected or _probes_missing(spec, table):
+            leave = progress.connect(verbose) or leave
+            result = _probe(table, spec, result)
+        else:
+            result = _with_stored_probes(table, spec, result)
+        return result
+    except ray.exceptions.RayError as e:
+        raise _explain(e) from e
+    finally:
+        if leave:
+            ray.shutdown()
+
+
+def probe(uri: str, names: tuple[str, ...] | None = None, *, verbose: bool = False) -> RunResult:
+    """Probe an existing table anew and write its report.
+
+    Args:
+        uri: The table.
+        names: Which probes; None for those its spec names.
+        verbose: Show Ray's own output.
+
+    Raises:
+        TableError: No table there.
+        SpecError: Another probe than there is.
+    """
+    table = Table.open(uri)
+    raw = json.loads(table.configuration()["fmembed.spec"])
+    if names is not None:
+        raw["probes"] = list(names)
+    spec = RunSpec.parse(raw)
+    last = table.last_run()
+    if last is None or table.version() is None:
+        raise FmembedError(f"table: no run has finished on {uri}; run fmembed embed again first")
+    leave = progress.connect(verbose)
+    try:
+        return _probe(table, spec, RunResult(**last))
+    except ray.exceptions.RayError as e:
+        raise _explain(e) from e
+    finally:
+        if leave:
+            ray.shutdown()
+
+
+class _Run:
+    """One pass over a source: the data's way through Ray, and the driver's commits."""
+
+    def __init__(
+        self, spec: RunSpec, checkpoint: Checkpoint, table: Table, num_skipped: int
+    ) -> None:
+        self._spec = spec
+        self._checkpoint = checkpoint
+        self._table = table
+        self._id = uuid.uuid4().hex[:12]
+        self._started = datetime.now(UTC)
+        self._clock = time.monotonic()
+        self._num_skipped = num_skipped
+        self._commits: _Commits | None = None
+        self._stages: dict[str, Any] = {}
+        self._compute: dict[str, Any] = {}
+
+    def go(self, source: Source, committed: RowIds, quiet: bool) -> None:
+        """Stream the source through the stages and commit what comes out."""
+        plan = plan_compute(self._spec.compute)
+        self._compute = asdict(plan)
+        configuration = {
+            "fmembed.fingerprint": fingerprint(self._checkpoint.identity),
+            "fmembed.identity": json.dumps(self._checkpoint.identity),
+            "fmembed.spec": json.dumps(self._spec.stored()),
+        }
+        commits = _Commits(self._spec.output, self._table, self._id, configuration, committed)
+        self._commits = commits
+        with progress.Stages(source.num_rows, quiet) as stages, _interruptible():
+            stages.watch(ray.data.DataContext.get_current())
+            try:
+                for bundle in _line(source, committed, self._checkpoint, plan):
+                    commits.add(bundle)
+                    stages.set(progress.WRITE, commits.num_written, commits.busy_s)
+                commits.commit()
+            except (KeyboardInterrupt, Interrupted) as e:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    commits.commit()
+                signum = e.exit_code - 128 if isinstance(e, Interrupted) else signal.SIGINT
+                raise Interrupted(
+                    f"interrupted; {commits.num_embedded:,} rows of this run are committed, "
+                    "the same command resumes",
+                    signum,
+                ) from None
+            stages.set(progress.WRITE, commits.num_written, commits.busy_s)
+            self._stages = {name: asdict(stage) for name, stage in stages.stages.items()}
+        commits.check_rejected(at_end=True)
+
+    def finish(self) -> RunResult:
+        """Count, and leave the record that `verify` compares the table with."""
+        seconds = time.monotonic() - self._clock
+        commits = self._commits
+        num_embedded = commits.num_embedded if commits else 0
+        num_rejected = commits.num_rejected if commits else 0
+        num_skipped = self._num_skipped + (commits.num_skipped if commits else 0)
+        result = RunResult(
+            run_id=self._id,
+            started=self._started.isoformat(timespec="seconds"),
+            table=self._table.uri,
+            version=self._table.version(),
+            fingerprint=fingerprint(self._checkpoint.identity),
+            rows_read=num_embedded + num_rejected + num_skipped,
+            rows_embedded=num_embedded,
+            rows_rejected=num_rejected,
+            rows_skipped=num_skipped,
+            rows_per_s=round(num_embedded / seconds, 2),
+            seconds=round(seconds, 2),
+            table_rows=sum(p.num_rows for p in self._table.rows.parts()),
+            table_rejected=self._table.num_rejected(),
+            num_units=commits.num_units if commits else 0,
+            num_truncated=commits.num_truncated if commits else 0,
+            causes=dict(commits.causes) if commits else {},
+            stages=self._stages,
+            compute=self._compute,
+        )
+        if num_embedded or num_rejected:
+            stamp = self._started.strftime("%Y%m%dT%H%M%S.%f")
+            self._table.put_json(f"_runs/{stamp}-{self._id}.json", asdict(result))
+        return result
+
+
+def _line(source: Source, committed: RowIds, checkpoint: Checkpoint, plan: Plan) -> Iterator[Any]:
+    """The stages that Ray runs: source to vectors, as bundles of references to Arrow blocks."""
+    rows = source_module.read(source, committed, num_cpus=plan.cpus_per_task)
+    tokens = rows.map_batches(
+        Tokenize(checkpoint),
+        batch_format="pyarrow",
+        batch_size=None,
+        num_cpus=plan.cpus_per_task,
+    )
+    windows = tokens.repartition(target_num_rows_per_block=plan.window_rows)
+    vectors = windows.map_batches(
+        encoder.Encoder,
+        fn_constructor_args=(checkpoint, plan.device, plan.num_threads, plan.batch_tokens),
+        batch_format="pyarrow",
+        batch_size=plan.window_rows,
+        compute=ActorPoolStrategy(min_size=plan.min_actors, max_size=plan.max_actors),
+        num_cpus=plan.cpus_per_actor,
+        num_gpus=plan.gpus_per_actor or None,
+        ray_remote_args_fn=lambda: {
+            "max_restarts": _MAX_ACTOR_RESTARTS,
+            "max_task_retries": _MAX_ACTOR_RESTARTS,
+        },
+    )
+    return iter(vectors.iter_internal_ref_bundles())
+
+
+class _Commits:
+    """Gathers blocks into parts and parts into commits. Rows themselves never reach the driver."""
+
+    def __init__(
+        self,
+        output: OutputSpec,
+        table: Table,
+        run_id: str,
+        configuration: dict[str, str],
+        committed: RowIds,
+    ) -> None:
+        self._output = output
+        self._table = table
+        self._run_id = run_id
+        self._configuration = configuration
+        self._known = committed
+        self._pending: list[Any] = []
+        self._pending_bytes = 0
+        self._writes: dict[Any, list[Any]] = {}
+        self._written: list[Written] = []
+        self._num_commits = 0
+        self._last_commit = time.monotonic()
+        self._num_rejected_before = table.num_rejected()
+        self.num_embedded = self.num_rejected = self.num_skipped = 0
+        self.num_written = self.num_units = self.num_truncated = 0
+        self.busy_s = 0.0
+        self.causes: Counter[str] = Counter()
+
+    def add(self, bundle: Any) -> None:
+        """Take over a bundle of blocks; write and commit when it is time."""
+        self._pending.extend(bundle.block_refs)
+        self._pending_bytes += bundle.size_bytes()
+        if self._pending_bytes >= self._output.part_bytes:
+            self._write_pending()
+        while len(self._writes) > _MAX_WRITES_IN_FLIGHT:
+            self._collect(num_returns=1)
+        if time.monotonic() - self._last_commit >= self._output.commit_every_s:
+            self.commit()
+            self.check_rejected(at_end=False)
+
+    def commit(self) -> None:
+        """Write what is pending, wait for all parts, and commit them in one transaction."""
+        self._write_pending()
+        while self._writes:
+            self._collect(num_returns=len(self._writes))
+        self._last_commit = time.monotonic()
+        written, self._written = self._written, []
+        if not written:
+            return
+        transaction = (self._run_id, self._num_commits)
+        rejected = [w.rejected for w in written if w.rejected is not None]
+        parts = [w.part for w in written if w.part is not None]
+        # Rejections first: either log may end up ahead of the other, and both ways the next run
+        # reads the rows that are in neither, no more and no less.
+        self._commit_log(rejected, parts, written[0], transaction)
+        self._num_commits += 1
+        for w in written:
+            self.num_embedded += w.part.num_rows if w.part else 0
+            self.num_rejected += w.rejected.num_rows if w.rejected else 0
+            self.num_skipped += w.num_skipped
+            self.num_units += w.num_units
+            self.num_truncated += w.num_truncated
+            self.causes.update(w.causes)
+
+    def _commit_log(
+        self, rejected: list[Part], parts: list[Part], any_: Written, transaction: tuple[str, int]
+    ) -> None:
+        from fmembed.rows import REJECTED_SCHEMA
+
+        if rejected:
+            self._table.rejected.commit(rejected, REJECTED_SCHEMA, self._configuration, transaction)
+        if parts:
+            self._table.rows.commit(parts, any_.schema, self._configuration, transaction)
+
+    def check_rejected(self, at_end: bool) -> None:
+        """Stop when too many rows were rejected.
+
+        Raises:
+            RejectedError: With the causes.
+        """
+        num_rejected = self.num_rejected + self._num_rejected_before
+        num_rows = self.num_embedded + self.num_rejected + len(self._known)
+        limit = self._output.max_rejected_fraction
+        if not self.num_rejected or (num_rows < _MIN_ROWS_TO_STOP and not at_end):
+            return
+        if num_rejected > limit * num_rows:
+            causes = ", ".join(f"{n:,} {cause}" for cause, n in self.causes.most_common(5))
+            raise RejectedError(
+                f"{num_rejected:,} of {num_rows:,} rows were rejected, more than "
+                f"output.max_rejected_fraction = {limit} allows ({causes}); the embedded rows are "
+                f"committed, the rejected ones are in {self._table.rejected.uri}"
+            )
+
+    def _write_pending(self) -> None:
+        if self._pending:
+            self._submit(self._pending, frozenset())
+            self._pending, self._pending_bytes = [], 0
+
+    def _submit(self, blocks: list[Any], twice: frozenset[bytes]) -> None:
+        # No CPU reserved: Ray Data has planned with all of them, and a write is short.
+        task = ray.remote(num_cpus=0, max_retries=3)(_write_blocks)
+        self._writes[task.remote(self._table.uri, twice, *blocks)] = blocks
+
+    def _collect(self, num_returns: int) -> None:
+        done, _ = ray.wait(list(self._writes), num_returns=num_returns)
+        for ref in done:
+            blocks = self._writes.pop(ref)
+            written: Written = ray.get(ref)
+            twice = self._known.contains(written.keys)
+            if twice.any():
+                # Two parts with one id. Rare, so the later part is simply written once more.
+                if written.part is not None:
+                    self._table.rows.delete(written.part.path)
+                if written.rejected is not None:
+                    self._table.rejected.delete(written.rejected.path)
+                self._submit(blocks, frozenset(written.keys[twice].tolist()))
+                continue
+            self._known.add(written.keys)
+            self._written.append(written)
+            self.num_written += len(written.keys)
+            self.busy_s += written.busy_s
+
+
+def _write_blocks(uri: str, twice: frozenset[bytes], *blocks: pa.Table) -> Written:
+    return write_part(uri, list(blocks), twice)
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+def plan_compute(spec: ComputeSpec) -> Plan:
+    """Split the cluster's CPUs and GPUs between actors and tasks so that both can run.
+
+    Actors that reserve every CPU starve the reads that feed them, and Ray then waits for ever. So
+    on a CPU cluster one CPU a node is left to the tasks in Ray's accounting, while the model's
+    threads use all of them: reading and tokenising text take a few percent of what a model takes.
+
+    Raises:
+        SpecError: More GPUs are asked for than there are.
+    """
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
+    num_nodes = max(len(nodes), 1)
+    cpus = min((int(n["CPU"]) for n in nodes), default=1)
+    num_gpus = sum(n.get("GPU", 0) for n in nodes)
+    gpus_per_actor = (
+        spec.gpus_per_actor if spec.gpus_per_actor != "auto" else (1.0 if num_gpus else 0.0)
+    )
+    if gpus_per_actor > num_gpus:
+        raise SpecError(
+            f"compute.gpus_per_actor: {gpus_per_actor:g} asked, the cluster has {num_gpus:g}; "
+            "set it to 0 for CPUs, or start the GPU nodes first"
+        )
+    fit = max(int(num_gpus / gpus_per_actor), 1) if gpus_per_actor else num_nodes
+    if spec.actors == "auto":
+        low, high = 1, fit
+        low = fit
+    else:
+        low, high = (spec.actors, spec.actors) if isinstance(spec.actors, int) else spec.actors
+    if gpus_per_actor and low > fit:
+        raise SpecError(
+            f"compute.actors: {low} asked with {gpus_per_actor:g} GPU each, the cluster's "
+            f"{num_gpus:g} GPUs are enough for {fit}"
+        )
+    per_node = math.ceil(high / num_nodes)
+    spare = cpus - 1 if cpus > 1 else 0.5
+    device = "cuda" if gpus_per_actor else "cpu"
+    return Plan(
+        device=device,
+        min_actors=low,
+        max_actors=high,
+        gpus_per_actor=gpus_per_actor,
+        # Ray counts CPUs in steps of 1/10,000.
+        cpus_per_actor=0.0 if gpus_per_actor else math.floor(spare / per_node * 1e4) / 1e4,
+        num_threads=max(cpus // per_node, 1),
+        cpus_per_task=1.0 if cpus > 1 else 0.5,
+        window_rows=spec.window_rows if spec.window_rows != "auto" else _WINDOW_ROWS[device],
+        batch_tokens=None if spec.batch_tokens == "auto" else int(spec.batch_tokens),
+    )
+
+
+def _native_bfloat16(spec: RunSpec) -> bool:
+    """Whether the device that `dtype: auto` will run on computes bfloat16 natively."""
+    if spec.model.dtype != "auto":
+        return False
+    on_cpu = spec.compute.gpus_per_actor == 0
+    if ray.is_initialized():
+        if not on_cpu and ray.cluster_resources().get("GPU", 0):
+            return True
+        return bool(ray.get(ray.remote(num_cpus=0)(cpu_has_bfloat16).remote()))
+    return (not on_cpu and encoder.has_cuda()) or cpu_has_bfloat16()
+
+
+# --- probes and report ----------------------------------------------------------------------------
+
+
+def _probe(table: Table, spec: RunSpec, result: RunResult) -> RunResult:
+    """Read a sample back from storage, probe it in Ray tasks, write the results and the report."""
+    label, split = spec.source.label, spec.source.split
+    columns = [c for c in (label, split) if c is not None]
+    if spec.source.input in spec.source.columns:
+        columns.append(spec.source.input)
+    task = ray.remote(num_cpus=1)
+    rows: pa.Table = ray.get(
+        task(sample).remote(table.uri, columns, probes.MAX_ROWS, not_null=label)
+    )
+    texts = (
+        rows[spec.source.input].to_pylist()
+        if spec.source.input in columns
+        else _fetch_texts(spec, rows)
+    )
+    row_ids = rows["row_id"].to_pylist()
+    labels = rows[label].to_pylist() if label is not None else [None] * len(row_ids)
+    vectors = rows["embedding"].combine_chunks().flatten().to_numpy()
+    vectors = vectors.reshape(rows.num_rows, -1) if rows.num_rows else np.zeros((0, 0))
+    mapped = slice(0, None, max(math.ceil(len(row_ids) / probes.MAX_MAP_ROWS), 1))
+    flat = task(probes.project).remote(vectors[mapped])
+    results: list[dict[str, Any]] = []
+    if label is not None:
+        splits = rows[split].to_pylist() if split is not None else None
+        hashes = rows["content_hash"].to_pylist()
+        data = ray.put(probes.make_probe_data(row_ids, hashes, vectors, labels, splits, texts))
+        competitor = task(probes.tfidf_accuracy).remote(data)
+        results = ray.get(
+            [task(probes.run_probe).remote(name, data, competitor) for name in spec.probes]
+        )
+    for r in results:
+        table.put_json(_probe_path(result.version, r["probe"]), r)
+    method, points = ray.get(flat)
+    map_ = None
+    if len(points):
+        map_ = report.make_map(
+            method,
+            points,
+            row_ids[mapped],
+            [None if v is None else str(v) for v in labels[mapped]],
+            texts[mapped] if texts is not None else None,
+        )
+    result = RunResult(
+        **{**asdict(result), "probes": _headlines(results), "report": f"{table.uri}/_report.html"}
+    )
+    facts = _facts(spec, json.loads(table.configuration()["fmembed.identity"]), result)
+    why = "no probe is named" if label is not None else "no source.label names the labels"
+    html = report.render(
+        spec.source.stored_name, asdict(result), facts, vectors.shape[1], results, why, map_
+    )
+    table.rows.put("_report.html", html.encode())
+    return result
+
+
+def _fetch_texts(spec: RunSpec, rows: pa.Table) -> list[str | None] | None:
+    """Read the sample's texts from the source again, where the table does not carry them.
+
+    None where the source is gone, too large to read twice, or has changed since.
+    """
+    try:
+        source = open_source(spec.source)
+    except FmembedError:
+        return None
+    if sum(f.size for shard in source.shards for f in shard.files) > _MAX_FETCH_BYTES:
+        return None
+    wanted = ray.put(RowIds(keys_of(rows["row_id"].to_pylist())))
+    fetch = ray.remote(num_cpus=1)(_fetch_shard)
+    found: dict[str, tuple[str, str]] = {}
+    for pairs in ray.get([fetch.remote(source, shard, wanted) for shard in source.shards]):
+        found.update(pairs)
+    texts: list[str | None] = []
+    for row_id, content_hash in zip(
+        rows["row_id"].to_pylist(), rows["content_hash"].to_pylist(), strict=True
+    ):
+        known_hash, text = found.get(row_id, ("", ""))
+        texts.append(text if known_hash == content_hash else None)
+    return texts if all(t is not None for t in texts) else None
+
+
+def _fetch_shard(source: Source, shard: Any, wanted: RowIds) -> dict[str, tuple[str, str]]:
+    found = {}
+    for rows in source_module.read_shard(source, shard):
+        rows = rows.filter(rows["_input"].is_valid())
+        ids = rows["row_id"].to_pylist()
+        here = wanted.contains(keys_of(ids))
+        for i in np.flatnonzero(here).tolist():
+            found[ids[i]] = (rows["content_hash"][i].as_py(), rows["_input"][i].as_py())
+    return found
+
+
+def _probe_path(version: int | None, name: str) -> str:
+    return f"_probes/{version or 0:08d}-{name}.json"
+
+
+def _probes_missing(spec: RunSpec, table: Table) -> bool:
+    have = set(table.rows.list("_probes/"))
+    version = table.version()
+    named = spec.probes if spec.source.label is not None else ()
+    return any(_probe_path(version, name) not in have for name in named) or (
+        "_report.html" not in table.rows.list()
+    )
+
+
+def _with_stored_probes(table: Table, spec: RunSpec, result: RunResult) -> RunResult:
+    stored = [table.get_json(_probe_path(result.version, name)) for name in spec.probes]
+    results = [r for r in stored if r is not None]
+    return RunResult(
+        **{**asdict(result), "probes": _headlines(results), "report": f"{table.uri}/_report.html"}
+    )
+
+
+def _headlines(results: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        r["probe"]: {"skipped": r["skipped"]}
+        if "skipped" in r
+        else {
+            **r["headline"],
+            "baselines": {n: b["value"] for n, b in r["baselines"].items() if b is not None},
+        }
+        for r in results
+    }
+
+
+def _facts(spec: RunSpec, identity: dict[str, Any], result: RunResult) -> list[tuple[str, str]]:
+    stored = spec.stored()
+    return [
+        ("source", f"{stored['source']['uri']} (format {spec.source.format})"),
+        ("input column", spec.source.input),
+        ("carried columns", ", ".join(spec.source.columns) or "none"),
+        ("model", stored["model"]["id"]),
+        ("revision", identity["model.revision"] or "a local folder"),
+        ("weights, blake2b", identity["model.weights"]),
+        (
+            "pooling",
+            identity["model.pooling"] + (", normalised" if identity["model.normalize"] else ""),
+        ),
+        ("tokens at most", str(identity["model.max_tokens"])),
+        ("prompt", repr(identity["model.prompt"]) if identity["model.prompt"] else "none"),
+        ("dtype", identity["model.dtype"]),
+        ("remote code", "allowed by the config" if spec.model.trust_remote_code else "off"),
+        ("tokens in this run", f"{result.num_units:,}"),
+        ("rows cut in this run", f"{result.num_truncated:,}"),
+        ("run", f"{result.run_id}, started {result.started}"),
+    ]
+
+
+# --- ends -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turn SIGTERM (preemption, `ray job stop`) into an exception in the driver's main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, _: Any) -> None:
+        raise Interrupted("terminated", signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _explain(error: BaseException) -> FmembedError:
+    """Find what the user should read in what Ray wrapped around it."""
+    cause: BaseException | None = error
+    last = error
+    while cause is not None:
+        if isinstance(cause, FmembedError):
+            return cause
+        last = cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    lines = [line.strip() for line in str(last).splitlines() if line.strip()]
+    reason = lines[-1] if lines else type(last).__name__
+    return FmembedError(
+        f"the run failed: {type(last).__name__}: {reason}; committed rows stay, "
+        "the same command resumes; -v shows Ray's own messages"
+    )

@@ -1,0 +1,68 @@
+"""k-means with as many clusters as labels, scored against the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from sklearn.cluster import KMeans
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.metrics import (
+    adjusted_rand_score,
+    normalized_mutual_info_score,
+    v_measure_score,
+)
+
+from fmembed.probes.data import SEED, Ints, ProbeData, bootstrap, shuffled
+
+NAME, VERSION = "clustering", 1
+_METRICS: dict[str, Callable[[Ints, Ints], float]] = {
+    "V-measure": v_measure_score,
+    # With the arithmetic mean NMI is the V-measure; the geometric mean is the other one in use.
+    "NMI": lambda truth, found: normalized_mutual_info_score(
+        truth, found, average_method="geometric"
+    ),
+    "ARI": adjusted_rand_score,
+}
+_NUM_BOOTSTRAP = 200
+
+
+def run(data: ProbeData, tfidf: dict[str, float] | None) -> dict[str, Any]:
+    """V-measure, NMI and ARI of the clusters of all rows, whatever their split.
+
+    `tfidf`, an accuracy, has no place here: the competitor is k-means on the same words.
+    """
+    del tfidf
+    found = _cluster(data.vectors, len(data.classes))
+    scores = [{"metric": m, **_score(m, data.labels, found)} for m in _METRICS]
+    competitor = None
+    if data.texts is not None:
+        features = TfidfVectorizer(sublinear_tf=True, max_features=50_000)
+        try:
+            words = features.fit_transform(data.texts)
+        except ValueError:  # no word in any text
+            words = None
+        if words is not None:
+            competitor = _score("V-measure", data.labels, _cluster(words, len(data.classes)))
+    return {
+        "scores": scores,
+        "headline": scores[0],
+        "baselines": {
+            "majority": _score("V-measure", data.labels, np.zeros_like(found)),
+            "shuffled labels": _score("V-measure", shuffled(data.labels), found),
+            "TF-IDF + k-means": competitor,
+        },
+    }
+
+
+def _cluster(features: Any, num_clusters: int) -> Ints:
+    kmeans = KMeans(min(num_clusters, features.shape[0]), n_init=5, random_state=SEED)
+    return np.asarray(kmeans.fit_predict(features), dtype=np.int64)
+
+
+def _score(metric: str, truth: Ints, found: Ints) -> dict[str, float]:
+    score = _METRICS[metric]
+    return bootstrap(
+        len(truth), lambda rows: float(score(truth[rows], found[rows])), num_samples=_NUM_BOOTSTRAP
+    )

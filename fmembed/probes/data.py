@@ -1,0 +1,180 @@
+"""What every probe gets, and what every probe shares: the split, the intervals, the baselines."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+
+Floats = npt.NDArray[np.floating[Any]]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+MAX_ROWS = 20_000
+NUM_BOOTSTRAP = 1000
+SEED = 0
+_BUCKETS = 100
+_TEST_BUCKETS = 20
+_C_GRID = tuple(float(c) for c in 10.0 ** np.arange(-2, 6))
+_FIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """Labelled rows read back from a table.
+
+    Shapes: vectors (rows, dim) float32; labels (rows,) positions in `classes`; bucket (rows,) 0 to 99, the first 20
+    being the test split unless the dataset names its own; texts the inputs, or None.
+    """
+
+    row_ids: list[str]
+    vectors: Floats
+    labels: Ints
+    classes: list[str]
+    bucket: Ints
+    test: Bools
+    texts: list[str] | None
+    num_rows: int
+
+    @property
+    def why_not(self) -> str | None:
+        """Why no probe can run on this, or None."""
+        train, test = self.labels[~self.test], self.labels[self.test]
+        if len(np.unique(train)) < 2 or not len(test):
+            return (
+                "needs at least two labels with rows in the train split, and rows in the test one"
+            )
+        return None
+
+
+def make_probe_data(
+    row_ids: list[str],
+    content_hashes: list[str],
+    vectors: Floats,
+    labels: list[Any],
+    splits: list[Any] | None,
+    texts: list[str | None] | None,
+) -> ProbeData:
+    """Choose, split and code the labelled rows.
+
+    Where the dataset names no split, a row's content hash decides: a fifth is test. So the split
+    is the same in every run, a row never changes sides when others come, and copies of one text
+    are on one side, where they cannot leak. Of more than 20,000 rows those with the smallest
+    hashes are taken: a sample that is fixed in the same way.
+    """
+    labelled = [i for i, label in enumerate(labels) if label is not None]
+    by_hash = sorted(labelled, key=lambda i: (content_hashes[i], row_ids[i]))[:MAX_ROWS]
+    chosen = sorted(by_hash)
+    classes = sorted({str(labels[i]) for i in chosen})
+    code = {c: k for k, c in enumerate(classes)}
+    bucket = np.array([int(content_hashes[i][-8:], 16) % _BUCKETS for i in chosen], dtype=np.int64)
+    test = bucket < _TEST_BUCKETS
+    if splits is not None:
+        names = [str(splits[i]).lower() for i in chosen]
+        if "test" in names and len(set(names)) > 1:
+            test = np.array([n == "test" for n in names], dtype=np.bool_)
+    return ProbeData(
+        row_ids=[row_ids[i] for i in chosen],
+        vectors=vectors[chosen],
+        labels=np.array([code[str(labels[i])] for i in chosen], dtype=np.int64),
+        classes=classes,
+        bucket=bucket,
+        test=test,
+        texts=[str(texts[i] or "") for i in chosen] if texts is not None else None,
+        num_rows=len(row_ids),
+    )
+
+
+def accuracy(truth: Ints, predicted: Ints) -> dict[str, float]:
+    """Share of equal entries with its bootstrap 95 % interval."""
+    return bootstrap(len(truth), lambda rows: float(np.mean(truth[rows] == predicted[rows])))
+
+
+def bootstrap(
+    num_rows: int, score: Callable[[Ints], float], num_samples: int = NUM_BOOTSTRAP
+) -> dict[str, float]:
+    """Score all rows, and resampled rows for the percentile 95 % interval (Efron 1979)."""
+    rng = np.random.default_rng(SEED)
+    scores = [score(rng.integers(0, num_rows, num_rows)) for _ in range(num_samples)]
+    low, high = np.quantile(scores, [0.025, 0.975])
+    return {
+        "value": score(np.arange(num_rows)),
+        "low": float(low),
+        "high": float(high),
+    }
+
+
+def shuffled(labels: Ints) -> Ints:
+    """The labels in a random order: what a probe scores when vectors say nothing."""
+    return np.random.default_rng(SEED).permutation(labels)
+
+
+def majority(data: ProbeData) -> dict[str, float]:
+    """Accuracy on the test split of always saying the train split's most frequent label."""
+    most = np.bincount(data.labels[~data.test]).argmax()
+    truth = data.labels[data.test]
+    return accuracy(truth, np.full_like(truth, most))
+
+
+def fit_logistic(features: Any, labels: Ints, bucket: Ints) -> tuple[LogisticRegression, float]:
+    """Fit a logistic regression whose C is chosen on a held-out tenth, then refit on all rows.
+
+    Protocol after DINOv2's log_regression.py: L2, features as they are, in float64, at most 1,000
+    iterations; C from 10**-2 .. 10**5 in decades where DINOv2 takes 45 steps from 10**-6.
+
+    Args:
+        features: Shape (rows, dim), dense or sparse.
+        labels: Shape (rows,).
+        bucket: Shape (rows,); the highest tenth is held out.
+
+    Returns:
+        The fitted model, and C.
+    """
+    held = bucket > np.quantile(bucket, 0.9)
+    if not held.any() or len(np.unique(labels[~held])) < 2:
+        held = np.arange(len(labels)) % 10 == 0  # too few rows for the hash to cut a tenth
+    if len(np.unique(labels[~held])) < 2:
+        return fit(features, labels, 1.0), 1.0
+    scores = [
+        fit(features[~held], labels[~held], c).score(features[held], labels[held]) for c in _C_GRID
+    ]
+    best = _C_GRID[int(np.argmax(scores))]
+    return fit(features, labels, best), best
+
+
+def fit(features: Any, labels: Ints, c: float) -> LogisticRegression:
+    """Fit one logistic regression at a given C."""
+    with warnings.catch_warnings():
+        # At C = 10**5 the limit is reached; the choice of C then decides whether that was enough.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = LogisticRegression(C=c, max_iter=1000, random_state=_FIT_SEED)
+        return model.fit(features.astype(np.float64), labels)
+
+
+def tfidf(data: ProbeData) -> tuple[Any, Any] | None:
+    """TF-IDF features of the train and test texts, fitted on train; None without texts."""
+    if data.texts is None:
+        return None
+    texts = np.array(data.texts, dtype=object)
+    vectorizer = TfidfVectorizer(sublinear_tf=True, max_features=50_000)
+    try:
+        train = vectorizer.fit_transform(texts[~data.test])
+    except ValueError:  # no word in any text
+        return None
+    return train, vectorizer.transform(texts[data.test])
+
+
+def tfidf_accuracy(data: ProbeData) -> dict[str, float] | None:
+    """The cheap competitor: TF-IDF and logistic regression, on the same split; None without texts."""
+    features = tfidf(data)
+    if features is None:
+        return None
+    model, _ = fit_logistic(features[0], data.labels[~data.test], data.bucket[~data.test])
+    return accuracy(data.labels[data.test], model.predict(features[1]))

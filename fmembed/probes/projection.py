@@ -1,0 +1,34 @@
+"""A flat map of the vectors, for the eye: t-SNE on at most 3,000 rows. No score comes from it."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+
+from fmembed.probes.data import SEED, Floats
+
+MAX_ROWS = 3_000
+
+
+def project(vectors: Floats) -> tuple[str, Floats]:
+    """Lay vectors on a plane.
+
+    Args:
+        vectors: Shape (rows, dim).
+
+    Returns:
+        The method's name, and shape (rows, 2) float64: t-SNE from 50 rows on, PCA below, zeros
+        for fewer than 3.
+    """
+    rows, dim = vectors.shape
+    if rows < 3:
+        return "none", np.zeros((rows, 2))
+    if rows < 50 or dim < 3:
+        flat = PCA(min(2, dim), random_state=SEED).fit_transform(vectors)
+        return "PCA", np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
+    reduced = PCA(min(50, dim, rows - 1), random_state=SEED).fit_transform(vectors)
+    flat = TSNE(2, init="pca", perplexity=min(30.0, rows / 4), random_state=SEED).fit_transform(
+        reduced
+    )
+    return "t-SNE", flat.astype(np.float64)

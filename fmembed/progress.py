@@ -1,0 +1,126 @@
+"""What a run shows while it goes: one line a stage. The only place that looks into Ray Data.
+
+`ExecutionCallback` and `StreamingExecutor._topology` are Ray's internals (2.60); there is no public
+way to count rows by operator while a dataset streams.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+READ, EMBED, WRITE = "read, preprocess", "embed", "write, commit"
+
+
+@dataclass
+class Stage:
+    """Rows that left a stage, and the seconds its tasks or actors were at work, summed."""
+
+    rows: int = 0
+    busy_s: float = 0.0
+
+
+class Stages:
+    """Counts by stage, fed by Ray Data's executor and by the driver; drawn on a terminal."""
+
+    def __init__(self, num_rows: int | None, quiet: bool) -> None:
+        """Start counting.
+
+        Args:
+            num_rows: Rows to come, None where only reading tells.
+            quiet: Draw nothing. Nothing is drawn either where stderr is no terminal.
+        """
+        self.stages = {name: Stage() for name in (READ, EMBED, WRITE)}
+        self._lock = threading.Lock()
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description:<17}"),
+            BarColumn(),
+            TextColumn("{task.completed:>10,.0f} rows"),
+            _Rate(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=quiet or not sys.stderr.isatty(),
+        )
+        self._tasks = {name: self._progress.add_task(name, total=num_rows) for name in self.stages}
+
+    def __enter__(self) -> Stages:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def set(self, name: str, rows: int, busy_s: float) -> None:
+        """Set a stage's totals."""
+        with self._lock:
+            self.stages[name] = Stage(rows, busy_s)
+        self._progress.update(self._tasks[name], completed=rows)
+
+    def watch(self, context: ray.data.DataContext) -> None:
+        """Follow the datasets that run under this context."""
+        stages = self
+
+        class Counter(ExecutionCallback):  # type: ignore[misc]
+            def on_execution_step(self, executor: Any) -> None:
+                stages._read(executor)
+
+            def after_execution_succeeds(self, executor: Any) -> None:
+                stages._read(executor)
+
+        context.custom_execution_callback_classes = [Counter]
+
+    def _read(self, executor: Any) -> None:
+        for operator in executor._topology or ():
+            if "Encoder" in operator.name:
+                name = EMBED
+            elif "Tokenize" in operator.name:
+                name = READ
+            else:
+                continue
+            metrics = operator.metrics
+            self.set(name, metrics.row_outputs_taken or 0, metrics.block_generation_time or 0.0)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:>8,.1f} rows/s" if speed else " " * 15)
+
+
+def connect(verbose: bool) -> bool:
+    """Join the cluster that RAY_ADDRESS names, else start Ray on this machine.
+
+    Ray's own noise is off unless `verbose`.
+
+    Returns:
+        Whether Ray was started or joined here, and so is this run's to leave.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = verbose
+    context.print_on_execution_start = verbose
+    if not verbose:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+    if ray.is_initialized():
+        return False
+    if not verbose:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    options: dict[str, Any] = {}
+    if not os.environ.get("RAY_ADDRESS"):
+        # Named, because without an address ray.init joins any cluster it finds on the machine.
+        options = {"address": "local", "include_dashboard": False}
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(logging_level="INFO" if verbose else "ERROR", log_to_driver=verbose, **options)
+    return True

@@ -1,0 +1,131 @@
+"""The row on its way down the line, and the index of row ids.
+
+Between stages rows are Arrow tables with these columns:
+
+    row_id         string    the user's id, else `relative/path#row` (`relative/path` where a file
+                             is a row)
+    content_hash   string    blake2b-128 of the raw input bytes, hex; null where nothing was read
+    _input         string    the text to embed; dropped by preprocess
+    <carried>      any       what the user asked to keep
+    _stage, _error, _message string   null, or where and why the row was rejected
+    _skipped       int64     on a marker row (null row_id): how many committed rows a read skipped
+
+A rejected row keeps travelling, without input or vector, so that the writer sees every row that
+was read exactly once: rows read = rows embedded + rows rejected is a count, not a hope.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+ROW_ID, CONTENT_HASH, INPUT = "row_id", "content_hash", "_input"
+STAGE, ERROR, MESSAGE, SKIPPED = "_stage", "_error", "_message", "_skipped"
+# What no carried column may be called: the table's own columns.
+RESERVED = (ROW_ID, CONTENT_HASH, "embedding", "num_units", "truncated")
+
+Keys = npt.NDArray[np.bytes_]
+
+_BOOKKEEPING = (
+    pa.field(STAGE, pa.string()),
+    pa.field(ERROR, pa.string()),
+    pa.field(MESSAGE, pa.string()),
+    pa.field(SKIPPED, pa.int64()),
+)
+REJECTED_SCHEMA = pa.schema(
+    [
+        pa.field(ROW_ID, pa.string(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+    ]
+)
+
+
+def row_schema(carried: pa.Schema) -> pa.Schema:
+    """The schema a source yields, for the carried columns given."""
+    fields = [pa.field(ROW_ID, pa.string()), pa.field(CONTENT_HASH, pa.string())]
+    return pa.schema([*fields, pa.field(INPUT, pa.string()), *carried, *_BOOKKEEPING])
+
+
+def table_schema(carried: pa.Schema, dim: int) -> pa.Schema:
+    """The schema of the committed table: float32 vectors of length `dim`, then the carried."""
+    return pa.schema(
+        [
+            pa.field(ROW_ID, pa.string(), nullable=False),
+            pa.field(CONTENT_HASH, pa.string(), nullable=False),
+            pa.field("embedding", pa.list_(pa.float32(), dim), nullable=False),
+            pa.field("num_units", pa.int32(), nullable=False),
+            pa.field("truncated", pa.bool_(), nullable=False),
+            *carried,
+        ]
+    )
+
+
+def accepted(rows: pa.Table) -> npt.NDArray[np.bool_]:
+    """True for each row that is neither rejected nor a marker, shape (rows,)."""
+    good = np.asarray(rows[STAGE].is_null()) & np.asarray(rows[SKIPPED].is_null())
+    return np.asarray(good, dtype=np.bool_)
+
+
+def reject(rows: pa.Table, stage: str, causes: Mapping[int, tuple[str, str]]) -> pa.Table:
+    """Mark rows as rejected.
+
+    Args:
+        rows: Rows with the bookkeeping columns.
+        stage: The stage that refuses them: read, preprocess, embed or write.
+        causes: Row position to (error, message); error is a short cause that rows share, message
+            says what was wrong with this one.
+    """
+    if not causes:
+        return rows
+    columns = {name: rows[name].to_pylist() for name in (STAGE, ERROR, MESSAGE)}
+    for i, (error, message) in causes.items():
+        columns[STAGE][i], columns[ERROR][i], columns[MESSAGE][i] = stage, error, message
+    for name, values in columns.items():
+        i = rows.schema.get_field_index(name)
+        rows = rows.set_column(i, name, pa.array(values, pa.string()))
+    return rows
+
+
+def keys_of(row_ids: Iterable[str]) -> Keys:
+    """Hash row ids to 16 bytes each (blake2b-128), shape (rows,), dtype S16.
+
+    128 bits because a collision would skip a row that was never embedded: at 10**9 rows the
+    chance is below 10**-20, with 64 bits it would be 3 %.
+    """
+    digests = [hashlib.blake2b(i.encode(), digest_size=16).digest() for i in row_ids]
+    return np.array(digests, dtype="S16")
+
+
+class RowIds:
+    """A set of row ids as sorted 16-byte keys: 16 bytes a row, membership by binary search."""
+
+    def __init__(self, keys: Keys | None = None) -> None:
+        self._keys: Keys = np.sort(keys) if keys is not None else np.empty(0, dtype="S16")
+        self._recent: list[Keys] = []
+        self._num_recent = 0
+
+    def __len__(self) -> int:
+        return len(self._keys) + self._num_recent
+
+    def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """Whether each key is in the set, shape (rows,)."""
+        found = np.zeros(len(keys), dtype=np.bool_)
+        for known in (self._keys, *self._recent):
+            if len(known):
+                at = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+                found |= known[at] == keys
+        return found
+
+    def add(self, keys: Keys) -> None:
+        """Add keys. Merged into the sorted array only once they amount to a tenth of it."""
+        self._recent.append(np.sort(keys))
+        self._num_recent += len(keys)
+        if self._num_recent * 10 > len(self._keys) or len(self._recent) > 64:
+            self._keys = np.sort(np.concatenate([self._keys, *self._recent]))
+            self._recent, self._num_recent = [], 0

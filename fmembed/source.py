@@ -1,0 +1,648 @@
+"""SourceSpec -> ray.data.Dataset of canonical rows (rows.row_schema).
+
+Listing and checking happen on the driver before Ray starts; reading is Ray's (a Datasource with
+one read task a shard); parsing is ours, because one bad input fails Ray's typed readers: here a
+bad file, line or value becomes a rejected row and everything around it is kept.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import hashlib
+import itertools
+import json
+import posixpath
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import fsspec.core
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fmembed.rows import RESERVED, RowIds, keys_of, row_schema
+from fmembed.spec import Format, SourceError, SourceSpec, resolve_package
+
+if TYPE_CHECKING:
+    import ray.data
+
+_SUFFIXES: dict[str, tuple[str, ...]] = {
+    "parquet": (".parquet", ".pq"),
+    "jsonl": (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst"),
+    "csv": (".csv", ".tsv", ".csv.gz", ".tsv.gz"),
+    "text_folder": (".txt", ".md"),
+}
+_SAVED_DATASET = ("state.json", "dataset_dict.json")
+_CHUNK_ROWS = 1000
+_SAMPLE_ROWS = 10_000
+_SHARD_BYTES = 64 * 2**20
+_SHARD_FILES = 512
+_SHARD_ROWS = 50_000
+
+# One row as a reader hands it over: its fallback id, and its columns or (error, message).
+RawRow = tuple[str, dict[str, Any] | tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class File:
+    """A file: where it is, and the name that row ids carry (relative to the source's root)."""
+
+    path: str
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one read task reads: files, or one file's part.
+
+    `start` and `stop` are row groups of a Parquet file, rows of a saved dataset, or shards of a
+    streamed one; None means all. `first_row` numbers the first row of a Parquet shard. `num_rows`
+    is None where only reading tells.
+    """
+
+    files: tuple[File, ...] = ()
+    start: int | None = None
+    stop: int | None = None
+    first_row: int = 0
+    num_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source that was found, listed and checked."""
+
+    spec: SourceSpec
+    format: Format
+    fs: Any
+    shards: tuple[Shard, ...]
+    carried: pa.Schema
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows in the shards where that is known without reading them, else None."""
+        counts = [shard.num_rows for shard in self.shards]
+        return None if None in counts else sum(c for c in counts if c is not None)
+
+    @property
+    def file_is_row(self) -> bool:
+        """Whether each file is one row, so that its id is known without reading it."""
+        return self.format == "text_folder"
+
+
+def open_source(spec: SourceSpec) -> Source:
+    """List the files and check that the named columns are there.
+
+    Raises:
+        SourceError: No such file, an unknown format, an absent column, a reserved name.
+    """
+    for column in spec.columns:
+        if column in RESERVED or column.startswith("_"):
+            raise SourceError(
+                f"source.carry: {column!r} is a name of the table's own; rename it in the dataset"
+            )
+    if spec.format == "hf":
+        return _open_hf(spec)
+    fs, root, files = _list_files(spec)
+    format_ = spec.format if spec.format != "auto" else _detect_format(spec, fs, root, files)
+    if format_ == "hf":
+        return _open_hf(spec)
+    if len(files) > 1 or fs.isdir(root):
+        files = [f for f in files if f.path.lower().endswith(_SUFFIXES[format_])]
+    if not files:
+        raise SourceError(
+            f"source.uri: no {format_} file ({', '.join(_SUFFIXES[format_])}) in {spec.uri}"
+        )
+    source = Source(spec, format_, fs, (), pa.schema([]))
+    if format_ == "text_folder":
+        has_folders = any("/" in f.name for f in files)
+        available = {spec.input, spec.label or "label"} if has_folders else {spec.input}
+        _check_columns(spec, available)
+        types = pa.schema([pa.field(c, pa.string()) for c in available])
+    else:
+        types = _sample_schema(source, files)
+        _check_columns(spec, set(types.names))
+    carried = _carried_schema(spec, types)
+    return replace(source, shards=tuple(_plan_shards(format_, fs, files)), carried=carried)
+
+
+def skip_committed(source: Source, committed: RowIds) -> tuple[Source, int]:
+    """Drop the files that are committed rows, before anything is read.
+
+    Returns:
+        The source without them and their number; unchanged where a file holds many rows.
+    """
+    if not source.file_is_row or not len(committed):
+        return source, 0
+    files = [f for shard in source.shards for f in shard.files]
+    done = committed.contains(keys_of(f.name for f in files))
+    left = [f for f, is_done in zip(files, done, strict=True) if not is_done]
+    shards = tuple(_plan_shards(source.format, source.fs, left))
+    return replace(source, shards=shards), int(done.sum())
+
+
+def read(
+    source: Source, committed: RowIds | None = None, num_cpus: float = 1.0
+) -> ray.data.Dataset:
+    """Read the shards as Ray Data blocks of `rows.row_schema(source.carried)`.
+
+    Args:
+        source: What `open_source` found.
+        committed: Rows to leave out; a marker row says how many a shard left out.
+        num_cpus: What Ray reserves for a read task.
+    """
+    import ray
+    from ray.data import Datasource, ReadTask
+    from ray.data.block import BlockMetadata
+
+    committed_ref = ray.put(committed) if committed is not None and len(committed) else None
+
+    def read_fn(shard: Shard) -> Callable[[], Iterator[pa.Table]]:
+        def read_blocks() -> Iterator[pa.Table]:
+            known = ray.get(committed_ref) if committed_ref is not None else None
+            yield from read_shard(source, shard, known)
+
+        return read_blocks
+
+    class Shards(Datasource):  # type: ignore[misc]
+        def estimate_inmemory_data_size(self) -> int:
+            return sum(f.size for shard in source.shards for f in shard.files)
+
+        def get_read_tasks(self, parallelism: int, **_: Any) -> list[ReadTask]:
+            unknown = BlockMetadata(
+                num_rows=None, size_bytes=None, exec_stats=None, input_files=None
+            )
+            return [ReadTask(read_fn(shard), unknown) for shard in source.shards]
+
+    # With more blocks than read tasks Ray splits every block anew (67 pieces in a trial).
+    return ray.data.read_datasource(
+        Shards(), override_num_blocks=len(source.shards), num_cpus=num_cpus
+    )
+
+
+def read_shard(source: Source, shard: Shard, committed: RowIds | None = None) -> Iterator[pa.Table]:
+    """Read one shard: tables of up to 1,000 canonical rows, rejected ones among them."""
+    schema = row_schema(source.carried)
+    num_skipped = 0
+    rows = _READERS[source.format](source, shard)
+    while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
+        table = _canonical(source, chunk, schema)
+        if committed is not None:
+            done = committed.contains(keys_of(table["row_id"].to_pylist()))
+            num_skipped += int(done.sum())
+            table = table.filter(pa.array(~done))
+        if table.num_rows:
+            yield table
+    if num_skipped:
+        yield pa.Table.from_pylist([{"_skipped": num_skipped}], schema=schema)
+
+
+def _canonical(source: Source, chunk: list[RawRow], schema: pa.Schema) -> pa.Table:
+    spec = source.spec
+    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
+    for fallback_id, raw in chunk:
+        row: dict[str, Any] = {"row_id": fallback_id}
+        try:
+            if isinstance(raw, tuple):
+                raise _BadRow(*raw)
+            if spec.id is not None:
+                row["row_id"] = _row_id(raw.get(spec.id), spec.id)
+            text, content = _text(raw.get(spec.input), spec)
+            raw = {**raw, spec.input: text}
+            for field in source.carried:
+                row[field.name] = _cast(raw.get(field.name), field)
+            row["_input"] = text
+            row["content_hash"] = hashlib.blake2b(content, digest_size=16).hexdigest()
+        except _BadRow as e:
+            row = {"row_id": row["row_id"], "_stage": "read"}
+            row["_error"], row["_message"] = e.error, e.message
+        for name, values in columns.items():
+            values.append(row.get(name))
+    return pa.table(
+        [pa.array(v, t) for v, t in zip(columns.values(), schema.types, strict=True)], schema=schema
+    )
+
+
+class _BadRow(Exception):  # noqa: N818 - a row's fate, not a failure of the run
+    def __init__(self, error: str, message: str) -> None:
+        self.error, self.message = error, message
+
+
+def _row_id(value: Any, column: str) -> str:
+    if value is None or value == "":
+        raise _BadRow("null id", f"column {column!r} is empty")
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise _BadRow(
+            "wrong type",
+            f"column {column!r}: takes text or an integer as id, got {type(value).__name__}",
+        )
+    try:
+        return str(value).encode().decode()
+    except UnicodeError:
+        raise _BadRow("not UTF-8", f"column {column!r}") from None
+
+
+def _text(value: Any, spec: SourceSpec) -> tuple[str, bytes]:
+    """The text and its raw bytes, or the reason why it cannot be embedded."""
+    if value is None:
+        raise _BadRow("null input", f"column {spec.input!r} is null")
+    try:
+        if isinstance(value, bytes):
+            text, content = value.decode("utf-8", errors=spec.encoding_errors), value
+        elif isinstance(value, str):
+            text, content = value, value.encode()
+        else:
+            raise _BadRow(
+                "wrong type", f"column {spec.input!r}: takes text, got {type(value).__name__}"
+            )
+    except UnicodeDecodeError as e:
+        raise _BadRow(
+            "not UTF-8",
+            f"byte {e.object[e.start]:#04x} at position {e.start}; "
+            "source.encoding_errors: replace or ignore would keep the row",
+        ) from None
+    except UnicodeEncodeError as e:
+        raise _BadRow("not UTF-8", f"undecodable character at position {e.start}") from None
+    if not text.strip():
+        raise _BadRow("empty input", f"column {spec.input!r} holds no text")
+    return text, content
+
+
+def _cast(value: Any, field: pa.Field) -> Any:
+    if value is not None and pa.types.is_string(field.type) and not isinstance(value, str):
+        value = json.dumps(value, default=str)
+    try:
+        return pa.scalar(value, field.type).as_py() if value is not None else None
+    except (pa.ArrowException, UnicodeError, TypeError, ValueError, OverflowError):
+        raise _BadRow(
+            "wrong type", f"column {field.name!r}: {str(value)[:80]!a} is no {field.type}"
+        ) from None
+
+
+# --- readers: a shard -> raw rows -----------------------------------------------------------------
+
+
+def _read_text(source: Source, shard: Shard) -> Iterator[RawRow]:
+    for file in shard.files:
+        row: dict[str, Any] | tuple[str, str]
+        try:
+            row = {source.spec.input: source.fs.cat_file(file.path)}
+        except OSError as e:
+            row = _unreadable(e)
+        else:
+            if source.spec.label:
+                row[source.spec.label] = posixpath.basename(posixpath.dirname(file.name)) or None
+        yield file.name, row
+
+
+def _read_jsonl(source: Source, shard: Shard) -> Iterator[RawRow]:
+    (file,) = shard.files
+    i = -1
+    try:
+        with source.fs.open(file.path, "rb", compression="infer") as lines:
+            for i, line in enumerate(lines):
+                if i == 0:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if line.strip():
+                    yield f"{file.name}#{i}", _parse_json(line, source.spec.encoding_errors)
+    except (OSError, EOFError) as e:
+        yield _rest_unreadable(file, i + 1, e)
+
+
+def _parse_json(line: bytes, encoding_errors: str) -> dict[str, Any] | tuple[str, str]:
+    try:
+        value = json.loads(line.decode("utf-8", errors=encoding_errors))
+    except UnicodeDecodeError as e:
+        return "not UTF-8", f"byte {e.object[e.start]:#04x} at position {e.start} of the line"
+    except (ValueError, RecursionError) as e:
+        return "bad JSON", str(e)
+    if not isinstance(value, dict):
+        return "bad JSON", f"the line is a {type(value).__name__}, not an object"
+    return value
+
+
+def _read_csv(source: Source, shard: Shard) -> Iterator[RawRow]:
+    (file,) = shard.files
+    i = -1
+    try:
+        with _open_csv(source, file) as lines:
+            reader = csv.reader(lines, delimiter=_delimiter(file), strict=True)
+            header = next(reader, [])
+            for i in itertools.count():
+                try:
+                    values = next(reader)
+                except StopIteration:
+                    break
+                except csv.Error as e:
+                    yield f"{file.name}#{i}", ("bad CSV", f"{e}, near line {reader.line_num}")
+                    continue
+                if values and len(values) != len(header):
+                    message = f"{len(values)} fields where the header has {len(header)}"
+                    yield f"{file.name}#{i}", ("bad CSV", message)
+                elif values:
+                    yield f"{file.name}#{i}", dict(zip(header, values, strict=True))
+    except (OSError, EOFError) as e:
+        yield _rest_unreadable(file, i + 1, e)
+
+
+def _open_csv(source: Source, file: File) -> Any:
+    # The module's default limit of 131,072 characters a field is below a long article.
+    csv.field_size_limit(2**31 - 1)
+    errors = source.spec.encoding_errors
+    # Undecodable bytes become lone surrogates, which only their own row fails on later.
+    errors = "surrogateescape" if errors == "strict" else errors
+    return source.fs.open(
+        file.path, "rt", compression="infer", encoding="utf-8-sig", errors=errors, newline=""
+    )
+
+
+def _delimiter(file: File) -> str:
+    return "\t" if ".tsv" in file.path.lower() else ","
+
+
+def _read_parquet(source: Source, shard: Shard) -> Iterator[RawRow]:
+    (file,) = shard.files
+    spec = source.spec
+    wanted = list(dict.fromkeys([c for c in (spec.id, spec.input) if c] + list(spec.columns)))
+    try:
+        with source.fs.open(file.path, "rb") as handle:
+            parquet = pq.ParquetFile(handle)
+            missing = [c for c in wanted if c not in parquet.schema_arrow.names]
+            if missing:
+                yield file.name, ("unreadable file", f"it has no column {missing[0]!r}")
+                return
+            first = shard.first_row
+            stop = shard.stop if shard.stop is not None else parquet.num_row_groups
+            for group in range(shard.start or 0, stop):
+                num_rows = parquet.metadata.row_group(group).num_rows
+                i = 0
+                try:
+                    for batch in parquet.iter_batches(
+                        _CHUNK_ROWS, row_groups=[group], columns=wanted
+                    ):
+                        for row in _batch_rows(batch):
+                            yield f"{file.name}#{first + i}", row
+                            i += 1
+                except (OSError, pa.ArrowException) as e:
+                    for lost in range(i, num_rows):
+                        yield f"{file.name}#{first + lost}", _unreadable(e)
+                first += num_rows
+    except (OSError, pa.ArrowException) as e:
+        yield file.name, _unreadable(e)
+
+
+def _batch_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    # A string column may hold bytes that are no UTF-8; as binary each row is judged on its own.
+    columns = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            columns[name] = column.to_pylist()
+        except UnicodeDecodeError:
+            large = pa.types.is_large_string(column.type)
+            columns[name] = column.cast(pa.large_binary() if large else pa.binary()).to_pylist()
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+
+
+def _read_hf(source: Source, shard: Shard) -> Iterator[RawRow]:
+    prefix = source.spec.hf.split or "data"
+    dataset = _load_hf(source.spec)
+    if source.spec.hf.streaming:
+        for s in range(shard.start or 0, shard.stop or 0):
+            piece = dataset.shard(num_shards=dataset.num_shards, index=s)
+            for i, row in enumerate(piece):
+                yield f"{prefix}/{s}#{i}", row
+        return
+    for start in range(shard.start or 0, shard.stop or 0, _CHUNK_ROWS):
+        stop = min(start + _CHUNK_ROWS, shard.stop or 0)
+        batch = dataset[start:stop]
+        for i, values in enumerate(zip(*batch.values(), strict=True)):
+            yield f"{prefix}#{start + i}", dict(zip(batch, values, strict=True))
+
+
+_READERS: dict[str, Callable[[Source, Shard], Iterator[RawRow]]] = {
+    "text_folder": _read_text,
+    "jsonl": _read_jsonl,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+    "hf": _read_hf,
+}
+
+
+def _unreadable(error: Exception) -> tuple[str, str]:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return "unreadable file", reason.splitlines()[0] if reason else type(error).__name__
+
+
+def _rest_unreadable(file: File, row: int, error: Exception) -> RawRow:
+    cause, reason = _unreadable(error)
+    return f"{file.name}#{row}", (cause, f"from row {row} on: {reason}")
+
+
+# --- listing --------------------------------------------------------------------------------------
+
+
+def _list_files(spec: SourceSpec) -> tuple[Any, str, list[File]]:
+    uri = spec.uri
+    if uri.startswith("package:"):
+        uri = resolve_package(uri, "source.uri", SourceError)
+    try:
+        fs, root = fsspec.core.url_to_fs(uri)
+        if any(c in root for c in "*?["):
+            found = fs.glob(root, detail=True)
+            root = posixpath.dirname(root[: min(root.find(c) for c in "*?[" if c in root)] + "x")
+        elif fs.isdir(root):
+            found = fs.find(root, detail=True)
+        else:
+            found = {root: fs.info(root)}
+            root = posixpath.dirname(root)
+    except FileNotFoundError:
+        raise SourceError(f"source.uri: no such file or folder: {spec.uri}") from None
+    except ImportError as e:
+        raise SourceError(f"source.uri: {spec.uri}: {e}") from None
+    except (OSError, ValueError) as e:
+        raise SourceError(f"source.uri: cannot read {spec.uri}: {_unreadable(e)[1]}") from None
+    files = [
+        File(path, posixpath.relpath(path, root), int(info.get("size") or 0))
+        for path, info in sorted(found.items())
+        if info.get("type") == "file"
+    ]
+    files = [f for f in files if not any(p.startswith((".", "_")) for p in f.name.split("/"))]
+    if not files:
+        raise SourceError(f"source.uri: no file in {spec.uri}")
+    return fs, root, files
+
+
+def _detect_format(spec: SourceSpec, fs: Any, root: str, files: list[File]) -> Format:
+    if any(f.name in _SAVED_DATASET for f in files) and fs.isdir(root):
+        return "hf"
+    counts = {
+        name: sum(f.path.lower().endswith(suffixes) for f in files)
+        for name, suffixes in _SUFFIXES.items()
+    }
+    best = max(counts, key=lambda name: counts[name])
+    if not counts[best]:
+        raise SourceError(
+            f"source.format: cannot tell the format of {spec.uri}; "
+            f"name one of {', '.join([*_SUFFIXES, 'hf'])}"
+        )
+    return best  # type: ignore[return-value]
+
+
+def _check_columns(spec: SourceSpec, available: set[str]) -> None:
+    named = {"source.input": spec.input, "source.id": spec.id}
+    named |= {"source.label": spec.label, "source.split": spec.split}
+    named |= {f"source.carry[{i}]": c for i, c in enumerate(spec.carry)}
+    for field, column in named.items():
+        if column is not None and column not in available:
+            has = ", ".join(sorted(available)) or "none"
+            raise SourceError(f"{field}: no column {column!r} in {spec.uri}; it has {has}")
+
+
+def _carried_schema(spec: SourceSpec, types: pa.Schema) -> pa.Schema:
+    """The carried columns' types, as near as Delta Lake can store them."""
+    fields = []
+    for column in spec.columns:
+        type_ = types.field(column).type
+        if pa.types.is_dictionary(type_):
+            type_ = type_.value_type
+        if pa.types.is_unsigned_integer(type_):
+            type_ = pa.int64()
+        elif pa.types.is_float16(type_):
+            type_ = pa.float32()
+        elif pa.types.is_timestamp(type_):
+            type_ = pa.timestamp("us", type_.tz)
+        elif pa.types.is_date(type_):
+            type_ = pa.date32()
+        elif pa.types.is_null(type_) or pa.types.is_large_string(type_):
+            type_ = pa.string()
+        fields.append(pa.field(column, type_))
+    return pa.schema(fields)
+
+
+def _sample_schema(source: Source, files: list[File]) -> pa.Schema:
+    """The columns and types of the first file that can be read; the source's own rule for types."""
+    problem = ""
+    for file in files:
+        try:
+            with source.fs.open(file.path, "rb"):
+                pass
+            if source.format == "parquet":
+                with source.fs.open(file.path, "rb") as handle:
+                    return pq.read_schema(handle)
+            if source.format == "csv":
+                # Text as it stands: a guessed integer would turn 01234 into 1234.
+                with _open_csv(source, file) as lines:
+                    header = next(csv.reader(lines, delimiter=_delimiter(file)), [])
+                return pa.schema([pa.field(c, pa.string()) for c in header])
+            rows = itertools.islice(_read_jsonl(source, Shard((file,))), _SAMPLE_ROWS)
+            objects = [row for _, row in rows if isinstance(row, dict)]
+            if objects:
+                return _infer(objects)
+            problem = f"{file.name} has no JSON object"
+        except (OSError, pa.ArrowException, csv.Error, UnicodeError) as e:
+            problem = f"{file.name}: {_unreadable(e)[1]}"
+    raise SourceError(
+        f"source.uri: no readable {source.format} file in {source.spec.uri}: {problem}"
+    )
+
+
+def _infer(objects: list[dict[str, Any]]) -> pa.Schema:
+    fields = []
+    for name in dict.fromkeys(itertools.chain.from_iterable(objects)):
+        try:
+            type_ = pa.array([o.get(name) for o in objects]).type
+        except (pa.ArrowException, UnicodeError, OverflowError):
+            type_ = pa.string()
+        fields.append(pa.field(name, pa.string() if pa.types.is_null(type_) else type_))
+    return pa.schema(fields)
+
+
+def _plan_shards(format_: Format, fs: Any, files: list[File]) -> Iterator[Shard]:
+    if format_ == "text_folder":
+        group: list[File] = []
+        for file in files:
+            group.append(file)
+            if len(group) == _SHARD_FILES or sum(f.size for f in group) >= _SHARD_BYTES:
+                yield Shard(tuple(group), num_rows=len(group))
+                group = []
+        if group:
+            yield Shard(tuple(group), num_rows=len(group))
+    elif format_ == "parquet":
+        with ThreadPoolExecutor(16) as pool:
+            for shards in pool.map(lambda f: _plan_row_groups(fs, f), files):
+                yield from shards
+    else:
+        yield from (Shard((file,)) for file in files)
+
+
+def _plan_row_groups(fs: Any, file: File) -> list[Shard]:
+    """Cut a Parquet file at row groups, about 64 MiB or 50,000 rows a shard."""
+    try:
+        with fs.open(file.path, "rb") as handle:
+            metadata = pq.read_metadata(handle)
+    except (OSError, pa.ArrowException):
+        return [Shard((file,))]  # the read task finds the same and rejects it with its cause
+    shards: list[Shard] = []
+    start = first_row = num_rows = num_bytes = 0
+    for i in range(metadata.num_row_groups):
+        num_rows += metadata.row_group(i).num_rows
+        num_bytes += metadata.row_group(i).total_byte_size
+        last = i + 1 == metadata.num_row_groups
+        if num_rows and (num_rows >= _SHARD_ROWS or num_bytes >= _SHARD_BYTES or last):
+            shards.append(Shard((file,), start, i + 1, first_row, num_rows))
+            start, first_row, num_rows, num_bytes = i + 1, first_row + num_rows, 0, 0
+    return shards
+
+
+def _open_hf(spec: SourceSpec) -> Source:
+    if Path(spec.uri).exists():  # workers have another working folder
+        spec = spec.model_copy(update={"uri": str(Path(spec.uri).resolve())})
+    dataset = _load_hf(spec)
+    if spec.hf.streaming:
+        features = dataset.features or dict.fromkeys(next(iter(dataset), {}))
+        shards = [Shard(start=i, stop=i + 1) for i in range(dataset.num_shards)]
+        types = dataset.features.arrow_schema if dataset.features else None
+    else:
+        features, types = dataset.features, dataset.features.arrow_schema
+        shards = [
+            Shard(start=i, stop=stop, num_rows=stop - i)
+            for i in range(0, len(dataset), _SHARD_ROWS)
+            for stop in (min(i + _SHARD_ROWS, len(dataset)),)
+        ]
+    _check_columns(spec, set(features))
+    carried = _carried_schema(spec, types or pa.schema([(c, pa.string()) for c in spec.columns]))
+    return Source(spec, "hf", None, tuple(shards), carried)
+
+
+def _load_hf(spec: SourceSpec) -> Any:
+    """Load a dataset saved to disk, or by hub id; with one split chosen."""
+    import datasets
+
+    hf = spec.hf
+    try:
+        if any((Path(spec.uri) / name).exists() for name in _SAVED_DATASET):
+            dataset = datasets.load_from_disk(spec.uri)
+            if isinstance(dataset, datasets.DatasetDict) and hf.split in dataset:
+                dataset = dataset[hf.split]
+            if hf.streaming and isinstance(dataset, datasets.Dataset):
+                dataset = dataset.to_iterable_dataset(num_shards=1)
+        else:
+            dataset = datasets.load_dataset(
+                spec.uri, hf.name, split=hf.split, revision=hf.revision, streaming=hf.streaming
+            )
+    except (OSError, ValueError, RuntimeError) as e:
+        raise SourceError(
+            f"source.uri: cannot load dataset {spec.uri}: {_unreadable(e)[1]}"
+        ) from None
+    if isinstance(dataset, dict):
+        raise SourceError(f"source.hf.split: name one of {', '.join(dataset)}")
+    wanted = {c for c in (spec.id, spec.input, *spec.columns) if c}
+    if dataset.features and wanted <= set(dataset.features):
+        dataset = dataset.select_columns(sorted(wanted))
+    return dataset

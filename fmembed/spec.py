@@ -1,0 +1,288 @@
+"""RunSpec, its parts and its fingerprint; the error tree.
+
+FmembedError            exit 1: the run failed
+├── RejectedError       exit 1: too many rows were rejected
+├── Interrupted         exit 130 or 143: stopped by a signal, resumable
+└── UserError           exit 2: the user's input; nothing was written
+    ├── SpecError       a field of the config
+    ├── SourceError     the dataset
+    ├── ModelError      the checkpoint
+    └── TableError      the output table
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+
+class FmembedError(Exception):
+    """A run failed. The message is one line, fit to be shown to the user as it is."""
+
+    exit_code = 1
+
+
+class RejectedError(FmembedError):
+    """More rows were rejected than `output.max_rejected_fraction` allows."""
+
+
+class Interrupted(FmembedError):  # noqa: N818 - not an error: the run can be resumed
+    """A signal stopped the run; what was committed stays and the same command resumes."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+class UserError(FmembedError):
+    """The user's input is wrong. The message names the field and the remedy."""
+
+    exit_code = 2
+
+
+class SpecError(UserError):
+    """A field of the config."""
+
+
+class SourceError(UserError):
+    """The dataset: a missing file, an absent column, an unknown format."""
+
+
+class ModelError(UserError):
+    """The checkpoint: no weights, an unsupported module, a refused format."""
+
+
+class TableError(UserError):
+    """The output: unwritable, made by another model, not a table."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+Format = Literal["auto", "parquet", "jsonl", "csv", "text_folder", "hf"]
+ProbeName = Literal["knn", "linear", "clustering"]
+
+
+class HubDataset(_Part):
+    """What a Hugging Face dataset takes besides its id or folder."""
+
+    name: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    streaming: bool = False
+
+
+class SourceSpec(_Part):
+    """Where the rows are and which columns matter.
+
+    `uri` is a file, a folder, a glob, an fsspec URL, `package:<python package>[/folder]`, or, with
+    `format: hf`, a dataset saved to disk or a hub id.
+    """
+
+    uri: str = Field(min_length=1)
+    format: Format = "auto"
+    input: str = "text"
+    id: str | None = None
+    label: str | None = None
+    split: str | None = None
+    carry: tuple[str, ...] = ()
+    encoding_errors: Literal["strict", "replace", "ignore"] = "strict"
+    hf: HubDataset = HubDataset()
+
+    @property
+    def stored_name(self) -> str:
+        """What to call this source in a report's title."""
+        return redact(self.uri).rstrip("/")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The carried columns, each once: label, split, then `carry`, in that order."""
+        named = (self.label, self.split, *self.carry)
+        return tuple(dict.fromkeys(c for c in named if c is not None))
+
+
+class ModelSpec(_Part):
+    """Which checkpoint, and how its states become one vector a row.
+
+    None means: what the checkpoint itself says (modules.json), else the family's default.
+    """
+
+    id: str = Field(min_length=1)
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    pooling: Literal["cls", "mean", "last", "max"] | None = None
+    normalize: bool | None = None
+    max_tokens: int | None = Field(default=None, ge=4)
+    prompt: str | None = None
+    trust_remote_code: bool = False
+
+
+class ComputeSpec(_Part):
+    """How the work is spread. Never part of the fingerprint: it cannot change a vector."""
+
+    actors: int | tuple[int, int] | Literal["auto"] = "auto"
+    gpus_per_actor: float | Literal["auto"] = "auto"
+    batch_tokens: int | Literal["auto"] = "auto"
+    window_rows: int | Literal["auto"] = "auto"
+
+    @field_validator("actors")
+    @classmethod
+    def _check_actors(cls, value: Any) -> Any:
+        low, high = (value, value) if isinstance(value, int) else value
+        if value != "auto" and not 1 <= low <= high:
+            raise ValueError("takes a number of at least 1, [min, max] with min <= max, or auto")
+        return value
+
+    @field_validator("gpus_per_actor", "batch_tokens", "window_rows")
+    @classmethod
+    def _check_positive(cls, value: Any) -> Any:
+        if value != "auto" and value < 0:
+            raise ValueError("takes a number of at least 0, or auto")
+        return value
+
+
+class OutputSpec(_Part):
+    """Where the table goes and how often it is committed."""
+
+    uri: str = Field(min_length=1)
+    commit_every_s: float = Field(default=60.0, gt=0)
+    part_bytes: int = Field(default=256 * 2**20, ge=1)
+    max_rejected_fraction: float = Field(default=0.01, ge=0, le=1)
+
+
+class RunSpec(_Part):
+    """One run: a source, a model, an output, and what to measure afterwards."""
+
+    source: SourceSpec
+    model: ModelSpec
+    output: OutputSpec
+    compute: ComputeSpec = ComputeSpec()
+    probes: tuple[ProbeName, ...] = ("knn", "linear", "clustering")
+
+    @classmethod
+    def from_yaml(cls, path: str | None, overrides: dict[str, Any] | None = None) -> RunSpec:
+        """Read a config file and lay flags over it.
+
+        Args:
+            path: A YAML file, or None when everything comes from `overrides`.
+            overrides: Dotted field names to values, e.g. `{"output.uri": "out"}`; None is skipped.
+
+        Raises:
+            SpecError: The file is missing or no YAML mapping, or a field is unknown or wrong.
+        """
+        raw: Any = {}
+        if path is not None:
+            try:
+                raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError) as e:
+                reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
+                raise SpecError(f"config {path}: {reason}; give the path of a YAML file") from None
+            except yaml.YAMLError as e:
+                mark = getattr(e, "problem_mark", None)
+                where = f" line {mark.line + 1}" if mark else ""
+                problem = getattr(e, "problem", None) or "cannot be parsed"
+                raise SpecError(f"config {path}{where}: not valid YAML: {problem}") from None
+            if not isinstance(raw, dict):
+                raise SpecError(f"config {path}: takes a mapping with source, model and output")
+        for dotted, value in (overrides or {}).items():
+            if value is not None:
+                _set(raw, dotted.split("."), value)
+        return cls.parse(raw)
+
+    def stored(self) -> dict[str, Any]:
+        """The spec as JSON, without what a URL may hold of secrets: user, password and query."""
+        raw = self.model_dump(mode="json")
+        for part, key in (("source", "uri"), ("output", "uri"), ("model", "id")):
+            raw[part][key] = redact(raw[part][key])
+        return raw
+
+    @classmethod
+    def parse(cls, raw: dict[str, Any]) -> RunSpec:
+        """Validate a plain mapping; the first wrong field becomes a one-line SpecError."""
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as e:
+            raise SpecError(_one_line(e)) from None
+
+
+def _set(raw: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        nested = raw.setdefault(key, {})
+        if not isinstance(nested, dict):
+            raise SpecError(f"{key}: takes a mapping of fields, not {nested!r}")
+        raw = nested
+    raw[keys[-1]] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    # Union branches ("int", "tuple[int,int]", ...) are pydantic's names, not the user's fields.
+    names: list[str] = []
+    fields = _field_names(RunSpec, names)
+    for key in first["loc"]:
+        if isinstance(key, int) or key in fields or first["type"] == "extra_forbidden":
+            names.append(str(key))
+            fields = _field_names(RunSpec, names)
+    field = ".".join(names) or "config"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = sorted(_field_names(RunSpec, names[:-1]))
+        close = difflib.get_close_matches(names[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(known)}"
+        return f"{field}: unknown key; {hint}{more}"
+    if first["type"] == "missing":
+        return f"{field}: missing; every config names source.uri, model.id and output.uri{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{field}: {message}, got {first['input']!r}{more}"
+
+
+def _field_names(model: type[BaseModel], path: list[str]) -> set[str]:
+    for key in path:
+        field = model.model_fields.get(key)
+        if field is None or not isinstance(field.annotation, type):
+            return set()
+        if not issubclass(field.annotation, BaseModel):
+            return set()
+        model = field.annotation
+    return set(model.model_fields)
+
+
+def redact(uri: str) -> str:
+    """A URL without user, password, query and fragment; anything else as it is."""
+    if "://" not in uri:
+        return uri
+    url = urlsplit(uri)
+    return urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))
+
+
+def resolve_package(uri: str, field: str, error: type[UserError]) -> str:
+    """Resolve `package:<python package>[/folder]` to a path, without importing the package.
+
+    Raises:
+        error: No such package is installed; the message begins with `field`.
+    """
+    package, _, folder = uri.removeprefix("package:").partition("/")
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise error(f"{field}: no Python package {package!r} is installed; pip install it first")
+    return str(Path(found.submodule_search_locations[0]) / folder)
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """Hash what decides a vector: blake2b-128 over the identity's canonical JSON, as hex.
+
+    The identity is the *resolved* model and preprocessing (weights digest, pooling, truncation,
+    dtype, ...), not the config's text: the same weights under another path are the same model,
+    and a default written out is still the default.
+    """
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
