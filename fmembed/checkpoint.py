@@ -214,7 +214,8 @@ def _read_modules(folder: Path) -> _Modules:
         if kind == "Transformer":
             transformer = path
             settings = _read_json(folder / path / "sentence_bert_config.json") or {}
-            max_tokens, lower_case = settings.get("max_seq_length"), settings.get("do_lower_case")
+            max_tokens = settings.get("max_seq_length")
+            lower_case = bool(settings.get("do_lower_case"))
         elif kind == "Pooling":
             pooling = _read_pooling(config)
         elif kind == "Normalize":
@@ -226,7 +227,7 @@ def _read_modules(folder: Path) -> _Modules:
                 f"model.id: the sentence-transformers module {kind} is not supported "
                 "at this place; Transformer, Pooling, Dense, Normalize are, in this order"
             )
-    return _Modules(transformer, pooling, normalize, max_tokens, bool(lower_case), tuple(dense))
+    return _Modules(transformer, pooling, normalize, max_tokens, lower_case, tuple(dense))
 
 
 def _read_pooling(config: dict[str, Any]) -> str:

@@ -108,7 +108,9 @@ class Encoder:
     def dim(self) -> int:
         """Length of a vector."""
         if self._dense:
-            return int(self._dense[-1][0].out_features)
+            linear = self._dense[-1][0]
+            assert isinstance(linear, nn.Linear)
+            return linear.out_features
         return int(self._model.config.hidden_size)
 
     def _forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
@@ -162,7 +164,7 @@ def _load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, int]
     from transformers import AutoModel
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     folder = checkpoint.folder() / checkpoint.weights
     try:
         model, loading = AutoModel.from_pretrained(

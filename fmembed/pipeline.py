@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -21,13 +22,14 @@ import pyarrow as pa
 import ray
 import ray.data
 import ray.exceptions
+import ray.util.annotations
 from ray.data import ActorPoolStrategy
 
 from fmembed import encoder, probes, progress, report
 from fmembed import source as source_module
 from fmembed.checkpoint import Checkpoint, cpu_has_bfloat16, open_checkpoint
 from fmembed.preprocess import Tokenize
-from fmembed.rows import RowIds, keys_of
+from fmembed.rows import REJECTED_SCHEMA, RowIds, keys_of
 from fmembed.source import Source, open_source, skip_committed
 from fmembed.spec import (
     ComputeSpec,
@@ -259,19 +261,20 @@ def _line(source: Source, committed: RowIds, checkpoint: Checkpoint, plan: Plan)
         num_cpus=plan.cpus_per_task,
     )
     windows = tokens.repartition(target_num_rows_per_block=plan.window_rows)
-    vectors = windows.map_batches(
-        encoder.Encoder,
-        fn_constructor_args=(checkpoint, plan.device, plan.num_threads, plan.batch_tokens),
-        batch_format="pyarrow",
-        batch_size=plan.window_rows,
-        compute=ActorPoolStrategy(min_size=plan.min_actors, max_size=plan.max_actors),
-        num_cpus=plan.cpus_per_actor,
-        num_gpus=plan.gpus_per_actor or None,
-        ray_remote_args_fn=lambda: {
-            "max_restarts": _MAX_ACTOR_RESTARTS,
-            "max_task_retries": _MAX_ACTOR_RESTARTS,
-        },
-    )
+    with warnings.catch_warnings():
+        # Ray 2.60 deprecates ray_remote_args and offers no other way to bound restarts.
+        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+        vectors = windows.map_batches(
+            encoder.Encoder,
+            fn_constructor_args=(checkpoint, plan.device, plan.num_threads, plan.batch_tokens),
+            batch_format="pyarrow",
+            batch_size=plan.window_rows,
+            compute=ActorPoolStrategy(min_size=plan.min_actors, max_size=plan.max_actors),
+            num_cpus=plan.cpus_per_actor,
+            num_gpus=plan.gpus_per_actor or None,
+            max_restarts=_MAX_ACTOR_RESTARTS,
+            max_task_retries=_MAX_ACTOR_RESTARTS,
+        )
     return iter(vectors.iter_internal_ref_bundles())
 
 
@@ -342,8 +345,6 @@ class _Commits:
     def _commit_log(
         self, rejected: list[Part], parts: list[Part], any_: Written, transaction: tuple[str, int]
     ) -> None:
-        from fmembed.rows import REJECTED_SCHEMA
-
         if rejected:
             self._table.rejected.commit(rejected, REJECTED_SCHEMA, self._configuration, transaction)
         if parts:
@@ -415,7 +416,8 @@ def plan_compute(spec: ComputeSpec) -> Plan:
     Raises:
         SpecError: More GPUs are asked for than there are.
     """
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
+    alive: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = [n["Resources"] for n in alive if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
     num_nodes = max(len(nodes), 1)
     cpus = min((int(n["CPU"]) for n in nodes), default=1)
     num_gpus = sum(n.get("GPU", 0) for n in nodes)
@@ -461,7 +463,8 @@ def _native_bfloat16(spec: RunSpec) -> bool:
         return False
     on_cpu = spec.compute.gpus_per_actor == 0
     if ray.is_initialized():
-        if not on_cpu and ray.cluster_resources().get("GPU", 0):
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        if not on_cpu and resources.get("GPU", 0):
             return True
         return bool(ray.get(ray.remote(num_cpus=0)(cpu_has_bfloat16).remote()))
     return (not on_cpu and encoder.has_cuda()) or cpu_has_bfloat16()
@@ -477,9 +480,7 @@ def _probe(table: Table, spec: RunSpec, result: RunResult) -> RunResult:
     if spec.source.input in spec.source.columns:
         columns.append(spec.source.input)
     task = ray.remote(num_cpus=1)
-    rows: pa.Table = ray.get(
-        task(sample).remote(table.uri, columns, probes.MAX_ROWS, not_null=label)
-    )
+    rows: pa.Table = ray.get(task(sample).remote(table.uri, columns, probes.MAX_ROWS, label))
     texts = (
         rows[spec.source.input].to_pylist()
         if spec.source.input in columns
@@ -565,11 +566,11 @@ def _probe_path(version: int | None, name: str) -> str:
 
 
 def _probes_missing(spec: RunSpec, table: Table) -> bool:
-    have = set(table.rows.list("_probes/"))
+    have = set(table.rows.paths("_probes/"))
     version = table.version()
     named = spec.probes if spec.source.label is not None else ()
     return any(_probe_path(version, name) not in have for name in named) or (
-        "_report.html" not in table.rows.list()
+        "_report.html" not in table.rows.paths()
     )
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 import ray.data
@@ -70,18 +70,11 @@ class Stages:
 
     def watch(self, context: ray.data.DataContext) -> None:
         """Follow the datasets that run under this context."""
-        stages = self
+        _Counter.stages = self
+        context.custom_execution_callback_classes = [_Counter]
 
-        class Counter(ExecutionCallback):  # type: ignore[misc]
-            def on_execution_step(self, executor: Any) -> None:
-                stages._read(executor)
-
-            def after_execution_succeeds(self, executor: Any) -> None:
-                stages._read(executor)
-
-        context.custom_execution_callback_classes = [Counter]
-
-    def _read(self, executor: Any) -> None:
+    def read(self, executor: Any) -> None:
+        """Take the row counts of a running executor's operators."""
         for operator in executor._topology or ():
             if "Encoder" in operator.name:
                 name = EMBED
@@ -91,6 +84,18 @@ class Stages:
                 continue
             metrics = operator.metrics
             self.set(name, metrics.row_outputs_taken or 0, metrics.block_generation_time or 0.0)
+
+
+class _Counter(ExecutionCallback):
+    # On the class, because Ray makes the instance itself and pickles the class with its context.
+    stages: ClassVar[Stages | None] = None
+
+    def on_execution_step(self, executor: Any) -> None:
+        if self.stages is not None:
+            self.stages.read(executor)
+
+    def after_execution_succeeds(self, executor: Any) -> None:
+        self.on_execution_step(executor)
 
 
 class _Rate(ProgressColumn):
@@ -122,5 +127,7 @@ def connect(verbose: bool) -> bool:
         # Named, because without an address ray.init joins any cluster it finds on the machine.
         options = {"address": "local", "include_dashboard": False}
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(logging_level="INFO" if verbose else "ERROR", log_to_driver=verbose, **options)
+    ray.init(
+        logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose, **options
+    )
     return True

@@ -168,20 +168,22 @@ def read(
 
         return read_blocks
 
-    class Shards(Datasource):  # type: ignore[misc]
+    class Shards(Datasource):
         def estimate_inmemory_data_size(self) -> int:
             return sum(f.size for shard in source.shards for f in shard.files)
 
-        def get_read_tasks(self, parallelism: int, **_: Any) -> list[ReadTask]:
+        def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
             unknown = BlockMetadata(
                 num_rows=None, size_bytes=None, exec_stats=None, input_files=None
             )
             return [ReadTask(read_fn(shard), unknown) for shard in source.shards]
 
     # With more blocks than read tasks Ray splits every block anew (67 pieces in a trial).
-    return ray.data.read_datasource(
-        Shards(), override_num_blocks=len(source.shards), num_cpus=num_cpus
+    shards = Shards()  # type: ignore[no-untyped-call]
+    dataset: ray.data.Dataset = ray.data.read_datasource(
+        shards, override_num_blocks=len(source.shards), num_cpus=num_cpus
     )
+    return dataset
 
 
 def read_shard(source: Source, shard: Shard, committed: RowIds | None = None) -> Iterator[pa.Table]:
@@ -352,9 +354,9 @@ def _read_csv(source: Source, shard: Shard) -> Iterator[RawRow]:
 def _open_csv(source: Source, file: File) -> Any:
     # The module's default limit of 131,072 characters a field is below a long article.
     csv.field_size_limit(2**31 - 1)
-    errors = source.spec.encoding_errors
     # Undecodable bytes become lone surrogates, which only their own row fails on later.
-    errors = "surrogateescape" if errors == "strict" else errors
+    chosen = source.spec.encoding_errors
+    errors = "surrogateescape" if chosen == "strict" else chosen
     return source.fs.open(
         file.path, "rt", compression="infer", encoding="utf-8-sig", errors=errors, newline=""
     )

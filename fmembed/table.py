@@ -31,14 +31,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable, Schema
 from deltalake.exceptions import TableNotFoundError
-from deltalake.transaction import AddAction, CommitProperties, Transaction
+from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from fmembed.rows import (
+    REJECTED_SCHEMA,
     ROW_ID,
     SKIPPED,
     STAGE,
-    REJECTED_SCHEMA,
     Keys,
     RowIds,
     accepted,
@@ -126,7 +126,7 @@ class Log:
         """
         return bytes(obstore.get(self._store, path).bytes())
 
-    def list(self, prefix: str = "") -> list[str]:
+    def paths(self, prefix: str = "") -> list[str]:
         """Paths under a prefix, relative to this log, sorted."""
         if self._local and not self._local.is_dir():
             return []
@@ -139,7 +139,8 @@ class Log:
 
     def read_columns(self, path: str, columns: list[str] | None) -> pa.Table:
         """Read columns of one part, fetching no others."""
-        fs = obstore.fsspec.FsspecStore(self.uri.split("://")[0] if "://" in self.uri else "file")
+        protocol: Any = "file" if self._local else self.uri.split("://")[0]
+        fs = obstore.fsspec.FsspecStore(protocol)
         with fs.open(f"{self.uri}/{path}") as handle:
             return pq.ParquetFile(handle).read(columns=columns)
 
@@ -198,11 +199,11 @@ class Log:
         have = [f.name for f in delta.schema().fields]
         if have != schema.names:
             raise TableError(
-                f"source.carry: the table at {self.uri} has the columns {', '.join(have)}, this run "
-                f"has {', '.join(schema.names)}; name the same columns or another output.uri"
+                f"source.carry: the table at {self.uri} has the columns {', '.join(have)}, this "
+                f"run has {', '.join(schema.names)}; name the same columns or another output.uri"
             )
         now_ms = int(time.time() * 1000)
-        actions = [
+        actions: list[AddAction | RemoveAction] = [
             AddAction(
                 p.path, p.size_bytes, {}, now_ms, True, json.dumps({"numRecords": p.num_rows})
             )
@@ -275,7 +276,7 @@ class Table:
         table = cls(uri)
         try:
             if not table.configuration():
-                foreign = [p for p in table.rows.list() if not p.startswith(("_", "part-"))]
+                foreign = [p for p in table.rows.paths() if not p.startswith(("_", "part-"))]
                 if foreign or table.rows.delta() is not None:
                     raise TableError(
                         f"output.uri: {uri} is not empty and no fmembed table; give another folder"
@@ -349,7 +350,7 @@ class Table:
 
     def last_run(self) -> Any:
         """The record of the last run that finished, None where there is none."""
-        runs = self.rows.list("_runs/")
+        runs = self.rows.paths("_runs/")
         return self.get_json(runs[-1]) if runs else None
 
 
@@ -455,7 +456,9 @@ def read(
 
         return ray.data.read_parquet([f"{table.uri}/{p}" for p in paths], columns=columns)
     if not paths:
-        empty = pa.schema(table.rows.delta().schema().to_arrow()).empty_table()
+        delta = table.rows.delta()
+        assert delta is not None
+        empty = pa.schema(delta.schema().to_arrow()).empty_table()
         return empty.select(columns) if columns is not None else empty
     return pa.concat_tables([table.rows.read_columns(p, columns) for p in paths])
 
@@ -537,7 +540,7 @@ def verify(uri: str) -> VerifyResult:
     )
     for log, prefix in ((table.rows, ""), (table.rejected, "_rejected/")):
         known = {part.path for part in log.parts()}
-        strays = [p for p in log.list() if p.startswith("part-") and p not in known]
+        strays = [p for p in log.paths() if p.startswith("part-") and p not in known]
         problems += [f"{prefix}{p}: a stray part that no commit names" for p in strays]
     _verify_counts(table.last_run(), len(all_keys), num_rejected, problems)
     return VerifyResult(
@@ -589,7 +592,8 @@ def _verify_counts(run: Any, rows: int, rejected: int, problems: list[str]) -> N
     counted = run["rows_embedded"] + run["rows_rejected"] + run["rows_skipped"]
     if run["rows_read"] != counted:
         problems.append(
-            f"the last run read {run['rows_read']} rows, but embedded, rejected and skipped {counted}"
+            f"the last run read {run['rows_read']} rows, "
+            f"but embedded, rejected and skipped {counted}"
         )
     for what, have in (("table_rows", rows), ("table_rejected", rejected)):
         if run[what] != have:

@@ -80,4 +80,5 @@ def knn_predict(
 
 def _normalized(vectors: Floats) -> Floats:
     vectors = vectors.astype(np.float32)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    norms: Floats = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return np.asarray(vectors / norms)
