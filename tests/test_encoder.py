@@ -1,0 +1,108 @@
+"""Exactness: the same vectors as the reference library, whatever the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from conftest import SENTENCES
+
+from fmembed.checkpoint import Checkpoint, open_checkpoint
+from fmembed.encoder import Encoder, pool
+from fmembed.preprocess import Tokenize
+from fmembed.rows import row_schema
+from fmembed.spec import ModelSpec
+
+
+def embed(checkpoint: Checkpoint, texts: list[str], batch_tokens: int = 4096) -> Any:
+    rows = [{"row_id": str(i), "content_hash": "0", "_input": t} for i, t in enumerate(texts)]
+    table = pa.Table.from_pylist(rows, schema=row_schema(pa.schema([])))
+    out = Encoder(checkpoint, batch_tokens=batch_tokens)(Tokenize(checkpoint)(table))
+    return np.stack(out["embedding"].to_pylist())
+
+
+def cosine(a: Any, b: Any) -> Any:
+    return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+
+
+def test_sentence_transformers_checkpoint(minilm: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    checkpoint = open_checkpoint(ModelSpec(id=str(minilm)), native_bfloat16=False)
+    assert (checkpoint.pooling, checkpoint.normalize, checkpoint.max_tokens) == ("mean", True, 256)
+    reference = SentenceTransformer(str(minilm), device="cpu").encode(SENTENCES)
+    for batch_tokens in (64, 512, 16_384):
+        vectors = embed(checkpoint, SENTENCES, batch_tokens)
+        assert cosine(vectors, reference).min() > 0.99999
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def row_by_row(folder: Path, texts: list[str], max_tokens: int) -> list[Any]:
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        return [
+            model(
+                **tokenizer(
+                    t, truncation=True, max_length=max_tokens, return_tensors="pt",
+                    return_token_type_ids=False,
+                )
+            ).last_hidden_state[0]
+            for t in texts
+        ]  # fmt: skip
+
+
+def test_plain_encoder_defaults_to_mean(tiny_bert: Path) -> None:
+    checkpoint = open_checkpoint(ModelSpec(id=str(tiny_bert)), native_bfloat16=False)
+    assert (checkpoint.pooling, checkpoint.normalize, checkpoint.max_tokens) == ("mean", False, 64)
+    reference = np.stack([h.mean(0).numpy() for h in row_by_row(tiny_bert, SENTENCES, 64)])
+    assert cosine(embed(checkpoint, SENTENCES), reference).min() > 0.99999
+
+
+def test_decoder_defaults_to_last_token(tiny_llama: Path) -> None:
+    checkpoint = open_checkpoint(ModelSpec(id=str(tiny_llama)), native_bfloat16=False)
+    assert checkpoint.pooling == "last"
+    reference = np.stack([h[-1].numpy() for h in row_by_row(tiny_llama, SENTENCES, 128)])
+    assert cosine(embed(checkpoint, SENTENCES), reference).min() > 0.99999
+
+
+def test_pooling_ignores_padding() -> None:
+    hidden = torch.randn(2, 5, 3)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    for pooling, expected in (
+        ("cls", hidden[1, 0]),
+        ("mean", hidden[1, :2].mean(0)),
+        ("last", hidden[1, 1]),
+        ("max", hidden[1, :2].amax(0)),
+    ):
+        torch.testing.assert_close(pool(hidden, mask, pooling)[1], expected)
+
+
+def test_not_finite_is_rejected(tiny_bert: Path) -> None:
+    checkpoint = open_checkpoint(ModelSpec(id=str(tiny_bert)), native_bfloat16=False)
+    encoder = Encoder(checkpoint)
+    word = 7592
+    with torch.no_grad():
+        encoder._model.embeddings.word_embeddings.weight[word] = torch.nan
+    rows = [{"row_id": i, "content_hash": "0", "_input": t} for i, t in (("a", "hello"), ("b", "x"))]
+    table = pa.Table.from_pylist(rows, schema=row_schema(pa.schema([])))
+    out = encoder(Tokenize(checkpoint)(table)).to_pylist()
+    assert out[0]["_error"] == "not finite"
+    assert out[0]["embedding"] is None
+    assert out[1]["_error"] is None
+    assert np.isfinite(out[1]["embedding"]).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_bfloat16_on_a_gpu(minilm: Path) -> None:
+    float32 = open_checkpoint(ModelSpec(id=str(minilm), dtype="float32"), native_bfloat16=False)
+    bfloat16 = open_checkpoint(ModelSpec(id=str(minilm)), native_bfloat16=True)
+    assert bfloat16.dtype == "bfloat16"
+    assert cosine(embed(bfloat16, SENTENCES), embed(float32, SENTENCES)).min() > 0.999

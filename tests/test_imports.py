@@ -1,0 +1,65 @@
+"""The import rule of the design, read from the source text."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+# What each module may import of the project. Lines of the design: jobs, cli -> pipeline -> stages.
+ALLOWED = {
+    "spec": set(),
+    "rows": set(),
+    "checkpoint": {"spec"},
+    "source": {"rows", "spec"},
+    "preprocess": {"checkpoint", "rows"},
+    "batching": set(),
+    "encoder": {"batching", "checkpoint", "rows", "spec"},
+    "table": {"rows", "spec"},
+    "report": set(),
+    "progress": set(),
+    "pipeline": {
+        "checkpoint", "encoder", "preprocess", "probes", "progress", "report", "rows", "source",
+        "spec", "table",
+    },
+    "cli": {"pipeline", "spec", "table"},
+}  # fmt: skip
+HEAVY = {
+    "ray": {"source", "pipeline", "table", "cli", "progress"},
+    "torch": {"encoder", "batching"},
+    "sklearn": {"probes"},
+}
+MODULES = sorted((ROOT / "fmembed").rglob("*.py"))
+
+
+def imports(path: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", [str(m.relative_to(ROOT)) for m in MODULES])
+def test_imports_go_one_way(path: str) -> None:
+    name = path.split("/")[1].removesuffix(".py")
+    found = imports(path)
+    for package, where in HEAVY.items():
+        if any(i == package or i.startswith(package + ".") for i in found):
+            assert name in where, f"{path} imports {package}"
+    inner = {i.split(".")[1] for i in found if i.startswith("fmembed.")} - {"__version__"}
+    if name == "probes":
+        assert inner <= {"probes"}
+    elif name != "__init__":
+        assert inner <= ALLOWED[name], f"{path} imports {inner - ALLOWED[name]}"
+
+
+def test_jobs_have_no_logic_of_their_own() -> None:
+    jobs = sorted((ROOT / "jobs").glob("*.py"))
+    assert jobs
+    for job in jobs:
+        assert len(job.read_text(encoding="utf-8").splitlines()) < 60
+        assert {i for i in imports(str(job)) if i.startswith("fmembed")} == {"fmembed.cli.main"}

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from fmembed.rows import RowIds, keys_of
+
+
+def test_row_ids_answer_as_a_set_does() -> None:
+    ids, reference = RowIds(), set()
+    for start in range(0, 3000, 7):
+        names = [f"row-{i}" for i in range(start, start + 5)]
+        new = [n for n in names if n not in reference]
+        ids.add(keys_of(new))
+        reference |= set(new)
+    asked = [f"row-{i}" for i in range(4000)]
+    assert ids.contains(keys_of(asked)).tolist() == [n in reference for n in asked]
+    assert len(ids) == len(reference)
+
+
+def test_empty() -> None:
+    assert RowIds().contains(keys_of(["a"])).tolist() == [False]

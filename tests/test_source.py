@@ -1,0 +1,153 @@
+"""Every format gives the same rows; every bad input is a rejected row among good ones."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import write_jsonl
+
+from fmembed.rows import RowIds, keys_of
+from fmembed.source import open_source, read_shard, skip_committed
+from fmembed.spec import HubDataset, SourceError, SourceSpec
+
+ROWS = [{"text": f"text {i}, with a comma", "topic": "ab"[i % 2], "n": i} for i in range(20)]
+
+
+def rows_of(spec: SourceSpec, committed: RowIds | None = None) -> list[dict[str, Any]]:
+    source = open_source(spec)
+    tables = [t for shard in source.shards for t in read_shard(source, shard, committed)]
+    return pa.concat_tables(tables).to_pylist() if tables else []
+
+
+def parquet(folder: Path) -> str:
+    pq.write_table(pa.Table.from_pylist(ROWS), folder / "a.parquet", row_group_size=7)
+    return str(folder / "a.parquet")
+
+
+def jsonl(folder: Path) -> str:
+    return str(write_jsonl(folder / "a.jsonl", ROWS))
+
+
+def jsonl_gz(folder: Path) -> str:
+    plain = write_jsonl(folder / "x", ROWS).read_bytes()
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(plain))
+    return str(folder / "*.gz")
+
+
+def csv(folder: Path) -> str:
+    lines = [f'"{r["text"]}",{r["topic"]},{r["n"]}' for r in ROWS]
+    (folder / "a.csv").write_text("\n".join(["text,topic,n", *lines]), encoding="utf-8")
+    return f"file://{folder}/a.csv"
+
+
+def hf(folder: Path) -> str:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(folder / "saved")
+    return str(folder / "saved")
+
+
+@pytest.mark.parametrize("make", [parquet, jsonl, jsonl_gz, csv, hf])
+def test_formats_agree(make: Callable[[Path], str], tmp_path: Path) -> None:
+    rows = rows_of(SourceSpec(uri=make(tmp_path), label="topic", carry=("n",)))
+    assert [r["_input"] for r in rows] == [r["text"] for r in ROWS]
+    assert [r["topic"] for r in rows] == [r["topic"] for r in ROWS]
+    assert [int(r["n"]) for r in rows] == [r["n"] for r in ROWS]
+    assert len({r["row_id"] for r in rows}) == 20
+    assert rows[3]["row_id"].endswith("#3")
+    assert len(rows[0]["content_hash"]) == 32
+
+
+def test_hf_by_name_streaming_and_not(tmp_path: Path) -> None:
+    folder = tmp_path / "named"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(ROWS), folder / "train.parquet")
+    for streaming in (False, True):
+        hub = HubDataset(split="train", streaming=streaming)
+        rows = rows_of(SourceSpec(uri=str(folder), format="hf", label="topic", hf=hub))
+        assert [r["_input"] for r in rows] == [r["text"] for r in ROWS]
+
+
+def test_text_folder_label_is_the_folder(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "1.txt").write_text(f"about {label}", encoding="utf-8")
+    (tmp_path / ".hidden.txt").write_text("no")
+    spec = SourceSpec(uri=str(tmp_path), label="topic")
+    rows = rows_of(spec)
+    assert [(r["row_id"], r["topic"], r["_input"]) for r in rows] == [
+        ("a/1.txt", "a", "about a"),
+        ("b/1.txt", "b", "about b"),
+    ]
+    left, num_skipped = skip_committed(open_source(spec), RowIds(keys_of(["a/1.txt"])))
+    assert num_skipped == 1
+    assert [f.name for shard in left.shards for f in shard.files] == ["b/1.txt"]
+
+
+def test_bad_lines_are_rejected_and_nothing_around_them_is_lost(tmp_path: Path) -> None:
+    lines = [
+        b'{"text": "good 0"}',
+        b'{"text": ',
+        b'{"text": null}',
+        b'{"text": 5}',
+        b'{"text": "   "}',
+        b'{"text": "caf\xe9"}',
+        b"[1]",
+        b'{"other": "x"}',
+        b'{"text": "\\ud800"}',
+        b'{"text": "good 9"}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    rows = rows_of(SourceSpec(uri=str(tmp_path / "a.jsonl")))
+    assert [r["_error"] for r in rows] == [
+        None, "bad JSON", "null input", "wrong type", "empty input", "not UTF-8", "bad JSON",
+        "null input", "not UTF-8", None,
+    ]  # fmt: skip
+    assert all(r["_message"] for r in rows[1:9])
+    assert [r["row_id"] for r in rows] == [f"a.jsonl#{i}" for i in range(10)]
+
+
+def test_bad_csv_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'id,text\n1,one\n2,two,three\n,four\n5,caf\xe9\n6,"six\nx"\n')
+    rows = rows_of(SourceSpec(uri=str(tmp_path / "a.csv"), id="id"))
+    assert [r["_error"] for r in rows] == [None, "bad CSV", "null id", "not UTF-8", None]
+    assert [r["row_id"] for r in rows][0] == "1"
+
+
+def test_unreadable_parquet_among_good_ones(tmp_path: Path) -> None:
+    parquet(tmp_path)
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 this is none PAR1")
+    rows = rows_of(SourceSpec(uri=str(tmp_path)))
+    assert sum(r["_error"] is None for r in rows) == 20
+    assert [(r["row_id"], r["_error"]) for r in rows if r["_error"]] == [
+        ("b.parquet", "unreadable file")
+    ]
+
+
+def test_committed_rows_are_skipped_and_counted(tmp_path: Path) -> None:
+    spec = SourceSpec(uri=parquet(tmp_path))
+    done = RowIds(keys_of(f"a.parquet#{i}" for i in range(15)))
+    rows = rows_of(spec, done)
+    assert [r["row_id"] for r in rows if r["row_id"]] == [f"a.parquet#{i}" for i in range(15, 20)]
+    assert sum(r["_skipped"] or 0 for r in rows) == 15
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"uri": "nowhere.jsonl"}, "source.uri: no such file"),
+        ({"input": "body"}, "source.input: no column 'body'"),
+        ({"label": "topik"}, "source.label: no column 'topik'"),
+        ({"carry": ("embedding",)}, "source.carry: 'embedding'"),
+        ({"uri": "package:no_such_package"}, "source.uri: no Python package"),
+    ],
+)
+def test_wrong_sources(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=message.replace("'", ".")):
+        open_source(SourceSpec(**{"uri": parquet(tmp_path), **change}))
