@@ -1,0 +1,141 @@
+"""The whole line on local Ray, with a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import SENTENCES, run_cli, write_jsonl
+
+import fmembed
+from fmembed import RejectedError, RunSpec
+
+WORDS = ["river", "market", "engine", "garden"]
+ROWS = [
+    {
+        "text": f"{WORDS[i % 4]} {SENTENCES[i % 6]} number {i}",
+        "topic": WORDS[i % 4],
+        "key": f"k{i}",
+    }
+    for i in range(240)
+]
+
+
+def spec(tmp_path: Path, model: Path, **parts: Any) -> RunSpec:
+    source = tmp_path / "in.jsonl"
+    if not source.exists():
+        write_jsonl(source, ROWS)
+    raw: dict[str, Any] = {
+        "source": {"uri": str(source), "id": "key", "label": "topic"},
+        "model": {"id": str(model), "dtype": "float32"},
+        "output": {"uri": str(tmp_path / "out")},
+        "probes": ["knn"],
+    }
+    for name, part in parts.items():
+        raw[name] = {**raw[name], **part} if isinstance(raw.get(name), dict) else part
+    return RunSpec.parse(raw)
+
+
+def vectors(uri: str) -> Any:
+    rows = fmembed.read(uri).sort_by("row_id")
+    return np.stack(rows["embedding"].to_pylist())
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_end_to_end_and_again(tmp_path: Path, tiny_bert: Path) -> None:
+    first = fmembed.embed(spec(tmp_path, tiny_bert))
+    assert (first.rows_read, first.rows_embedded, first.rows_rejected) == (240, 240, 0)
+    assert first.probes["knn"]["value"] >= 0
+    # The table carries no text: the competitor's texts were read from the source again.
+    assert "TF-IDF + logistic regression" in first.probes["knn"]["baselines"]
+    assert fmembed.verify(first.table).problems == []
+    rows = fmembed.read(first.table)
+    assert rows.schema.names == [
+        "row_id", "content_hash", "embedding", "num_units", "truncated", "topic",
+    ]  # fmt: skip
+    assert rows.schema.field("embedding").type.equals(pa.list_(pa.float32(), 32))
+    assert sorted(rows["row_id"].to_pylist()) == sorted(r["key"] for r in ROWS)
+    html = (Path(first.table) / "_report.html").read_text(encoding="utf-8")
+    assert html.count("<circle") == 240
+    assert fmembed.read(first.table, engine="ray").count() == 240
+
+    before = {p: p.stat().st_mtime_ns for p in Path(first.table).rglob("*")}
+    second = fmembed.embed(spec(tmp_path, tiny_bert))
+    assert (second.rows_read, second.rows_embedded, second.rows_skipped) == (240, 0, 240)
+    assert second.probes == first.probes
+    assert {p: p.stat().st_mtime_ns for p in Path(first.table).rglob("*")} == before
+
+    write_jsonl(tmp_path / "in.jsonl", [*ROWS, {"text": "new", "topic": "river", "key": "new"}])
+    third = fmembed.embed(spec(tmp_path, tiny_bert))
+    assert (third.rows_embedded, third.rows_skipped) == (1, 240)
+    assert fmembed.verify(first.table).problems == []
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_vectors_do_not_depend_on_actors_or_batches(tmp_path: Path, tiny_bert: Path) -> None:
+    reference = None
+    for i, compute in enumerate(
+        [
+            {"actors": 1, "batch_tokens": 512},
+            {"actors": 2, "batch_tokens": 16_384},
+            {"actors": [1, 2], "batch_tokens": 512, "window_rows": 50},
+        ]
+    ):
+        output = {"uri": str(tmp_path / f"out{i}")}
+        fmembed.embed(spec(tmp_path, tiny_bert, compute=compute, output=output, probes=[]))
+        found = vectors(output["uri"])
+        reference = found if reference is None else reference
+        norms = np.linalg.norm(found, axis=1) * np.linalg.norm(reference, axis=1)
+        assert ((found * reference).sum(1) / norms).min() > 0.99999
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_bad_and_duplicate_rows_are_rejected(tmp_path: Path, tiny_bert: Path) -> None:
+    # Duplicates in two files are written by two tasks, so the driver has to find them.
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [*ROWS[:100], {"text": "", "topic": "river", "key": "empty"}])
+    write_jsonl(folder / "b.jsonl", [*ROWS[90:200], ROWS[150]])
+    out = {"uri": str(tmp_path / "out"), "max_rejected_fraction": 0.2, "part_bytes": 1}
+    result = fmembed.embed(
+        spec(tmp_path, tiny_bert, source={"uri": str(folder)}, output=out,
+             compute={"window_rows": 20})
+    )  # fmt: skip
+    assert (result.rows_read, result.rows_embedded, result.rows_rejected) == (212, 200, 12)
+    assert result.causes == {"duplicate id": 11, "empty input": 1}
+    assert fmembed.verify(result.table).problems == []
+    stages = pq.read_table(Path(result.table) / "_rejected", columns=["row_id", "stage"])
+    assert {"row_id": "empty", "stage": "read"} in stages.to_pylist()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_too_many_rejections_stop_the_run_and_keep_the_rest(
+    tmp_path: Path, tiny_bert: Path
+) -> None:
+    write_jsonl(tmp_path / "in.jsonl", [*ROWS[:20], *({"key": f"x{i}"} for i in range(5))])
+    with pytest.raises(RejectedError, match="5 of 25 rows.*5 null input"):
+        fmembed.embed(spec(tmp_path, tiny_bert))
+    assert fmembed.read(str(tmp_path / "out")).num_rows == 20
+
+
+def test_flags_do_what_the_config_does(tmp_path: Path, tiny_bert: Path) -> None:
+    write_jsonl(tmp_path / "in.jsonl", ROWS[:40])
+    done = run_cli(
+        "embed", "--source", str(tmp_path / "in.jsonl"), "--id", "key", "--model", str(tiny_bert),
+        "--dtype", "float32", "--output", "out", "--set", "compute.actors=2", "--json",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["rows_read"], result["rows_embedded"]) == (40, 40)
+    assert result["table"] == str(tmp_path / "out")
+    verified = run_cli("verify", "out", cwd=tmp_path)
+    assert (verified.returncode, verified.stdout.splitlines()[-1]) == (0, "all is well")
+    part = next((tmp_path / "out").glob("part-*.parquet"))
+    part.write_bytes(part.read_bytes() + b"x")
+    assert run_cli("verify", "out", cwd=tmp_path).returncode == 1

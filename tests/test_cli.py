@@ -1,0 +1,126 @@
+"""Wrong input: one line that names the field and the remedy, exit 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import run_cli, write_jsonl
+
+from fmembed.checkpoint import open_checkpoint
+from fmembed.spec import ModelSpec
+from fmembed.table import Table
+
+
+def good(tmp_path: Path, model: Path) -> dict[str, Any]:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "one", "topic": "a"}])
+    return {
+        "source": {"uri": str(source)},
+        "model": {"id": str(model), "dtype": "float32"},
+        "output": {"uri": str(tmp_path / "out")},
+    }
+
+
+def unknown_key(config: dict[str, Any], tmp_path: Path) -> None:
+    config["source"]["inptu"] = "text"
+
+
+def missing_file(config: dict[str, Any], tmp_path: Path) -> None:
+    config["source"]["uri"] = str(tmp_path / "nowhere.jsonl")
+
+
+def absent_column(config: dict[str, Any], tmp_path: Path) -> None:
+    config["source"]["label"] = "topik"
+
+
+def no_weights(config: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    config["model"]["id"] = str(folder)
+
+
+def pickle_weights(config: dict[str, Any], tmp_path: Path) -> None:
+    no_weights(config, tmp_path)
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"")
+
+
+def unwritable(config: dict[str, Any], tmp_path: Path) -> None:
+    # A path below a device: root may write anywhere else, and tests often run as root.
+    config["output"]["uri"] = os.devnull + "/out"
+
+
+def another_model(config: dict[str, Any], tmp_path: Path) -> None:
+    identity = open_checkpoint(ModelSpec(id=config["model"]["id"]), False).identity
+    identity["model.weights"] = "another"
+    table = Table(config["output"]["uri"])
+    import pyarrow as pa
+
+    schema = pa.schema([("row_id", pa.string())])
+    part = table.rows.write(pa.table({"row_id": ["a"]}, schema=schema))
+    configuration = {"fmembed.fingerprint": "f", "fmembed.identity": json.dumps(identity)}
+    table.rows.commit([part], schema, configuration, ("r", 0))
+
+
+def not_a_table(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.doc").write_text("mine")
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "field", "remedy"),
+    [
+        (unknown_key, "source.inptu", "did you mean input?"),
+        (missing_file, "source.uri", "no such file"),
+        (absent_column, "source.label", "it has text, topic"),
+        (no_weights, "model.id", "fetch the whole checkpoint"),
+        (pickle_weights, "model.id", "convert them"),
+        (unwritable, "output.uri", "give a folder or URL"),
+        (another_model, "output.uri", "give another output.uri"),
+        (not_a_table, "output.uri", "give another folder"),
+    ],
+)
+def test_wrong_input(
+    spoil: Callable[[dict[str, Any], Path], None],
+    field: str,
+    remedy: str,
+    tmp_path: Path,
+    tiny_bert: Path,
+) -> None:
+    config = good(tmp_path, tiny_bert)
+    spoil(config, tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    before = tree(tmp_path)
+    done = run_cli("embed", str(path))
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"fmembed: {field}: ")
+    assert remedy in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert tree(tmp_path) == before
+
+
+def test_missing_config() -> None:
+    done = run_cli("embed", "nowhere.yaml")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "nowhere.yaml" in done.stderr
+
+
+def test_verify_of_no_table(tmp_path: Path) -> None:
+    done = run_cli("verify", str(tmp_path))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert tree(tmp_path) == set()
+
+
+def test_version() -> None:
+    assert run_cli("--version").stdout.startswith("fmembed 0.")
