@@ -294,6 +294,7 @@ class _Commits:
         self._run_id = run_id
         self._configuration = configuration
         self._known = committed
+        self._num_known_before = len(committed)
         self._pending: list[Any] = []
         self._pending_bytes = 0
         self._writes: dict[Any, list[Any]] = {}
@@ -357,7 +358,7 @@ class _Commits:
             RejectedError: With the causes.
         """
         num_rejected = self.num_rejected + self._num_rejected_before
-        num_rows = self.num_embedded + self.num_rejected + len(self._known)
+        num_rows = self.num_embedded + self.num_rejected + self._num_known_before
         limit = self._output.max_rejected_fraction
         if not self.num_rejected or (num_rows < _MIN_ROWS_TO_STOP and not at_end):
             return

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -117,6 +118,7 @@ def connect(verbose: bool) -> bool:
     context.print_on_execution_start = verbose
     if not verbose:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=r"ray\.data\.")
     if ray.is_initialized():
         return False
     if not verbose:

@@ -69,9 +69,9 @@ def _save(factory: pytest.TempPathFactory, tokenizer: Path, cls: Any, config: An
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    from fmembed import progress
-
     import ray
+
+    from fmembed import progress
 
     progress.connect(verbose=False)
     yield

@@ -90,7 +90,9 @@ def test_not_finite_is_rejected(tiny_bert: Path) -> None:
     word = 7592
     with torch.no_grad():
         encoder._model.embeddings.word_embeddings.weight[word] = torch.nan
-    rows = [{"row_id": i, "content_hash": "0", "_input": t} for i, t in (("a", "hello"), ("b", "x"))]
+    rows = [
+        {"row_id": i, "content_hash": "0", "_input": t} for i, t in (("a", "hello"), ("b", "x"))
+    ]
     table = pa.Table.from_pylist(rows, schema=row_schema(pa.schema([])))
     out = encoder(Tokenize(checkpoint)(table)).to_pylist()
     assert out[0]["_error"] == "not finite"

@@ -25,7 +25,9 @@ def make(text: str) -> str:
         "rows_skipped": 0, "rows_per_s": 1.0, "rows_embedded": 2, "seconds": 2.0,
         "stages": {"embed": {"rows": 2, "busy_s": 1.0}}, "causes": {text: 1},
     }  # fmt: skip
-    map_ = make_map("PCA", np.array([[0.0, 1.0], [2.0, 3.0]]), [text, "y"], [text, None], [text, ""])
+    map_ = make_map(
+        "PCA", np.array([[0.0, 1.0], [2.0, 3.0]]), [text, "y"], [text, None], [text, ""]
+    )
     return render(text, run, [("model", text)], 3, [probe], "", map_)
 
 
@@ -44,5 +46,11 @@ def test_no_network_is_needed() -> None:
 def test_it_shows_the_parts() -> None:
     html = make("plain")
     assert html.count("<circle") == 2
-    for heading in ("Throughput by stage", "Probes", "Map", "Confusion matrix", "suspicious labels"):
+    for heading in (
+        "Throughput by stage",
+        "Probes",
+        "Map",
+        "Confusion matrix",
+        "suspicious labels",
+    ):
         assert heading in html

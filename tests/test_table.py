@@ -39,9 +39,7 @@ def block(ids: list[str], bad: tuple[str, ...] = (), seed: int = 0) -> pa.Table:
     table = table.append_column("num_units", pa.array([3] * len(ids), pa.int32()))
     table = table.append_column("truncated", pa.array([False] * len(ids)))
     flat = pa.array(vectors.reshape(-1))
-    return table.append_column(
-        "embedding", pa.FixedSizeListArray.from_arrays(flat, DIM, mask=mask)
-    )
+    return table.append_column("embedding", pa.FixedSizeListArray.from_arrays(flat, DIM, mask=mask))
 
 
 @pytest.fixture

@@ -64,11 +64,11 @@ def test_end_to_end_and_again(tmp_path: Path, tiny_bert: Path) -> None:
     assert html.count("<circle") == 240
     assert fmembed.read(first.table, engine="ray").count() == 240
 
-    before = {p: p.stat().st_mtime_ns for p in Path(first.table).rglob("*")}
+    before = {p: p.stat().st_mtime_ns for p in Path(first.table).rglob("*") if p.is_file()}
     second = fmembed.embed(spec(tmp_path, tiny_bert))
     assert (second.rows_read, second.rows_embedded, second.rows_skipped) == (240, 0, 240)
     assert second.probes == first.probes
-    assert {p: p.stat().st_mtime_ns for p in Path(first.table).rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in Path(first.table).rglob("*") if p.is_file()} == before
 
     write_jsonl(tmp_path / "in.jsonl", [*ROWS, {"text": "new", "topic": "river", "key": "new"}])
     third = fmembed.embed(spec(tmp_path, tiny_bert))
