@@ -117,7 +117,7 @@ def test_bad_csv_rows(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b'id,text\n1,one\n2,two,three\n,four\n5,caf\xe9\n6,"six\nx"\n')
     rows = rows_of(SourceSpec(uri=str(tmp_path / "a.csv"), id="id"))
     assert [r["_error"] for r in rows] == [None, "bad CSV", "null id", "not UTF-8", None]
-    assert [r["row_id"] for r in rows][0] == "1"
+    assert rows[0]["row_id"] == "1"
 
 
 def test_unreadable_parquet_among_good_ones(tmp_path: Path) -> None:

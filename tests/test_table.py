@@ -143,7 +143,7 @@ def test_verify_sees(table: Table, breaker: Any, message: str) -> None:
 
 
 def test_another_model_is_refused_with_what_differs(table: Table) -> None:
-    with pytest.raises(TableError, match="model.dtype was 'float32', is 'bfloat16'"):
+    with pytest.raises(TableError, match=r"model\.dtype was 'float32', is 'bfloat16'"):
         Table.open_output(table.uri, IDENTITY | {"model.dtype": "bfloat16"})
 
 

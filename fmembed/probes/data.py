@@ -172,7 +172,7 @@ def tfidf(data: ProbeData) -> tuple[Any, Any] | None:
 
 
 def tfidf_accuracy(data: ProbeData) -> dict[str, float] | None:
-    """The cheap competitor, TF-IDF and logistic regression on the same split; None without texts."""
+    """The cheap competitor: TF-IDF and logistic regression, same split; None without texts."""
     features = tfidf(data)
     if features is None:
         return None

@@ -118,7 +118,7 @@ def test_too_many_rejections_stop_the_run_and_keep_the_rest(
     tmp_path: Path, tiny_bert: Path
 ) -> None:
     write_jsonl(tmp_path / "in.jsonl", [*ROWS[:20], *({"key": f"x{i}"} for i in range(5))])
-    with pytest.raises(RejectedError, match="5 of 25 rows.*5 null input"):
+    with pytest.raises(RejectedError, match=r"5 of 25 rows.*5 null input"):
         fmembed.embed(spec(tmp_path, tiny_bert))
     assert fmembed.read(str(tmp_path / "out")).num_rows == 20
 

@@ -47,7 +47,7 @@ def test_demo_vectors_are_those_of_the_reference(
 
 
 def test_demo_again_changes_nothing(demo: tuple[Path, dict[str, object]]) -> None:
-    out, first = demo
+    out, _ = demo
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
     done = subprocess.run(
         ["bash", "jobs/demo.sh", "--output", str(out)],
