@@ -137,8 +137,10 @@ class ComputeSpec(_Part):
     @field_validator("actors")
     @classmethod
     def _check_actors(cls, value: Any) -> Any:
+        if value == "auto":
+            return value
         low, high = (value, value) if isinstance(value, int) else value
-        if value != "auto" and not 1 <= low <= high:
+        if not 1 <= low <= high:
             raise ValueError("takes a number of at least 1, [min, max] with min <= max, or auto")
         return value
 

@@ -41,6 +41,12 @@ def test_flags_lie_over_the_file(tmp_path: Any) -> None:
     assert (spec.output.uri, spec.source.label) == ("d", "x")
 
 
+def test_a_stored_spec_reads_back() -> None:
+    spec = RunSpec.parse({**GOOD, "compute": {"actors": [1, 4]}, "probes": ["knn"]})
+    assert RunSpec.parse(spec.stored()) == spec
+    assert RunSpec.parse(RunSpec.parse(GOOD).stored()) == RunSpec.parse(GOOD)
+
+
 def test_fingerprint_is_of_the_content_not_its_order() -> None:
     assert fingerprint({"a": 1, "b": "x"}) == fingerprint({"b": "x", "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
