@@ -504,6 +504,9 @@ def _probe(table: Table, spec: RunSpec, result: RunResult) -> RunResult:
         )
     for r in results:
         table.put_json(_probe_path(result.version, r["probe"]), r)
+    # The report shows every probe of this version, those of an earlier command as well.
+    stored = [table.get_json(_probe_path(result.version, name)) for name in probes.PROBES]
+    results = [r for r in stored if r is not None]
     method, points = ray.get(flat)
     map_ = None
     if len(points):
