@@ -2,6 +2,9 @@
 
 FmembedError            exit 1: the run failed
 ├── RejectedError       exit 1: too many rows were rejected
+├── StorageError        exit 1: storage is full, forbidden or out of reach (storage.py)
+├── LockedError         exit 1: another run is writing the table (lock.py)
+├── ConflictError       exit 1: somebody else has changed the table (table.py)
 ├── Interrupted         exit 130 or 143: stopped by a signal, resumable
 └── UserError           exit 2: the user's input; nothing was written
     ├── SpecError       a field of the config
@@ -16,6 +19,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
@@ -23,11 +27,19 @@ from urllib.parse import urlsplit, urlunsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
+
 
 class FmembedError(Exception):
-    """A run failed. The message is one line, fit to be shown to the user as it is."""
+    """A run failed. The message is one line, fit to be shown to the user as it is.
+
+    URLs in it are cut to what holds no secret: other libraries' errors quote them whole.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(scrub(message))
 
 
 class RejectedError(FmembedError):
@@ -262,8 +274,16 @@ def redact(uri: str) -> str:
     """A URL without user, password, query and fragment; anything else as it is."""
     if "://" not in uri:
         return uri
-    url = urlsplit(uri)
+    try:
+        url = urlsplit(uri)
+    except ValueError:
+        return uri.partition("://")[0] + "://..."
     return urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))
+
+
+def scrub(text: str) -> str:
+    """Text with every URL in it redacted: user, password and query may be secrets."""
+    return _URL.sub(lambda match: redact(match[0]), text)
 
 
 def resolve_package(uri: str, field: str, error: type[UserError]) -> str:

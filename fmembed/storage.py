@@ -1,0 +1,167 @@
+"""Objects by URL: a local folder, s3://, gs:// or az://, through obstore.
+
+obstore shares its URL schemes and environment variables with `deltalake`, so one set of
+credentials serves parts, log, lock, records and report. Credentials are never arguments: they come
+from the environment or from the cloud's own config files.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import fsspec.core
+import obstore
+import obstore.fsspec
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import LocalStore, ObjectStore, from_url
+
+from fmembed.spec import FmembedError
+
+_CLOUDS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
+# obstore's own 30 s would need 70 Mbit/s for a part of 256 MiB.
+_CLIENT_OPTIONS: Any = {"timeout": "600s"}
+
+
+class StorageError(FmembedError):
+    """Storage refused or failed; what was committed stays."""
+
+
+class Storage:
+    """The objects below one folder or URL. Paths are relative to it."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri if "://" in uri else str(Path(uri).expanduser().absolute())
+        self.local = None if "://" in self.uri else Path(self.uri)
+
+    @functools.cached_property
+    def _store(self) -> ObjectStore:
+        try:
+            if self.local:
+                return LocalStore(self.uri, mkdir=True)
+            return from_url(self.uri, client_options=_CLIENT_OPTIONS, **_credentials(self.uri))
+        except (BaseError, OSError, ValueError) as e:
+            raise self._error("reach", "", e) from None
+
+    def put(self, path: str, content: bytes) -> None:
+        """Write one object whole: readers see the old content or the new, never a piece.
+
+        In one request even where large: a writer that is killed leaves no unfinished upload, which
+        no listing shows and every bill does.
+
+        Raises:
+            StorageError: Full, forbidden, out of reach.
+        """
+        try:
+            obstore.put(self._store, path, content, use_multipart=False)
+        except (BaseError, OSError) as e:
+            raise self._error("write", path, e) from None
+
+    def create(self, path: str, content: bytes) -> bool:
+        """Write an object unless there is one, in one atomic step; whether it was written."""
+        try:
+            obstore.put(self._store, path, content, mode="create", use_multipart=False)
+        except AlreadyExistsError:
+            return False
+        except (BaseError, OSError) as e:
+            raise self._error("write", path, e) from None
+        return True
+
+    def get(self, path: str) -> bytes:
+        """Read one object.
+
+        Raises:
+            FileNotFoundError: There is none.
+            StorageError: Forbidden or out of reach.
+        """
+        try:
+            return bytes(obstore.get(self._store, path).bytes())
+        except FileNotFoundError:
+            raise
+        except (BaseError, OSError) as e:
+            raise self._error("read", path, e) from None
+
+    def size_bytes(self, path: str) -> int | None:
+        """An object's size, None where there is none."""
+        try:
+            return int(obstore.head(self._store, path)["size"])
+        except FileNotFoundError:
+            return None
+        except (BaseError, OSError) as e:
+            raise self._error("read", path, e) from None
+
+    def paths(self, prefix: str = "") -> list[str]:
+        """What lies directly under a prefix that ends at a slash, sorted; folders end at one."""
+        if self.local and not self.local.is_dir():
+            return []
+        try:
+            found = obstore.list_with_delimiter(self._store, prefix or None)
+        except (BaseError, OSError) as e:
+            raise self._error("list", prefix, e) from None
+        folders = [f"{name}/" for name in found["common_prefixes"]]
+        return sorted([*(str(meta["path"]) for meta in found["objects"]), *folders])
+
+    def delete(self, path: str) -> None:
+        """Remove one object; nothing happens where there is none."""
+        try:
+            obstore.delete(self._store, path)
+        except FileNotFoundError:
+            pass
+        except (BaseError, OSError) as e:
+            raise self._error("delete", path, e) from None
+
+    def open(self, path: str) -> Any:
+        """Open an object for reading by ranges, as a binary file."""
+        fs, root = filesystem(self.uri)
+        return fs.open(f"{root}/{path}", "rb")
+
+    def _error(self, verb: str, path: str, error: Exception) -> StorageError:
+        where = f"{path} in {self.uri}" if path else self.uri
+        return StorageError(f"output.uri: cannot {verb} {where}: {reason(error)}")
+
+
+def filesystem(uri: str) -> tuple[Any, str]:
+    """The fsspec filesystem that a path or URL is on, and the path there.
+
+    Clouds by obstore, so that a source and a table share their credentials; anything else
+    (http, hf, zip, ...) by fsspec's own.
+    """
+    scheme = uri.partition("://")[0]
+    if "://" in uri and scheme in _CLOUDS:
+        protocol: Any = scheme
+        fs = obstore.fsspec.FsspecStore(
+            protocol, client_options=_CLIENT_OPTIONS, **_credentials(uri)
+        )
+        return fs, uri.partition("://")[2].rstrip("/")
+    fs, root = fsspec.core.url_to_fs(uri)
+    return fs, str(root)
+
+
+def reason(error: BaseException) -> str:
+    """The one line of an error that tells its reason."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _credentials(uri: str) -> dict[str, Any]:
+    """What obstore does not find by itself: the AWS config files, read by boto3."""
+    if not uri.startswith(("s3://", "s3a://")) or "AWS_ACCESS_KEY_ID" in os.environ:
+        return {}
+    files = (
+        os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials",
+        os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config",
+    )
+    if not any(Path(f).expanduser().is_file() for f in files):
+        return {}
+    try:
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError:
+        raise StorageError(
+            f"output.uri: {uri}: reading AWS's config files takes boto3: pip install "
+            "'fmembed[aws]', or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from None
+    return {"credential_provider": Boto3CredentialProvider()}

@@ -1,0 +1,133 @@
+"""One run at a time: refusals, takeovers, and the races between them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fmembed.lock import Lock, LockedError
+from fmembed.storage import Storage
+
+QUICK = {"beat_s": 0.05, "expire_s": 0.5}
+
+
+def held(folder: Path) -> dict[str, Any]:
+    found = sorted((folder / "_lock").iterdir())
+    assert len(found) == 1
+    content: dict[str, Any] = json.loads(found[0].read_text())
+    return content
+
+
+def leave(folder: Path, **owner: Any) -> None:
+    """A lock as another machine's run has left it."""
+    (folder / "_lock").mkdir(parents=True, exist_ok=True)
+    other = {"run": "r0", "host": "far", "machine": "elsewhere", "pid": 7, "started": "then"}
+    content = json.dumps({**other, "beats": 3, "released": False, **owner})
+    (folder / "_lock" / "00000004.json").write_text(content)
+
+
+def test_second_is_refused_with_the_first_ones_name(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    with Lock(storage, "r1", **QUICK) as first:
+        owner = held(tmp_path)
+        with pytest.raises(LockedError) as refused, Lock(storage, "r2", **QUICK):
+            pass
+        for word in ("r1", owner["host"], f"pid {owner['pid']}", owner["started"]):
+            assert word in str(refused.value)
+        first.check()
+    assert held(tmp_path)["released"]
+    with Lock(storage, "r3", **QUICK):
+        assert held(tmp_path)["run"] == "r3"
+
+
+def test_heartbeat_of_another_machine_refuses(tmp_path: Path) -> None:
+    leave(tmp_path)
+    stop = threading.Event()
+
+    def beat() -> None:
+        beats = 3
+        while not stop.wait(0.05):
+            beats += 1
+            leave(tmp_path, beats=beats)
+
+    other = threading.Thread(target=beat)
+    other.start()
+    try:
+        with (
+            pytest.raises(LockedError, match="host far, pid 7"),
+            Lock(Storage(str(tmp_path)), "r1", beat_s=0.05, expire_s=30),
+        ):
+            pass
+    finally:
+        stop.set()
+        other.join()
+
+
+def test_silent_lock_of_another_machine_is_taken_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave(tmp_path)
+    with Lock(Storage(str(tmp_path)), "r1", **QUICK) as lock:
+        assert held(tmp_path)["run"] == "r1"
+        lock.check()
+    assert "waiting up to 0.5 s" in capsys.readouterr().err
+
+
+def test_lock_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from fmembed.lock import Lock; from fmembed.storage import Storage\n"
+        "Lock(Storage(sys.argv[1]), 'dead').__enter__(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert held(tmp_path)["run"] == "dead"
+    # With the default 30 s of patience this would fail by the test's own time limit.
+    with Lock(Storage(str(tmp_path)), "r1"):
+        assert held(tmp_path)["run"] == "r1"
+
+
+def test_a_run_that_was_taken_over_notices_before_it_commits(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    with Lock(storage, "sleeper", beat_s=60) as sleeper:
+        current = storage.paths("_lock/")[-1]
+        content = json.loads(storage.get(current)) | {"machine": "elsewhere"}
+        storage.put(current, json.dumps(content).encode())
+        with Lock(storage, "next", **QUICK):
+            with pytest.raises(LockedError, match="taken over by run next"):
+                sleeper.check()
+        with pytest.raises(LockedError):
+            sleeper.check()
+
+
+def test_of_many_at_once_one_wins(tmp_path: Path) -> None:
+    """Racing for a dead run's lock: one holder at a time, and numbers never come twice."""
+    leave(tmp_path, released=True)
+    inside: list[str] = []
+    most: list[int] = []
+    refused: list[str] = []
+    start = threading.Barrier(8)
+
+    def contend(name: str) -> None:
+        start.wait()
+        try:
+            with Lock(Storage(str(tmp_path)), name, **QUICK) as lock:
+                inside.append(name)
+                most.append(len(inside))
+                lock.check()
+                inside.remove(name)
+        except LockedError:
+            refused.append(name)
+
+    threads = [threading.Thread(target=contend, args=(f"r{i}",)) for i in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert max(most) == 1
+    assert len(most) + len(refused) == 8
+    assert held(tmp_path)["released"]
