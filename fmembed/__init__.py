@@ -27,8 +27,9 @@ from fmembed.spec import (
 )
 
 if TYPE_CHECKING:
+    from fmembed.integrity import verify
     from fmembed.pipeline import RunResult, embed, probe
-    from fmembed.table import read, verify
+    from fmembed.table import read
 
 __version__ = "0.1.0"
 
@@ -62,8 +63,12 @@ def __getattr__(name: str) -> Any:
         from fmembed import pipeline
 
         return getattr(pipeline, name)
-    if name in ("read", "verify"):
-        from fmembed import table
+    if name == "read":
+        from fmembed.table import read
 
-        return getattr(table, name)
+        return read
+    if name == "verify":
+        from fmembed.integrity import verify
+
+        return verify
     raise AttributeError(f"module 'fmembed' has no attribute {name!r}")

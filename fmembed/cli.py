@@ -48,6 +48,9 @@ def embed(
             "--set", metavar="FIELD=VALUE", help="Any other field, e.g. compute.actors=2."
         ),
     ] = None,
+    retry_rejected: Annotated[
+        bool, typer.Option("--retry-rejected", help="Try rejected rows again.")
+    ] = False,
     json_: _Json = False,
     verbose: _Verbose = False,
 ) -> None:
@@ -74,7 +77,7 @@ def embed(
     spec = RunSpec.from_yaml(config, overrides)
     from fmembed import pipeline
 
-    result = pipeline.embed(spec, verbose=verbose, quiet=json_)
+    result = pipeline.embed(spec, retry_rejected=retry_rejected, verbose=verbose, quiet=json_)
     _print_result(asdict(result), json_)
 
 
@@ -95,11 +98,42 @@ def probe(
 
 
 @app.command()
+def rejected(
+    table: Annotated[str, typer.Argument(help="A table's folder or URL.")],
+    samples: Annotated[int, typer.Option(help="Rows to show of each cause.")] = 3,
+    json_: _Json = False,
+) -> None:
+    """Count the rejected rows by cause, and show some of each."""
+    from fmembed.table import Table
+
+    causes = Table.open(table).rejected_by_cause(samples)
+    if json_:
+        print(json.dumps({"table": table, "rows_rejected": _total(causes), "causes": causes}))
+        return
+    print(f"{_total(causes):,} rows are rejected")
+    for cause in causes:
+        print(f"{cause['rows']:,} {cause['error']} (stage {cause['stage']})")
+        for row in cause["samples"]:
+            print(f"  {_printable(row['row_id'])}: {_printable(row['message'])}")
+    if causes:
+        print("fmembed embed --retry-rejected, with the same config, tries them again")
+
+
+def _total(causes: list[dict[str, Any]]) -> int:
+    return sum(cause["rows"] for cause in causes)
+
+
+def _printable(text: str) -> str:
+    # Ids and messages quote the dataset, which may hold escape sequences for terminals.
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+@app.command()
 def verify(
     table: Annotated[str, typer.Argument(help="A table's folder or URL.")], json_: _Json = False
 ) -> None:
     """Recount a table from storage; exit 1 when something is off."""
-    from fmembed.table import verify as verify_table
+    from fmembed.integrity import verify as verify_table
 
     result = verify_table(table)
     if json_:

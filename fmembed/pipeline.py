@@ -28,6 +28,7 @@ from ray.data import ActorPoolStrategy
 from fmembed import encoder, probes, progress, report
 from fmembed import source as source_module
 from fmembed.checkpoint import Checkpoint, cpu_has_bfloat16, open_checkpoint
+from fmembed.lock import Lock
 from fmembed.preprocess import Tokenize
 from fmembed.rows import REJECTED_SCHEMA, RowIds, keys_of
 from fmembed.source import Source, open_source, skip_committed
@@ -41,7 +42,7 @@ from fmembed.spec import (
     SpecError,
     fingerprint,
 )
-from fmembed.table import Part, Table, Written, sample, write_part
+from fmembed.table import Part, ShardCount, Table, Written, sample, write_part
 
 # Ray's own defaults are endless: a model that kills its process would never fail the run.
 _MAX_ACTOR_RESTARTS = 3
@@ -50,6 +51,7 @@ _MAX_WRITES_IN_FLIGHT = 4
 _MIN_ROWS_TO_STOP = 1000
 # Sorted by length and cut into batches: a CPU's window is seconds of work, a GPU's should be too.
 _WINDOW_ROWS = {"cpu": 256, "cuda": 4096}
+_SETTLE_S = 30.0
 _MAX_FETCH_BYTES = 10 * 2**30
 
 
@@ -72,6 +74,7 @@ class RunResult:
     table_rejected: int = 0
     num_units: int = 0
     num_truncated: int = 0
+    num_halved: int = 0
     causes: dict[str, int] = field(default_factory=dict)
     stages: dict[str, Any] = field(default_factory=dict)
     compute: dict[str, Any] = field(default_factory=dict)
@@ -94,11 +97,14 @@ class Plan:
     batch_tokens: int | None
 
 
-def embed(spec: RunSpec, *, verbose: bool = False, quiet: bool = False) -> RunResult:
+def embed(
+    spec: RunSpec, *, retry_rejected: bool = False, verbose: bool = False, quiet: bool = False
+) -> RunResult:
     """Run the whole line once; run it again to resume.
 
     Args:
         spec: What to do.
+        retry_rejected: Try the rows again that earlier runs have rejected.
         verbose: Show Ray's own output.
         quiet: Draw no progress.
 
@@ -109,6 +115,7 @@ def embed(spec: RunSpec, *, verbose: bool = False, quiet: bool = False) -> RunRe
         UserError: The spec, the source, the checkpoint or the output is wrong; nothing was written.
         RejectedError: Too many rows were rejected; what was embedded is committed.
         Interrupted: SIGINT or SIGTERM; what was finished is committed.
+        LockedError: Another run is writing the table.
         FmembedError: Anything else; what was committed stays.
     """
     leave = False
@@ -118,13 +125,25 @@ def embed(spec: RunSpec, *, verbose: bool = False, quiet: bool = False) -> RunRe
         source = open_source(spec.source)
         checkpoint = open_checkpoint(spec.model, _native_bfloat16(spec))
         table = Table.open_output(spec.output.uri, checkpoint.identity)
-        committed = table.row_ids()
-        source, num_skipped = skip_committed(source, committed)
-        run = _Run(spec, checkpoint, table, num_skipped)
-        if source.shards:
-            leave = progress.connect(verbose) or leave
-            run.go(source, committed, quiet)
-        result = run.finish()
+        run = _Run(spec, checkpoint, table)
+        run.look(source)
+        # A run that finds nothing to do takes no lock and changes no file.
+        if run.num_shards or table.strays() or (retry_rejected and table.num_rejected()):
+            with Lock(table.storage, run.id) as lock:
+                table.remove_strays()
+                if retry_rejected:
+                    table.forget_rejected(run.id)
+                if table.has_moved or retry_rejected:
+                    run.look(source)
+                if run.num_shards:
+                    leave = progress.connect(verbose) or leave
+                    try:
+                        run.go(lock, quiet)
+                    finally:
+                        table.remove_strays()
+                result = run.finish()
+        else:
+            result = run.finish()
         if result.version is None:
             return result
         if result.rows_embedded or result.rows_rejected or _probes_missing(spec, table):
@@ -173,22 +192,36 @@ def probe(uri: str, names: tuple[str, ...] | None = None, *, verbose: bool = Fal
 class _Run:
     """One pass over a source: the data's way through Ray, and the driver's commits."""
 
-    def __init__(
-        self, spec: RunSpec, checkpoint: Checkpoint, table: Table, num_skipped: int
-    ) -> None:
+    def __init__(self, spec: RunSpec, checkpoint: Checkpoint, table: Table) -> None:
+        self.id = uuid.uuid4().hex[:12]
         self._spec = spec
         self._checkpoint = checkpoint
         self._table = table
-        self._id = uuid.uuid4().hex[:12]
         self._started = datetime.now(UTC)
         self._clock = time.monotonic()
-        self._num_skipped = num_skipped
+        self._source: Source | None = None
+        self._committed = RowIds()
+        self._num_skipped = 0
         self._commits: _Commits | None = None
         self._stages: dict[str, Any] = {}
         self._compute: dict[str, Any] = {}
 
-    def go(self, source: Source, committed: RowIds, quiet: bool) -> None:
+    def look(self, source: Source) -> None:
+        """See what of the source is left to read, given what is committed."""
+        self._committed = self._table.row_ids()
+        self._source, self._num_skipped = skip_committed(
+            source, self._committed, self._table.whole_shards()
+        )
+
+    @property
+    def num_shards(self) -> int:
+        """Shards left to read."""
+        return len(self._source.shards) if self._source else 0
+
+    def go(self, lock: Lock, quiet: bool) -> None:
         """Stream the source through the stages and commit what comes out."""
+        assert self._source is not None
+        source = self._source
         plan = plan_compute(self._spec.compute)
         self._compute = asdict(plan)
         configuration = {
@@ -196,12 +229,14 @@ class _Run:
             "fmembed.identity": json.dumps(self._checkpoint.identity),
             "fmembed.spec": json.dumps(self._spec.stored()),
         }
-        commits = _Commits(self._spec.output, self._table, self._id, configuration, committed)
+        commits = _Commits(
+            self._spec.output, self._table, lock, self.id, configuration, self._committed, source
+        )
         self._commits = commits
         with progress.Stages(source.num_rows, quiet) as stages, _interruptible():
             stages.watch(ray.data.DataContext.get_current())
             try:
-                for bundle in _line(source, committed, self._checkpoint, plan):
+                for bundle in _line(source, self._committed, self._checkpoint, plan):
                     commits.add(bundle)
                     stages.set(progress.WRITE, commits.num_written, commits.busy_s)
                 commits.commit()
@@ -214,6 +249,8 @@ class _Run:
                     "the same command resumes",
                     signum,
                 ) from None
+            finally:
+                commits.settle()
             stages.set(progress.WRITE, commits.num_written, commits.busy_s)
             self._stages = {name: asdict(stage) for name, stage in stages.stages.items()}
         commits.check_rejected(at_end=True)
@@ -226,7 +263,7 @@ class _Run:
         num_rejected = commits.num_rejected if commits else 0
         num_skipped = self._num_skipped + (commits.num_skipped if commits else 0)
         result = RunResult(
-            run_id=self._id,
+            run_id=self.id,
             started=self._started.isoformat(timespec="seconds"),
             table=self._table.uri,
             version=self._table.version(),
@@ -241,13 +278,14 @@ class _Run:
             table_rejected=self._table.num_rejected(),
             num_units=commits.num_units if commits else 0,
             num_truncated=commits.num_truncated if commits else 0,
+            num_halved=commits.num_halved if commits else 0,
             causes=dict(commits.causes) if commits else {},
             stages=self._stages,
             compute=self._compute,
         )
         if num_embedded or num_rejected:
             stamp = self._started.strftime("%Y%m%dT%H%M%S.%f")
-            self._table.put_json(f"_runs/{stamp}-{self._id}.json", asdict(result))
+            self._table.put_run(stamp, self.id, asdict(result))
         return result
 
 
@@ -285,12 +323,18 @@ class _Commits:
         self,
         output: OutputSpec,
         table: Table,
+        lock: Lock,
         run_id: str,
         configuration: dict[str, str],
         committed: RowIds,
+        source: Source,
     ) -> None:
         self._output = output
         self._table = table
+        self._lock = lock
+        self._shard_keys = [shard.key for shard in source.shards]
+        self._shards: dict[int, ShardCount] = {}
+        self._whole: list[tuple[str, int, int]] = []
         self._run_id = run_id
         self._configuration = configuration
         self._known = committed
@@ -303,7 +347,7 @@ class _Commits:
         self._last_commit = time.monotonic()
         self._num_rejected_before = table.num_rejected()
         self.num_embedded = self.num_rejected = self.num_skipped = 0
-        self.num_written = self.num_units = self.num_truncated = 0
+        self.num_written = self.num_units = self.num_truncated = self.num_halved = 0
         self.busy_s = 0.0
         self.causes: Counter[str] = Counter()
 
@@ -328,6 +372,7 @@ class _Commits:
         written, self._written = self._written, []
         if not written:
             return
+        self._lock.check()
         transaction = (self._run_id, self._num_commits)
         rejected = [w.rejected for w in written if w.rejected is not None]
         parts = [w.part for w in written if w.part is not None]
@@ -338,10 +383,23 @@ class _Commits:
         for w in written:
             self.num_embedded += w.part.num_rows if w.part else 0
             self.num_rejected += w.rejected.num_rows if w.rejected else 0
-            self.num_skipped += w.num_skipped
             self.num_units += w.num_units
             self.num_truncated += w.num_truncated
+            self.num_halved += w.num_halved
             self.causes.update(w.causes)
+        self._record_shards(written)
+
+    def _record_shards(self, written: list[Written]) -> None:
+        """Put on record which shards are committed whole; after the commit, never before it."""
+        num_whole = len(self._whole)
+        for index, count in (item for w in written for item in w.shards.items()):
+            total = self._shards[index] = self._shards.get(index, ShardCount()) + count
+            self.num_skipped += count.skipped
+            key = self._shard_keys[index]
+            if total.whole and key is not None:
+                self._whole.append((key, total.rows + total.skipped, total.rejected))
+        if len(self._whole) > num_whole:
+            self._table.put_shards(self._run_id, self._whole)
 
     def _commit_log(
         self, rejected: list[Part], parts: list[Part], any_: Written, transaction: tuple[str, int]
@@ -350,6 +408,11 @@ class _Commits:
             self._table.rejected.commit(rejected, REJECTED_SCHEMA, self._configuration, transaction)
         if parts:
             self._table.rows.commit(parts, any_.schema, self._configuration, transaction)
+
+    def settle(self) -> None:
+        """Wait for writes that nobody will commit, so that their parts can be removed."""
+        if self._writes:
+            ray.wait(list(self._writes), num_returns=len(self._writes), timeout=_SETTLE_S)
 
     def check_rejected(self, at_end: bool) -> None:
         """Stop when too many rows were rejected.
@@ -389,9 +452,9 @@ class _Commits:
             if twice.any():
                 # Two parts with one id. Rare, so the later part is simply written once more.
                 if written.part is not None:
-                    self._table.rows.delete(written.part.path)
+                    self._table.rows.remove([written.part.path])
                 if written.rejected is not None:
-                    self._table.rejected.delete(written.rejected.path)
+                    self._table.rejected.remove([written.rejected.path])
                 self._submit(blocks, frozenset(written.keys[twice].tolist()))
                 continue
             self._known.add(written.keys)
@@ -503,9 +566,9 @@ def _probe(table: Table, spec: RunSpec, result: RunResult) -> RunResult:
             [task(probes.run_probe).remote(name, data, competitor) for name in spec.probes]
         )
     for r in results:
-        table.put_json(_probe_path(result.version, r["probe"]), r)
+        table.put_probe(result.version, r)
     # The report shows every probe of this version, those of an earlier command as well.
-    stored = [table.get_json(_probe_path(result.version, name)) for name in probes.PROBES]
+    stored = [table.get_probe(result.version, name) for name in probes.PROBES]
     results = [r for r in stored if r is not None]
     method, points = ray.get(flat)
     map_ = None
@@ -525,7 +588,7 @@ def _probe(table: Table, spec: RunSpec, result: RunResult) -> RunResult:
     html = report.render(
         spec.source.stored_name, asdict(result), facts, vectors.shape[1], results, why, map_
     )
-    table.rows.put("_report.html", html.encode())
+    table.put_report(html)
     return result
 
 
@@ -543,7 +606,8 @@ def _fetch_texts(spec: RunSpec, rows: pa.Table) -> list[str | None] | None:
     wanted = ray.put(RowIds(keys_of(rows["row_id"].to_pylist())))
     fetch = ray.remote(num_cpus=1)(_fetch_shard)
     found: dict[str, tuple[str, str]] = {}
-    for pairs in ray.get([fetch.remote(source, shard, wanted) for shard in source.shards]):
+    reads = [fetch.remote(source, i, wanted) for i in range(len(source.shards))]
+    for pairs in ray.get(reads):
         found.update(pairs)
     texts: list[str | None] = []
     for row_id, content_hash in zip(
@@ -554,9 +618,9 @@ def _fetch_texts(spec: RunSpec, rows: pa.Table) -> list[str | None] | None:
     return texts if all(t is not None for t in texts) else None
 
 
-def _fetch_shard(source: Source, shard: Any, wanted: RowIds) -> dict[str, tuple[str, str]]:
+def _fetch_shard(source: Source, index: int, wanted: RowIds) -> dict[str, tuple[str, str]]:
     found = {}
-    for rows in source_module.read_shard(source, shard):
+    for rows in source_module.read_shard(source, index):
         rows = rows.filter(rows["_input"].is_valid())
         ids = rows["row_id"].to_pylist()
         here = wanted.contains(keys_of(ids))
@@ -565,21 +629,14 @@ def _fetch_shard(source: Source, shard: Any, wanted: RowIds) -> dict[str, tuple[
     return found
 
 
-def _probe_path(version: int | None, name: str) -> str:
-    return f"_probes/{version or 0:08d}-{name}.json"
-
-
 def _probes_missing(spec: RunSpec, table: Table) -> bool:
-    have = set(table.rows.paths("_probes/"))
     version = table.version()
     named = spec.probes if spec.source.label is not None else ()
-    return any(_probe_path(version, name) not in have for name in named) or (
-        "_report.html" not in table.rows.paths()
-    )
+    return not table.has_report or any(table.get_probe(version, name) is None for name in named)
 
 
 def _with_stored_probes(table: Table, spec: RunSpec, result: RunResult) -> RunResult:
-    stored = [table.get_json(_probe_path(result.version, name)) for name in spec.probes]
+    stored = [table.get_probe(result.version, name) for name in spec.probes]
     results = [r for r in stored if r is not None]
     return RunResult(
         **{**asdict(result), "probes": _headlines(results), "report": f"{table.uri}/_report.html"}
@@ -617,6 +674,7 @@ def _facts(spec: RunSpec, identity: dict[str, Any], result: RunResult) -> list[t
         ("remote code", "allowed by the config" if spec.model.trust_remote_code else "off"),
         ("tokens in this run", f"{result.num_units:,}"),
         ("rows cut in this run", f"{result.num_truncated:,}"),
+        ("batches halved for memory in this run", f"{result.num_halved:,}"),
         ("run", f"{result.run_id}, started {result.started}"),
     ]
 

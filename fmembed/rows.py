@@ -8,10 +8,13 @@ Between stages rows are Arrow tables with these columns:
     _input         string    the text to embed; dropped by preprocess
     <carried>      any       what the user asked to keep
     _stage, _error, _message string   null, or where and why the row was rejected
-    _skipped       int64     on a marker row (null row_id): how many committed rows a read skipped
+    _shard         int32     which of the source's shards it was read from
+    _total, _skipped int64   null, but on the marker row (null row_id) that ends each shard: how
+                             many rows the shard holds, and how many of them were committed before
 
 A rejected row keeps travelling, without input or vector, so that the writer sees every row that
-was read exactly once: rows read = rows embedded + rows rejected is a count, not a hope.
+was read exactly once: rows read = rows embedded + rows rejected is a count, not a hope. By its
+marker the driver knows when all rows of a shard are committed, so that it is not read again.
 """
 
 from __future__ import annotations
@@ -23,8 +26,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from fmembed.spec import scrub
+
+_MAX_MESSAGE = 500
+
 ROW_ID, CONTENT_HASH, INPUT = "row_id", "content_hash", "_input"
-STAGE, ERROR, MESSAGE, SKIPPED = "_stage", "_error", "_message", "_skipped"
+STAGE, ERROR, MESSAGE = "_stage", "_error", "_message"
+SHARD, TOTAL, SKIPPED = "_shard", "_total", "_skipped"
+# How often the embed stage had to halve a batch: on a row of the window, else null.
+HALVED = "_halved"
+# The cause of a row whose id another row has: the one rejection whose id is also embedded.
+DUPLICATE = "duplicate id"
 # What no carried column may be called: the table's own columns.
 RESERVED = (ROW_ID, CONTENT_HASH, "embedding", "num_units", "truncated")
 
@@ -34,6 +46,8 @@ _BOOKKEEPING = (
     pa.field(STAGE, pa.string()),
     pa.field(ERROR, pa.string()),
     pa.field(MESSAGE, pa.string()),
+    pa.field(SHARD, pa.int32()),
+    pa.field(TOTAL, pa.int64()),
     pa.field(SKIPPED, pa.int64()),
 )
 REJECTED_SCHEMA = pa.schema(
@@ -68,7 +82,7 @@ def table_schema(carried: pa.Schema, dim: int) -> pa.Schema:
 
 def accepted(rows: pa.Table) -> npt.NDArray[np.bool_]:
     """True for each row that is neither rejected nor a marker, shape (rows,)."""
-    good = np.asarray(rows[STAGE].is_null()) & np.asarray(rows[SKIPPED].is_null())
+    good = np.asarray(rows[STAGE].is_null()) & np.asarray(rows[TOTAL].is_null())
     return np.asarray(good, dtype=np.bool_)
 
 
@@ -85,11 +99,17 @@ def reject(rows: pa.Table, stage: str, causes: Mapping[int, tuple[str, str]]) ->
         return rows
     columns = {name: rows[name].to_pylist() for name in (STAGE, ERROR, MESSAGE)}
     for i, (error, message) in causes.items():
-        columns[STAGE][i], columns[ERROR][i], columns[MESSAGE][i] = stage, error, message
+        columns[STAGE][i], columns[ERROR][i] = stage, error
+        columns[MESSAGE][i] = clean_message(message)
     for name, values in columns.items():
         i = rows.schema.get_field_index(name)
         rows = rows.set_column(i, name, pa.array(values, pa.string()))
     return rows
+
+
+def clean_message(message: str) -> str:
+    """A message fit to be stored: no secret of a URL, and not the whole row that it quotes."""
+    return scrub(message)[:_MAX_MESSAGE]
 
 
 def keys_of(row_ids: Iterable[str]) -> Keys:

@@ -13,19 +13,30 @@ import hashlib
 import itertools
 import json
 import posixpath
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fsspec
-import fsspec.core
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fmembed.rows import RESERVED, RowIds, keys_of, row_schema
-from fmembed.spec import Format, SourceError, SourceSpec, resolve_package
+from fmembed.rows import (
+    ERROR,
+    MESSAGE,
+    RESERVED,
+    SHARD,
+    SKIPPED,
+    STAGE,
+    TOTAL,
+    RowIds,
+    clean_message,
+    keys_of,
+    row_schema,
+)
+from fmembed.spec import Format, SourceError, SourceSpec, redact, resolve_package
+from fmembed.storage import filesystem, reason
 
 if TYPE_CHECKING:
     import ray.data
@@ -49,11 +60,15 @@ RawRow = tuple[str, dict[str, Any] | tuple[str, str]]
 
 @dataclass(frozen=True)
 class File:
-    """A file: where it is, and the name that row ids carry (relative to the source's root)."""
+    """A file: where it is, and the name that row ids carry (relative to the source's root).
+
+    `revision` is what storage says of its content: an entity tag, else the time of its last change.
+    """
 
     path: str
     name: str
     size: int
+    revision: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,9 @@ class Shard:
 
     `start` and `stop` are row groups of a Parquet file, rows of a saved dataset, or shards of a
     streamed one; None means all. `first_row` numbers the first row of a Parquet shard. `num_rows`
-    is None where only reading tells.
+    is None where only reading tells. `key` changes when the content does: a shard whose key is on
+    record as committed is not read again; None where storage does not tell of changes, or where
+    each file is a row and its id is enough.
     """
 
     files: tuple[File, ...] = ()
@@ -70,6 +87,7 @@ class Shard:
     stop: int | None = None
     first_row: int = 0
     num_rows: int | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,22 +145,36 @@ def open_source(spec: SourceSpec) -> Source:
         types = _sample_schema(source, files)
         _check_columns(spec, set(types.names))
     carried = _carried_schema(spec, types)
-    return replace(source, shards=tuple(_plan_shards(format_, fs, files)), carried=carried)
+    shards = tuple(_plan_shards(format_, fs, files))
+    if not source.file_is_row:
+        shards = _with_keys(spec, shards)
+    return replace(source, shards=shards, carried=carried)
 
 
-def skip_committed(source: Source, committed: RowIds) -> tuple[Source, int]:
-    """Drop the files that are committed rows, before anything is read.
+def skip_committed(
+    source: Source, committed: RowIds, whole_shards: Mapping[str, int]
+) -> tuple[Source, int]:
+    """Drop what needs no second reading, before anything is read.
+
+    Args:
+        source: What `open_source` found.
+        committed: Ids of committed and rejected rows; where a file is a row its name is its id.
+        whole_shards: Key to rows of the shards that are committed whole.
 
     Returns:
-        The source without them and their number; unchanged where a file holds many rows.
+        The source without them, and the number of rows left out.
     """
-    if not source.file_is_row or not len(committed):
-        return source, 0
-    files = [f for shard in source.shards for f in shard.files]
-    done = committed.contains(keys_of(f.name for f in files))
-    left = [f for f, is_done in zip(files, done, strict=True) if not is_done]
-    shards = tuple(_plan_shards(source.format, source.fs, left))
-    return replace(source, shards=shards), int(done.sum())
+    if source.file_is_row:
+        if not len(committed):
+            return source, 0
+        files = [f for shard in source.shards for f in shard.files]
+        done = committed.contains(keys_of(f.name for f in files))
+        left = [f for f, is_done in zip(files, done, strict=True) if not is_done]
+        shards = tuple(_plan_shards(source.format, source.fs, left))
+        return replace(source, shards=shards), int(done.sum())
+    rows = [whole_shards.get(shard.key or "") for shard in source.shards]
+    shards = tuple(s for s, n in zip(source.shards, rows, strict=True) if n is None)
+    return replace(source, shards=shards), sum(n for n in rows if n is not None)
 
 
 def read(
@@ -152,7 +184,7 @@ def read(
 
     Args:
         source: What `open_source` found.
-        committed: Rows to leave out; a marker row says how many a shard left out.
+        committed: Rows to leave out; the marker row that ends a shard says how many.
         num_cpus: What Ray reserves for a read task.
     """
     import ray
@@ -161,10 +193,10 @@ def read(
 
     committed_ref = ray.put(committed) if committed is not None and len(committed) else None
 
-    def read_fn(shard: Shard) -> Callable[[], Iterator[pa.Table]]:
+    def read_fn(index: int) -> Callable[[], Iterator[pa.Table]]:
         def read_blocks() -> Iterator[pa.Table]:
             known = ray.get(committed_ref) if committed_ref is not None else None
-            yield from read_shard(source, shard, known)
+            yield from read_shard(source, index, known)
 
         return read_blocks
 
@@ -176,7 +208,7 @@ def read(
             unknown = BlockMetadata(
                 num_rows=None, size_bytes=None, exec_stats=None, input_files=None
             )
-            return [ReadTask(read_fn(shard), unknown) for shard in source.shards]
+            return [ReadTask(read_fn(i), unknown) for i in range(len(source.shards))]
 
     # With more blocks than read tasks Ray splits every block anew (67 pieces in a trial).
     shards = Shards()  # type: ignore[no-untyped-call]
@@ -186,24 +218,45 @@ def read(
     return dataset
 
 
-def read_shard(source: Source, shard: Shard, committed: RowIds | None = None) -> Iterator[pa.Table]:
-    """Read one shard: tables of up to 1,000 canonical rows, rejected ones among them."""
+def read_shard(source: Source, index: int, committed: RowIds | None = None) -> Iterator[pa.Table]:
+    """Read one shard: tables of up to 1,000 canonical rows, rejected ones among them, and the
+    marker row that ends it.
+    """
     schema = row_schema(source.carried)
-    num_skipped = 0
-    rows = _READERS[source.format](source, shard)
+    num_rows = num_skipped = 0
+    rows = _read_to_the_end(source, source.shards[index])
     while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
-        table = _canonical(source, chunk, schema)
+        table = _canonical(source, chunk, index, schema)
+        num_rows += table.num_rows
         if committed is not None:
             done = committed.contains(keys_of(table["row_id"].to_pylist()))
             num_skipped += int(done.sum())
             table = table.filter(pa.array(~done))
         if table.num_rows:
             yield table
-    if num_skipped:
-        yield pa.Table.from_pylist([{"_skipped": num_skipped}], schema=schema)
+    marker = {SHARD: index, TOTAL: num_rows, SKIPPED: num_skipped}
+    yield pa.Table.from_pylist([marker], schema=schema)
 
 
-def _canonical(source: Source, chunk: list[RawRow], schema: pa.Schema) -> pa.Table:
+def _read_to_the_end(source: Source, shard: Shard) -> Iterator[RawRow]:
+    """Read; what breaks off becomes a rejected row with its cause, and what came before stays.
+
+    Decompressors and parsers raise what they like (zlib.error, zipfile.BadZipFile, ...), so there
+    is no list of what to expect.
+    """
+    num_rows = 0
+    try:
+        for row in _READERS[source.format](source, shard):
+            yield row
+            num_rows += 1
+    except Exception as e:
+        name = shard.files[0].name if shard.files else (source.spec.hf.split or "data")
+        error, message = _unreadable(e)
+        row_id = f"{name}#{shard.first_row + num_rows}" if num_rows or shard.start else name
+        yield row_id, (error, f"from row {num_rows} on: {message}" if num_rows else message)
+
+
+def _canonical(source: Source, chunk: list[RawRow], shard: int, schema: pa.Schema) -> pa.Table:
     spec = source.spec
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     for fallback_id, raw in chunk:
@@ -220,8 +273,9 @@ def _canonical(source: Source, chunk: list[RawRow], schema: pa.Schema) -> pa.Tab
             row["_input"] = text
             row["content_hash"] = hashlib.blake2b(content, digest_size=16).hexdigest()
         except _BadRow as e:
-            row = {"row_id": row["row_id"], "_stage": "read"}
-            row["_error"], row["_message"] = e.error, e.message
+            row = {"row_id": row["row_id"], STAGE: "read", ERROR: e.error}
+            row[MESSAGE] = clean_message(e.message)
+        row[SHARD] = shard
         for name, values in columns.items():
             values.append(row.get(name))
     return pa.table(
@@ -293,7 +347,7 @@ def _read_text(source: Source, shard: Shard) -> Iterator[RawRow]:
         row: dict[str, Any] | tuple[str, str]
         try:
             row = {source.spec.input: source.fs.cat_file(file.path)}
-        except OSError as e:
+        except Exception as e:  # by filesystem: OSError, obstore's own, aiohttp's own
             row = _unreadable(e)
         else:
             if source.spec.label:
@@ -303,16 +357,12 @@ def _read_text(source: Source, shard: Shard) -> Iterator[RawRow]:
 
 def _read_jsonl(source: Source, shard: Shard) -> Iterator[RawRow]:
     (file,) = shard.files
-    i = -1
-    try:
-        with source.fs.open(file.path, "rb", compression="infer") as lines:
-            for i, line in enumerate(lines):
-                if i == 0:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                if line.strip():
-                    yield f"{file.name}#{i}", _parse_json(line, source.spec.encoding_errors)
-    except (OSError, EOFError) as e:
-        yield _rest_unreadable(file, i + 1, e)
+    with source.fs.open(file.path, "rb", compression="infer") as lines:
+        for i, line in enumerate(lines):
+            if i == 0:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield f"{file.name}#{i}", _parse_json(line, source.spec.encoding_errors)
 
 
 def _parse_json(line: bytes, encoding_errors: str) -> dict[str, Any] | tuple[str, str]:
@@ -329,26 +379,26 @@ def _parse_json(line: bytes, encoding_errors: str) -> dict[str, Any] | tuple[str
 
 def _read_csv(source: Source, shard: Shard) -> Iterator[RawRow]:
     (file,) = shard.files
-    i = -1
-    try:
-        with _open_csv(source, file) as lines:
-            reader = csv.reader(lines, delimiter=_delimiter(file), strict=True)
-            header = next(reader, [])
-            for i in itertools.count():
-                try:
-                    values = next(reader)
-                except StopIteration:
-                    break
-                except csv.Error as e:
-                    yield f"{file.name}#{i}", ("bad CSV", f"{e}, near line {reader.line_num}")
-                    continue
-                if values and len(values) != len(header):
-                    message = f"{len(values)} fields where the header has {len(header)}"
-                    yield f"{file.name}#{i}", ("bad CSV", message)
-                elif values:
-                    yield f"{file.name}#{i}", dict(zip(header, values, strict=True))
-    except (OSError, EOFError) as e:
-        yield _rest_unreadable(file, i + 1, e)
+    with _open_csv(source, file) as lines:
+        reader = csv.reader(lines, delimiter=_delimiter(file), strict=True)
+        header = next(reader, [])
+        missing = [c for c in (source.spec.input, source.spec.id) if c and c not in header]
+        if missing:
+            yield file.name, ("unreadable file", f"it has no column {missing[0]!r}")
+            return
+        for i in itertools.count():
+            try:
+                values = next(reader)
+            except StopIteration:
+                break
+            except csv.Error as e:
+                yield f"{file.name}#{i}", ("bad CSV", f"{e}, near line {reader.line_num}")
+                continue
+            if values and len(values) != len(header):
+                message = f"{len(values)} fields where the header has {len(header)}"
+                yield f"{file.name}#{i}", ("bad CSV", message)
+            elif values:
+                yield f"{file.name}#{i}", dict(zip(header, values, strict=True))
 
 
 def _open_csv(source: Source, file: File) -> Any:
@@ -370,31 +420,26 @@ def _read_parquet(source: Source, shard: Shard) -> Iterator[RawRow]:
     (file,) = shard.files
     spec = source.spec
     wanted = list(dict.fromkeys([c for c in (spec.id, spec.input) if c] + list(spec.columns)))
-    try:
-        with source.fs.open(file.path, "rb") as handle:
-            parquet = pq.ParquetFile(handle)
-            missing = [c for c in wanted if c not in parquet.schema_arrow.names]
-            if missing:
-                yield file.name, ("unreadable file", f"it has no column {missing[0]!r}")
-                return
-            first = shard.first_row
-            stop = shard.stop if shard.stop is not None else parquet.num_row_groups
-            for group in range(shard.start or 0, stop):
-                num_rows = parquet.metadata.row_group(group).num_rows
-                i = 0
-                try:
-                    for batch in parquet.iter_batches(
-                        _CHUNK_ROWS, row_groups=[group], columns=wanted
-                    ):
-                        for row in _batch_rows(batch):
-                            yield f"{file.name}#{first + i}", row
-                            i += 1
-                except (OSError, pa.ArrowException) as e:
-                    for lost in range(i, num_rows):
-                        yield f"{file.name}#{first + lost}", _unreadable(e)
-                first += num_rows
-    except (OSError, pa.ArrowException) as e:
-        yield file.name, _unreadable(e)
+    with source.fs.open(file.path, "rb") as handle:
+        parquet = pq.ParquetFile(handle)
+        missing = [c for c in wanted if c not in parquet.schema_arrow.names]
+        if missing:
+            yield file.name, ("unreadable file", f"it has no column {missing[0]!r}")
+            return
+        first = shard.first_row
+        stop = shard.stop if shard.stop is not None else parquet.num_row_groups
+        for group in range(shard.start or 0, stop):
+            num_rows = parquet.metadata.row_group(group).num_rows
+            i = 0
+            try:
+                for batch in parquet.iter_batches(_CHUNK_ROWS, row_groups=[group], columns=wanted):
+                    for row in _batch_rows(batch):
+                        yield f"{file.name}#{first + i}", row
+                        i += 1
+            except (OSError, pa.ArrowException) as e:
+                for lost in range(i, num_rows):
+                    yield f"{file.name}#{first + lost}", _unreadable(e)
+            first += num_rows
 
 
 def _batch_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
@@ -437,13 +482,7 @@ _READERS: dict[str, Callable[[Source, Shard], Iterator[RawRow]]] = {
 
 
 def _unreadable(error: Exception) -> tuple[str, str]:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return "unreadable file", reason.splitlines()[0] if reason else type(error).__name__
-
-
-def _rest_unreadable(file: File, row: int, error: Exception) -> RawRow:
-    cause, reason = _unreadable(error)
-    return f"{file.name}#{row}", (cause, f"from row {row} on: {reason}")
+    return "unreadable file", reason(error)
 
 
 # --- listing --------------------------------------------------------------------------------------
@@ -454,7 +493,7 @@ def _list_files(spec: SourceSpec) -> tuple[Any, str, list[File]]:
     if uri.startswith("package:"):
         uri = resolve_package(uri, "source.uri", SourceError)
     try:
-        fs, root = fsspec.core.url_to_fs(uri)
+        fs, root = filesystem(uri)
         if any(c in root for c in "*?["):
             found = fs.glob(root, detail=True)
             root = posixpath.dirname(root[: min(root.find(c) for c in "*?[" if c in root)] + "x")
@@ -468,9 +507,9 @@ def _list_files(spec: SourceSpec) -> tuple[Any, str, list[File]]:
     except ImportError as e:
         raise SourceError(f"source.uri: {spec.uri}: {e}") from None
     except (OSError, ValueError) as e:
-        raise SourceError(f"source.uri: cannot read {spec.uri}: {_unreadable(e)[1]}") from None
+        raise SourceError(f"source.uri: cannot read {spec.uri}: {reason(e)}") from None
     files = [
-        File(path, posixpath.relpath(path, root), int(info.get("size") or 0))
+        File(path, posixpath.relpath(path, root), int(info.get("size") or 0), _revision(info))
         for path, info in sorted(found.items())
         if info.get("type") == "file"
     ]
@@ -478,6 +517,30 @@ def _list_files(spec: SourceSpec) -> tuple[Any, str, list[File]]:
     if not files:
         raise SourceError(f"source.uri: no file in {spec.uri}")
     return fs, root, files
+
+
+def _revision(info: Mapping[str, Any]) -> str:
+    # By the names that local files, obstore, and other fsspec filesystems use.
+    for name in ("e_tag", "ETag", "etag", "mtime", "last_modified", "LastModified", "updated"):
+        if info.get(name) is not None:
+            return str(info[name])
+    return ""
+
+
+def _with_keys(spec: SourceSpec, shards: Iterable[Shard], revision: str = "") -> tuple[Shard, ...]:
+    """Name each shard after all that decides which rows it yields."""
+    settings = spec.model_dump(mode="json", exclude={"label", "split", "carry"})
+    settings["uri"] = redact(spec.uri)
+
+    def key(shard: Shard) -> str | None:
+        revisions = [f.revision for f in shard.files] or [revision]
+        if not all(revisions):
+            return None
+        files = [(f.name, f.size, f.revision) for f in shard.files]
+        content = json.dumps([settings, revision, files, shard.start, shard.stop])
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+    return tuple(replace(shard, key=key(shard)) for shard in shards)
 
 
 def _detect_format(spec: SourceSpec, fs: Any, root: str, files: list[File]) -> Format:
@@ -548,7 +611,7 @@ def _sample_schema(source: Source, files: list[File]) -> pa.Schema:
                 return _infer(objects)
             problem = f"{file.name} has no JSON object"
         except (OSError, pa.ArrowException, csv.Error, UnicodeError) as e:
-            problem = f"{file.name}: {_unreadable(e)[1]}"
+            problem = f"{file.name}: {reason(e)}"
     raise SourceError(
         f"source.uri: no readable {source.format} file in {source.spec.uri}: {problem}"
     )
@@ -619,7 +682,9 @@ def _open_hf(spec: SourceSpec) -> Source:
         ]
     _check_columns(spec, set(features))
     carried = _carried_schema(spec, types or pa.schema([(c, pa.string()) for c in spec.columns]))
-    return Source(spec, "hf", None, tuple(shards), carried)
+    # A streamed dataset does not say when it has changed.
+    revision = "" if spec.hf.streaming else str(dataset._fingerprint)
+    return Source(spec, "hf", None, _with_keys(spec, shards, revision), carried)
 
 
 def _load_hf(spec: SourceSpec) -> Any:
@@ -639,9 +704,7 @@ def _load_hf(spec: SourceSpec) -> Any:
                 spec.uri, hf.name, split=hf.split, revision=hf.revision, streaming=hf.streaming
             )
     except (OSError, ValueError, RuntimeError) as e:
-        raise SourceError(
-            f"source.uri: cannot load dataset {spec.uri}: {_unreadable(e)[1]}"
-        ) from None
+        raise SourceError(f"source.uri: cannot load dataset {spec.uri}: {reason(e)}") from None
     if isinstance(dataset, dict):
         raise SourceError(f"source.hf.split: name one of {', '.join(dataset)}")
     wanted = {c for c in (spec.id, spec.input, *spec.columns) if c}

@@ -1,44 +1,45 @@
-"""Parquet parts + Delta log: write, commit, read, verify.
+"""Parquet parts + Delta log: write, commit, read.
 
     <table>/part-<blake2b>.parquet   rows; each part is named after its own checksum
     <table>/_delta_log/              which parts are committed; identity and spec in its metadata
     <table>/_rejected/               the rejected rows, a Delta table of the same make
     <table>/_runs/<run>.json         what each finished run counted
+    <table>/_shards/<run>.json       which pieces of the source are committed whole
+    <table>/_lock/                   who writes (lock.py)
     <table>/_probes/, _report.html   what the probes found
 
-Workers write parts, the driver alone commits. Storage is `obstore` and `deltalake`, which share
-their URL schemes and their credentials (environment or the cloud's own config files).
+Workers write parts, the driver alone commits.
 """
 
 from __future__ import annotations
 
 import collections
-import functools
 import hashlib
 import io
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-import obstore
-import obstore.fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable, Schema
-from deltalake.exceptions import TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
-from obstore.store import LocalStore, ObjectStore, from_url
 
 from fmembed.rows import (
+    DUPLICATE,
+    HALVED,
     REJECTED_SCHEMA,
     ROW_ID,
+    SHARD,
     SKIPPED,
     STAGE,
+    TOTAL,
     Keys,
     RowIds,
     accepted,
@@ -47,11 +48,23 @@ from fmembed.rows import (
     table_schema,
 )
 from fmembed.spec import FmembedError, TableError, fingerprint
+from fmembed.storage import Storage, StorageError, filesystem, reason
 
 if TYPE_CHECKING:
     import ray.data
 
-_UNIT_NORM_TOLERANCE = 1e-3
+# Old versions stay readable: Delta readers and writers forget after 30 days otherwise.
+_KEEP = {
+    "delta.logRetentionDuration": "interval 36500 days",
+    "delta.deletedFileRetentionDuration": "interval 36500 days",
+}
+# Common to all commits of all runs: two transactions of one name conflict, so that a commit made
+# on a version that is no longer the newest fails. Appends of different names would both succeed.
+_TRANSACTION = "fmembed"
+
+
+class ConflictError(FmembedError):
+    """Somebody else has committed to the table since this run last looked."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,29 @@ class Part:
 
 
 @dataclass(frozen=True)
+class ShardCount:
+    """Rows of a shard in some blocks; `total` and `skipped` come with its marker only."""
+
+    rows: int = 0
+    rejected: int = 0
+    skipped: int = 0
+    total: int | None = None
+
+    def __add__(self, other: ShardCount) -> ShardCount:
+        return ShardCount(
+            self.rows + other.rows,
+            self.rejected + other.rejected,
+            self.skipped + other.skipped,
+            self.total if other.total is None else other.total,
+        )
+
+    @property
+    def whole(self) -> bool:
+        """Whether every row of the shard is accounted for."""
+        return self.total is not None and self.rows + self.skipped == self.total
+
+
+@dataclass(frozen=True)
 class Written:
     """What one write task did with the rows it was given."""
 
@@ -71,77 +107,86 @@ class Written:
     part: Part | None
     rejected: Part | None
     keys: Keys
-    num_skipped: int
+    shards: dict[int, ShardCount]
     num_units: int
     num_truncated: int
+    num_halved: int
     causes: dict[str, int]
     busy_s: float
-
-
-@dataclass(frozen=True)
-class VerifyResult:
-    """What `verify` counted in storage; `problems` is empty when all is well."""
-
-    table: str
-    version: int
-    fingerprint: str
-    rows: int
-    rows_rejected: int
-    parts: int
-    dim: int
-    norm_min: float
-    norm_max: float
-    problems: list[str] = field(default_factory=list)
 
 
 class Log:
     """One Delta log and the parts it names."""
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri if "://" in uri else str(Path(uri).expanduser().absolute())
-        self._local = None if "://" in self.uri else Path(self.uri)
-
-    @functools.cached_property
-    def _store(self) -> ObjectStore:
-        return LocalStore(self.uri, mkdir=True) if self._local else from_url(self.uri)
+        self.storage = Storage(uri)
+        self.uri = self.storage.uri
+        self._pinned: int | None = None
 
     def delta(self, version: int | None = None) -> DeltaTable | None:
-        """A fresh view of the log (a stale one cannot commit); None where there is none."""
-        if self._local and not (self._local / "_delta_log").is_dir():
+        """A fresh view of the log; None where there is none.
+
+        Raises:
+            StorageError: Out of reach.
+        """
+        local = self.storage.local
+        if local and not (local / "_delta_log").is_dir():
             return None
         try:
             return DeltaTable(self.uri, version=version)
         except TableNotFoundError:
             return None
+        except (DeltaError, OSError) as e:
+            raise StorageError(f"output.uri: cannot read {self.uri}: {reason(e)}") from None
 
-    def put(self, path: str, content: bytes) -> None:
-        """Write one object whole: readers see the old content or the new, never a part."""
-        obstore.put(self._store, path, content)
+    def version(self) -> int:
+        """The newest version, -1 where nothing was ever committed."""
+        delta = self.delta()
+        return -1 if delta is None else int(delta.version())
 
-    def get(self, path: str) -> bytes:
-        """Read one object.
+    def parts(self, version: int | None = None) -> list[Part]:
+        """The committed parts of a version."""
+        return _parts(self.delta(version))
 
-        Raises:
-            FileNotFoundError: There is none.
+    def pin(self) -> list[Part]:
+        """The committed parts, of the version that this object will commit on top of."""
+        delta = self.delta()
+        self._pinned = -1 if delta is None else int(delta.version())
+        return _parts(delta)
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether somebody has committed since `pin`."""
+        return self.version() != self._pinned
+
+    def strays(self, keep_removed: bool = True) -> list[str]:
+        """Files that no version names: parts of dead runs, and what they left half written.
+
+        Args:
+            keep_removed: Leave alone the parts that an older version names.
         """
-        return bytes(obstore.get(self._store, path).bytes())
+        delta = self.delta()
+        named = {part.path for part in _parts(delta)}
+        if keep_removed and delta is not None:
+            named |= set(delta.vacuum(0, dry_run=True, enforce_retention_duration=False))
+        found = [p for p in self.storage.paths() if p.startswith("part-") and p not in named]
+        local = self.storage.local
+        if local:
+            half = [*local.glob("part-*.parquet#*"), *local.glob("_delta_log/_commit_*.json.tmp")]
+            found += [p.relative_to(local).as_posix() for p in half]
+        return found
 
-    def paths(self, prefix: str = "") -> list[str]:
-        """Paths under a prefix, relative to this log, sorted."""
-        if self._local and not self._local.is_dir():
-            return []
-        found = obstore.list(self._store, prefix or None).collect()
-        return sorted(str(meta["path"]) for meta in found)
-
-    def delete(self, path: str) -> None:
-        """Remove one object."""
-        obstore.delete(self._store, path)
+    def remove(self, paths: Iterable[str]) -> None:
+        """Delete files that no version names."""
+        for path in paths:
+            if self.storage.local:  # half written files have names that obstore does not take
+                (self.storage.local / path).unlink(missing_ok=True)
+            else:
+                self.storage.delete(path)
 
     def read_columns(self, path: str, columns: list[str] | None) -> pa.Table:
         """Read columns of one part, fetching no others."""
-        protocol: Any = "file" if self._local else self.uri.split("://")[0]
-        fs = obstore.fsspec.FsspecStore(protocol)
-        with fs.open(f"{self.uri}/{path}") as handle:
+        with self.storage.open(path) as handle:
             return pq.ParquetFile(handle).read(columns=columns)
 
     def write(self, rows: pa.Table) -> Part:
@@ -157,7 +202,7 @@ class Log:
         content = buffer.getbuffer()
         checksum = hashlib.blake2b(content, digest_size=16).hexdigest()
         path = f"part-{checksum}.parquet"
-        self.put(path, bytes(content))
+        self.storage.put(path, bytes(content))
         return Part(path, len(content), rows.num_rows)
 
     def commit(
@@ -166,42 +211,65 @@ class Log:
         schema: pa.Schema,
         configuration: dict[str, str],
         transaction: tuple[str, int],
+        removed: Iterable[Part] = (),
     ) -> int:
-        """Make parts visible, all or none.
+        """Add and remove parts, all or none, on top of the version that `pin` saw.
+
+        Only on that one: the ids that the run skips were read from it. So whatever two drivers do
+        at once, no row is committed twice; the later one fails and can be run again.
 
         Args:
             parts: What to add.
             schema: Their schema; the table is created with it where there is none.
             configuration: Metadata of a new table.
             transaction: (run id, number): committing the same number again is a no-op.
+            removed: What to remove.
 
         Returns:
             The version that holds the parts.
 
         Raises:
             TableError: The parts do not fit the table's columns, or cannot be seen from here.
+            ConflictError: Somebody else has committed in between; nothing was changed.
+            StorageError: The log cannot be written.
         """
+        assert self._pinned is not None, "pin first"
         run_id, number = transaction
         parts = list(parts)
         for part in parts:
             self._check_visible(part)
-        delta = self.delta()
-        if delta is None:
-            delta = DeltaTable.create(
-                self.uri,
-                schema=Schema.from_arrow(schema),
-                configuration=configuration,
-                raise_if_key_not_exists=False,
-            )
-        last = delta.transaction_version(run_id)
-        if last is not None and last >= number:
-            return int(delta.version())
-        have = [f.name for f in delta.schema().fields]
-        if have != schema.names:
-            raise TableError(
-                f"source.carry: the table at {self.uri} has the columns {', '.join(have)}, this "
-                f"run has {', '.join(schema.names)}; name the same columns or another output.uri"
-            )
+        try:
+            delta = self.delta()
+            if delta is None and self._pinned == -1:
+                delta = DeltaTable.create(
+                    self.uri,
+                    schema=Schema.from_arrow(schema),
+                    configuration={**_KEEP, **configuration},
+                    raise_if_key_not_exists=False,
+                )
+                self._pinned = 0
+            if delta is None:
+                raise self._conflict()
+            last = delta.transaction_version(run_id)
+            if last is not None and last >= number:
+                self._pinned = int(delta.version())
+                return self._pinned
+            if delta.version() != self._pinned:
+                raise self._conflict()
+            self._check_columns(delta, schema)
+            self._transact(delta, parts, removed, transaction)
+        except (DeltaError, OSError) as e:
+            raise StorageError(f"output.uri: cannot commit to {self.uri}: {reason(e)}") from None
+        self._pinned += 1
+        return self._pinned
+
+    def _transact(
+        self,
+        delta: DeltaTable,
+        parts: list[Part],
+        removed: Iterable[Part],
+        transaction: tuple[str, int],
+    ) -> None:
         now_ms = int(time.time() * 1000)
         actions: list[AddAction | RemoveAction] = [
             AddAction(
@@ -209,32 +277,48 @@ class Log:
             )
             for p in parts
         ]
-        delta.create_write_transaction(
-            actions,
-            mode="append",
-            schema=delta.schema(),
-            commit_properties=CommitProperties(app_transactions=[Transaction(run_id, number)]),
+        actions += [RemoveAction(p.path, True, now_ms, p.size_bytes) for p in removed]
+        names = [Transaction(*transaction), Transaction(_TRANSACTION, int(delta.version()) + 1)]
+        try:
+            delta.create_write_transaction(
+                actions,
+                mode="append",
+                schema=delta.schema(),
+                commit_properties=CommitProperties(app_transactions=names),
+            )
+        except CommitFailedError:
+            # Ours, if the answer to a first try was lost and the client tried again.
+            fresh = self.delta()
+            if fresh is None or fresh.transaction_version(transaction[0]) != transaction[1]:
+                raise self._conflict() from None
+
+    def _conflict(self) -> ConflictError:
+        return ConflictError(
+            f"output.uri: {self.uri} was changed by somebody else during this run, so the rest was "
+            "not committed; run the same command again"
         )
-        return int(delta.version()) + 1
+
+    def _check_columns(self, delta: DeltaTable, schema: pa.Schema) -> None:
+        have = [f.name for f in delta.schema().fields]
+        if have != schema.names:
+            raise TableError(
+                f"source.carry: the table at {self.uri} has the columns {', '.join(have)}, this "
+                f"run has {', '.join(schema.names)}; name the same columns or another output.uri"
+            )
 
     def _check_visible(self, part: Part) -> None:
-        try:
-            size = obstore.head(self._store, part.path)["size"]
-        except FileNotFoundError:
-            size = None
-        if size != part.size_bytes:
+        if self.storage.size_bytes(part.path) != part.size_bytes:
             raise TableError(
                 f"output.uri: {self.uri} is not shared by all nodes: a part that a worker wrote "
                 "cannot be seen from the driver; give a path on shared storage or a URL"
             )
 
-    def parts(self, version: int | None = None) -> list[Part]:
-        """The committed parts of a version."""
-        delta = self.delta(version)
-        if delta is None:
-            return []
-        actions = pa.table(delta.get_add_actions(flatten=True)).to_pylist()
-        return [Part(a["path"], a["size_bytes"], a["num_records"] or 0) for a in actions]
+
+def _parts(delta: DeltaTable | None) -> list[Part]:
+    if delta is None:
+        return []
+    actions = pa.table(delta.get_add_actions(flatten=True)).to_pylist()
+    return [Part(a["path"], a["size_bytes"], a["num_records"] or 0) for a in actions]
 
 
 class Table:
@@ -242,24 +326,22 @@ class Table:
 
     def __init__(self, uri: str) -> None:
         self.rows = Log(uri)
-        self.rejected = Log(f"{self.rows.uri}/_rejected")
         self.uri = self.rows.uri
+        self.storage = self.rows.storage
+        self.rejected = Log(f"{self.uri}/_rejected")
 
     @classmethod
     def open(cls, uri: str) -> Table:
-        """Open a table that exists.
+        """Open a table that exists, if only with rejected rows.
 
         Raises:
             TableError: There is none.
         """
-        local = "://" not in uri
-        if local and not Path(uri).is_dir():
+        if "://" not in uri and not Path(uri).is_dir():
             raise TableError(f"table: no such folder: {uri}")
-        if local and not (Path(uri) / "_delta_log").is_dir():
-            raise TableError(f"table: {uri} is no fmembed table: it has no _delta_log")
         table = cls(uri)
-        if table.rows.delta() is None or not table.configuration():
-            raise TableError(f"table: {uri} is no fmembed table")
+        if not table.configuration():
+            raise TableError(f"table: {uri} is no fmembed table: no run has committed to it")
         return table
 
     @classmethod
@@ -276,24 +358,21 @@ class Table:
         table = cls(uri)
         try:
             if not table.configuration():
-                foreign = [p for p in table.rows.paths() if not p.startswith(("_", "part-"))]
+                foreign = [p for p in table.storage.paths() if not p.startswith(("_", "part-"))]
                 if foreign or table.rows.delta() is not None:
                     raise TableError(
                         f"output.uri: {uri} is not empty and no fmembed table; give another folder"
                     )
             table._check_same_model(identity)
             # Learn now, not after an hour, that nothing can be written here.
-            table.rows.put("_runs/.probe", b"")
-            table.rows.delete("_runs/.probe")
-        except FmembedError:
+            table.storage.put("_runs/.probe", b"")
+            table.storage.delete("_runs/.probe")
+        except TableError:
             raise
-        except Exception as e:
-            raise TableError(
-                f"output.uri: cannot write to {uri}: {_reason(e)}; give a folder or URL that "
-                "this user may write"
-            ) from None
+        except FmembedError as e:
+            raise TableError(f"{e}; give a folder or URL that this user may write") from None
         finally:
-            _remove_empty([table.rows.uri + "/_runs", *absent])
+            _remove_empty([table.uri + "/_runs", *absent])
         return table
 
     def _check_same_model(self, identity: dict[str, Any]) -> None:
@@ -322,36 +401,130 @@ class Table:
 
     def version(self) -> int | None:
         """The newest version, None where nothing was ever committed."""
-        delta = self.rows.delta()
-        return None if delta is None else int(delta.version())
+        version = self.rows.version()
+        return None if version < 0 else version
 
     def row_ids(self) -> RowIds:
-        """Ids of all rows that a run need not look at again: committed or rejected."""
+        """Ids of all rows that a run need not look at again, committed or rejected.
+
+        From here on this object commits only on top of what was read here.
+        """
         ids = RowIds()
         for log in (self.rows, self.rejected):
-            for part in log.parts():
+            for part in log.pin():
                 ids.add(keys_of(log.read_columns(part.path, [ROW_ID])[ROW_ID].to_pylist()))
         return ids
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether somebody has committed since `row_ids`."""
+        return self.rows.has_moved or self.rejected.has_moved
+
+    def strays(self) -> list[tuple[Log, str]]:
+        """What dead runs left behind: files that no version names."""
+        rejected = [(self.rejected, p) for p in self.rejected.strays(keep_removed=False)]
+        return [*((self.rows, p) for p in self.rows.strays()), *rejected]
+
+    def remove_strays(self) -> int:
+        """Delete what dead runs left behind; how many files. Only under the lock."""
+        strays = self.strays()
+        for log, path in strays:
+            log.remove([path])
+        return len(strays)
 
     def num_rejected(self) -> int:
         """Rows in `_rejected`."""
         return sum(part.num_rows for part in self.rejected.parts())
 
-    def put_json(self, path: str, value: Any) -> None:
-        """Write a record beside the table."""
-        self.rows.put(path, json.dumps(value, indent=1).encode())
+    def read_rejected(self) -> pa.Table:
+        """All rejected rows: row_id, stage, error, message."""
+        parts = [self.rejected.read_columns(p.path, None) for p in self.rejected.parts()]
+        return pa.concat_tables([REJECTED_SCHEMA.empty_table(), *parts])
 
-    def get_json(self, path: str) -> Any:
-        """Read a record, None where there is none."""
-        try:
-            return json.loads(self.rows.get(path))
-        except FileNotFoundError:
-            return None
+    def rejected_by_cause(self, max_samples: int) -> list[dict[str, Any]]:
+        """Rejected rows by stage and error, most frequent first, with a few of each."""
+        rows = self.read_rejected()
+        groups: dict[tuple[str, str], dict[str, Any]] = {}
+        for row in rows.sort_by(ROW_ID).to_pylist():
+            key = (row.pop("stage"), row.pop("error"))
+            group = groups.setdefault(
+                key, {"stage": key[0], "error": key[1], "rows": 0, "samples": []}
+            )
+            group["rows"] += 1
+            if len(group["samples"]) < max_samples:
+                group["samples"].append(row)
+        return sorted(groups.values(), key=lambda g: (-g["rows"], g["stage"], g["error"]))
+
+    def forget_rejected(self, run_id: str) -> int:
+        """Let a run try the rejected rows again, as if they had never been read; how many.
+
+        Not those with an id that another row has: that row is embedded, and stays. Only under the
+        lock, and before `row_ids`.
+        """
+        parts = self.rejected.pin()
+        rows = self.read_rejected()
+        kept = rows.filter(pc.equal(rows["error"], DUPLICATE))
+        if kept.num_rows == rows.num_rows:
+            return 0
+        # The shards first: if this run ends in between, they are read again and nothing is lost.
+        for path in self.storage.paths("_shards/"):
+            shards = self._get_json(path)
+            if any(rejected for _, _, rejected in shards):
+                self._put_json(path, [s for s in shards if not s[2]])
+        part = [self.rejected.write(kept)] if kept.num_rows else []
+        transaction = (f"{run_id}-forget", 0)
+        self.rejected.commit(part, REJECTED_SCHEMA, {}, transaction, removed=parts)
+        self.rejected.remove(p.path for p in parts if p not in part)
+        return int(rows.num_rows - kept.num_rows)
+
+    def put_shards(self, run_id: str, shards: list[tuple[str, int, int]]) -> None:
+        """Record the shards whose rows a run has committed: (key, rows, rejected) each."""
+        self._put_json(f"_shards/{run_id}.json", shards)
+
+    def whole_shards(self) -> dict[str, int]:
+        """Key to rows of each shard whose rows are all committed or rejected."""
+        records = [self._get_json(path) or [] for path in self.storage.paths("_shards/")]
+        return {key: rows for shards in records for key, rows, _ in shards}
+
+    def put_run(self, started: str, run_id: str, counts: dict[str, Any]) -> None:
+        """Record what a run counted; `verify` compares the table with the last one."""
+        self._put_json(f"_runs/{started}-{run_id}.json", counts)
 
     def last_run(self) -> Any:
         """The record of the last run that finished, None where there is none."""
-        runs = self.rows.paths("_runs/")
-        return self.get_json(runs[-1]) if runs else None
+        runs = self.storage.paths("_runs/")
+        return self._get_json(runs[-1]) if runs else None
+
+    def put_probe(self, version: int | None, result: dict[str, Any]) -> None:
+        """Record what a probe of a version found."""
+        self._put_json(_probe_path(version, result["probe"]), result)
+
+    def get_probe(self, version: int | None, name: str) -> Any:
+        """What a probe of a version found, None where it has not been run."""
+        return self._get_json(_probe_path(version, name))
+
+    def put_report(self, html: str) -> str:
+        """Write the report; where it is."""
+        self.storage.put("_report.html", html.encode())
+        return f"{self.uri}/_report.html"
+
+    @property
+    def has_report(self) -> bool:
+        """Whether there is one."""
+        return self.storage.size_bytes("_report.html") is not None
+
+    def _put_json(self, path: str, value: Any) -> None:
+        self.storage.put(path, json.dumps(value, indent=1).encode())
+
+    def _get_json(self, path: str) -> Any:
+        try:
+            return json.loads(self.storage.get(path))
+        except FileNotFoundError:
+            return None
+
+
+def _probe_path(version: int | None, name: str) -> str:
+    return f"_probes/{version or 0:08d}-{name}.json"
 
 
 def write_part(uri: str, blocks: list[pa.Table], twice: frozenset[bytes] = frozenset()) -> Written:
@@ -389,15 +562,28 @@ def write_part(uri: str, blocks: list[pa.Table], twice: frozenset[bytes] = froze
         part=part,
         rejected=rejected,
         keys=keys_of(good[ROW_ID].to_pylist()),
-        num_skipped=int(sum(n for n in rows[SKIPPED].to_pylist() if n is not None)),
+        shards=_count_shards(rows),
         num_units=int(np.sum(good["num_units"].to_numpy(), dtype=np.int64)),
         num_truncated=int(np.sum(good["truncated"].to_numpy(), dtype=np.int64)),
+        num_halved=int(pc.sum(rows[HALVED]).as_py() or 0) if HALVED in rows.schema.names else 0,
         causes=dict(collections.Counter(bad["_error"].to_pylist())),
         busy_s=time.monotonic() - started,
     )
 
 
 _OWN = (ROW_ID, "content_hash", "embedding", "num_units", "truncated")
+
+
+def _count_shards(rows: pa.Table) -> dict[int, ShardCount]:
+    counts: dict[int, ShardCount] = collections.defaultdict(ShardCount)
+    is_marker = rows[TOTAL].is_valid()
+    grouped = pa.table({"shard": rows[SHARD], "bad": rows[STAGE].is_valid()})
+    grouped = grouped.filter(pc.invert(is_marker)).group_by("shard")
+    for g in grouped.aggregate([("bad", "count"), ("bad", "sum")]).to_pylist():
+        counts[g["shard"]] += ShardCount(rows=g["bad_count"], rejected=g["bad_sum"])
+    for m in rows.filter(is_marker).select([SHARD, TOTAL, SKIPPED]).to_pylist():
+        counts[m[SHARD]] += ShardCount(skipped=m[SKIPPED], total=m[TOTAL])
+    return dict(counts)
 
 
 def _reject_duplicates(rows: pa.Table, twice: frozenset[bytes]) -> pa.Table:
@@ -407,7 +593,7 @@ def _reject_duplicates(rows: pa.Table, twice: frozenset[bytes]) -> pa.Table:
     causes = {}
     for i, key in zip(good.tolist(), keys, strict=True):
         if key in seen:
-            causes[i] = ("duplicate id", "another row of the source has the same id")
+            causes[i] = (DUPLICATE, "another row of the source has the same id")
         seen.add(key)
     return reject(rows, "write", causes)
 
@@ -454,10 +640,13 @@ def read(
     if engine == "ray":
         import ray.data
 
-        return ray.data.read_parquet([f"{table.uri}/{p}" for p in paths], columns=columns)
+        fs, root = filesystem(table.uri)
+        paths = [f"{root}/{p}" for p in paths]
+        return ray.data.read_parquet(paths, filesystem=fs, columns=columns)
     if not paths:
         delta = table.rows.delta()
-        assert delta is not None
+        if delta is None:
+            raise TableError(f"table: {uri} has no embedded row yet, only rejected ones")
         empty = pa.schema(delta.schema().to_arrow()).empty_table()
         return empty.select(columns) if columns is not None else empty
     return pa.concat_tables([table.rows.read_columns(p, columns) for p in paths])
@@ -493,118 +682,6 @@ def sample(uri: str, columns: list[str], max_rows: int, not_null: str | None) ->
     if chosen is None:
         return read(uri, columns=wanted)
     return chosen.take(pc.sort_indices(chosen, sort_keys=[(ROW_ID, "ascending")]))
-
-
-def verify(uri: str) -> VerifyResult:
-    """Recount a table from storage.
-
-    Checked: every part's checksum, size and row count against the log; ids unique and none both
-    embedded and rejected; one dimension; no NaN or infinity; norms (1 where the model normalises,
-    never 0); no stray part; and rows read = embedded + rejected + skipped in the last run's record.
-
-    Raises:
-        TableError: No table there.
-    """
-    table = Table.open(uri)
-    problems: list[str] = []
-    stored = table.configuration()
-    keys: list[Keys] = []
-    dims: set[int] = set()
-    norms = [np.empty(0, dtype=np.float32)]
-    parts = table.rows.parts()
-    for part in parts:
-        rows = _verify_part(table.rows, part, "", problems)
-        if rows is None:
-            continue
-        keys.append(keys_of(rows[ROW_ID].to_pylist()))
-        dims.add(rows.schema.field("embedding").type.list_size)
-        column = rows["embedding"].combine_chunks()
-        flat = column.flatten().to_numpy(zero_copy_only=False)
-        vectors = flat.reshape(rows.num_rows, -1)
-        num_bad = int((~np.isfinite(vectors)).any(axis=1).sum()) + column.null_count
-        if num_bad:
-            problems.append(f"{part.path}: {num_bad} vectors are null, NaN or infinite")
-        norms.append(np.linalg.norm(vectors, axis=1))
-    num_rejected = 0
-    for part in table.rejected.parts():
-        rows = _verify_part(table.rejected, part, "_rejected/", problems)
-        num_rejected += rows.num_rows if rows is not None else 0
-    all_keys = np.concatenate([np.empty(0, dtype="S16"), *keys])
-    if num_twice := len(all_keys) - len(np.unique(all_keys)):
-        problems.append(f"{num_twice} rows repeat a row_id")
-    if len(dims) > 1:
-        problems.append(f"vectors of several dimensions: {sorted(dims)}")
-    all_norms = np.concatenate(norms)
-    _verify_norms(
-        all_norms, bool(json.loads(stored["fmembed.identity"])["model.normalize"]), problems
-    )
-    for log, prefix in ((table.rows, ""), (table.rejected, "_rejected/")):
-        known = {part.path for part in log.parts()}
-        strays = [p for p in log.paths() if p.startswith("part-") and p not in known]
-        problems += [f"{prefix}{p}: a stray part that no commit names" for p in strays]
-    _verify_counts(table.last_run(), len(all_keys), num_rejected, problems)
-    return VerifyResult(
-        table=table.uri,
-        version=table.version() or 0,
-        fingerprint=stored["fmembed.fingerprint"],
-        rows=len(all_keys),
-        rows_rejected=num_rejected,
-        parts=len(parts),
-        dim=min(dims, default=0),
-        norm_min=float(all_norms.min(initial=np.inf)) if len(all_norms) else 0.0,
-        norm_max=float(all_norms.max(initial=0.0)),
-        problems=problems,
-    )
-
-
-def _verify_part(log: Log, part: Part, prefix: str, problems: list[str]) -> pa.Table | None:
-    try:
-        content = log.get(part.path)
-    except FileNotFoundError:
-        problems.append(f"{prefix}{part.path}: committed, but missing")
-        return None
-    checksum = hashlib.blake2b(content, digest_size=16).hexdigest()
-    if part.path != f"part-{checksum}.parquet":
-        problems.append(f"{prefix}{part.path}: its bytes do not match its checksum")
-    try:
-        rows = pq.read_table(pa.BufferReader(content))
-    except (pa.ArrowException, OSError) as e:
-        problems.append(f"{prefix}{part.path}: not readable: {_reason(e)}")
-        return None
-    if rows.num_rows != part.num_rows:
-        problems.append(
-            f"{prefix}{part.path}: {rows.num_rows} rows where the log says {part.num_rows}"
-        )
-    return rows
-
-
-def _verify_norms(norms: Any, normalized: bool, problems: list[str]) -> None:
-    if num_zero := int((norms == 0).sum()):
-        problems.append(f"{num_zero} vectors are all zero")
-    if normalized and (num_off := int((np.abs(norms - 1) > _UNIT_NORM_TOLERANCE).sum())):
-        problems.append(f"{num_off} vectors have not the length 1 that the model promises")
-
-
-def _verify_counts(run: Any, rows: int, rejected: int, problems: list[str]) -> None:
-    if run is None:
-        problems.append("no run has finished on this table")
-        return
-    counted = run["rows_embedded"] + run["rows_rejected"] + run["rows_skipped"]
-    if run["rows_read"] != counted:
-        problems.append(
-            f"the last run read {run['rows_read']} rows, "
-            f"but embedded, rejected and skipped {counted}"
-        )
-    for what, have in (("table_rows", rows), ("table_rejected", rejected)):
-        if run[what] != have:
-            problems.append(f"{what} was {run[what]} when the last run ended, is {have}")
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _remove_empty(folders: list[Any]) -> None:

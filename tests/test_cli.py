@@ -63,6 +63,7 @@ def another_model(config: dict[str, Any], tmp_path: Path) -> None:
 
     schema = pa.schema([("row_id", pa.string())])
     part = table.rows.write(pa.table({"row_id": ["a"]}, schema=schema))
+    table.row_ids()
     configuration = {"fmembed.fingerprint": "f", "fmembed.identity": json.dumps(identity)}
     table.rows.commit([part], schema, configuration, ("r", 0))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,16 @@ ROWS = [{"text": f"text {i}, with a comma", "topic": "ab"[i % 2], "n": i} for i 
 
 
 def rows_of(spec: SourceSpec, committed: RowIds | None = None) -> list[dict[str, Any]]:
+    """The rows of all shards, without their markers, which are checked."""
     source = open_source(spec)
-    tables = [t for shard in source.shards for t in read_shard(source, shard, committed)]
-    return pa.concat_tables(tables).to_pylist() if tables else []
+    rows = []
+    for i in range(len(source.shards)):
+        *read, marker = pa.concat_tables(read_shard(source, i, committed)).to_pylist()
+        assert all(r["_shard"] == i and r["row_id"] for r in read)
+        assert (marker["_shard"], marker["row_id"]) == (i, None)
+        assert marker["_total"] == len(read) + marker["_skipped"]
+        rows += read
+    return rows
 
 
 def parquet(folder: Path) -> str:
@@ -85,7 +93,7 @@ def test_text_folder_label_is_the_folder(tmp_path: Path) -> None:
         ("a/1.txt", "a", "about a"),
         ("b/1.txt", "b", "about b"),
     ]
-    left, num_skipped = skip_committed(open_source(spec), RowIds(keys_of(["a/1.txt"])))
+    left, num_skipped = skip_committed(open_source(spec), RowIds(keys_of(["a/1.txt"])), {})
     assert num_skipped == 1
     assert [f.name for shard in left.shards for f in shard.files] == ["b/1.txt"]
 
@@ -134,8 +142,31 @@ def test_committed_rows_are_skipped_and_counted(tmp_path: Path) -> None:
     spec = SourceSpec(uri=parquet(tmp_path))
     done = RowIds(keys_of(f"a.parquet#{i}" for i in range(15)))
     rows = rows_of(spec, done)
-    assert [r["row_id"] for r in rows if r["row_id"]] == [f"a.parquet#{i}" for i in range(15, 20)]
-    assert sum(r["_skipped"] or 0 for r in rows) == 15
+    assert [r["row_id"] for r in rows] == [f"a.parquet#{i}" for i in range(15, 20)]
+
+
+@pytest.mark.parametrize("make", [parquet, jsonl, jsonl_gz, csv, hf])
+def test_whole_shards_are_not_read_again_until_they_change(
+    make: Callable[[Path], str], tmp_path: Path
+) -> None:
+    spec = SourceSpec(uri=make(tmp_path))
+    source = open_source(spec)
+    keys = [shard.key for shard in source.shards]
+    assert all(keys)
+    assert len(set(keys)) == len(keys)
+    whole = {key: 20 for key in keys if key}
+    left, num_skipped = skip_committed(open_source(spec), RowIds(), whole)
+    assert (left.shards, num_skipped) == ((), 20)
+    # Another column may mean other rows; another label does not.
+    renamed = spec.model_copy(update={"input": "topic"})
+    assert skip_committed(open_source(renamed), RowIds(), whole)[1] == 0
+    if make is not hf:  # its fingerprint covers the columns chosen
+        labelled = spec.model_copy(update={"label": "topic"})
+        assert skip_committed(open_source(labelled), RowIds(), whole)[1] == 20
+        changed = tmp_path / open_source(spec).shards[0].files[0].name
+        before = changed.stat()
+        os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
+        assert skip_committed(open_source(spec), RowIds(), whole)[1] == 0
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import pytest
 
 from fmembed.rows import REJECTED_SCHEMA, keys_of, row_schema
 from fmembed.spec import TableError, fingerprint
-from fmembed.table import Table, read, verify, write_part
+from fmembed.integrity import verify
+from fmembed.table import ConflictError, Table, read, write_part
 
 DIM = 4
 IDENTITY = {"model.weights": "w", "model.normalize": True, "model.dtype": "float32"}
@@ -47,6 +48,7 @@ def table(tmp_path: Path) -> Table:
     """Two committed parts, five rows, one rejected."""
     table = Table.open_output(str(tmp_path / "t"), IDENTITY)
     for number, rows in enumerate((block(["a", "b", "x"], ("x",)), block(["c", "d", "e"]))):
+        table.row_ids()
         written = write_part(table.uri, [rows])
         assert written.part is not None
         if written.rejected:
@@ -55,7 +57,7 @@ def table(tmp_path: Path) -> Table:
             )
         table.rows.commit([written.part], written.schema, CONFIGURATION, ("run", number))
     run = {"rows_read": 6, "rows_embedded": 5, "rows_rejected": 1, "rows_skipped": 0}
-    table.put_json("_runs/1.json", run | {"table_rows": 5, "table_rejected": 1})
+    table.put_run("1", "run", run | {"table_rows": 5, "table_rejected": 1})
     return table
 
 
@@ -76,6 +78,62 @@ def test_a_repeated_commit_is_a_no_op(table: Table) -> None:
     schema = read(table.uri).schema
     table.rows.commit([part], schema, CONFIGURATION, ("run", 1))
     assert table.version() == before
+
+
+def test_a_commit_on_what_somebody_else_has_changed_is_refused(table: Table) -> None:
+    slow, fast = Table(table.uri), Table(table.uri)
+    slow.row_ids()
+    fast.row_ids()
+    for name, late in (("f", fast), ("s", slow)):
+        written = write_part(late.uri, [block([name], seed=3)])
+        assert written.part is not None
+        if late is slow:
+            assert slow.has_moved
+            with pytest.raises(ConflictError, match="run the same command again"):
+                slow.rows.commit([written.part], written.schema, CONFIGURATION, (name, 0))
+        else:
+            fast.rows.commit([written.part], written.schema, CONFIGURATION, (name, 0))
+    assert sorted(read(table.uri)["row_id"].to_pylist()) == ["a", "b", "c", "d", "e", "f"]
+    assert Table(table.uri).remove_strays() == 1
+    assert not [p for p in verify(table.uri).problems if "stray" in p]
+
+
+def test_strays_are_removed_and_old_versions_stay(table: Table, tmp_path: Path) -> None:
+    folder = tmp_path / "t"
+    table.row_ids()
+    first, second = table.rows.parts()
+    schema = read(table.uri).schema
+    table.rows.commit([], schema, CONFIGURATION, ("remove", 0), removed=[first])
+    write_part(table.uri, [block(["f", "g"], ("g",), seed=1)])
+    (folder / "part-0.parquet#1").write_bytes(b"half")  # what a killed put leaves on a local disk
+    strays = {path for _, path in table.strays()}
+    assert len(strays) == 3
+    assert not strays & {first.path, second.path}
+    assert table.remove_strays() == 3
+    assert table.strays() == []
+    assert read(table.uri).num_rows == second.num_rows
+    assert read(table.uri, version=2).num_rows == 5
+
+
+def test_rejected_rows_by_cause_and_forgotten(table: Table) -> None:
+    written = write_part(table.uri, [block(["d", "y"], ("y",))], frozenset(keys_of("d").tolist()))
+    assert written.rejected is not None
+    table.row_ids()
+    table.rejected.commit([written.rejected], REJECTED_SCHEMA, CONFIGURATION, ("run", 7))
+    table.put_shards("r1", [("clean", 4, 0), ("dirty", 4, 2)])
+    assert [(c["error"], c["rows"]) for c in table.rejected_by_cause(3)] == [
+        ("bad JSON", 2), ("duplicate id", 1),
+    ]  # fmt: skip
+    assert table.rejected_by_cause(1)[0]["samples"] == [{"row_id": "x", "message": "m"}]
+    assert table.forget_rejected("r2") == 2
+    # The twin of an embedded row stays rejected: it has no vector, and its id has one.
+    assert [r["error"] for r in table.read_rejected().to_pylist()] == ["duplicate id"]
+    assert table.whole_shards() == {"clean": 4}
+    ids = table.row_ids()
+    assert ids.contains(keys_of("abcde")).all()
+    assert not ids.contains(keys_of("xy")).any()
+    assert table.strays() == []
+    assert table.forget_rejected("r3") == 0
 
 
 def test_uncommitted_is_invisible_and_stray(table: Table) -> None:
@@ -105,6 +163,7 @@ def break_missing(folder: Path) -> None:
 
 def commit(folder: Path, rows: pa.Table) -> None:
     table = Table(str(folder))
+    table.row_ids()
     part = table.rows.write(rows)
     table.rows.commit([part], rows.schema, CONFIGURATION, ("other", 0))
 

@@ -1,0 +1,149 @@
+"""Recount a table from storage, trusting nothing that the runs said of themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fmembed.rows import DUPLICATE, ROW_ID, Keys, RowIds, keys_of
+from fmembed.storage import reason
+from fmembed.table import Log, Part, Table
+
+_UNIT_NORM_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What `verify` counted in storage; `problems` is empty when all is well."""
+
+    table: str
+    version: int
+    fingerprint: str
+    rows: int
+    rows_rejected: int
+    parts: int
+    dim: int
+    norm_min: float
+    norm_max: float
+    problems: list[str] = field(default_factory=list)
+
+
+def verify(uri: str) -> VerifyResult:
+    """Recount a table from storage.
+
+    Checked: every part's checksum, size and row count against the log; ids unique and none both
+    embedded and rejected; one dimension; no NaN or infinity; norms (1 where the model normalises,
+    never 0); no stray part; and rows read = embedded + rejected + skipped in the last run's record.
+
+    Raises:
+        TableError: No table there.
+    """
+    table = Table.open(uri)
+    problems: list[str] = []
+    stored = table.configuration()
+    keys: list[Keys] = []
+    dims: set[int] = set()
+    norms = [np.empty(0, dtype=np.float32)]
+    parts = table.rows.parts()
+    for part in parts:
+        rows = _verify_part(table.rows, part, "", problems)
+        if rows is None:
+            continue
+        keys.append(keys_of(rows[ROW_ID].to_pylist()))
+        dims.add(rows.schema.field("embedding").type.list_size)
+        column = rows["embedding"].combine_chunks()
+        flat = column.flatten().to_numpy(zero_copy_only=False)
+        vectors = flat.reshape(rows.num_rows, -1)
+        num_bad = int((~np.isfinite(vectors)).any(axis=1).sum()) + column.null_count
+        if num_bad:
+            problems.append(f"{part.path}: {num_bad} vectors are null, NaN or infinite")
+        norms.append(np.linalg.norm(vectors, axis=1))
+    all_keys = np.concatenate([np.empty(0, dtype="S16"), *keys])
+    num_rejected = num_both = 0
+    known = RowIds(all_keys)
+    for part in table.rejected.parts():
+        rows = _verify_part(table.rejected, part, "_rejected/", problems)
+        if rows is None:
+            continue
+        num_rejected += rows.num_rows
+        unlike = rows.filter(pc.not_equal(rows["error"], DUPLICATE))
+        num_both += int(known.contains(keys_of(unlike[ROW_ID].to_pylist())).sum())
+    if num_both:
+        problems.append(f"{num_both} rows are both embedded and rejected")
+    if num_twice := len(all_keys) - len(np.unique(all_keys)):
+        problems.append(f"{num_twice} rows repeat a row_id")
+    if len(dims) > 1:
+        problems.append(f"vectors of several dimensions: {sorted(dims)}")
+    all_norms = np.concatenate(norms)
+    _verify_norms(
+        all_norms, bool(json.loads(stored["fmembed.identity"])["model.normalize"]), problems
+    )
+    for log, path in table.strays():
+        prefix = "_rejected/" if log is table.rejected else ""
+        problems.append(f"{prefix}{path}: a stray file that no commit names")
+    _verify_counts(table.last_run(), len(all_keys), num_rejected, problems)
+    return VerifyResult(
+        table=table.uri,
+        version=table.version() or 0,
+        fingerprint=stored["fmembed.fingerprint"],
+        rows=len(all_keys),
+        rows_rejected=num_rejected,
+        parts=len(parts),
+        dim=min(dims, default=0),
+        norm_min=float(all_norms.min(initial=np.inf)) if len(all_norms) else 0.0,
+        norm_max=float(all_norms.max(initial=0.0)),
+        problems=problems,
+    )
+
+
+def _verify_part(log: Log, part: Part, prefix: str, problems: list[str]) -> pa.Table | None:
+    try:
+        content = log.storage.get(part.path)
+    except FileNotFoundError:
+        problems.append(f"{prefix}{part.path}: committed, but missing")
+        return None
+    checksum = hashlib.blake2b(content, digest_size=16).hexdigest()
+    if part.path != f"part-{checksum}.parquet":
+        problems.append(f"{prefix}{part.path}: its bytes do not match its checksum")
+    try:
+        rows = pq.read_table(pa.BufferReader(content))
+    except (pa.ArrowException, OSError) as e:
+        problems.append(f"{prefix}{part.path}: not readable: {reason(e)}")
+        return None
+    if rows.num_rows != part.num_rows:
+        problems.append(
+            f"{prefix}{part.path}: {rows.num_rows} rows where the log says {part.num_rows}"
+        )
+    return rows
+
+
+def _verify_norms(norms: Any, normalized: bool, problems: list[str]) -> None:
+    if num_zero := int((norms == 0).sum()):
+        problems.append(f"{num_zero} vectors are all zero")
+    if normalized and (num_off := int((np.abs(norms - 1) > _UNIT_NORM_TOLERANCE).sum())):
+        problems.append(f"{num_off} vectors have not the length 1 that the model promises")
+
+
+def _verify_counts(run: Any, rows: int, rejected: int, problems: list[str]) -> None:
+    if run is None:
+        problems.append("no run has finished on this table")
+        return
+    counted = run["rows_embedded"] + run["rows_rejected"] + run["rows_skipped"]
+    if run["rows_read"] != counted:
+        problems.append(
+            f"the last run read {run['rows_read']} rows, "
+            f"but embedded, rejected and skipped {counted}"
+        )
+    for what, have in (("table_rows", rows), ("table_rejected", rejected)):
+        if run[what] != have:
+            problems.append(
+                f"{what} was {run[what]} when the last run ended, is {have}; if a later run was "
+                "stopped, run the same command again"
+            )
