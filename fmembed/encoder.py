@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from fmembed.batching import pad, plan_batches
 from fmembed.checkpoint import Checkpoint, read_config
-from fmembed.rows import accepted, reject
+from fmembed.rows import HALVED, accepted, reject
 from fmembed.spec import ModelError
 
 # 16k-token batches were slower than 4k on a CPU (cache); a GPU wants them large.
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+_OUT_OF_MEMORY = "out of memory"
 
 
 class Encoder:
@@ -54,38 +55,40 @@ class Encoder:
         self._checkpoint = checkpoint
         self._model, self._pad_id = _load_model(checkpoint, self._device)
         self._dense = _load_dense(checkpoint, self._device)
+        self.num_halved = 0
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Replace `input_ids` by `embedding: fixed_size_list<float32>[dim]`.
 
-        A row whose vector is not finite is rejected; a rejected row's vector is null.
+        A row that the model fails on, even alone, is rejected: its vector is not finite, it does
+        not fit into memory, or the model raises. A rejected row's vector is null. `_halved` on the
+        first row says how many batches of this window had to be halved.
         """
         good = np.flatnonzero(accepted(rows))
         ids = rows["input_ids"].combine_chunks()
         if isinstance(ids, pa.ChunkedArray):
             ids = pa.concat_arrays(ids.chunks) if ids.num_chunks else pa.array([], ids.type)
         values, offsets = ids.values.to_numpy(), ids.offsets.to_numpy()
-        vectors = self.embed([values[offsets[i] : offsets[i + 1]] for i in good])
-        finite = np.isfinite(vectors).all(axis=1)
+        before = self.num_halved
+        vectors, causes = self.embed([values[offsets[i] : offsets[i + 1]] for i in good])
         rows = reject(
-            rows.drop_columns(["input_ids"]),
-            "embed",
-            {
-                int(i): ("not finite", "the model's output has NaN or infinity")
-                for i in good[~finite]
-            },
+            rows.drop_columns(["input_ids"]), "embed", {int(good[i]): c for i, c in causes.items()}
         )
-        full = np.zeros((rows.num_rows, vectors.shape[1]), dtype=np.float32)
-        full[good[finite]] = vectors[finite]
-        missing = np.ones(rows.num_rows, dtype=np.bool_)
-        missing[good[finite]] = False
+        full = np.zeros((rows.num_rows, self.dim), dtype=np.float32)
+        full[good] = vectors
+        missing = ~accepted(rows)
+        full[missing] = 0
         column = pa.FixedSizeListArray.from_arrays(
-            pa.array(full.reshape(-1)), vectors.shape[1], mask=pa.array(missing)
+            pa.array(full.reshape(-1)), self.dim, mask=pa.array(missing)
         )
-        return rows.append_column("embedding", column)
+        rows = rows.append_column("embedding", column)
+        halved = [self.num_halved - before, *[None] * (rows.num_rows - 1)][: rows.num_rows]
+        return rows.append_column(HALVED, pa.array(halved, pa.int32()))
 
     @torch.inference_mode()
-    def embed(self, ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
+    def embed(
+        self, ids: Sequence[npt.NDArray[np.int32]]
+    ) -> tuple[npt.NDArray[np.float32], dict[int, tuple[str, str]]]:
         """Embed rows of token ids.
 
         Batches are filled by length, and each row's vector goes back to its own place: order and
@@ -95,14 +98,44 @@ class Encoder:
             ids: Token ids of each row, special tokens included.
 
         Returns:
-            Shape (rows, dim), float32.
+            Vectors, shape (rows, dim), float32, and for each row that has none, by its position,
+            (error, message).
+
+        Raises:
+            RuntimeError: The device itself has failed.
         """
         lengths = np.fromiter((len(i) for i in ids), dtype=np.int64, count=len(ids))
-        vectors = np.empty((len(ids), self.dim), dtype=np.float32)
-        for batch in plan_batches(lengths, self._batch_tokens):
-            ids_BL, mask_BL = pad([ids[i] for i in batch], self._pad_id)
-            vectors[batch] = self._forward(ids_BL, mask_BL).cpu().numpy()
-        return vectors
+        vectors = np.zeros((len(ids), self.dim), dtype=np.float32)
+        causes: dict[int, tuple[str, str]] = {}
+        batches = list(plan_batches(lengths, self._batch_tokens))
+        while batches:
+            batch = batches.pop(0)
+            try:
+                ids_BL, mask_BL = pad([ids[i] for i in batch], self._pad_id)
+                vectors[batch] = self._forward(ids_BL, mask_BL).cpu().numpy()
+                continue
+            except Exception as e:
+                cause = _cause(e)
+            # Out of the except clause, because the exception's frames hold the batch's tensors.
+            if len(batch) == 1:
+                causes[int(batch[0])] = cause
+            elif cause[0] == _OUT_OF_MEMORY:
+                self._shrink(len(batch) * int(lengths[batch[0]]))
+                left = np.concatenate([batch, *batches])
+                plan = plan_batches(lengths[left], self._batch_tokens)
+                batches = [left[positions] for positions in plan]
+            else:
+                batches[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+        for i in np.flatnonzero(~np.isfinite(vectors).all(axis=1)):
+            causes[int(i)] = ("not finite", "the model's output has NaN or infinity")
+        return vectors, causes
+
+    def _shrink(self, num_tokens: int) -> None:
+        """Halve the budget for good: what did not fit once will not fit the next time."""
+        self.num_halved += 1
+        self._batch_tokens = max(min(self._batch_tokens, num_tokens) // 2, 1)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @property
     def dim(self) -> int:
@@ -153,6 +186,25 @@ def pool(hidden_BLD: Tensor, mask_BL: Tensor, pooling: str) -> Tensor:
         last_B = mask_BL.sum(dim=1) - 1
         return hidden_BLD[torch.arange(len(hidden_BLD), device=hidden_BLD.device), last_B]
     raise ModelError(f"model.pooling: unknown pooling {pooling!r}")
+
+
+def _cause(error: Exception) -> tuple[str, str]:
+    """Why a row cannot be embedded, if it was the only one of its batch.
+
+    Raises:
+        RuntimeError: Not the rows but the device is at fault: a CUDA context that has failed once
+            fails every later call, so the process has to end and Ray starts another.
+    """
+    message = (str(error).splitlines() or [type(error).__name__])[0]
+    # On a CPU the allocator raises a plain RuntimeError.
+    if (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or "can't allocate memory" in message
+    ):
+        return _OUT_OF_MEMORY, "the row alone does not fit into the device's memory"
+    if "CUDA error" in message or "CUBLAS_STATUS" in message:
+        raise RuntimeError(f"the GPU failed: {message}") from error
+    return "model error", f"{type(error).__name__}: {message}"
 
 
 def has_cuda() -> bool:

@@ -19,10 +19,27 @@ from fmembed.spec import ModelSpec
 
 
 def embed(checkpoint: Checkpoint, texts: list[str], batch_tokens: int = 4096) -> Any:
-    rows = [{"row_id": str(i), "content_hash": "0", "_input": t} for i, t in enumerate(texts)]
-    table = pa.Table.from_pylist(rows, schema=row_schema(pa.schema([])))
-    out = Encoder(checkpoint, batch_tokens=batch_tokens)(Tokenize(checkpoint)(table))
+    out = Encoder(checkpoint, batch_tokens=batch_tokens)(window(checkpoint, texts))
     return np.stack(out["embedding"].to_pylist())
+
+
+def window(checkpoint: Checkpoint, texts: list[str]) -> pa.Table:
+    rows = [{"row_id": str(i), "content_hash": "0", "_input": t} for i, t in enumerate(texts)]
+    return Tokenize(checkpoint)(pa.Table.from_pylist(rows, schema=row_schema(pa.schema([]))))
+
+
+class Device:
+    """A model on a device that holds no more than so many tokens a batch, or that dies."""
+
+    def __init__(self, model: Any, max_tokens: int, error: Exception) -> None:
+        self._model, self._max_tokens, self._error = model, max_tokens, error
+        self.config, self.num_calls = model.config, 0
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        self.num_calls += 1
+        if input_ids.numel() > self._max_tokens:
+            raise self._error
+        return self._model(input_ids=input_ids, attention_mask=attention_mask)
 
 
 def cosine(a: Any, b: Any) -> Any:
@@ -108,3 +125,63 @@ def test_bfloat16_on_a_gpu(minilm: Path) -> None:
     bfloat16 = open_checkpoint(ModelSpec(id=str(minilm)), native_bfloat16=True)
     assert bfloat16.dtype == "bfloat16"
     assert cosine(embed(bfloat16, SENTENCES), embed(float32, SENTENCES)).min() > 0.999
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_out_of_memory_halves_the_batch_down_to_one_row(tiny_bert: Path, error: Exception) -> None:
+    checkpoint = open_checkpoint(ModelSpec(id=str(tiny_bert), dtype="float32"), False)
+    texts = [SENTENCES[i % 4] for i in range(40)] + [SENTENCES[4]]
+    encoder = Encoder(checkpoint)
+    expected = np.stack(encoder(window(checkpoint, texts))["embedding"].to_pylist()[:40])
+    # Room for two of the sentences, and not for the long text (cut at 64 tokens) even alone.
+    device = Device(encoder._model, 50, error)
+    encoder._model = device
+    rows = encoder(window(checkpoint, texts)).to_pylist()
+    assert [(r["_stage"], r["_error"]) for r in rows] == [(None, None)] * 40 + [
+        ("embed", "out of memory")
+    ]
+    assert cosine(np.stack([r["embedding"] for r in rows[:40]]), expected).min() > 0.99999
+    assert rows[40]["embedding"] is None
+    assert sum(r["_halved"] or 0 for r in rows) == encoder.num_halved > 3
+    # What was learnt stays: the same rows without the long one fail no more.
+    before, num_calls = encoder.num_halved, device.num_calls
+    encoder(window(checkpoint, texts[:40]))
+    assert encoder.num_halved == before
+    assert device.num_calls > num_calls
+
+
+def test_a_row_that_the_model_fails_on_is_rejected_alone(tiny_bert: Path) -> None:
+    checkpoint = open_checkpoint(ModelSpec(id=str(tiny_bert), dtype="float32"), False)
+    encoder = Encoder(checkpoint)
+    encoder._model = Device(encoder._model, 63, IndexError("index out of range in self"))
+    encoder._batch_tokens = 60
+    rows = encoder(window(checkpoint, SENTENCES)).to_pylist()
+    assert [r["_error"] for r in rows] == [None, None, None, None, "model error", None]
+    assert "index out of range" in rows[4]["_message"]
+    assert encoder.num_halved == 0
+
+
+def test_a_failed_gpu_ends_the_process_instead_of_rejecting_rows(tiny_bert: Path) -> None:
+    checkpoint = open_checkpoint(ModelSpec(id=str(tiny_bert), dtype="float32"), False)
+    encoder = Encoder(checkpoint)
+    encoder._model = Device(encoder._model, 0, RuntimeError("CUDA error: device-side assert"))
+    with pytest.raises(RuntimeError, match="the GPU failed"):
+        encoder(window(checkpoint, SENTENCES))
+
+
+def test_nan_is_rejected(tiny_bert: Path) -> None:
+    checkpoint = open_checkpoint(ModelSpec(id=str(tiny_bert), dtype="float32"), False)
+    encoder = Encoder(checkpoint)
+    with torch.no_grad():
+        embeddings = encoder._model.embeddings.word_embeddings.weight
+        tokens = window(checkpoint, ["Goal!"])["input_ids"].to_pylist()[0]
+        embeddings[tokens[1]] = float("nan")
+    rows = encoder(window(checkpoint, SENTENCES)).to_pylist()
+    assert [r["_error"] for r in rows] == [None, None, None, "not finite", None, None]
+    assert rows[3]["embedding"] is None
