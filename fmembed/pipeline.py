@@ -11,7 +11,6 @@ import threading
 import time
 import uuid
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -24,34 +23,41 @@ import ray.data
 import ray.exceptions
 import ray.util.annotations
 from ray.data import ActorPoolStrategy
+from ray.data.exceptions import SystemException
 
 from fmembed import encoder, probes, progress, report
 from fmembed import source as source_module
 from fmembed.checkpoint import Checkpoint, cpu_has_bfloat16, open_checkpoint
+from fmembed.commits import Commits
 from fmembed.lock import Lock
 from fmembed.preprocess import Tokenize
-from fmembed.rows import REJECTED_SCHEMA, RowIds, keys_of
+from fmembed.rows import RowIds, keys_of
 from fmembed.source import Source, open_source, skip_committed
 from fmembed.spec import (
     ComputeSpec,
     FmembedError,
     Interrupted,
-    OutputSpec,
-    RejectedError,
     RunSpec,
     SpecError,
     fingerprint,
 )
-from fmembed.table import Part, ShardCount, Table, Written, sample, write_part
+from fmembed.storage import StorageError
+from fmembed.table import Table, sample
 
 # Ray's own defaults are endless: a model that kills its process would never fail the run.
 _MAX_ACTOR_RESTARTS = 3
-_MAX_WRITES_IN_FLIGHT = 4
-# Below this the fraction says little: one bad row of ten is not yet a bad dataset.
-_MIN_ROWS_TO_STOP = 1000
+# Passes that may break in a row without a row committed; a pass that commits some starts anew.
+_MAX_BROKEN_PASSES = 3
+# What a lost node, worker or actor looks like from the driver, as against an error of the code.
+_LOSSES = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.RpcError,
+)
 # Sorted by length and cut into batches: a CPU's window is seconds of work, a GPU's should be too.
 _WINDOW_ROWS = {"cpu": 256, "cuda": 4096}
-_SETTLE_S = 30.0
 _MAX_FETCH_BYTES = 10 * 2**30
 
 
@@ -137,10 +143,7 @@ def embed(
                     run.look(source)
                 if run.num_shards:
                     leave = progress.connect(verbose) or leave
-                    try:
-                        run.go(lock, quiet)
-                    finally:
-                        table.remove_strays()
+                    run.go(source, lock, quiet)
                 result = run.finish()
         else:
             result = run.finish()
@@ -199,29 +202,31 @@ class _Run:
         self._table = table
         self._started = datetime.now(UTC)
         self._clock = time.monotonic()
-        self._source: Source | None = None
+        self._left: Source | None = None
         self._committed = RowIds()
         self._num_skipped = 0
-        self._commits: _Commits | None = None
+        self._commits: Commits | None = None
         self._stages: dict[str, Any] = {}
         self._compute: dict[str, Any] = {}
 
     def look(self, source: Source) -> None:
         """See what of the source is left to read, given what is committed."""
         self._committed = self._table.row_ids()
-        self._source, self._num_skipped = skip_committed(
+        self._left, self._num_skipped = skip_committed(
             source, self._committed, self._table.whole_shards()
         )
 
     @property
     def num_shards(self) -> int:
         """Shards left to read."""
-        return len(self._source.shards) if self._source else 0
+        return len(self._left.shards) if self._left else 0
 
-    def go(self, lock: Lock, quiet: bool) -> None:
-        """Stream the source through the stages and commit what comes out."""
-        assert self._source is not None
-        source = self._source
+    def go(self, source: Source, lock: Lock, quiet: bool) -> None:
+        """Stream what is left through the stages and commit what comes out.
+
+        Ray restarts actors and tasks and computes lost blocks again; where it gives up, because a
+        node took with it what cannot be computed again, another pass reads what is not committed.
+        """
         plan = plan_compute(self._spec.compute)
         self._compute = asdict(plan)
         configuration = {
@@ -229,31 +234,66 @@ class _Run:
             "fmembed.identity": json.dumps(self._checkpoint.identity),
             "fmembed.spec": json.dumps(self._spec.stored()),
         }
-        commits = _Commits(
-            self._spec.output, self._table, lock, self.id, configuration, self._committed, source
-        )
+        commits = Commits(self._spec.output, self._table, lock, self.id, configuration)
         self._commits = commits
-        with progress.Stages(source.num_rows, quiet) as stages, _interruptible():
-            stages.watch(ray.data.DataContext.get_current())
-            try:
-                for bundle in _line(source, self._committed, self._checkpoint, plan):
-                    commits.add(bundle)
-                    stages.set(progress.WRITE, commits.num_written, commits.busy_s)
-                commits.commit()
-            except (KeyboardInterrupt, Interrupted) as e:
-                with contextlib.suppress(ray.exceptions.RayError):
-                    commits.commit()
-                signum = e.exit_code - 128 if isinstance(e, Interrupted) else signal.SIGINT
-                raise Interrupted(
-                    f"interrupted; {commits.num_embedded:,} rows of this run are committed, "
-                    "the same command resumes",
-                    signum,
-                ) from None
-            finally:
-                commits.settle()
-            stages.set(progress.WRITE, commits.num_written, commits.busy_s)
-            self._stages = {name: asdict(stage) for name, stage in stages.stages.items()}
+        try:
+            with progress.Stages(source.num_rows, quiet) as stages, _interruptible():
+                stages.watch(ray.data.DataContext.get_current())
+                self._run_passes(source, commits, plan, stages)
+                self._stages = {name: asdict(stage) for name, stage in stages.stages.items()}
+        finally:
+            # What failed is worth more than that its leftovers could not be removed.
+            with contextlib.suppress(StorageError):
+                self._table.remove_strays()
         commits.check_rejected(at_end=True)
+
+    def _run_passes(
+        self, source: Source, commits: Commits, plan: Plan, stages: progress.Stages
+    ) -> None:
+        num_broken = 0
+        while self.num_shards:
+            num_before = commits.num_embedded
+            try:
+                self._pass(commits, plan, stages)
+                return
+            except ray.exceptions.RayError as e:
+                num_broken = 1 if commits.num_embedded > num_before else num_broken + 1
+                # An actor that dies on every try without a row done is no accident.
+                is_systematic = isinstance(_root(e), ray.exceptions.ActorDiedError)
+                limit = 1 if is_systematic else _MAX_BROKEN_PASSES
+                if not _is_loss(e) or (num_broken >= limit and commits.num_embedded == num_before):
+                    raise
+                stages.say(
+                    f"lost a node, actor or worker ({type(_root(e)).__name__}); going on from the "
+                    f"{commits.num_embedded:,} rows that this run has committed"
+                )
+            self._table.remove_strays()
+            self.look(source)
+
+    def _pass(self, commits: Commits, plan: Plan, stages: progress.Stages) -> None:
+        assert self._left is not None
+        commits.begin(self._left.shards, self._committed)
+        try:
+            for bundle in _line(self._left, self._committed, self._checkpoint, plan):
+                commits.add(bundle)
+                stages.set(progress.WRITE, commits.num_written, commits.busy_s)
+            commits.commit()
+            stages.set(progress.WRITE, commits.num_written, commits.busy_s)
+        except (KeyboardInterrupt, Interrupted) as e:
+            with contextlib.suppress(ray.exceptions.RayError):
+                commits.commit()
+            signum = e.exit_code - 128 if isinstance(e, Interrupted) else signal.SIGINT
+            raise Interrupted(
+                f"interrupted; {commits.num_embedded:,} rows of this run are committed, "
+                "the same command resumes",
+                signum,
+            ) from None
+        except ray.exceptions.RayError as e:
+            if _is_loss(e):
+                commits.commit_written()
+            raise
+        finally:
+            commits.settle()
 
     def finish(self) -> RunResult:
         """Count, and leave the record that `verify` compares the table with."""
@@ -314,157 +354,6 @@ def _line(source: Source, committed: RowIds, checkpoint: Checkpoint, plan: Plan)
             max_task_retries=_MAX_ACTOR_RESTARTS,
         )
     return iter(vectors.iter_internal_ref_bundles())
-
-
-class _Commits:
-    """Gathers blocks into parts and parts into commits. Rows themselves never reach the driver."""
-
-    def __init__(
-        self,
-        output: OutputSpec,
-        table: Table,
-        lock: Lock,
-        run_id: str,
-        configuration: dict[str, str],
-        committed: RowIds,
-        source: Source,
-    ) -> None:
-        self._output = output
-        self._table = table
-        self._lock = lock
-        self._shard_keys = [shard.key for shard in source.shards]
-        self._shards: dict[int, ShardCount] = {}
-        self._whole: list[tuple[str, int, int]] = []
-        self._run_id = run_id
-        self._configuration = configuration
-        self._known = committed
-        self._num_known_before = len(committed)
-        self._pending: list[Any] = []
-        self._pending_bytes = 0
-        self._writes: dict[Any, list[Any]] = {}
-        self._written: list[Written] = []
-        self._num_commits = 0
-        self._last_commit = time.monotonic()
-        self._num_rejected_before = table.num_rejected()
-        self.num_embedded = self.num_rejected = self.num_skipped = 0
-        self.num_written = self.num_units = self.num_truncated = self.num_halved = 0
-        self.busy_s = 0.0
-        self.causes: Counter[str] = Counter()
-
-    def add(self, bundle: Any) -> None:
-        """Take over a bundle of blocks; write and commit when it is time."""
-        self._pending.extend(bundle.block_refs)
-        self._pending_bytes += bundle.size_bytes()
-        if self._pending_bytes >= self._output.part_bytes:
-            self._write_pending()
-        while len(self._writes) > _MAX_WRITES_IN_FLIGHT:
-            self._collect(num_returns=1)
-        if time.monotonic() - self._last_commit >= self._output.commit_every_s:
-            self.commit()
-            self.check_rejected(at_end=False)
-
-    def commit(self) -> None:
-        """Write what is pending, wait for all parts, and commit them in one transaction."""
-        self._write_pending()
-        while self._writes:
-            self._collect(num_returns=len(self._writes))
-        self._last_commit = time.monotonic()
-        written, self._written = self._written, []
-        if not written:
-            return
-        self._lock.check()
-        transaction = (self._run_id, self._num_commits)
-        rejected = [w.rejected for w in written if w.rejected is not None]
-        parts = [w.part for w in written if w.part is not None]
-        # Rejections first: either log may end up ahead of the other, and both ways the next run
-        # reads the rows that are in neither, no more and no less.
-        self._commit_log(rejected, parts, written[0], transaction)
-        self._num_commits += 1
-        for w in written:
-            self.num_embedded += w.part.num_rows if w.part else 0
-            self.num_rejected += w.rejected.num_rows if w.rejected else 0
-            self.num_units += w.num_units
-            self.num_truncated += w.num_truncated
-            self.num_halved += w.num_halved
-            self.causes.update(w.causes)
-        self._record_shards(written)
-
-    def _record_shards(self, written: list[Written]) -> None:
-        """Put on record which shards are committed whole; after the commit, never before it."""
-        num_whole = len(self._whole)
-        for index, count in (item for w in written for item in w.shards.items()):
-            total = self._shards[index] = self._shards.get(index, ShardCount()) + count
-            self.num_skipped += count.skipped
-            key = self._shard_keys[index]
-            if total.whole and key is not None:
-                self._whole.append((key, total.rows + total.skipped, total.rejected))
-        if len(self._whole) > num_whole:
-            self._table.put_shards(self._run_id, self._whole)
-
-    def _commit_log(
-        self, rejected: list[Part], parts: list[Part], any_: Written, transaction: tuple[str, int]
-    ) -> None:
-        if rejected:
-            self._table.rejected.commit(rejected, REJECTED_SCHEMA, self._configuration, transaction)
-        if parts:
-            self._table.rows.commit(parts, any_.schema, self._configuration, transaction)
-
-    def settle(self) -> None:
-        """Wait for writes that nobody will commit, so that their parts can be removed."""
-        if self._writes:
-            ray.wait(list(self._writes), num_returns=len(self._writes), timeout=_SETTLE_S)
-
-    def check_rejected(self, at_end: bool) -> None:
-        """Stop when too many rows were rejected.
-
-        Raises:
-            RejectedError: With the causes.
-        """
-        num_rejected = self.num_rejected + self._num_rejected_before
-        num_rows = self.num_embedded + self.num_rejected + self._num_known_before
-        limit = self._output.max_rejected_fraction
-        if not self.num_rejected or (num_rows < _MIN_ROWS_TO_STOP and not at_end):
-            return
-        if num_rejected > limit * num_rows:
-            causes = ", ".join(f"{n:,} {cause}" for cause, n in self.causes.most_common(5))
-            raise RejectedError(
-                f"{num_rejected:,} of {num_rows:,} rows were rejected, more than "
-                f"output.max_rejected_fraction = {limit} allows ({causes}); the embedded rows are "
-                f"committed, the rejected ones are in {self._table.rejected.uri}"
-            )
-
-    def _write_pending(self) -> None:
-        if self._pending:
-            self._submit(self._pending, frozenset())
-            self._pending, self._pending_bytes = [], 0
-
-    def _submit(self, blocks: list[Any], twice: frozenset[bytes]) -> None:
-        # No CPU reserved: Ray Data has planned with all of them, and a write is short.
-        task = ray.remote(num_cpus=0, max_retries=3)(_write_blocks)
-        self._writes[task.remote(self._table.uri, twice, *blocks)] = blocks
-
-    def _collect(self, num_returns: int) -> None:
-        done, _ = ray.wait(list(self._writes), num_returns=num_returns)
-        for ref in done:
-            blocks = self._writes.pop(ref)
-            written: Written = ray.get(ref)
-            twice = self._known.contains(written.keys)
-            if twice.any():
-                # Two parts with one id. Rare, so the later part is simply written once more.
-                if written.part is not None:
-                    self._table.rows.remove([written.part.path])
-                if written.rejected is not None:
-                    self._table.rejected.remove([written.rejected.path])
-                self._submit(blocks, frozenset(written.keys[twice].tolist()))
-                continue
-            self._known.add(written.keys)
-            self._written.append(written)
-            self.num_written += len(written.keys)
-            self.busy_s += written.busy_s
-
-
-def _write_blocks(uri: str, twice: frozenset[bytes], *blocks: pa.Table) -> Written:
-    return write_part(uri, list(blocks), twice)
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -699,18 +588,34 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _is_loss(error: BaseException) -> bool:
+    return isinstance(_root(error), _LOSSES)
+
+
+def _root(error: BaseException) -> BaseException:
+    """The error at the end of the chain that Ray wrapped around it, or ours before it."""
+    # Ray makes its wrapper an instance of what it wraps, with a traceback as its text.
+    while isinstance(error, ray.exceptions.RayError) or not isinstance(error, FmembedError):
+        cause = getattr(error, "cause", None) or error.__cause__
+        # Ray Data names itself as the cause of what it did not raise.
+        if not isinstance(cause, BaseException) or isinstance(cause, SystemException):
+            break
+        error = cause
+    return error
+
+
 def _explain(error: BaseException) -> FmembedError:
-    """Find what the user should read in what Ray wrapped around it."""
-    cause: BaseException | None = error
-    last = error
-    while cause is not None:
-        if isinstance(cause, FmembedError):
-            return cause
-        last = cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    lines = [line.strip() for line in str(last).splitlines() if line.strip()]
-    reason = lines[-1] if lines else type(last).__name__
-    return FmembedError(
-        f"the run failed: {type(last).__name__}: {reason}; committed rows stay, "
-        "the same command resumes; -v shows Ray's own messages"
-    )
+    """What the user should read of an error that Ray raised."""
+    root = _root(error)
+    if isinstance(root, FmembedError):
+        return root
+    lines = [line.strip() for line in str(root).splitlines() if line.strip()]
+    rest = "committed rows stay, the same command resumes; -v shows Ray's own messages"
+    if isinstance(root, ray.exceptions.ActorDiedError):
+        return FmembedError(
+            f"the model's process died {1 + _MAX_ACTOR_RESTARTS} times and was given up: "
+            f"{lines[-1] if lines else 'no reason known'}; was it killed for memory "
+            "(compute.actors, compute.batch_tokens), or does the model's own code end it? " + rest
+        )
+    reason = lines[-1] if lines else type(root).__name__
+    return FmembedError(f"the run failed: {type(root).__name__}: {reason}; {rest}")

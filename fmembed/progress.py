@@ -63,6 +63,10 @@ class Stages:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    def say(self, text: str) -> None:
+        """Print a line on stderr, above what is drawn."""
+        self._progress.console.print(f"fmembed: {text}", markup=False, highlight=False)
+
     def set(self, name: str, rows: int, busy_s: float) -> None:
         """Set a stage's totals."""
         with self._lock:
@@ -117,7 +121,8 @@ def connect(verbose: bool) -> bool:
     context.enable_progress_bars = verbose
     context.print_on_execution_start = verbose
     if not verbose:
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        # Its errors too: it logs tracebacks of what the driver is told and handles.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore", module=r"ray\.data\.")
     if ray.is_initialized():
         return False

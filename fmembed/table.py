@@ -180,7 +180,12 @@ class Log:
         """Delete files that no version names."""
         for path in paths:
             if self.storage.local:  # half written files have names that obstore does not take
-                (self.storage.local / path).unlink(missing_ok=True)
+                try:
+                    (self.storage.local / path).unlink(missing_ok=True)
+                except OSError as e:
+                    raise StorageError(
+                        f"output.uri: cannot delete {path} in {self.uri}: {reason(e)}"
+                    ) from None
             else:
                 self.storage.delete(path)
 

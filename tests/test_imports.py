@@ -20,16 +20,17 @@ ALLOWED = {
     "encoder": {"batching", "checkpoint", "rows", "spec"},
     "table": {"rows", "spec", "storage"},
     "integrity": {"rows", "spec", "storage", "table"},
+    "commits": {"lock", "rows", "source", "spec", "table"},
     "report": set(),
     "progress": set(),
     "pipeline": {
-        "checkpoint", "encoder", "lock", "preprocess", "probes", "progress", "report", "rows",
-        "source", "spec", "storage", "table",
+        "checkpoint", "commits", "encoder", "lock", "preprocess", "probes", "progress", "report",
+        "rows", "source", "spec", "storage", "table",
     },
     "cli": {"integrity", "pipeline", "spec", "table"},
 }  # fmt: skip
 HEAVY = {
-    "ray": {"source", "pipeline", "table", "cli", "progress"},
+    "ray": {"source", "commits", "pipeline", "table", "cli", "progress"},
     "torch": {"encoder", "batching"},
     "sklearn": {"probes"},
 }

@@ -97,9 +97,9 @@ def test_a_run_that_was_taken_over_notices_before_it_commits(tmp_path: Path) -> 
         current = storage.paths("_lock/")[-1]
         content = json.loads(storage.get(current)) | {"machine": "elsewhere"}
         storage.put(current, json.dumps(content).encode())
-        with Lock(storage, "next", **QUICK):
-            with pytest.raises(LockedError, match="taken over by run next"):
-                sleeper.check()
+        taken = pytest.raises(LockedError, match="taken over by run next")
+        with Lock(storage, "next", **QUICK), taken:
+            sleeper.check()
         with pytest.raises(LockedError):
             sleeper.check()
 

