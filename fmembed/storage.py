@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,8 @@ from obstore.store import LocalStore, ObjectStore, from_url
 
 from fmembed.spec import FmembedError
 
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _CLOUDS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
-# obstore's own 30 s would need 70 Mbit/s for a part of 256 MiB.
-_CLIENT_OPTIONS: Any = {"timeout": "600s"}
 
 
 class StorageError(FmembedError):
@@ -41,7 +41,7 @@ class Storage:
         try:
             if self.local:
                 return LocalStore(self.uri, mkdir=True)
-            return from_url(self.uri, client_options=_CLIENT_OPTIONS, **_credentials(self.uri))
+            return from_url(self.uri, **_options(self.uri))
         except (BaseError, OSError, ValueError) as e:
             raise self._error("reach", "", e) from None
 
@@ -117,6 +117,20 @@ class Storage:
         fs, root = filesystem(self.uri)
         return fs.open(f"{root}/{path}", "rb")
 
+    def delta_options(self) -> dict[str, str]:
+        """What `deltalake` needs to be told because it does not find it by itself."""
+        session = _aws_session(self.uri)
+        if session is None:
+            return {}
+        found = session.get_credentials().get_frozen_credentials()
+        options = {
+            "AWS_ACCESS_KEY_ID": found.access_key,
+            "AWS_SECRET_ACCESS_KEY": found.secret_key,
+            "AWS_SESSION_TOKEN": found.token,
+            "AWS_REGION": os.environ.get("AWS_REGION") or session.region_name,
+        }
+        return {name: value for name, value in options.items() if value}
+
     def _error(self, verb: str, path: str, error: Exception) -> StorageError:
         where = f"{path} in {self.uri}" if path else self.uri
         return StorageError(f"output.uri: cannot {verb} {where}: {reason(error)}")
@@ -131,10 +145,9 @@ def filesystem(uri: str) -> tuple[Any, str]:
     scheme = uri.partition("://")[0]
     if "://" in uri and scheme in _CLOUDS:
         protocol: Any = scheme
-        fs = obstore.fsspec.FsspecStore(
-            protocol, client_options=_CLIENT_OPTIONS, **_credentials(uri)
-        )
-        return fs, uri.partition("://")[2].rstrip("/")
+        return obstore.fsspec.FsspecStore(protocol, **_options(uri)), uri.partition("://")[
+            2
+        ].rstrip("/")
     fs, root = fsspec.core.url_to_fs(uri)
     return fs, str(root)
 
@@ -143,25 +156,47 @@ def reason(error: BaseException) -> str:
     """The one line of an error that tells its reason."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in _ANSI.sub("", str(error)).splitlines() if line.strip()]
+    # Delta's reader tells a chain, a link a line, the cause last; others put the cause first.
+    chain = [line.removeprefix("↳").strip() for line in lines if line.startswith("↳")]
+    if chain:
+        return ": ".join([lines[0], *chain])[:400]
     return lines[0] if lines else type(error).__name__
 
 
-def _credentials(uri: str) -> dict[str, Any]:
-    """What obstore does not find by itself: the AWS config files, read by boto3."""
+def _options(uri: str) -> dict[str, Any]:
+    # obstore's own 30 s would need 70 Mbit/s for a part of 256 MiB. Given options, it no longer
+    # looks into the environment for the others.
+    names = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP")
+    plain_http = any(os.environ.get(name, "").lower() in ("1", "true") for name in names)
+    options = {"client_options": {"timeout": "600s", "allow_http": plain_http}}
+    session = _aws_session(uri)
+    if session is None:
+        return options
+    from obstore.auth.boto3 import Boto3CredentialProvider
+
+    return {**options, "credential_provider": Boto3CredentialProvider(session)}
+
+
+def _aws_session(uri: str) -> Any:
+    """A boto3 session, where AWS's config files hold the credentials: obstore reads none."""
     if not uri.startswith(("s3://", "s3a://")) or "AWS_ACCESS_KEY_ID" in os.environ:
-        return {}
+        return None
     files = (
         os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials",
         os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config",
     )
     if not any(Path(f).expanduser().is_file() for f in files):
-        return {}
+        return None
     try:
-        from obstore.auth.boto3 import Boto3CredentialProvider
+        import boto3
     except ImportError:
         raise StorageError(
             f"output.uri: {uri}: reading AWS's config files takes boto3: pip install "
             "'fmembed[aws]', or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         ) from None
-    return {"credential_provider": Boto3CredentialProvider()}
+    try:
+        session = boto3.Session()
+        return session if session.get_credentials() is not None else None
+    except Exception as e:  # botocore's own: a profile that is not there, a file that is not one
+        raise StorageError(f"output.uri: {uri}: AWS's config files: {reason(e)}") from None

@@ -133,7 +133,7 @@ class Log:
         if local and not (local / "_delta_log").is_dir():
             return None
         try:
-            return DeltaTable(self.uri, version=version)
+            return DeltaTable(self.uri, version, storage_options=self.storage.delta_options())
         except TableNotFoundError:
             return None
         except (DeltaError, OSError) as e:
@@ -251,6 +251,7 @@ class Log:
                     schema=Schema.from_arrow(schema),
                     configuration={**_KEEP, **configuration},
                     raise_if_key_not_exists=False,
+                    storage_options=self.storage.delta_options(),
                 )
                 self._pinned = 0
             if delta is None:

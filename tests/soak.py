@@ -96,7 +96,7 @@ class Bench:
         assert run.end() == 0, run.messages()
         self.reference = read_vectors(folder / "reference")
 
-    def start(self, table: Path, address: str | None) -> Run:
+    def start(self, table: Path | str, address: str | None) -> Run:
         """Start the command; on a cluster, or with Ray of its own."""
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         if address is not None:
@@ -113,7 +113,7 @@ class Bench:
         return Run(command, environment, self.folder / f"stderr-{self._num_runs}.log")
 
     @contextmanager
-    def hold(self, run: Run, table: Path, num_rows: int = 0) -> Iterator[None]:
+    def hold(self, run: Run, table: Path | str, num_rows: int = 0) -> Iterator[None]:
         """Let a run commit more than so many rows, then let its model stand still for a while."""
         wait_for(lambda: self.num_committed(table) > num_rows or run.poll() is not None)
         gate = Path(f"{self.log}.hold")
@@ -128,13 +128,13 @@ class Bench:
         content = self.log.read_bytes() if self.log.exists() else b""
         return sum(map(int, content.split()))
 
-    def num_committed(self, table: Path) -> int:
+    def num_committed(self, table: Path | str) -> int:
         """Rows in the table."""
         from fmembed.table import Table
 
         return sum(part.num_rows for part in Table(str(table)).rows.parts())
 
-    def check(self, table: Path, tally: Tally) -> list[str]:
+    def check(self, table: Path | str, tally: Tally) -> list[str]:
         """Compare a finished table with the source and with the undisturbed vectors."""
         from fmembed.integrity import verify
 
@@ -175,14 +175,14 @@ def make_counted_model(folder: Path, log: Path, row_s: float, dies: bool = False
     return folder
 
 
-def read_ids(table: Path) -> list[Any]:
+def read_ids(table: Path | str) -> list[Any]:
     """Row ids as the table holds them, repeated ones repeated."""
     import fmembed
 
     return fmembed.read(str(table), columns=["row_id"])["row_id"].to_pylist()
 
 
-def read_vectors(table: Path) -> dict[str, Any]:
+def read_vectors(table: Path | str) -> dict[str, Any]:
     """Row id to vector."""
     import fmembed
 
@@ -230,7 +230,7 @@ def simulated_cluster() -> Iterator[SimulatedCluster]:
 
 
 def kill_once(
-    kind: str, bench: Bench, table: Path, cluster: SimulatedCluster, at: float, tally: Tally
+    kind: str, bench: Bench, table: Path | str, cluster: SimulatedCluster, at: float, tally: Tally
 ) -> None:
     """Start the command, kill something when a share `at` of what is left was computed, and wait.
 
@@ -313,7 +313,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = _TIMEOUT_S) -> No
         time.sleep(0.05)
 
 
-def finish(bench: Bench, table: Path, cluster: SimulatedCluster) -> None:
+def finish(bench: Bench, table: Path | str, cluster: SimulatedCluster) -> None:
     """Run the same command until it is done."""
     for _ in range(3):
         run = bench.start(table, cluster.address)

@@ -1,0 +1,221 @@
+"""Everything on S3: a real server process on loopback, conditional writes included."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pyarrow as pa
+import pytest
+from conftest import SENTENCES, run_cli
+from soak import Bench, Tally, wait_for
+
+import fmembed
+from fmembed.lock import Lock, LockedError
+from fmembed.storage import Storage, StorageError
+from fmembed.table import ConflictError, Table
+
+KEY, SECRET = "AKIDCANARY0KEY", "canary-secret-5up3r"
+SCHEMA = pa.schema([pa.field("row_id", pa.string(), nullable=False)])
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A bucket's URL; the environment names the server and the credentials."""
+    log = (tmp_path_factory.mktemp("s3") / "server.log").open("w")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=log, stderr=log,
+    )  # fmt: skip
+    endpoint = f"http://127.0.0.1:{port}"
+    names = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_REGION": "us-east-1",
+    }
+    patch = pytest.MonkeyPatch()
+    for name, value in names.items():
+        patch.setenv(name, value)
+
+    def answers() -> bool:
+        assert server.poll() is None
+        try:
+            with urllib.request.urlopen(f"{endpoint}/moto-api/"):  # noqa: S310
+                return True
+        except urllib.error.URLError:
+            return False
+
+    wait_for(answers, 30)
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    yield "s3://bucket"
+    patch.undo()
+    server.send_signal(signal.SIGTERM)
+    server.wait(30)
+    log.close()
+
+
+def objects() -> dict[str, bytes]:
+    client = boto3.client("s3")
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket="bucket")
+    keys = [o["Key"] for page in pages for o in page.get("Contents", [])]
+    return {k: client.get_object(Bucket="bucket", Key=k)["Body"].read() for k in keys}
+
+
+def test_create_is_conditional(s3: str) -> None:
+    storage = Storage(f"{s3}/create")
+    wins = []
+    start = threading.Barrier(8)
+
+    def race(name: str) -> None:
+        start.wait()
+        if storage.create("one", name.encode()):
+            wins.append(name)
+
+    threads = [threading.Thread(target=race, args=(f"t{i}",)) for i in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(wins) == 1
+    assert storage.get("one") == wins[0].encode()
+    assert storage.paths() == ["one"]
+    storage.put("folder/two", b"2")
+    assert storage.paths() == ["folder/", "one"]
+    assert storage.paths("folder/") == ["folder/two"]
+    with storage.open("folder/two") as f:
+        assert f.read() == b"2"
+    storage.delete("one")
+    assert storage.size_bytes("one") is None
+
+
+def test_lock(s3: str) -> None:
+    storage = Storage(f"{s3}/lock")
+    with (
+        Lock(storage, "first", beat_s=0.05, expire_s=1),
+        pytest.raises(LockedError, match="run first"),
+        Lock(storage, "second"),
+    ):
+        pass
+    dead = {"run": "dead", "machine": "elsewhere", "host": "far", "pid": 1, "started": "then"}
+    storage.put("_lock/00000009.json", json.dumps(dead).encode())
+    with Lock(storage, "third", beat_s=0.05, expire_s=0.5) as third:
+        third.check()
+        assert storage.paths("_lock/") == ["_lock/00000010.json"]
+
+
+def test_of_two_commits_on_one_version_the_second_fails(s3: str) -> None:
+    tables = [Table(f"{s3}/commits") for _ in range(2)]
+    for t in tables:
+        t.row_ids()
+    part = tables[0].rows.write(pa.table({"row_id": ["a"]}, schema=SCHEMA))
+    tables[0].rows.commit([part], SCHEMA, {"fmembed.fingerprint": "f"}, ("one", 0))
+    stray = tables[1].rows.write(pa.table({"row_id": ["b"]}, schema=SCHEMA))
+    with pytest.raises(ConflictError):
+        tables[1].rows.commit([stray], SCHEMA, {}, ("two", 0))
+    assert tables[0].strays() == [(tables[0].rows, stray.path)]
+    assert tables[0].remove_strays() == 1
+    assert fmembed.read(f"{s3}/commits")["row_id"].to_pylist() == ["a"]
+
+
+def test_source_table_and_report_on_s3_and_no_secret_anywhere(
+    s3: str, tiny_bert: Path, tmp_path: Path
+) -> None:
+    client = boto3.client("s3")
+    for name in ("a", "b"):
+        lines = [json.dumps({"text": f"{name} {i} {SENTENCES[i % 6]}", "topic": "xy"[i % 2]})
+                 for i in range(40)]  # fmt: skip
+        body = "\n".join([*lines, '{"text": null}']).encode()
+        client.put_object(Bucket="bucket", Key=f"in/{name}.jsonl", Body=body)
+    command = [
+        "embed", "--source", f"{s3}/in", "--label", "topic", "--model", str(tiny_bert),
+        "--dtype", "float32", "--output", f"{s3}/out",
+        "--set", "output.max_rejected_fraction=0.05", "--set", "probes=[knn]",
+    ]  # fmt: skip
+    said = []
+    first = run_cli(*command, "--json", "-v")
+    assert first.returncode == 0, first.stderr
+    result = json.loads(first.stdout.splitlines()[-1])
+    assert (result["rows_read"], result["rows_embedded"], result["rows_rejected"]) == (82, 80, 2)
+    said.append(first)
+    before = objects()
+    assert "out/_report.html" in before
+    again = run_cli(*command)
+    assert (again.returncode, again.stdout.startswith("nothing to do")) == (0, True), again.stderr
+    assert objects() == before
+    said += [again, run_cli("verify", f"{s3}/out"), run_cli("rejected", f"{s3}/out")]
+    assert said[-2].stdout.splitlines()[-1] == "all is well"
+    assert "2 null input (stage read)" in said[-1].stdout
+    assert fmembed.read(f"{s3}/out").num_rows == 80
+
+    # What users get wrong: no such bucket, no such prefix, a password in a URL.
+    for wrong in (
+        [*command[:-6], "--output", "s3://absent/out"],
+        ["embed", "--source", f"{s3}/nothing", *command[3:]],
+        ["embed", "--source", "http://me:canary-secret-5up3r@127.0.0.1:9/x.jsonl", *command[3:]],
+    ):
+        failed = run_cli(*wrong)
+        assert failed.returncode == 2, failed.stderr
+        assert failed.stderr.count("\n") == 1
+        said.append(failed)
+    text = "".join(done.stdout + done.stderr for done in said)
+    for secret in (KEY, SECRET):
+        assert secret not in text
+        assert not [k for k, content in objects().items() if secret.encode() in content]
+
+
+def test_credentials_from_a_config_file(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    file = tmp_path / "credentials"
+    file.write_text(f"[team]\naws_access_key_id = {KEY}\naws_secret_access_key = {SECRET}\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.setenv("AWS_PROFILE", "team")
+    storage = Storage(f"{s3}/profile")
+    storage.put("x", b"1")
+    assert storage.get("x") == b"1"
+    table = Table(f"{s3}/profile-table")
+    table.row_ids()
+    part = table.rows.write(pa.table({"row_id": ["a"]}, schema=SCHEMA))
+    assert table.rows.commit([part], SCHEMA, {}, ("one", 0)) == 1
+
+
+def test_forbidden_is_one_line(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StorageError, match=r"cannot write x in s3://absent"):
+        Storage("s3://absent").put("x", b"1")
+
+
+def test_a_killed_driver_resumes(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    bench = Bench(tmp_path, num_rows=200, row_s=0.005)
+    table = f"{s3}/killed"
+    run = bench.start(table, None)
+    with bench.hold(run, table):
+        run.kill()
+        assert run.end() == -signal.SIGKILL
+    assert 0 < bench.num_committed(table) < 200
+    # What the dead run was writing when it died.
+    Storage(table).put("part-00.parquet", b"half")
+    run = bench.start(table, None)
+    assert run.end() == 0, run.messages()
+    tally = Tally()
+    assert bench.check(table, tally) == []
+    assert (tally.lost, tally.twice) == (0, 0)
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in run.messages()
