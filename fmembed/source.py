@@ -50,6 +50,7 @@ _SUFFIXES: dict[str, tuple[str, ...]] = {
 _SAVED_DATASET = ("state.json", "dataset_dict.json")
 _CHUNK_ROWS = 1000
 _SAMPLE_ROWS = 10_000
+_MAX_SAMPLED_FILES = 100
 _SHARD_BYTES = 64 * 2**20
 _SHARD_FILES = 512
 _SHARD_ROWS = 50_000
@@ -591,30 +592,51 @@ def _carried_schema(spec: SourceSpec, types: pa.Schema) -> pa.Schema:
 
 
 def _sample_schema(source: Source, files: list[File]) -> pa.Schema:
-    """The columns and types of the first file that can be read; the source's own rule for types."""
+    """The columns and types of the first file that has all that is named.
+
+    Of the first readable one where none has, so that the message can say what there is.
+    """
+    named = {source.spec.input, source.spec.id, *source.spec.columns} - {None}
+    first: pa.Schema | None = None
     problem = ""
-    for file in files:
+    for file in files[:_MAX_SAMPLED_FILES]:
         try:
-            with source.fs.open(file.path, "rb"):
-                pass
-            if source.format == "parquet":
-                with source.fs.open(file.path, "rb") as handle:
-                    return pq.read_schema(handle)
-            if source.format == "csv":
-                # Text as it stands: a guessed integer would turn 01234 into 1234.
-                with _open_csv(source, file) as lines:
-                    header = next(csv.reader(lines, delimiter=_delimiter(file)), [])
-                return pa.schema([pa.field(c, pa.string()) for c in header])
-            rows = itertools.islice(_read_jsonl(source, Shard((file,))), _SAMPLE_ROWS)
-            objects = [row for _, row in rows if isinstance(row, dict)]
-            if objects:
-                return _infer(objects)
-            problem = f"{file.name} has no JSON object"
-        except (OSError, pa.ArrowException, csv.Error, UnicodeError) as e:
+            types = _file_schema(source, file)
+        except Exception as e:  # what decompressors and parsers raise, by format
             problem = f"{file.name}: {reason(e)}"
-    raise SourceError(
-        f"source.uri: no readable {source.format} file in {source.spec.uri}: {problem}"
-    )
+            continue
+        if named <= set(types.names):
+            return types
+        first = types if first is None else first
+        problem = problem or f"{file.name} has no row"
+    if first is None or not first.names:
+        raise SourceError(
+            f"source.uri: no readable {source.format} file in {source.spec.uri}: {problem}"
+        )
+    return first
+
+
+def _file_schema(source: Source, file: File) -> pa.Schema:
+    if source.format == "parquet":
+        with source.fs.open(file.path, "rb") as handle:
+            return pq.read_schema(handle)
+    if source.format == "csv":
+        # Text as it stands: a guessed integer would turn 01234 into 1234.
+        with _open_csv(source, file) as lines:
+            header = next(csv.reader(lines, delimiter=_delimiter(file)), [])
+        return pa.schema([pa.field(c, pa.string()) for c in header])
+    rows = itertools.islice(_read_jsonl(source, Shard((file,))), _SAMPLE_ROWS)
+    objects = []
+    try:
+        for _, row in rows:
+            if isinstance(row, dict):
+                objects.append(row)
+    except Exception:  # the rest of the file is broken; its rows will be rejected with the cause
+        if not objects:
+            raise
+    if not objects:
+        raise ValueError("no JSON object in it")
+    return _infer(objects)
 
 
 def _infer(objects: list[dict[str, Any]]) -> pa.Schema:
