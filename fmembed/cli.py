@@ -110,7 +110,7 @@ def rejected(
     if json_:
         print(json.dumps({"table": table, "rows_rejected": _total(causes), "causes": causes}))
         return
-    print(f"{_total(causes):,} rows are rejected")
+    print(f"rows rejected: {_total(causes):,}")
     for cause in causes:
         print(f"{cause['rows']:,} {cause['error']} (stage {cause['stage']})")
         for row in cause["samples"]:

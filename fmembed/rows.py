@@ -133,6 +133,11 @@ class RowIds:
     def __len__(self) -> int:
         return len(self._keys) + self._num_recent
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the keys."""
+        return int(self._keys.nbytes) + sum(int(keys.nbytes) for keys in self._recent)
+
     def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """Whether each key is in the set, shape (rows,)."""
         found = np.zeros(len(keys), dtype=np.bool_)

@@ -17,3 +17,11 @@ def test_row_ids_answer_as_a_set_does() -> None:
 
 def test_empty() -> None:
     assert RowIds().contains(keys_of(["a"])).tolist() == [False]
+
+
+def test_a_row_id_takes_16_bytes() -> None:
+    ids = RowIds()
+    for start in range(0, 10_000, 100):
+        ids.add(keys_of(f"doc-{i}" for i in range(start, start + 100)))
+    assert ids.nbytes == 16 * len(ids) == 160_000
+    assert ids.contains(keys_of(["doc-0", "doc-9999", "doc-10000"])).tolist() == [True, True, False]

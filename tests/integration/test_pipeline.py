@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,61 @@ def test_flags_do_what_the_config_does(tmp_path: Path, tiny_bert: Path) -> None:
     part = next((tmp_path / "out").glob("part-*.parquet"))
     part.write_bytes(part.read_bytes() + b"x")
     assert run_cli("verify", "out", cwd=tmp_path).returncode == 1
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_whole_files_are_not_read_again_and_rejected_rows_can_be_tried_again(
+    tmp_path: Path, tiny_bert: Path
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", ROWS[:50])
+    bad = [{"text": None, "topic": "river", "key": "late"}, ROWS[3]]
+    write_jsonl(folder / "b.jsonl", [*ROWS[50:80], *bad])
+    with (folder / "b.jsonl").open("a") as f:
+        f.write('{"text": "cut\n')
+    config = spec(
+        tmp_path, tiny_bert, source={"uri": str(folder)}, probes=[],
+        output={"uri": str(tmp_path / "out"), "max_rejected_fraction": 0.5},
+    )  # fmt: skip
+    first = fmembed.embed(config)
+    assert (first.rows_read, first.rows_embedded, first.rows_rejected) == (83, 80, 3)
+    listed = run_cli("rejected", first.table)
+    assert listed.stdout.splitlines() == [
+        "rows rejected: 3",
+        "1 bad JSON (stage read)",
+        "  b.jsonl#32: Invalid control character at: line 1 column 14 (char 13)",
+        "1 null input (stage read)",
+        "  late: column 'text' is null",
+        "1 duplicate id (stage write)",
+        "  k3: another row of the source has the same id",
+        "fmembed embed --retry-rejected, with the same config, tries them again",
+    ]
+    as_json = json.loads(run_cli("rejected", first.table, "--json", "--samples", "0").stdout)
+    assert as_json["rows_rejected"] == 3
+    assert [c["samples"] for c in as_json["causes"]] == [[], [], []]
+
+    # Neither file is read again: what is in a.jsonl now could not be read.
+    def spoil(path: Path) -> None:
+        before = path.stat()
+        path.write_bytes(b"\xff" * before.st_size)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    spoil(folder / "a.jsonl")
+    again = fmembed.embed(config)
+    assert (again.rows_read, again.rows_skipped, again.rows_embedded) == (83, 83, 0)
+
+    # Mended: the null row has a text, the cut line is whole; the twin stays what it is.
+    rows = [{**bad[0], "text": "at last"}, bad[1], {"text": "whole", "topic": "x", "key": "cut"}]
+    write_jsonl(folder / "b.jsonl", [*ROWS[50:80], *rows])
+    retried = fmembed.embed(config, retry_rejected=True)
+    assert (retried.rows_embedded, retried.rows_rejected, retried.rows_skipped) == (2, 0, 81)
+    listed = run_cli("rejected", first.table)
+    assert listed.stdout.splitlines()[0] == "rows rejected: 1"
+    found = fmembed.read(first.table)["row_id"].to_pylist()
+    assert {"late", "cut"} < set(found)
+    assert len(found) == len(set(found)) == 82
+    assert fmembed.verify(first.table).problems == []
+    # A second retry finds only the twin, which no retry can mend.
+    assert fmembed.embed(config, retry_rejected=True).rows_embedded == 0
+    assert fmembed.verify(first.table).problems == []
