@@ -350,6 +350,7 @@ def _line(source: Source, committed: RowIds, checkpoint: Checkpoint, plan: Plan)
             compute=ActorPoolStrategy(min_size=plan.min_actors, max_size=plan.max_actors),
             num_cpus=plan.cpus_per_actor,
             num_gpus=plan.gpus_per_actor or None,
+            scheduling_strategy="SPREAD",
             max_restarts=_MAX_ACTOR_RESTARTS,
             max_task_retries=_MAX_ACTOR_RESTARTS,
         )
@@ -363,8 +364,10 @@ def plan_compute(spec: ComputeSpec) -> Plan:
     """Split the cluster's CPUs and GPUs between actors and tasks so that both can run.
 
     Actors that reserve every CPU starve the reads that feed them, and Ray then waits for ever. So
-    on a CPU cluster one CPU a node is left to the tasks in Ray's accounting, while the model's
-    threads use all of them: reading and tokenising text take a few percent of what a model takes.
+    actors reserve so little that one CPU is left to the tasks wherever Ray puts them, be it all on
+    the one node that is left after the others died (a soak hung in just that way). They are asked
+    to spread, and the model's threads use all CPUs: reading and tokenising text take a few percent
+    of what a model takes.
 
     Raises:
         SpecError: More GPUs are asked for than there are.
@@ -402,7 +405,7 @@ def plan_compute(spec: ComputeSpec) -> Plan:
         max_actors=high,
         gpus_per_actor=gpus_per_actor,
         # Ray counts CPUs in steps of 1/10,000.
-        cpus_per_actor=0.0 if gpus_per_actor else math.floor(spare / per_node * 1e4) / 1e4,
+        cpus_per_actor=0.0 if gpus_per_actor else math.floor(spare / high * 1e4) / 1e4,
         num_threads=max(cpus // per_node, 1),
         cpus_per_task=1.0 if cpus > 1 else 0.5,
         window_rows=spec.window_rows if spec.window_rows != "auto" else _WINDOW_ROWS[device],

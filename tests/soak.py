@@ -200,7 +200,7 @@ class SimulatedCluster:
         store = 200 * 2**20
         self._args: dict[str, Any] = {"num_cpus": 2, "object_store_memory": store}
         self._cluster: Any = Cluster(initialize_head=True, head_node_args=dict(self._args))  # type: ignore[no-untyped-call]
-        self._node = self._cluster.add_node(**self._args)
+        self._node: Any = self._cluster.add_node(**self._args)
         self._cluster.wait_for_nodes()
         self.address: str = self._cluster.address
 
@@ -210,9 +210,15 @@ class SimulatedCluster:
         return [p.process.pid for n in nodes for p in n.all_processes.get("raylet", [])]
 
     def kill_node(self) -> None:
-        """SIGKILL the second node's raylet (its workers die with it), then start another."""
+        """SIGKILL the second node's raylet; its workers die with it."""
         self._cluster.remove_node(self._node, allow_graceful=False)
-        self._node = self._cluster.add_node(**self._args)
+        self._node = None
+
+    def complete(self) -> None:
+        """Start another node in the place of one that was killed."""
+        if self._node is None:
+            self._node = self._cluster.add_node(**self._args)
+            self._cluster.wait_for_nodes()
 
     def close(self) -> None:
         """End all nodes."""
@@ -234,8 +240,10 @@ def kill_once(
 ) -> None:
     """Start the command, kill something when a share `at` of what is left was computed, and wait.
 
-    A kill counts only if the run was still going.
+    A kill counts only if the run was still going. After a node's death the run has to manage with
+    what is left of the cluster.
     """
+    cluster.complete()
     committed, forwarded = bench.num_committed(table), bench.num_forwarded()
     goal = forwarded + at * (len(bench.ids) - committed)
     run = bench.start(table, None if kind == "local driver" else cluster.address)
@@ -262,7 +270,9 @@ def _kill(kind: str, run: Run, cluster: SimulatedCluster) -> bool:
         for pid in descendants(cluster.pids()):
             title = _title(pid)
             is_actor = "Encoder" in title
-            if title.startswith("ray::") and is_actor == (kind == "actor"):
+            # A node's agents are no workers: the raylet dies with them.
+            is_worker = title.startswith("ray::") and "Agent" not in title
+            if is_worker and is_actor == (kind == "actor"):
                 found.append(pid)
         return bool(found) or run.poll() is not None
 
