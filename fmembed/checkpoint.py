@@ -8,13 +8,15 @@ driver decides, and refuses, within a second.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmembed.spec import ModelError, ModelSpec, resolve_package
+from fmembed.spec import Modality, ModelError, ModelSpec, resolve_package
 
 # Raised when the arithmetic changes, so that old tables are not continued with new vectors.
 _CONTRACT = 1
@@ -44,6 +46,8 @@ _OFFSET_POSITIONS = frozenset(
     )
 )
 _FALLBACK_MAX_TOKENS = 512
+# Image families whose first token stands for the whole.
+_CLASS_TOKEN = frozenset(("beit", "data2vec-vision", "deit", "dinov2", "dinov3_vit", "vit"))
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,9 @@ class Checkpoint:
 
     `dense` are the folders of sentence-transformers Dense modules, applied in order after pooling.
     `revision` is the hub's commit, null for a local folder. `digest` is a blake2b-128 over the
-    names and contents of all files that decide a vector.
+    names and contents of all files that decide a vector. `unit_size` is how many numbers of the
+    model's input make one unit of its sequence: 1 for token ids, the values of a patch for pixels,
+    the samples of a frame for audio.
     """
 
     id: str
@@ -69,6 +75,8 @@ class Checkpoint:
     dense: tuple[str, ...]
     dtype: str
     trust_remote_code: bool
+    modality: Modality = "text"
+    unit_size: int = 1
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -122,6 +130,11 @@ def open_checkpoint(spec: ModelSpec, native_bfloat16: bool) -> Checkpoint:
     dtype = spec.dtype
     if dtype == "auto":
         dtype = "bfloat16" if native_bfloat16 else "float32"
+    modality = _modality(weights)
+    if spec.prompt is not None and modality != "text":
+        raise ModelError(f"model.prompt: {spec.id} embeds {modality}, which takes no prompt")
+    if modality == "image" and pooling in ("last", "max"):
+        raise ModelError(f"model.pooling: {spec.id} embeds images: takes cls or mean")
     return Checkpoint(
         id=spec.id,
         uri=uri,
@@ -130,7 +143,7 @@ def open_checkpoint(spec: ModelSpec, native_bfloat16: bool) -> Checkpoint:
         digest=_digest(folder, [weights, *(folder / path for path in modules.dense)]),
         family=family,
         weights=modules.transformer,
-        pooling=pooling or ("last" if _is_decoder_only(family, config) else "mean"),
+        pooling=pooling or _default_pooling(modality, family, config),
         normalize=normalize,
         max_tokens=spec.max_tokens or modules.max_tokens or limit or _FALLBACK_MAX_TOKENS,
         prompt=_resolve_prompt(folder, spec.prompt),
@@ -138,7 +151,50 @@ def open_checkpoint(spec: ModelSpec, native_bfloat16: bool) -> Checkpoint:
         dense=modules.dense,
         dtype=dtype,
         trust_remote_code=spec.trust_remote_code,
+        modality=modality,
+        unit_size=_unit_size(modality, config),
     )
+
+
+def _modality(folder: Path) -> Modality:
+    """What a checkpoint embeds, by the processor saved with it."""
+    processor = _read_json(folder / "preprocessor_config.json") or {}
+    is_text = (folder / "tokenizer_config.json").is_file()
+    if "image_processor_type" in processor:
+        if is_text:
+            raise ModelError(f"model.id: {folder} joins text and images, which is not supported")
+        _check_installed("image", "PIL")
+        return "image"
+    # A tokenizer beside it spells out speech; it is no second input.
+    if "feature_extractor_type" in processor:
+        _check_installed("audio", "soundfile", "soxr")
+        return "audio"
+    return "text"
+
+
+def _check_installed(extra: str, *packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ModelError(
+                f"model.id: a model of {extra} needs the package {package}: "
+                f"pip install 'fmembed[{extra}]'"
+            )
+
+
+def _default_pooling(modality: Modality, family: str, config: dict[str, Any]) -> str:
+    if modality == "image":
+        return "cls" if family in _CLASS_TOKEN else "mean"
+    return "last" if modality == "text" and _is_decoder_only(family, config) else "mean"
+
+
+def _unit_size(modality: Modality, config: dict[str, Any]) -> int:
+    if modality == "image":
+        patch = config.get("patch_size") or 32
+        height, width = patch if isinstance(patch, list) else (patch, patch)
+        return int(height) * int(width) * 3
+    if modality == "audio":
+        return math.prod(config.get("conv_stride") or [320])
+    return 1
 
 
 def cpu_has_bfloat16() -> bool:

@@ -1,11 +1,11 @@
-"""Load a model once, forward, pool, normalise: token ids to vectors.
+"""Load a model once, forward, pool, normalise: token ids, pixels or samples to vectors.
 
 Legend: B rows of a batch, L tokens of its longest row, D dimensions of a state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fmembed.batching import pad, plan_batches
+from fmembed.batching import Ints, pad, plan_batches
 from fmembed.checkpoint import Checkpoint, read_config
 from fmembed.rows import HALVED, accepted, reject
 from fmembed.spec import ModelError
@@ -55,24 +55,23 @@ class Encoder:
         self._checkpoint = checkpoint
         self._model, self._pad_id = _load_model(checkpoint, self._device)
         self._dense = _load_dense(checkpoint, self._device)
+        self._processor = _load_image_processor(checkpoint)
         self.num_halved = 0
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Replace `input_ids` by `embedding: fixed_size_list<float32>[dim]`.
+        """Replace `model_input` by `embedding: fixed_size_list<float32>[dim]`.
 
         A row that the model fails on, even alone, is rejected: its vector is not finite, it does
         not fit into memory, or the model raises. A rejected row's vector is null. `_halved` on the
         first row says how many batches of this window had to be halved.
         """
         good = np.flatnonzero(accepted(rows))
-        ids = rows["input_ids"].combine_chunks()
-        if isinstance(ids, pa.ChunkedArray):
-            ids = pa.concat_arrays(ids.chunks) if ids.num_chunks else pa.array([], ids.type)
-        values, offsets = ids.values.to_numpy(), ids.offsets.to_numpy()
         before = self.num_halved
-        vectors, causes = self.embed([values[offsets[i] : offsets[i + 1]] for i in good])
+        vectors, causes = self.embed(_unpack(rows, good))
         rows = reject(
-            rows.drop_columns(["input_ids"]), "embed", {int(good[i]): c for i, c in causes.items()}
+            rows.drop_columns(["model_input", "input_shape"]),
+            "embed",
+            {int(good[i]): c for i, c in causes.items()},
         )
         full = np.zeros((rows.num_rows, self.dim), dtype=np.float32)
         full[good] = vectors
@@ -87,15 +86,16 @@ class Encoder:
 
     @torch.inference_mode()
     def embed(
-        self, ids: Sequence[npt.NDArray[np.int32]]
+        self, inputs: Sequence[npt.NDArray[Any]]
     ) -> tuple[npt.NDArray[np.float32], dict[int, tuple[str, str]]]:
-        """Embed rows of token ids.
+        """Embed rows of token ids, pixels or samples.
 
         Batches are filled by length, and each row's vector goes back to its own place: order and
         company of the rows cannot change a vector beyond the rounding of its dtype.
 
         Args:
-            ids: Token ids of each row, special tokens included.
+            inputs: The model's input of each row: token ids, special ones included, shape
+                (tokens,); pixels, shape (channels, height, width); samples, shape (samples,).
 
         Returns:
             Vectors, shape (rows, dim), float32, and for each row that has none, by its position,
@@ -104,15 +104,14 @@ class Encoder:
         Raises:
             RuntimeError: The device itself has failed.
         """
-        lengths = np.fromiter((len(i) for i in ids), dtype=np.int64, count=len(ids))
-        vectors = np.zeros((len(ids), self.dim), dtype=np.float32)
-        causes: dict[int, tuple[str, str]] = {}
-        batches = list(plan_batches(lengths, self._batch_tokens))
+        vectors = np.zeros((len(inputs), self.dim), dtype=np.float32)
+        causes = self._too_short(inputs)
+        long_enough = [i for i in range(len(inputs)) if i not in causes]
+        batches = list(self._plan(inputs, np.array(long_enough, dtype=np.int64)))
         while batches:
             batch = batches.pop(0)
             try:
-                ids_BL, mask_BL = pad([ids[i] for i in batch], self._pad_id)
-                vectors[batch] = self._forward(ids_BL, mask_BL).cpu().numpy()
+                vectors[batch] = self._forward([inputs[i] for i in batch]).cpu().numpy()
                 continue
             except Exception as e:
                 cause = _cause(e)
@@ -120,15 +119,48 @@ class Encoder:
             if len(batch) == 1:
                 causes[int(batch[0])] = cause
             elif cause[0] == _OUT_OF_MEMORY:
-                self._shrink(len(batch) * int(lengths[batch[0]]))
-                left = np.concatenate([batch, *batches])
-                plan = plan_batches(lengths[left], self._batch_tokens)
-                batches = [left[positions] for positions in plan]
+                self._shrink(len(batch) * int(self._lengths(inputs, batch).max()))
+                batches = list(self._plan(inputs, np.concatenate([batch, *batches])))
             else:
                 batches[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
         for i in np.flatnonzero(~np.isfinite(vectors).all(axis=1)):
             causes[int(i)] = ("not finite", "the model's output has NaN or infinity")
         return vectors, causes
+
+    def _plan(self, inputs: Sequence[npt.NDArray[Any]], positions: Ints) -> Iterator[Ints]:
+        """Positions of the rows of each batch; rows that padding would change share a shape."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i in positions.tolist():
+            groups.setdefault(() if self._can_pad else inputs[i].shape, []).append(i)
+        for group in map(np.array, groups.values()):
+            for batch in plan_batches(self._lengths(inputs, group), self._batch_tokens):
+                yield group[batch]
+
+    def _too_short(self, inputs: Sequence[npt.NDArray[Any]]) -> dict[int, tuple[str, str]]:
+        """Sounds that make no frame: alone the model would fail, in company give noise."""
+        count = getattr(self._model, "_get_feat_extract_output_lengths", None)
+        if self._checkpoint.modality != "audio" or count is None or not len(inputs):
+            return {}
+        frames = count(torch.tensor([i.shape[-1] for i in inputs]))
+        return {
+            i: ("audio too short", f"{inputs[i].shape[-1]} samples make no frame of this model")
+            for i in np.flatnonzero(np.asarray(frames) < 1).tolist()
+        }
+
+    def _lengths(self, inputs: Sequence[npt.NDArray[Any]], positions: Ints) -> Ints:
+        sizes = np.fromiter((inputs[i].size for i in positions), np.int64, len(positions))
+        return -(-sizes // self._checkpoint.unit_size)
+
+    @property
+    def _can_pad(self) -> bool:
+        """Whether a mask keeps padding out of a row's vector.
+
+        Not for pictures, and not for wav2vec models with group norm, which average over the whole
+        padded sound and, as their own documentation says, take no mask.
+        """
+        if self._checkpoint.modality == "audio":
+            return getattr(self._model.config, "feat_extract_norm", "group") == "layer"
+        return self._checkpoint.modality == "text"
 
     def _shrink(self, num_tokens: int) -> None:
         """Halve the budget for good: what did not fit once will not fit the next time."""
@@ -144,17 +176,90 @@ class Encoder:
             linear = self._dense[-1][0]
             assert isinstance(linear, nn.Linear)
             return linear.out_features
-        return int(self._model.config.hidden_size)
+        config = self._model.config
+        # Convolutional families have a width by stage; the last is what comes out.
+        sizes = getattr(config, "hidden_sizes", None)
+        return int(sizes[-1] if sizes else config.hidden_size)
 
-    def _forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        ids_BL, mask_BL = ids_BL.to(self._device), mask_BL.to(self._device)
-        output = self._model(input_ids=ids_BL, attention_mask=mask_BL)
-        vectors_BD = pool(output.last_hidden_state, mask_BL, self._checkpoint.pooling)
+    def _forward(self, inputs: list[npt.NDArray[Any]]) -> Tensor:
+        states, mask_BL = _FORWARD[self._checkpoint.modality](self, inputs)
+        vectors_BD = pool(states, mask_BL, self._checkpoint.pooling)
         for dense in self._dense:
             vectors_BD = dense(vectors_BD)
         if self._checkpoint.normalize:
             vectors_BD = nn.functional.normalize(vectors_BD, p=2, dim=1)
         return vectors_BD
+
+    def _forward_text(self, inputs: list[npt.NDArray[Any]]) -> tuple[Tensor, Tensor]:
+        ids_BL, mask_BL = pad(inputs, self._pad_id)
+        ids_BL, mask_BL = ids_BL.to(self._device), mask_BL.to(self._device)
+        return self._model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state, mask_BL
+
+    def _forward_image(self, inputs: list[npt.NDArray[Any]]) -> tuple[Tensor, Tensor]:
+        pixels = torch.from_numpy(np.stack(inputs)).to(self._device)
+        if pixels.dtype == torch.uint8:
+            pixels = self._rescale(pixels)
+        hidden = self._model(pixel_values=pixels.to(self._model.dtype)).last_hidden_state
+        if hidden.ndim == 4:  # a map, as convolutions make it: its places are the patches
+            hidden = hidden.flatten(2).transpose(1, 2)
+        mask_BL = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        if self._checkpoint.pooling == "mean":
+            # Class and register tokens come first; the mean is of the patches.
+            num_patches = inputs[0].size // self._checkpoint.unit_size
+            mask_BL[:, : max(hidden.shape[1] - num_patches, 0)] = 0
+        return hidden, mask_BL
+
+    def _rescale(self, pixels: Tensor) -> Tensor:
+        """What the processor left to us: the same float32 arithmetic, on the device."""
+        values = pixels.float()
+        processor = self._processor
+        if processor.do_rescale:
+            values = values * processor.rescale_factor
+        if processor.do_normalize:
+            mean, std = (
+                torch.tensor(v, dtype=torch.float32, device=values.device).view(-1, 1, 1)
+                for v in (processor.image_mean, processor.image_std)
+            )
+            values = (values - mean) / std
+        return values
+
+    def _forward_audio(self, inputs: list[npt.NDArray[Any]]) -> tuple[Tensor, Tensor]:
+        lengths = [i.shape[-1] for i in inputs]
+        longest = max(lengths)
+        values = np.zeros((len(inputs), *inputs[0].shape[:-1], longest), dtype=np.float32)
+        for row, samples in zip(values, inputs, strict=True):
+            row[..., : samples.shape[-1]] = samples
+        values_BL = torch.from_numpy(values).to(self._device, self._model.dtype)
+        name = self._model.main_input_name
+        if not self._can_pad:
+            hidden = self._model(**{name: values_BL}).last_hidden_state
+            return hidden, torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        mask = np.arange(longest) < np.array(lengths)[:, None]
+        mask_BL = torch.from_numpy(mask.astype(np.int64)).to(self._device)
+        hidden = self._model(**{name: values_BL}, attention_mask=mask_BL).last_hidden_state
+        # Samples to frames, as the convolutions in front make them.
+        frames_BL = self._model._get_feature_vector_attention_mask(hidden.shape[1], mask_BL)
+        return hidden, frames_BL.long()
+
+
+_FORWARD = {
+    "text": Encoder._forward_text,
+    "image": Encoder._forward_image,
+    "audio": Encoder._forward_audio,
+}
+
+
+def _unpack(rows: pa.Table, positions: Ints) -> list[npt.NDArray[Any]]:
+    """The arrays of some rows, as views into the column."""
+    flat = rows["model_input"].combine_chunks()
+    if isinstance(flat, pa.ChunkedArray):
+        flat = pa.concat_arrays(flat.chunks) if flat.num_chunks else pa.array([], flat.type)
+    values, offsets = flat.values.to_numpy(), flat.offsets.to_numpy()
+    shapes = rows["input_shape"].take(pa.array(positions)).to_pylist()
+    return [
+        values[offsets[i] : offsets[i + 1]].reshape(shape)
+        for i, shape in zip(positions.tolist(), shapes, strict=True)
+    ]
 
 
 def pool(hidden_BLD: Tensor, mask_BL: Tensor, pooling: str) -> Tensor:
@@ -236,8 +341,20 @@ def _load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, int]
             f"model.id: {checkpoint.id} lacks {len(missing)} weights, {missing[0]} first; "
             "they would be random"
         )
-    pad_id = model.config.pad_token_id
+    pad_id = getattr(model.config, "pad_token_id", None)
     return model.eval().to(device), int(pad_id) if pad_id is not None else 0
+
+
+def _load_image_processor(checkpoint: Checkpoint) -> Any:
+    if checkpoint.modality != "image":
+        return None
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+        checkpoint.folder() / checkpoint.weights,
+        trust_remote_code=checkpoint.trust_remote_code,
+        backend="pil",
+    )
 
 
 def _load_dense(checkpoint: Checkpoint, device: torch.device) -> list[nn.Sequential]:

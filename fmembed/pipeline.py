@@ -30,7 +30,7 @@ from fmembed import source as source_module
 from fmembed.checkpoint import Checkpoint, cpu_has_bfloat16, open_checkpoint
 from fmembed.commits import Commits
 from fmembed.lock import Lock
-from fmembed.preprocess import Tokenize
+from fmembed.preprocess import Preprocess
 from fmembed.rows import RowIds, keys_of
 from fmembed.source import Source, open_source, skip_committed
 from fmembed.spec import (
@@ -58,6 +58,7 @@ _LOSSES = (
 )
 # Sorted by length and cut into batches: a CPU's window is seconds of work, a GPU's should be too.
 _WINDOW_ROWS = {"cpu": 256, "cuda": 4096}
+_UNITS = {"text": "tokens", "image": "patches", "audio": "samples"}
 _MAX_FETCH_BYTES = 10 * 2**30
 
 
@@ -128,8 +129,8 @@ def embed(
     if os.environ.get("RAY_ADDRESS"):
         leave = progress.connect(verbose)
     try:
-        source = open_source(spec.source)
         checkpoint = open_checkpoint(spec.model, _native_bfloat16(spec))
+        source = open_source(spec.source, checkpoint.modality)
         table = Table.open_output(spec.output.uri, checkpoint.identity)
         run = _Run(spec, checkpoint, table)
         run.look(source)
@@ -232,6 +233,7 @@ class _Run:
         configuration = {
             "fmembed.fingerprint": fingerprint(self._checkpoint.identity),
             "fmembed.identity": json.dumps(self._checkpoint.identity),
+            "fmembed.modality": self._checkpoint.modality,
             "fmembed.spec": json.dumps(self._spec.stored()),
         }
         commits = Commits(self._spec.output, self._table, lock, self.id, configuration)
@@ -274,7 +276,7 @@ class _Run:
         assert self._left is not None
         commits.begin(self._left.shards, self._committed)
         try:
-            for bundle in _line(self._left, self._committed, self._checkpoint, plan):
+            for bundle in self._line(self._left, plan):
                 commits.add(bundle)
                 stages.set(progress.WRITE, commits.num_written, commits.busy_s)
             commits.commit()
@@ -294,6 +296,34 @@ class _Run:
             raise
         finally:
             commits.settle()
+
+    def _line(self, source: Source, plan: Plan) -> Iterator[Any]:
+        """The stages that Ray runs: source to vectors, as bundles of references to Arrow blocks."""
+        checkpoint = self._checkpoint
+        rows = source_module.read(source, self._committed, num_cpus=plan.cpus_per_task)
+        tokens = rows.map_batches(
+            Preprocess(checkpoint, self._spec.preprocess),
+            batch_format="pyarrow",
+            batch_size=None,
+            num_cpus=plan.cpus_per_task,
+        )
+        windows = tokens.repartition(target_num_rows_per_block=plan.window_rows)
+        with warnings.catch_warnings():
+            # Ray 2.60 deprecates ray_remote_args and offers no other way to bound restarts.
+            warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+            vectors = windows.map_batches(
+                encoder.Encoder,
+                fn_constructor_args=(checkpoint, plan.device, plan.num_threads, plan.batch_tokens),
+                batch_format="pyarrow",
+                batch_size=plan.window_rows,
+                compute=ActorPoolStrategy(min_size=plan.min_actors, max_size=plan.max_actors),
+                num_cpus=plan.cpus_per_actor,
+                num_gpus=plan.gpus_per_actor or None,
+                scheduling_strategy="SPREAD",
+                max_restarts=_MAX_ACTOR_RESTARTS,
+                max_task_retries=_MAX_ACTOR_RESTARTS,
+            )
+        return iter(vectors.iter_internal_ref_bundles())
 
     def finish(self) -> RunResult:
         """Count, and leave the record that `verify` compares the table with."""
@@ -327,34 +357,6 @@ class _Run:
             stamp = self._started.strftime("%Y%m%dT%H%M%S.%f")
             self._table.put_run(stamp, self.id, asdict(result))
         return result
-
-
-def _line(source: Source, committed: RowIds, checkpoint: Checkpoint, plan: Plan) -> Iterator[Any]:
-    """The stages that Ray runs: source to vectors, as bundles of references to Arrow blocks."""
-    rows = source_module.read(source, committed, num_cpus=plan.cpus_per_task)
-    tokens = rows.map_batches(
-        Tokenize(checkpoint),
-        batch_format="pyarrow",
-        batch_size=None,
-        num_cpus=plan.cpus_per_task,
-    )
-    windows = tokens.repartition(target_num_rows_per_block=plan.window_rows)
-    with warnings.catch_warnings():
-        # Ray 2.60 deprecates ray_remote_args and offers no other way to bound restarts.
-        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
-        vectors = windows.map_batches(
-            encoder.Encoder,
-            fn_constructor_args=(checkpoint, plan.device, plan.num_threads, plan.batch_tokens),
-            batch_format="pyarrow",
-            batch_size=plan.window_rows,
-            compute=ActorPoolStrategy(min_size=plan.min_actors, max_size=plan.max_actors),
-            num_cpus=plan.cpus_per_actor,
-            num_gpus=plan.gpus_per_actor or None,
-            scheduling_strategy="SPREAD",
-            max_restarts=_MAX_ACTOR_RESTARTS,
-            max_task_retries=_MAX_ACTOR_RESTARTS,
-        )
-    return iter(vectors.iter_internal_ref_bundles())
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -437,11 +439,12 @@ def _probe(table: Table, spec: RunSpec, result: RunResult) -> RunResult:
         columns.append(spec.source.input)
     task = ray.remote(num_cpus=1)
     rows: pa.Table = ray.get(task(sample).remote(table.uri, columns, probes.MAX_ROWS, label))
-    texts = (
-        rows[spec.source.input].to_pylist()
-        if spec.source.input in columns
-        else _fetch_texts(spec, rows)
-    )
+    configuration = table.configuration()
+    modality = configuration.get("fmembed.modality", "text")
+    texts: list[str | None] | None = None
+    if modality == "text":
+        has_texts = spec.source.input in columns
+        texts = rows[spec.source.input].to_pylist() if has_texts else _fetch_texts(spec, rows)
     row_ids = rows["row_id"].to_pylist()
     labels = rows[label].to_pylist() if label is not None else [None] * len(row_ids)
     vectors = rows["embedding"].combine_chunks().flatten().to_numpy()
@@ -475,7 +478,7 @@ def _probe(table: Table, spec: RunSpec, result: RunResult) -> RunResult:
     result = RunResult(
         **{**asdict(result), "probes": _headlines(results), "report": f"{table.uri}/_report.html"}
     )
-    facts = _facts(spec, json.loads(table.configuration()["fmembed.identity"]), result)
+    facts = _facts(spec, json.loads(configuration["fmembed.identity"]), modality, result)
     why = "no probe is named" if label is not None else "no source.label names the labels"
     html = report.render(
         spec.source.stored_name, asdict(result), facts, vectors.shape[1], results, why, map_
@@ -547,8 +550,15 @@ def _headlines(results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _facts(spec: RunSpec, identity: dict[str, Any], result: RunResult) -> list[tuple[str, str]]:
+def _facts(
+    spec: RunSpec, identity: dict[str, Any], modality: str, result: RunResult
+) -> list[tuple[str, str]]:
     stored = spec.stored()
+    prompt = identity["model.prompt"]
+    text = [
+        ("tokens at most", str(identity["model.max_tokens"])),
+        ("prompt", repr(prompt) if prompt else "none"),
+    ]
     return [
         ("source", f"{stored['source']['uri']} (format {spec.source.format})"),
         ("input column", spec.source.input),
@@ -560,11 +570,10 @@ def _facts(spec: RunSpec, identity: dict[str, Any], result: RunResult) -> list[t
             "pooling",
             identity["model.pooling"] + (", normalised" if identity["model.normalize"] else ""),
         ),
-        ("tokens at most", str(identity["model.max_tokens"])),
-        ("prompt", repr(identity["model.prompt"]) if identity["model.prompt"] else "none"),
+        *(text if modality == "text" else []),
         ("dtype", identity["model.dtype"]),
         ("remote code", "allowed by the config" if spec.model.trust_remote_code else "off"),
-        ("tokens in this run", f"{result.num_units:,}"),
+        (f"{_UNITS[modality]} in this run", f"{result.num_units:,}"),
         ("rows cut in this run", f"{result.num_truncated:,}"),
         ("batches halved for memory in this run", f"{result.num_halved:,}"),
         ("run", f"{result.run_id}, started {result.started}"),

@@ -83,7 +83,7 @@ class Stages:
         for operator in executor._topology or ():
             if "Encoder" in operator.name:
                 name = EMBED
-            elif "Tokenize" in operator.name:
+            elif "Preprocess" in operator.name:
                 name = READ
             else:
                 continue

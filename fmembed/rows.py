@@ -5,7 +5,7 @@ Between stages rows are Arrow tables with these columns:
     row_id         string    the user's id, else `relative/path#row` (`relative/path` where a file
                              is a row)
     content_hash   string    blake2b-128 of the raw input bytes, hex; null where nothing was read
-    _input         string    the text to embed; dropped by preprocess
+    _input         string, or binary for images and audio: what to embed; dropped by preprocess
     <carried>      any       what the user asked to keep
     _stage, _error, _message string   null, or where and why the row was rejected
     _shard         int32     which of the source's shards it was read from
@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fmembed.spec import scrub
+from fmembed.spec import Modality, scrub
 
 _MAX_MESSAGE = 500
 
@@ -60,10 +60,11 @@ REJECTED_SCHEMA = pa.schema(
 )
 
 
-def row_schema(carried: pa.Schema) -> pa.Schema:
+def row_schema(carried: pa.Schema, modality: Modality = "text") -> pa.Schema:
     """The schema a source yields, for the carried columns given."""
     fields = [pa.field(ROW_ID, pa.string()), pa.field(CONTENT_HASH, pa.string())]
-    return pa.schema([*fields, pa.field(INPUT, pa.string()), *carried, *_BOOKKEEPING])
+    input_ = pa.field(INPUT, pa.string() if modality == "text" else pa.large_binary())
+    return pa.schema([*fields, input_, *carried, *_BOOKKEEPING])
 
 
 def table_schema(carried: pa.Schema, dim: int) -> pa.Schema:

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import posixpath
+import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from fmembed.rows import (
     keys_of,
     row_schema,
 )
-from fmembed.spec import Format, SourceError, SourceSpec, redact, resolve_package
+from fmembed.spec import Format, Modality, SourceError, SourceSpec, redact, resolve_package
 from fmembed.storage import filesystem, reason
 
 if TYPE_CHECKING:
@@ -46,11 +47,17 @@ _SUFFIXES: dict[str, tuple[str, ...]] = {
     "jsonl": (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst"),
     "csv": (".csv", ".tsv", ".csv.gz", ".tsv.gz"),
     "text_folder": (".txt", ".md"),
+    "image_folder": (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
+    "audio_folder": (".wav", ".flac", ".ogg", ".mp3"),
+    "webdataset": (".tar", ".tar.gz", ".tgz"),
 }
+_FOLDERS = ("text_folder", "image_folder", "audio_folder")
 _SAVED_DATASET = ("state.json", "dataset_dict.json")
 _CHUNK_ROWS = 1000
 _SAMPLE_ROWS = 10_000
 _MAX_SAMPLED_FILES = 100
+_SAMPLED_TAR_ROWS = 10
+_MAX_MEMBER_BYTES = 2**30
 _SHARD_BYTES = 64 * 2**20
 _SHARD_FILES = 512
 _SHARD_ROWS = 50_000
@@ -100,6 +107,7 @@ class Source:
     fs: Any
     shards: tuple[Shard, ...]
     carried: pa.Schema
+    modality: Modality = "text"
 
     @property
     def num_rows(self) -> int | None:
@@ -110,11 +118,15 @@ class Source:
     @property
     def file_is_row(self) -> bool:
         """Whether each file is one row, so that its id is known without reading it."""
-        return self.format == "text_folder"
+        return self.format in _FOLDERS
 
 
-def open_source(spec: SourceSpec) -> Source:
+def open_source(spec: SourceSpec, modality: Modality = "text") -> Source:
     """List the files and check that the named columns are there.
+
+    Args:
+        spec: The source part of the config.
+        modality: What the model takes; the input column is text, or bytes of a picture or sound.
 
     Raises:
         SourceError: No such file, an unknown format, an absent column, a reserved name.
@@ -125,19 +137,24 @@ def open_source(spec: SourceSpec) -> Source:
                 f"source.carry: {column!r} is a name of the table's own; rename it in the dataset"
             )
     if spec.format == "hf":
-        return _open_hf(spec)
+        return _open_hf(spec, modality)
     fs, root, files = _list_files(spec)
     format_ = spec.format if spec.format != "auto" else _detect_format(spec, fs, root, files)
     if format_ == "hf":
-        return _open_hf(spec)
+        return _open_hf(spec, modality)
+    if format_ in _FOLDERS and format_ != f"{modality}_folder":
+        raise SourceError(
+            f"source.uri: {spec.uri} is a folder of another kind ({format_}) than the model takes, "
+            f"which embeds {modality}"
+        )
     if len(files) > 1 or fs.isdir(root):
         files = [f for f in files if f.path.lower().endswith(_SUFFIXES[format_])]
     if not files:
         raise SourceError(
             f"source.uri: no {format_} file ({', '.join(_SUFFIXES[format_])}) in {spec.uri}"
         )
-    source = Source(spec, format_, fs, (), pa.schema([]))
-    if format_ == "text_folder":
+    source = Source(spec, format_, fs, (), pa.schema([]), modality)
+    if format_ in _FOLDERS:
         has_folders = any("/" in f.name for f in files)
         available = {spec.input, spec.label or "label"} if has_folders else {spec.input}
         _check_columns(spec, available)
@@ -223,7 +240,7 @@ def read_shard(source: Source, index: int, committed: RowIds | None = None) -> I
     """Read one shard: tables of up to 1,000 canonical rows, rejected ones among them, and the
     marker row that ends it.
     """
-    schema = row_schema(source.carried)
+    schema = row_schema(source.carried, source.modality)
     num_rows = num_skipped = 0
     rows = _read_to_the_end(source, source.shards[index])
     while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
@@ -267,11 +284,14 @@ def _canonical(source: Source, chunk: list[RawRow], shard: int, schema: pa.Schem
                 raise _BadRow(*raw)
             if spec.id is not None:
                 row["row_id"] = _row_id(raw.get(spec.id), spec.id)
-            text, content = _text(raw.get(spec.input), spec)
-            raw = {**raw, spec.input: text}
+            value = raw.get(spec.input)
+            if source.modality == "text":
+                row["_input"], content = _text(value, spec)
+                raw = {**raw, spec.input: row["_input"]}
+            else:
+                row["_input"] = content = _bytes(value, spec)
             for field in source.carried:
                 row[field.name] = _cast(raw.get(field.name), field)
-            row["_input"] = text
             row["content_hash"] = hashlib.blake2b(content, digest_size=16).hexdigest()
         except _BadRow as e:
             row = {"row_id": row["row_id"], STAGE: "read", ERROR: e.error}
@@ -329,7 +349,25 @@ def _text(value: Any, spec: SourceSpec) -> tuple[str, bytes]:
     return text, content
 
 
+def _bytes(value: Any, spec: SourceSpec) -> bytes:
+    """The bytes of a picture or sound, as a column of bytes or of `datasets` Image or Audio."""
+    if isinstance(value, dict):
+        # Only the bytes: a path that a row names is never opened.
+        value = value.get("bytes")
+    if value is None:
+        raise _BadRow("null input", f"column {spec.input!r} holds no bytes")
+    if not isinstance(value, bytes):
+        raise _BadRow(
+            "wrong type", f"column {spec.input!r}: takes bytes, got {type(value).__name__}"
+        )
+    if not value:
+        raise _BadRow("empty input", f"column {spec.input!r} holds no byte")
+    return value
+
+
 def _cast(value: Any, field: pa.Field) -> Any:
+    if isinstance(value, bytes) and pa.types.is_string(field.type):
+        value = value.decode(errors="replace").strip()
     if value is not None and pa.types.is_string(field.type) and not isinstance(value, str):
         value = json.dumps(value, default=str)
     try:
@@ -343,7 +381,7 @@ def _cast(value: Any, field: pa.Field) -> Any:
 # --- readers: a shard -> raw rows -----------------------------------------------------------------
 
 
-def _read_text(source: Source, shard: Shard) -> Iterator[RawRow]:
+def _read_folder(source: Source, shard: Shard) -> Iterator[RawRow]:
     for file in shard.files:
         row: dict[str, Any] | tuple[str, str]
         try:
@@ -457,6 +495,51 @@ def _batch_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     ]
 
 
+def _read_webdataset(source: Source, shard: Shard) -> Iterator[RawRow]:
+    """Samples of a tar file: members of one name, a column for each extension.
+
+    Read as a stream: nothing is extracted, so that a member's name is never a path, and a link
+    never leads anywhere.
+    """
+    (file,) = shard.files
+    for i, (key, members) in enumerate(_samples(source, file)):
+        row: dict[str, Any] | tuple[str, str] = {"__key__": key, **members}
+        for name, value in members.items():
+            if isinstance(value, str):
+                row = ("unreadable file", f"member {key}.{name}: {value}")
+        yield f"{file.name}#{i}", row
+
+
+def _samples(source: Source, file: File) -> Iterator[tuple[str, dict[str, bytes | str]]]:
+    """Key and columns of each sample; a member that cannot be taken is text, saying why."""
+    sample: dict[str, bytes | str] = {}
+    last = ""
+    with (
+        source.fs.open(file.path, "rb") as raw,
+        tarfile.open(fileobj=raw, mode="r|*") as archive,
+    ):
+        for member in archive:
+            if member.isdir():
+                continue
+            folder, _, base = member.name.rpartition("/")
+            stem, _, name = base.partition(".")
+            key = f"{folder}/{stem}" if folder else stem
+            if key != last and sample:
+                yield last, sample
+                sample = {}
+            last = key
+            if not member.isreg():
+                sample[name] = "neither a file nor a folder"
+            elif member.size > _MAX_MEMBER_BYTES:
+                sample[name] = f"{member.size:,} bytes, more than {_MAX_MEMBER_BYTES:,}"
+            else:
+                content = archive.extractfile(member)
+                assert content is not None
+                sample[name] = content.read()
+    if sample:
+        yield last, sample
+
+
 def _read_hf(source: Source, shard: Shard) -> Iterator[RawRow]:
     prefix = source.spec.hf.split or "data"
     dataset = _load_hf(source.spec)
@@ -474,7 +557,10 @@ def _read_hf(source: Source, shard: Shard) -> Iterator[RawRow]:
 
 
 _READERS: dict[str, Callable[[Source, Shard], Iterator[RawRow]]] = {
-    "text_folder": _read_text,
+    "text_folder": _read_folder,
+    "image_folder": _read_folder,
+    "audio_folder": _read_folder,
+    "webdataset": _read_webdataset,
     "jsonl": _read_jsonl,
     "csv": _read_csv,
     "parquet": _read_parquet,
@@ -625,6 +711,11 @@ def _file_schema(source: Source, file: File) -> pa.Schema:
         with _open_csv(source, file) as lines:
             header = next(csv.reader(lines, delimiter=_delimiter(file)), [])
         return pa.schema([pa.field(c, pa.string()) for c in header])
+    if source.format == "webdataset":
+        samples = itertools.islice(_samples(source, file), _SAMPLED_TAR_ROWS)
+        names = dict.fromkeys(name for _, members in samples for name in members)
+        # What is carried beside the input (cls, txt, json) is text.
+        return pa.schema([pa.field(c, pa.string()) for c in ("__key__", *names)])
     rows = itertools.islice(_read_jsonl(source, Shard((file,))), _SAMPLE_ROWS)
     objects = []
     try:
@@ -651,7 +742,7 @@ def _infer(objects: list[dict[str, Any]]) -> pa.Schema:
 
 
 def _plan_shards(format_: Format, fs: Any, files: list[File]) -> Iterator[Shard]:
-    if format_ == "text_folder":
+    if format_ in _FOLDERS:
         group: list[File] = []
         for file in files:
             group.append(file)
@@ -687,7 +778,7 @@ def _plan_row_groups(fs: Any, file: File) -> list[Shard]:
     return shards
 
 
-def _open_hf(spec: SourceSpec) -> Source:
+def _open_hf(spec: SourceSpec, modality: Modality) -> Source:
     if Path(spec.uri).exists():  # workers have another working folder
         spec = spec.model_copy(update={"uri": str(Path(spec.uri).resolve())})
     dataset = _load_hf(spec)
@@ -706,7 +797,7 @@ def _open_hf(spec: SourceSpec) -> Source:
     carried = _carried_schema(spec, types or pa.schema([(c, pa.string()) for c in spec.columns]))
     # A streamed dataset does not say when it has changed.
     revision = "" if spec.hf.streaming else str(dataset._fingerprint)
-    return Source(spec, "hf", None, _with_keys(spec, shards, revision), carried)
+    return Source(spec, "hf", None, _with_keys(spec, shards, revision), carried, modality)
 
 
 def _load_hf(spec: SourceSpec) -> Any:
@@ -732,4 +823,8 @@ def _load_hf(spec: SourceSpec) -> Any:
     wanted = {c for c in (spec.id, spec.input, *spec.columns) if c}
     if dataset.features and wanted <= set(dataset.features):
         dataset = dataset.select_columns(sorted(wanted))
+    for name, feature in (dataset.features or {}).items():
+        # Undecoded: decoding is ours, a row at a time, and one bad picture is one rejected row.
+        if isinstance(feature, datasets.Image | datasets.Audio):
+            dataset = dataset.cast_column(name, type(feature)(decode=False))
     return dataset

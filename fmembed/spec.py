@@ -80,7 +80,11 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-Format = Literal["auto", "parquet", "jsonl", "csv", "text_folder", "hf"]
+Format = Literal[
+    "auto", "parquet", "jsonl", "csv", "text_folder", "image_folder", "audio_folder",
+    "webdataset", "hf",
+]  # fmt: skip
+Modality = Literal["text", "image", "audio"]
 ProbeName = Literal["knn", "linear", "clustering"]
 
 
@@ -138,6 +142,13 @@ class ModelSpec(_Part):
     trust_remote_code: bool = False
 
 
+class PreprocessSpec(_Part):
+    """What no row may exceed: a small file can hold a picture that fills the memory."""
+
+    max_image_px: int = Field(default=100_000_000, ge=1)
+    max_audio_s: float = Field(default=600.0, gt=0)
+
+
 class ComputeSpec(_Part):
     """How the work is spread. Never part of the fingerprint: it cannot change a vector."""
 
@@ -179,6 +190,7 @@ class RunSpec(_Part):
     source: SourceSpec
     model: ModelSpec
     output: OutputSpec
+    preprocess: PreprocessSpec = PreprocessSpec()
     compute: ComputeSpec = ComputeSpec()
     probes: tuple[ProbeName, ...] = ("knn", "linear", "clustering")
 

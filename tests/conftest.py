@@ -56,6 +56,44 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
     ))  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vision transformer with seeded weights, saved with its processor."""
+    import torch
+    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    ViTModel(config).eval().save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["layer", "group"])
+def tiny_wav2vec2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A speech encoder with seeded weights; "layer" takes a mask, "group" cannot."""
+    import torch
+    from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+
+    folder = tmp_path_factory.mktemp("wav2vec2")
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        conv_dim=(16, 16, 16), conv_stride=(5, 2, 2), conv_kernel=(10, 3, 3),
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+        feat_extract_norm=request.param, do_stable_layer_norm=request.param == "layer",
+    )  # fmt: skip
+    Wav2Vec2Model(config).eval().save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(
+        return_attention_mask=request.param == "layer", do_normalize=True
+    ).save_pretrained(folder)
+    return folder
+
+
 def _save(factory: pytest.TempPathFactory, tokenizer: Path, cls: Any, config: Any) -> Path:
     import torch
 

@@ -13,9 +13,9 @@ from conftest import SENTENCES
 
 from fmembed.checkpoint import Checkpoint, open_checkpoint
 from fmembed.encoder import Encoder, pool
-from fmembed.preprocess import Tokenize
+from fmembed.preprocess import Preprocess
 from fmembed.rows import row_schema
-from fmembed.spec import ModelSpec
+from fmembed.spec import ModelSpec, PreprocessSpec
 
 
 def embed(checkpoint: Checkpoint, texts: list[str], batch_tokens: int = 4096) -> Any:
@@ -25,7 +25,9 @@ def embed(checkpoint: Checkpoint, texts: list[str], batch_tokens: int = 4096) ->
 
 def window(checkpoint: Checkpoint, texts: list[str]) -> pa.Table:
     rows = [{"row_id": str(i), "content_hash": "0", "_input": t} for i, t in enumerate(texts)]
-    return Tokenize(checkpoint)(pa.Table.from_pylist(rows, schema=row_schema(pa.schema([]))))
+    return Preprocess(checkpoint, PreprocessSpec())(
+        pa.Table.from_pylist(rows, schema=row_schema(pa.schema([])))
+    )
 
 
 class Device:
@@ -111,7 +113,7 @@ def test_not_finite_is_rejected(tiny_bert: Path) -> None:
         {"row_id": i, "content_hash": "0", "_input": t} for i, t in (("a", "hello"), ("b", "x"))
     ]
     table = pa.Table.from_pylist(rows, schema=row_schema(pa.schema([])))
-    out = encoder(Tokenize(checkpoint)(table)).to_pylist()
+    out = encoder(Preprocess(checkpoint, PreprocessSpec())(table)).to_pylist()
     assert out[0]["_error"] == "not finite"
     assert out[0]["embedding"] is None
     assert out[1]["_error"] is None
@@ -180,7 +182,7 @@ def test_nan_is_rejected(tiny_bert: Path) -> None:
     encoder = Encoder(checkpoint)
     with torch.no_grad():
         embeddings = encoder._model.embeddings.word_embeddings.weight
-        tokens = window(checkpoint, ["Goal!"])["input_ids"].to_pylist()[0]
+        tokens = window(checkpoint, ["Goal!"])["model_input"].to_pylist()[0]
         embeddings[tokens[1]] = float("nan")
     rows = encoder(window(checkpoint, SENTENCES)).to_pylist()
     assert [r["_error"] for r in rows] == [None, None, None, "not finite", None, None]

@@ -15,7 +15,7 @@ ALLOWED = {
     "storage": {"spec"},
     "lock": {"spec", "storage"},
     "source": {"rows", "spec", "storage"},
-    "preprocess": {"checkpoint", "rows"},
+    "preprocess": {"checkpoint", "rows", "spec"},
     "batching": set(),
     "encoder": {"batching", "checkpoint", "rows", "spec"},
     "table": {"rows", "spec", "storage"},

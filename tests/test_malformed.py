@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from fmembed.checkpoint import open_checkpoint
-from fmembed.preprocess import Tokenize
+from fmembed.preprocess import Preprocess
 from fmembed.source import open_source, read_shard
-from fmembed.spec import ModelSpec, SourceError, SourceSpec
+from fmembed.spec import ModelSpec, PreprocessSpec, SourceError, SourceSpec
 
 GOOD = [{"id": f"g{i}", "text": f"good {i}"} for i in range(4)]
 HEAD = [json.dumps(r).encode() for r in GOOD[:2]]
@@ -183,7 +183,7 @@ def test_malformed(case: str, tmp_path: Path, tiny_bert: Path) -> None:
     uri = make(tmp_path)
     with_ids = not case.startswith("txt")
     source = open_source(SourceSpec(uri=uri, id="id" if with_ids else None))
-    tokenize = Tokenize(open_checkpoint(ModelSpec(id=str(tiny_bert)), False))
+    tokenize = Preprocess(open_checkpoint(ModelSpec(id=str(tiny_bert)), False), PreprocessSpec())
     rows = []
     for i in range(len(source.shards)):
         read = pa.concat_tables(read_shard(source, i))
@@ -193,7 +193,7 @@ def test_malformed(case: str, tmp_path: Path, tiny_bert: Path) -> None:
     rejected = [r for r in rows if r["_stage"]]
     assert [r["_error"] for r in rejected] == causes
     assert all(r["row_id"] and r["_message"] and r["_stage"] == "read" for r in rejected)
-    assert all(r["input_ids"] is None for r in rejected)
+    assert all(r["model_input"] is None for r in rejected)
     good = {r["row_id"] for r in rows if not r["_stage"]}
     assert good >= {r["id"] if with_ids else f"{r['id']}.txt" for r in GOOD}
 

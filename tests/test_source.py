@@ -182,3 +182,9 @@ def test_whole_shards_are_not_read_again_until_they_change(
 def test_wrong_sources(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=message.replace("'", ".")):
         open_source(SourceSpec(**{"uri": parquet(tmp_path), **change}))
+
+
+def test_a_folder_of_another_kind_than_the_model_takes(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    with pytest.raises(SourceError, match=r"image_folder.*which embeds text"):
+        open_source(SourceSpec(uri=str(tmp_path)))

@@ -1,0 +1,179 @@
+"""Pictures and sounds through the whole line, from folders, tar shards, Parquet and datasets."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import run_cli
+from test_preprocess import bomb_png, picture, sound
+
+import fmembed
+from fmembed import RunSpec
+from fmembed.source import open_source, read_shard
+from fmembed.spec import SourceSpec
+
+GOOD = {f"{'ab'[i % 2]}/{i:02}": picture(20 + i, 30) for i in range(24)}
+BAD = {"a/bad": b"no picture", "b/bomb": bomb_png()}
+
+
+def folder_source(folder: Path) -> dict[str, Any]:
+    for name, content in (GOOD | BAD).items():
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return {"uri": str(folder), "label": "label"}
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes, **fields: Any) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for field, value in fields.items():
+        setattr(member, field, value)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def tar_source(folder: Path) -> dict[str, Any]:
+    folder.mkdir()
+    for n, part in enumerate((list(GOOD.items())[:10], [*list(GOOD.items())[10:], *BAD.items()])):
+        with tarfile.open(folder / f"{n}.tar", "w") as archive:
+            for name, content in part:
+                add(archive, f"{name}.png", content)
+                add(archive, f"{name}.cls", name[0].encode())
+    return {"uri": str(folder), "input": "png", "label": "cls", "id": "__key__"}
+
+
+def parquet_source(folder: Path) -> dict[str, Any]:
+    folder.mkdir()
+    rows = [
+        {"id": name, "image": {"bytes": content, "path": "/etc/passwd"}, "topic": name[0]}
+        for name, content in (GOOD | BAD).items()
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "x.parquet")
+    return {"uri": str(folder), "input": "image", "label": "topic", "id": "id"}
+
+
+def hf_source(folder: Path) -> dict[str, Any]:
+    import datasets
+
+    rows = [
+        {"id": name, "image": {"bytes": content, "path": None}, "topic": name[0]}
+        for name, content in (GOOD | BAD).items()
+    ]
+    features = datasets.Features(
+        {"id": datasets.Value("string"), "image": datasets.Image(), "topic": datasets.Value("string")}
+    )  # fmt: skip
+    raw = {name: [row[name] for row in rows] for name in ("id", "image", "topic")}
+    datasets.Dataset.from_dict(raw, features=features).save_to_disk(folder)
+    return {"uri": str(folder), "input": "image", "label": "topic", "id": "id"}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_every_picture_source_gives_the_same_table(tmp_path: Path, tiny_vit: Path) -> None:
+    reference: dict[str, Any] = {}
+    makes: list[Callable[[Path], dict[str, Any]]] = [
+        folder_source, tar_source, parquet_source, hf_source,
+    ]  # fmt: skip
+    for make in makes:
+        source = make(tmp_path / make.__name__)
+        out = str(tmp_path / f"out-{make.__name__}")
+        result = fmembed.embed(
+            RunSpec.parse({
+                "source": source,
+                "model": {"id": str(tiny_vit), "dtype": "float32"},
+                "output": {"uri": out, "max_rejected_fraction": 0.2},
+                "probes": ["knn"],
+            })
+        )  # fmt: skip
+        assert (result.rows_read, result.rows_embedded, result.rows_rejected) == (26, 24, 2)
+        assert result.causes == {"corrupt image": 1, "image too large": 1}
+        assert "value" in result.probes["knn"]
+        assert fmembed.verify(out).problems == []
+        rows = fmembed.read(out).to_pylist()
+        found = {r["row_id"].removesuffix(".png"): r["embedding"] for r in rows}
+        assert found.keys() == GOOD.keys()
+        reference = reference or found
+        for name, vector in found.items():
+            np.testing.assert_allclose(vector, reference[name], rtol=1e-4, atol=1e-5)
+
+
+def test_sounds_by_the_command(tmp_path: Path, tiny_wav2vec2: Path) -> None:
+    folder = tmp_path / "in"
+    for i in range(8):
+        path = folder / "xy"[i % 2] / f"{i}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(sound(2000 + 500 * i))
+    (folder / "x" / "bad.wav").write_bytes(b"RIFF")
+    (folder / "x" / "empty.flac").write_bytes(b"")
+    out = str(tmp_path / "out")
+    done = run_cli(
+        "embed", "--source", str(folder), "--label", "class", "--model", str(tiny_wav2vec2),
+        "--dtype", "float32", "--output", out, "--set", "output.max_rejected_fraction=0.5",
+        "--set", "probes=[]",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "rows      10 read, 8 embedded, 2 rejected, 0 skipped" in done.stdout
+    listed = run_cli("rejected", out).stdout
+    assert "1 corrupt audio (stage preprocess)" in listed
+    assert "1 empty input (stage read)" in listed
+    again = run_cli(
+        "embed", "--source", str(folder), "--label", "class", "--model", str(tiny_wav2vec2),
+        "--dtype", "float32", "--output", out, "--set", "probes=[]",
+    )  # fmt: skip
+    assert again.stdout.startswith("nothing to do"), again.stderr
+
+
+def test_a_hostile_archive_is_only_read(tmp_path: Path) -> None:
+    """Links, devices, names that climb out: members are bytes by name, never paths."""
+    path = tmp_path / "in" / "evil.tar"
+    path.parent.mkdir()
+    target = tmp_path / "secret.png"
+    target.write_bytes(picture())
+    with tarfile.open(path, "w") as archive:
+        add(archive, "good.png", picture())
+        add(archive, "../../climb.png", picture())
+        add(archive, "/abs.png", picture())
+        add(archive, "link.png", b"", type=tarfile.SYMTYPE, linkname=str(target))
+        add(archive, "hard.png", b"", type=tarfile.LNKTYPE, linkname="good.png")
+        add(archive, "device.png", b"", type=tarfile.CHRTYPE)
+        add(archive, "last.png", picture())
+    before = sorted(tmp_path.rglob("*"))
+    spec = SourceSpec(uri=str(path), input="png", id="__key__")
+    source = open_source(spec, "image")
+    rows = pa.concat_tables(read_shard(source, 0)).to_pylist()[:-1]
+    assert [(r["row_id"], r["_error"]) for r in rows] == [
+        ("good", None), ("../../climb", None), ("abs", None),
+        ("evil.tar#3", "unreadable file"), ("evil.tar#4", "unreadable file"),
+        ("evil.tar#5", "unreadable file"), ("last", None),
+    ]  # fmt: skip
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("spoil", ["cut", "not a tar", "empty", "bad gzip"])
+def test_broken_archives(spoil: str, tmp_path: Path) -> None:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as archive:
+        for i in range(5):
+            add(archive, f"{i}.png", picture(100, 100))
+    (tmp_path / "a.tar").write_bytes(sink.getvalue())
+    content, name = {
+        "cut": (sink.getvalue()[:60_000], "b.tar"),
+        "not a tar": (b"hello " * 500, "b.tar"),
+        "empty": (b"", "b.tar"),
+        "bad gzip": (b"\x1f\x8b" + b"x" * 900, "b.tar.gz"),
+    }[spoil]
+    (tmp_path / name).write_bytes(content)
+    source = open_source(SourceSpec(uri=str(tmp_path), input="png"), "image")
+    rows = [
+        r for i in range(2) for t in read_shard(source, i) for r in t.to_pylist() if r["row_id"]
+    ]
+    assert [r["_error"] for r in rows[:5]] == [None] * 5
+    rest = [(r["row_id"].partition("#")[0], r["_error"]) for r in rows[5:] if r["_error"]]
+    assert rest == [(name, "unreadable file")]

@@ -1,0 +1,208 @@
+"""Pictures and sounds: as the model's own processor takes them, and what is bad about bad ones."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from fmembed.checkpoint import open_checkpoint
+from fmembed.encoder import Encoder
+from fmembed.preprocess import Preprocess
+from fmembed.rows import row_schema
+from fmembed.spec import ModelSpec, PreprocessSpec
+
+RNG = np.random.default_rng(0)
+RATE_HZ = 16_000
+
+
+def picture(width: int = 50, height: int = 40, kind: str = "PNG", mode: str = "RGB") -> bytes:
+    pixels = np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(sink, kind)
+    return sink.getvalue()
+
+
+def sound(num_samples: int, rate_hz: int = RATE_HZ, channels: int = 1, kind: str = "WAV") -> bytes:
+    samples = np.random.default_rng(num_samples).normal(0, 0.1, (num_samples, channels))
+    sink = io.BytesIO()
+    soundfile.write(sink, samples, rate_hz, format=kind)
+    return sink.getvalue()
+
+
+def bomb_png(width: int = 60_000, height: int = 60_000) -> bytes:
+    """A header that promises 3.6 gigapixels, in 60 bytes."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def lying_wav() -> bytes:
+    """A header that promises two gigabytes of samples, and four samples."""
+    content = bytearray(sound(4))
+    at = content.index(b"data") + 4
+    content[at : at + 4] = struct.pack("<I", 2**31 - 8)
+    return bytes(content)
+
+
+def float_wav(value: float) -> bytes:
+    sink = io.BytesIO()
+    soundfile.write(sink, np.full(2000, value, np.float32), RATE_HZ, format="WAV", subtype="FLOAT")
+    return sink.getvalue()
+
+
+def embed(folder: Path, contents: list[bytes], batch_tokens: int = 4096, **limits: Any) -> Any:
+    checkpoint = open_checkpoint(ModelSpec(id=str(folder), dtype="float32"), False)
+    rows = [{"row_id": str(i), "content_hash": "0", "_input": c} for i, c in enumerate(contents)]
+    table = pa.Table.from_pylist(rows, schema=row_schema(pa.schema([]), checkpoint.modality))
+    ready = Preprocess(checkpoint, PreprocessSpec(**limits))(table)
+    return Encoder(checkpoint, batch_tokens=batch_tokens)(ready)
+
+
+def assert_equal(rows: pa.Table, expected: list[torch.Tensor]) -> None:
+    for vector, reference in zip(rows["embedding"].to_pylist(), expected, strict=True):
+        similarity = torch.nn.functional.cosine_similarity(
+            torch.tensor(vector, dtype=torch.float64), reference.double(), dim=0
+        )
+        assert similarity > 0.99999
+
+
+PICTURES = [
+    picture(), picture(32, 32), picture(7, 91), picture(1, 1), picture(3, 3), picture(300, 3),
+    picture(kind="JPEG"), picture(kind="GIF", mode="P"), picture(mode="L"), picture(mode="RGBA"),
+    picture(kind="JPEG", mode="CMYK"), picture(kind="BMP"), picture(kind="WEBP"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_tokens", [17, 4096])
+def test_pictures_are_as_the_reference_has_them(tiny_vit: Path, batch_tokens: int) -> None:
+    from transformers import ViTImageProcessorPil, ViTModel
+
+    processor, model = (
+        ViTImageProcessorPil.from_pretrained(tiny_vit),
+        ViTModel.from_pretrained(tiny_vit).eval(),
+    )
+    expected = []
+    for content in PICTURES:
+        pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+        batch = processor(pixels, input_data_format="channels_last", return_tensors="pt")
+        with torch.inference_mode():
+            expected.append(model(**batch).last_hidden_state[0, 0])
+    rows = embed(tiny_vit, PICTURES, batch_tokens)
+    assert rows["_error"].to_pylist() == [None] * len(PICTURES)
+    assert rows["num_units"].to_pylist() == [16] * len(PICTURES)
+    assert_equal(rows, expected)
+
+
+def test_pixels_travel_as_bytes(tiny_vit: Path) -> None:
+    checkpoint = open_checkpoint(ModelSpec(id=str(tiny_vit)), False)
+    table = pa.Table.from_pylist(
+        [{"row_id": "a", "_input": picture()}], schema=row_schema(pa.schema([]), "image")
+    )
+    ready = Preprocess(checkpoint, PreprocessSpec())(table)
+    assert ready.schema.field("model_input").type.value_type == pa.uint8()
+    assert ready["input_shape"].to_pylist() == [[3, 32, 32]]
+
+
+def test_a_photograph_is_turned_as_the_camera_says(tiny_vit: Path) -> None:
+    upright = Image.open(io.BytesIO(picture()))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    sink = io.BytesIO()
+    upright.transpose(Image.Transpose.ROTATE_90).save(sink, "PNG", exif=exif)
+    vectors = embed(tiny_vit, [picture(), sink.getvalue()])["embedding"].to_pylist()
+    np.testing.assert_allclose(vectors[0], vectors[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_tokens", [100, 100_000])
+def test_sounds_are_as_the_reference_has_them(tiny_wav2vec2: Path, batch_tokens: int) -> None:
+    from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
+
+    extractor = Wav2Vec2FeatureExtractor.from_pretrained(tiny_wav2vec2)
+    model = Wav2Vec2Model.from_pretrained(tiny_wav2vec2).eval()
+    contents = [sound(n) for n in (1600, 4000, 4000, 801, 16_000, 12_345)]
+    contents += [sound(4000, channels=2), sound(3000, kind="FLAC"), sound(4000, kind="OGG")]
+    expected = []
+    for content in contents:
+        samples, _ = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+        batch = extractor(samples.mean(axis=1), sampling_rate=RATE_HZ, return_tensors="pt")
+        with torch.inference_mode():
+            expected.append(model(batch["input_values"]).last_hidden_state[0].mean(dim=0))
+    rows = embed(tiny_wav2vec2, contents, batch_tokens)
+    assert rows["_error"].to_pylist() == [None] * len(contents)
+    assert rows["num_units"].to_pylist()[:4] == [1600, 4000, 4000, 801]
+    assert_equal(rows, expected)
+
+
+def test_sounds_are_resampled(tiny_wav2vec2: Path) -> None:
+    rows = embed(tiny_wav2vec2, [sound(8000, rate_hz=8000), sound(44_100, rate_hz=44_100)])
+    assert rows["num_units"].to_pylist() == [16_000, 16_000]
+    assert rows["_error"].to_pylist() == [None, None]
+
+
+BAD_PICTURES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "text": (lambda: b"hello", "corrupt image"),
+    "cut PNG": (lambda: picture()[:200], "corrupt image"),
+    "cut JPEG": (lambda: picture(kind="JPEG")[:300], "corrupt image"),
+    "header only": (lambda: picture()[:8], "corrupt image"),
+    "zeros": (lambda: bytes(500), "corrupt image"),
+    "noise": (lambda: RNG.bytes(500), "corrupt image"),
+    "a sound": (lambda: sound(100), "corrupt image"),
+    "bytes turned": (
+        lambda: picture()[:60] + bytes(40) + picture()[100:],
+        "corrupt image",
+    ),
+    "decompression bomb": (bomb_png, "image too large"),
+    "a little too large": (lambda: picture(201, 100), "image too large"),
+    "no pixel": (lambda: bomb_png(0, 0), "corrupt image"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_PICTURES))
+def test_bad_pictures(case: str, tiny_vit: Path) -> None:
+    make, cause = BAD_PICTURES[case]
+    rows = embed(tiny_vit, [picture(), make(), picture(20, 20)], max_image_px=20_000).to_pylist()
+    assert [r["_error"] for r in rows] == [None, cause, None]
+    assert rows[1]["_stage"] == "preprocess"
+    assert rows[1]["_message"]
+    assert [r["embedding"] is None for r in rows] == [False, True, False]
+
+
+BAD_SOUNDS: dict[str, tuple[Callable[[], bytes], str | None]] = {
+    "text": (lambda: b"hello", "corrupt audio"),
+    "header only": (lambda: sound(100)[:20], "corrupt audio"),
+    "zeros": (lambda: bytes(500), "corrupt audio"),
+    "noise": (lambda: RNG.bytes(500), "corrupt audio"),
+    "a picture": (picture, "corrupt audio"),
+    "no sample": (lambda: sound(0), "empty input"),
+    "NaN": (lambda: float_wav(np.nan), "corrupt audio"),
+    "infinity": (lambda: float_wav(np.inf), "corrupt audio"),
+    "too long": (lambda: sound(2 * RATE_HZ + 1), "audio too long"),
+    "shorter than a frame": (lambda: sound(8), "audio too short"),
+    "a length that is a lie": (lying_wav, "audio too short"),
+    "cut FLAC": (lambda: sound(9000, kind="FLAC")[:400], "corrupt audio"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_SOUNDS))
+def test_bad_sounds(case: str, tiny_wav2vec2: Path) -> None:
+    make, cause = BAD_SOUNDS[case]
+    contents = [sound(4000), make(), sound(1600)]
+    rows = embed(tiny_wav2vec2, contents, max_audio_s=2).to_pylist()
+    assert [r["_error"] for r in rows] == [None, cause, None]
+    assert rows[1]["_message"]
+    assert [r["embedding"] is None for r in rows] == [False, True, False]
