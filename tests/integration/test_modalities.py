@@ -67,9 +67,8 @@ def hf_source(folder: Path) -> dict[str, Any]:
         {"id": name, "image": {"bytes": content, "path": None}, "topic": name[0]}
         for name, content in (GOOD | BAD).items()
     ]
-    features = datasets.Features(
-        {"id": datasets.Value("string"), "image": datasets.Image(), "topic": datasets.Value("string")}
-    )  # fmt: skip
+    text = datasets.Value("string")
+    features = datasets.Features({"id": text, "image": datasets.Image(), "topic": text})
     raw = {name: [row[name] for row in rows] for name in ("id", "image", "topic")}
     datasets.Dataset.from_dict(raw, features=features).save_to_disk(folder)
     return {"uri": str(folder), "input": "image", "label": "topic", "id": "id"}
