@@ -197,6 +197,17 @@ def _unit_size(modality: Modality, config: dict[str, Any]) -> int:
     return 1
 
 
+def load_image_processor(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's own image processor, on Pillow: torchvision is not needed."""
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+        checkpoint.folder() / checkpoint.weights,
+        trust_remote_code=checkpoint.trust_remote_code,
+        backend="pil",
+    )
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 natively (avx512_bf16 or amx), from /proc/cpuinfo."""
     try:

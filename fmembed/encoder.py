@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fmembed.batching import Ints, pad, plan_batches
-from fmembed.checkpoint import Checkpoint, read_config
+from fmembed.checkpoint import Checkpoint, load_image_processor, read_config
 from fmembed.rows import HALVED, accepted, reject
 from fmembed.spec import ModelError
 
@@ -55,7 +55,9 @@ class Encoder:
         self._checkpoint = checkpoint
         self._model, self._pad_id = _load_model(checkpoint, self._device)
         self._dense = _load_dense(checkpoint, self._device)
-        self._processor = _load_image_processor(checkpoint)
+        self._processor = (
+            load_image_processor(checkpoint) if checkpoint.modality == "image" else None
+        )
         self.num_halved = 0
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -343,18 +345,6 @@ def _load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, int]
         )
     pad_id = getattr(model.config, "pad_token_id", None)
     return model.eval().to(device), int(pad_id) if pad_id is not None else 0
-
-
-def _load_image_processor(checkpoint: Checkpoint) -> Any:
-    if checkpoint.modality != "image":
-        return None
-    from transformers import AutoImageProcessor
-
-    return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-        checkpoint.folder() / checkpoint.weights,
-        trust_remote_code=checkpoint.trust_remote_code,
-        backend="pil",
-    )
 
 
 def _load_dense(checkpoint: Checkpoint, device: torch.device) -> list[nn.Sequential]:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fmembed.checkpoint import Checkpoint
+from fmembed.checkpoint import Checkpoint, load_image_processor
 from fmembed.rows import INPUT, accepted, reject
 from fmembed.spec import PreprocessSpec
 
@@ -97,7 +97,7 @@ def _lists(rows: list[Any], type_: pa.DataType) -> pa.Array:
 
 def _value_type(checkpoint: Checkpoint) -> pa.DataType:
     if checkpoint.modality == "image":
-        return pa.uint8() if _load_image_processor(checkpoint)[1] else pa.float32()
+        return pa.uint8() if _find_image_processor(checkpoint)[1] else pa.float32()
     return pa.int32() if checkpoint.modality == "text" else pa.float32()
 
 
@@ -175,7 +175,7 @@ def _prepare_images(
 def _prepare_image(
     checkpoint: Checkpoint, spec: PreprocessSpec, content: bytes
 ) -> _Prepared | _BadInput:
-    processor, is_compact = _load_image_processor(checkpoint)
+    processor, is_compact = _find_image_processor(checkpoint)
     try:
         image = _decode_image(content, spec.max_image_px)
     except _TooLarge as e:
@@ -225,19 +225,13 @@ def _process(processor: Any, image: npt.NDArray[np.uint8], is_compact: bool) -> 
 
 
 @functools.lru_cache(maxsize=2)
-def _load_image_processor(checkpoint: Checkpoint) -> tuple[Any, bool]:
+def _find_image_processor(checkpoint: Checkpoint) -> tuple[Any, bool]:
     """The processor, and whether it leaves uint8 pixels when told not to rescale.
 
     Where it does, they travel as a quarter of the bytes, and the encoder rescales them on the
     device by the same arithmetic.
     """
-    from transformers import AutoImageProcessor
-
-    processor = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-        checkpoint.folder() / checkpoint.weights,
-        trust_remote_code=checkpoint.trust_remote_code,
-        backend="pil",
-    )
+    processor = load_image_processor(checkpoint)
     grey = np.full((64, 48, 3), 128, dtype=np.uint8)
     return processor, _process(processor, grey, is_compact=True).dtype == np.uint8
 
