@@ -15,8 +15,8 @@ import pyarrow as pa
 import ray
 
 from fmembed.lock import Lock
+from fmembed.readers import Shard
 from fmembed.rows import REJECTED_SCHEMA, RowIds
-from fmembed.source import Shard
 from fmembed.spec import OutputSpec, RejectedError
 from fmembed.table import Part, ShardCount, Table, Written, write_part
 

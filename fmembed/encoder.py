@@ -55,9 +55,8 @@ class Encoder:
         self._checkpoint = checkpoint
         self._model, self._pad_id = _load_model(checkpoint, self._device)
         self._dense = _load_dense(checkpoint, self._device)
-        self._processor = (
-            load_image_processor(checkpoint) if checkpoint.modality == "image" else None
-        )
+        is_image = checkpoint.modality == "image"
+        self._processor: Any = load_image_processor(checkpoint) if is_image else None
         self.num_halved = 0
 
     def __call__(self, rows: pa.Table) -> pa.Table:

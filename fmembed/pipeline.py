@@ -31,8 +31,9 @@ from fmembed.checkpoint import Checkpoint, cpu_has_bfloat16, open_checkpoint
 from fmembed.commits import Commits
 from fmembed.lock import Lock
 from fmembed.preprocess import Preprocess
+from fmembed.readers import Source, read_shard
 from fmembed.rows import RowIds, keys_of
-from fmembed.source import Source, open_source, skip_committed
+from fmembed.source import open_source, skip_committed
 from fmembed.spec import (
     ComputeSpec,
     FmembedError,
@@ -515,7 +516,7 @@ def _fetch_texts(spec: RunSpec, rows: pa.Table) -> list[str | None] | None:
 
 def _fetch_shard(source: Source, index: int, wanted: RowIds) -> dict[str, tuple[str, str]]:
     found = {}
-    for rows in source_module.read_shard(source, index):
+    for rows in read_shard(source, index):
         rows = rows.filter(rows["_input"].is_valid())
         ids = rows["row_id"].to_pylist()
         here = wanted.contains(keys_of(ids))

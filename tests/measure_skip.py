@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 from test_table import CONFIGURATION
 
+from fmembed.readers import read_shard
 from fmembed.rows import table_schema
-from fmembed.source import open_source, read_shard, skip_committed
+from fmembed.source import open_source, skip_committed
 from fmembed.spec import SourceSpec
 from fmembed.table import Table
 

@@ -16,7 +16,8 @@ import pytest
 
 from fmembed.checkpoint import open_checkpoint
 from fmembed.preprocess import Preprocess
-from fmembed.source import open_source, read_shard
+from fmembed.readers import read_shard
+from fmembed.source import open_source
 from fmembed.spec import ModelSpec, PreprocessSpec, SourceError, SourceSpec
 
 GOOD = [{"id": f"g{i}", "text": f"good {i}"} for i in range(4)]

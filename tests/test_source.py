@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
 
+from fmembed.readers import read_shard
 from fmembed.rows import RowIds, keys_of
-from fmembed.source import open_source, read_shard, skip_committed
+from fmembed.source import open_source, skip_committed
 from fmembed.spec import HubDataset, SourceError, SourceSpec
 
 ROWS = [{"text": f"text {i}, with a comma", "topic": "ab"[i % 2], "n": i} for i in range(20)]
