@@ -137,7 +137,8 @@ def _read_to_the_end(source: Source, shard: Shard) -> Iterator[RawRow]:
     except Exception as e:
         name = shard.files[0].name if shard.files else (source.spec.hf.split or "data")
         error, message = _unreadable(e)
-        row_id = f"{name}#{shard.first_row + num_rows}" if num_rows or shard.start else name
+        # Two dots: lines that were left blank have numbers too, so a plain one may be taken.
+        row_id = f"{name}#{shard.first_row + num_rows}.." if num_rows or shard.start else name
         yield row_id, (error, f"from row {num_rows} on: {message}" if num_rows else message)
 
 

@@ -217,6 +217,19 @@ def test_refused(case: str, tmp_path: Path) -> None:
         open_source(SourceSpec(uri=str(tmp_path / name), id="id"))
 
 
+def test_what_breaks_off_has_an_id_that_no_row_has(tmp_path: Path) -> None:
+    lines = b'{"text": "a"}\n\n\n{"text": "b"}\n' * 300
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines)[:-12])
+    (rows,) = [
+        pa.concat_tables(read_shard(source, 0)).to_pylist()[:-1]
+        for source in [open_source(SourceSpec(uri=str(tmp_path)))]
+    ]
+    ids = [r["row_id"] for r in rows]
+    assert len(ids) == len(set(ids)) > 10
+    assert rows[-1]["_error"] == "unreadable file"
+    assert ids[-1].endswith("..")
+
+
 def test_the_corpus_is_large_enough() -> None:
     assert len(CASES) + len(REFUSED) >= 60
 
