@@ -53,6 +53,7 @@ class Commits:
         self._run_id = run_id
         self._configuration = configuration
         self._num_commits = 0
+        self.is_committing = False
         self._num_known_before: int | None = None
         self._whole: list[tuple[str, int, int]] = []
         self._last_commit = time.monotonic()
@@ -107,14 +108,22 @@ class Commits:
         written, self._written = self._written, []
         if not written:
             return
+        self.is_committing = True
+        try:
+            self._commit(written)
+        finally:
+            self.is_committing = False
+
+    def _commit(self, written: list[Written]) -> None:
         self._lock.check()
+        # A number is used once, whatever becomes of it: committing it again would be a no-op.
         transaction = (self._run_id, self._num_commits)
+        self._num_commits += 1
         rejected = [w.rejected for w in written if w.rejected is not None]
         parts = [w.part for w in written if w.part is not None]
         # Rejections first: either log may end up ahead of the other, and both ways the next run
         # reads the rows that are in neither, no more and no less.
         self._commit_log(rejected, parts, written[0], transaction)
-        self._num_commits += 1
         for w in written:
             self.num_embedded += w.part.num_rows if w.part else 0
             self.num_rejected += w.rejected.num_rows if w.rejected else 0

@@ -60,6 +60,7 @@ _LOSSES = (
 # Sorted by length and cut into batches: a CPU's window is seconds of work, a GPU's should be too.
 _WINDOW_ROWS = {"cpu": 256, "cuda": 4096}
 _UNITS = {"text": "tokens", "image": "patches", "audio": "samples"}
+_KNOCK_S = 1.0
 _MAX_FETCH_BYTES = 10 * 2**30
 
 
@@ -240,9 +241,9 @@ class _Run:
         commits = Commits(self._spec.output, self._table, lock, self.id, configuration)
         self._commits = commits
         try:
-            with progress.Stages(source.num_rows, quiet) as stages, _interruptible():
+            with progress.Stages(source.num_rows, quiet) as stages, _Signals(commits) as signals:
                 stages.watch(ray.data.DataContext.get_current())
-                self._run_passes(source, commits, plan, stages)
+                self._run_passes(source, commits, plan, stages, signals)
                 self._stages = {name: asdict(stage) for name, stage in stages.stages.items()}
         finally:
             # What failed is worth more than that its leftovers could not be removed.
@@ -251,13 +252,18 @@ class _Run:
         commits.check_rejected(at_end=True)
 
     def _run_passes(
-        self, source: Source, commits: Commits, plan: Plan, stages: progress.Stages
+        self,
+        source: Source,
+        commits: Commits,
+        plan: Plan,
+        stages: progress.Stages,
+        signals: _Signals,
     ) -> None:
         num_broken = 0
         while self.num_shards:
             num_before = commits.num_embedded
             try:
-                self._pass(commits, plan, stages)
+                self._pass(commits, plan, stages, signals)
                 return
             except ray.exceptions.RayError as e:
                 num_broken = 1 if commits.num_embedded > num_before else num_broken + 1
@@ -273,7 +279,9 @@ class _Run:
             self._table.remove_strays()
             self.look(source)
 
-    def _pass(self, commits: Commits, plan: Plan, stages: progress.Stages) -> None:
+    def _pass(
+        self, commits: Commits, plan: Plan, stages: progress.Stages, signals: _Signals
+    ) -> None:
         assert self._left is not None
         commits.begin(self._left.shards, self._committed)
         try:
@@ -282,14 +290,14 @@ class _Run:
                 stages.set(progress.WRITE, commits.num_written, commits.busy_s)
             commits.commit()
             stages.set(progress.WRITE, commits.num_written, commits.busy_s)
-        except (KeyboardInterrupt, Interrupted) as e:
+        except Interrupted as e:
+            signals.heard()
             with contextlib.suppress(ray.exceptions.RayError):
                 commits.commit()
-            signum = e.exit_code - 128 if isinstance(e, Interrupted) else signal.SIGINT
             raise Interrupted(
-                f"interrupted; {commits.num_embedded:,} rows of this run are committed, "
+                f"{e}; {commits.num_embedded:,} rows of this run are committed, "
                 "the same command resumes",
-                signum,
+                e.exit_code - 128,
             ) from None
         except ray.exceptions.RayError as e:
             if _is_loss(e):
@@ -584,21 +592,42 @@ def _facts(
 # --- ends -----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Turn SIGTERM (preemption, `ray job stop`) into an exception in the driver's main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+class _Signals:
+    """SIGINT and SIGTERM (preemption, `ray job stop`) as `Interrupted` in the driver's main thread.
 
-    def stop(signum: int, _: Any) -> None:
-        raise Interrupted("terminated", signum)
+    An exception that a handler raises is lost where it strikes inside a destructor or a callback,
+    of which Ray has many (a run in the tests went on after Ctrl-C). So the signal is sent again
+    until somebody says that it was heard; and a commit under way is never torn, it comes after.
+    """
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def __init__(self, commits: Commits) -> None:
+        self._commits = commits
+        self._before: dict[signal.Signals, Any] = {}
+        self._knock: threading.Timer | None = None
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            signals = (signal.SIGINT, signal.SIGTERM)
+            self._before = {s: signal.signal(s, self._stop) for s in signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.heard()
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def heard(self) -> None:
+        """Stop sending the signal again."""
+        if self._knock is not None:
+            self._knock.cancel()
+
+    def _stop(self, signum: int, _: Any) -> None:
+        self.heard()
+        self._knock = threading.Timer(_KNOCK_S, os.kill, (os.getpid(), signum))
+        self._knock.daemon = True
+        self._knock.start()
+        if not self._commits.is_committing:
+            raise Interrupted("interrupted", signum)
 
 
 def _is_loss(error: BaseException) -> bool:

@@ -35,6 +35,14 @@ class CountedModel(BertModel):
         if self.config.dies:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.config.row_s * len(input_ids))
-        while Path(self.config.log + ".hold").exists():
+        while self._held():
             time.sleep(0.01)
         return super().forward(input_ids=input_ids, **kwargs)
+
+    def _held(self) -> bool:
+        """Whether a file says to stand still after so many rows, counted over all processes."""
+        try:
+            limit = int(Path(self.config.log + ".hold").read_text())
+        except (FileNotFoundError, ValueError):
+            return False
+        return sum(map(int, Path(self.config.log).read_bytes().split())) > limit

@@ -113,13 +113,16 @@ class Bench:
         return Run(command, environment, self.folder / f"stderr-{self._num_runs}.log")
 
     @contextmanager
-    def hold(self, run: Run, table: Path | str, num_rows: int = 0) -> Iterator[None]:
-        """Let a run commit more than so many rows, then let its model stand still for a while."""
-        wait_for(lambda: self.num_committed(table) > num_rows or run.poll() is not None)
+    def held(self, table: Path | str) -> Iterator[Run]:
+        """Start a run whose model stands still after some rows, once some of them are committed."""
+        committed = self.num_committed(table)
         gate = Path(f"{self.log}.hold")
-        gate.touch()
+        gate.write_text(str(self.num_forwarded() + 64))
         try:
-            yield
+            run = self.start(table, None)
+            wait_for(lambda: self.num_committed(table) > committed or run.poll() is not None)
+            assert run.poll() is None, run.messages()
+            yield run
         finally:
             gate.unlink()
 

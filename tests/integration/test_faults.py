@@ -64,8 +64,7 @@ def test_signals_commit_what_is_finished_and_a_second_run_is_refused(
     table = tmp_path / "table"
     num_before = 0
     for signum in (signal.SIGTERM, signal.SIGINT):
-        run = bench.start(table, None)
-        with bench.hold(run, table, num_before):
+        with bench.held(table) as run:
             second = bench.start(table, None)
             assert second.end() == 1
             assert second.messages().count("\n") == 1
@@ -119,8 +118,7 @@ def fill(disk: Path) -> Path:
 
 def test_disk_full_is_a_clear_error_and_a_later_run_completes(bench: Bench, disk: Path) -> None:
     table = disk / "table"
-    run = bench.start(table, None)
-    with bench.hold(run, table):
+    with bench.held(table) as run:
         ballast = fill(disk)
     assert run.end() == 1
     assert "No space left on device" in last_line(run)
@@ -133,8 +131,7 @@ def test_permission_lost_is_a_clear_error_and_a_later_run_completes(
     bench: Bench, disk: Path
 ) -> None:
     table = disk / "table"
-    run = bench.start(table, None)
-    with bench.hold(run, table):
+    with bench.held(table) as run:
         # Not chmod: the tests may run as root, whom it does not stop.
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     try:

@@ -206,8 +206,7 @@ def test_a_killed_driver_resumes(s3: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     bench = Bench(tmp_path, num_rows=200, row_s=0.005)
     table = f"{s3}/killed"
-    run = bench.start(table, None)
-    with bench.hold(run, table):
+    with bench.held(table) as run:
         run.kill()
         assert run.end() == -signal.SIGKILL
     assert 0 < bench.num_committed(table) < 200
