@@ -12,14 +12,16 @@ import importlib.util
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fmembed.spec import Modality, ModelError, ModelSpec, resolve_package
+from fmembed.spec import EndpointSpec, Modality, ModelError, ModelSpec, VectorSpec, resolve_package
 
+# The column of vectors where the config names none.
+DEFAULT = "embedding"
 # Raised when the arithmetic changes, so that old tables are not continued with new vectors.
-_CONTRACT = 1
+_CONTRACT = 2
 # Files that decide a vector; README, training arguments and the like do not.
 _DIGESTED = (".safetensors", ".json", ".txt", ".model", ".py")
 _DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py")
@@ -46,8 +48,59 @@ _OFFSET_POSITIONS = frozenset(
     )
 )
 _FALLBACK_MAX_TOKENS = 512
-# Image families whose first token stands for the whole.
-_CLASS_TOKEN = frozenset(("beit", "data2vec-vision", "deit", "dinov2", "dinov3_vit", "vit"))
+# Families whose first token stands for the whole picture, and those with no such token, whose own
+# pooled output (the mean of the map, normed as in training) does.
+_CLASS_TOKEN = frozenset(
+    (
+        "beit",
+        "data2vec-vision",
+        "deit",
+        "dinov2",
+        "dinov2_with_registers",
+        "dinov3_vit",
+        "vit",
+        "vit_mae",
+    )
+)
+_OWN_POOLER = frozenset(
+    (
+        "bit",
+        "convnext",
+        "convnextv2",
+        "dinov3_convnext",
+        "efficientnet",
+        "regnet",
+        "resnet",
+        "swin",
+        "swinv2",
+        "timm_wrapper",
+    )
+)
+# Models with a tower for each modality into one space.
+_TOWERS: dict[str, tuple[Modality, Modality]] = {
+    "align": ("image", "text"),
+    "altclip": ("image", "text"),
+    "chinese_clip": ("image", "text"),
+    "clap": ("audio", "text"),
+    "clip": ("image", "text"),
+    "metaclip_2": ("image", "text"),
+    "siglip": ("image", "text"),
+}
+# Trained on texts padded to the full length, and without a mask: its padding is part of the input.
+_PADDED_TEXT = frozenset(("siglip",))
+_TOKENS_ARE_FLOATS = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class Output:
+    """One column of vectors, with every choice made; the fields are `spec.VectorSpec`'s."""
+
+    column: str
+    pooling: str
+    layer: int | None
+    normalize: bool
+    dims: int | None
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -58,7 +111,8 @@ class Checkpoint:
     `revision` is the hub's commit, null for a local folder. `digest` is a blake2b-128 over the
     names and contents of all files that decide a vector. `unit_size` is how many numbers of the
     model's input make one unit of its sequence: 1 for token ids, the values of a patch for pixels,
-    the samples of a frame for audio.
+    the samples of a frame for audio. `rate_hz` is what sounds are resampled to, `window_samples`
+    how many of them the model takes at once, null where it takes any number.
     """
 
     id: str
@@ -67,8 +121,7 @@ class Checkpoint:
     digest: str
     family: str
     weights: str
-    pooling: str
-    normalize: bool
+    outputs: tuple[Output, ...]
     max_tokens: int
     prompt: str
     lower_case: bool
@@ -77,42 +130,89 @@ class Checkpoint:
     trust_remote_code: bool
     modality: Modality = "text"
     unit_size: int = 1
+    towers: tuple[Modality, ...] = ()
+    pads_text: bool = False
+    adapter: str | None = None
+    adapter_digest: str | None = None
+    attn_implementation: str | None = None
+    compile: bool = False
+    rate_hz: int = 0
+    window_samples: int | None = None
+    endpoint: EndpointSpec | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides a vector; its hash is the fingerprint."""
-        return {
+        identity: dict[str, Any] = {
             "contract": _CONTRACT,
             "model.revision": self.revision,
             "model.weights": self.digest,
+            "model.adapter": self.adapter_digest,
+            "model.modality": self.modality,
             "model.dtype": self.dtype,
-            "model.pooling": self.pooling,
-            "model.normalize": self.normalize,
             "model.max_tokens": self.max_tokens,
             "model.prompt": self.prompt,
         }
+        if self.endpoint is not None:
+            # A server does not say which weights it has: its address and the name stand for them.
+            identity["model.endpoint"] = [self.endpoint.base_url, self.id, self.endpoint.dimensions]
+        for output in self.outputs:
+            prefix = "model" if output.column == DEFAULT else f"model.outputs.{output.column}"
+            choices = {k: v for k, v in asdict(output).items() if k != "column"}
+            identity |= {f"{prefix}.{name}": value for name, value in choices.items()}
+        return identity
 
     def folder(self) -> Path:
         """The folder on this machine; a hub checkpoint is fetched once per node, at its commit."""
         return _locate(self.uri, self.revision)
 
 
-def open_checkpoint(spec: ModelSpec, native_bfloat16: bool) -> Checkpoint:
+def list_modalities(spec: ModelSpec) -> tuple[Modality, ...]:
+    """What a checkpoint can embed, by the processor saved with it; more than one for two towers.
+
+    Raises:
+        ModelError: No such folder or no config in it, or a model of another kind.
+    """
+    if spec.endpoint is not None:
+        return ("text",)
+    folder = _locate(_absolute(spec.id), spec.revision)
+    weights = folder / _read_modules(folder).transformer
+    family = str(read_config(weights).get("model_type"))
+    if family in _TOWERS:
+        return _TOWERS[family]
+    processor = read_processor(weights)
+    if "image_processor_type" in processor or family == "timm_wrapper":
+        if (weights / "tokenizer_config.json").is_file():
+            raise ModelError(
+                f"model.id: {spec.id} joins text and images ({family}) in a way that is not "
+                f"supported; {', '.join(sorted(_TOWERS))} are"
+            )
+        return ("image",)
+    # A tokenizer beside it spells out speech; it is no second input.
+    return ("audio",) if "feature_extractor_type" in processor else ("text",)
+
+
+def open_checkpoint(
+    spec: ModelSpec, native_bfloat16: bool, modality: Modality | None = None
+) -> Checkpoint:
     """Find a checkpoint and resolve what the spec leaves open.
 
     Args:
         spec: The model part of the config.
         native_bfloat16: Whether the actors' device computes bfloat16 natively; decides `auto`.
+        modality: Which tower, of a model that has several; null for the first.
 
     Raises:
         ModelError: No such folder, no config or weights, pickle weights, an unknown module.
     """
-    uri = spec.id
-    if not uri.startswith("package:") and Path(uri).exists():
-        uri = str(Path(uri).resolve())
+    if spec.endpoint is not None:
+        return _describe_endpoint(spec, spec.endpoint)
+    uri = _absolute(spec.id)
     folder = _locate(uri, spec.revision)
     modules = _read_modules(folder)
     weights = folder / modules.transformer
+    if not (weights / "config.json").is_file():
+        _explain_adapter(weights)
     config = read_config(weights)
     _check_weights(weights)
     for path in modules.dense:
@@ -120,21 +220,28 @@ def open_checkpoint(spec: ModelSpec, native_bfloat16: bool) -> Checkpoint:
     if "model_type" not in config:
         raise ModelError(f"model.id: {weights}/config.json names no model_type")
     family = str(config["model_type"])
-    limit = _position_limit(weights, config)
+    modalities = list_modalities(spec)
+    modality = modality or spec.modality or modalities[0]
+    _check_packages(modality)
+    if family == "timm_wrapper":
+        _check_installed("timm", "timm", "torchvision")
+    towers = modalities if len(modalities) > 1 else ()
+    inner = {**config, **(config.get(_TOWER_CONFIG[modality]) or {})}
+    limit = _position_limit(weights, inner) if modality == "text" else None
     if spec.max_tokens is not None and limit is not None and spec.max_tokens > limit:
         raise ModelError(
             f"model.max_tokens: takes at most {limit} with this model, got {spec.max_tokens}"
         )
-    pooling = spec.pooling or modules.pooling
-    normalize = spec.normalize if spec.normalize is not None else modules.normalize
     dtype = spec.dtype
     if dtype == "auto":
         dtype = "bfloat16" if native_bfloat16 else "float32"
-    modality = _modality(weights)
     if spec.prompt is not None and modality != "text":
         raise ModelError(f"model.prompt: {spec.id} embeds {modality}, which takes no prompt")
-    if modality == "image" and pooling in ("last", "max"):
-        raise ModelError(f"model.pooling: {spec.id} embeds images: takes cls or mean")
+    default = modules.pooling or _default_pooling(modality, family, config)
+    adapter = _absolute(spec.adapter) if spec.adapter else None
+    rate_hz, window_samples = (
+        _read_sound_limits(weights, family) if modality == "audio" else (0, None)
+    )
     return Checkpoint(
         id=spec.id,
         uri=uri,
@@ -143,56 +250,189 @@ def open_checkpoint(spec: ModelSpec, native_bfloat16: bool) -> Checkpoint:
         digest=_digest(folder, [weights, *(folder / path for path in modules.dense)]),
         family=family,
         weights=modules.transformer,
-        pooling=pooling or _default_pooling(modality, family, config),
-        normalize=normalize,
+        outputs=_resolve_outputs(spec, modality, default, modules.normalize, bool(towers)),
         max_tokens=spec.max_tokens or modules.max_tokens or limit or _FALLBACK_MAX_TOKENS,
-        prompt=_resolve_prompt(folder, spec.prompt),
+        prompt=_resolve_prompt(folder, spec.prompt) if modality == "text" else "",
         lower_case=modules.lower_case,
         dense=modules.dense,
         dtype=dtype,
         trust_remote_code=spec.trust_remote_code,
         modality=modality,
-        unit_size=_unit_size(modality, config),
+        unit_size=_unit_size(modality, family, inner),
+        towers=towers,
+        pads_text=family in _PADDED_TEXT and modality == "text",
+        adapter=adapter,
+        adapter_digest=_digest_adapter(adapter) if adapter else None,
+        attn_implementation=spec.attn_implementation,
+        compile=spec.compile,
+        rate_hz=rate_hz,
+        window_samples=window_samples,
     )
 
 
-def _modality(folder: Path) -> Modality:
-    """What a checkpoint embeds, by the processor saved with it."""
-    processor = _read_json(folder / "preprocessor_config.json") or {}
-    is_text = (folder / "tokenizer_config.json").is_file()
-    if "image_processor_type" in processor:
-        if is_text:
-            raise ModelError(f"model.id: {folder} joins text and images, which is not supported")
+def _describe_endpoint(spec: ModelSpec, endpoint: EndpointSpec) -> Checkpoint:
+    if importlib.util.find_spec("openai") is None:
+        raise ModelError(
+            "model.endpoint: needs the package openai: pip install 'fmembed[endpoint]'"
+        )
+    ours = ("revision", "adapter", "max_tokens", "pooling", "layer", "attn_implementation")
+    for name in ours:
+        if getattr(spec, name) is not None:
+            raise ModelError(f"model.{name}: a server decides that itself; leave it out")
+    return Checkpoint(
+        id=spec.id,
+        uri=endpoint.base_url,
+        revision=None,
+        digest="",
+        family="endpoint",
+        weights="",
+        outputs=_resolve_outputs(spec, "text", "server", False, False),
+        max_tokens=0,
+        prompt=spec.prompt or "",
+        lower_case=False,
+        dense=(),
+        dtype="float32",
+        trust_remote_code=False,
+        endpoint=endpoint,
+    )
+
+
+_TOWER_CONFIG = {"text": "text_config", "image": "vision_config", "audio": "audio_config"}
+
+
+def _resolve_outputs(
+    spec: ModelSpec, modality: Modality, default: str, normalize: bool, has_towers: bool
+) -> tuple[Output, ...]:
+    if has_towers:
+        default, normalize = "projection", True
+    given: dict[str, VectorSpec] = spec.outputs or {DEFAULT: VectorSpec()}
+    outputs = []
+    for column, vector in given.items():
+        where = f"model.outputs.{column}" if spec.outputs else "model"
+
+        def choose(name: str, otherwise: Any, vector: VectorSpec = vector) -> Any:
+            own, common = getattr(vector, name), getattr(spec, name)
+            return next((v for v in (own, common) if v is not None), otherwise)
+
+        pooling = choose("pooling", default)
+        layer = choose("layer", None)
+        precision = choose("precision", "float32")
+        if pooling == "projection" and not has_towers:
+            raise ModelError(f"{where}.pooling: {spec.id} has no projection; pooler is its own")
+        if modality == "image" and pooling in ("last", "max"):
+            raise ModelError(f"{where}.pooling: {spec.id} embeds images: takes cls or mean")
+        if pooling == "cls+mean" and modality != "image":
+            raise ModelError(
+                f"{where}.pooling: cls+mean is for images, {spec.id} embeds {modality}"
+            )
+        if layer is not None and pooling in ("pooler", "projection"):
+            raise ModelError(f"{where}.layer: {pooling} is made of the last layer; name a pooling")
+        if pooling == "tokens" and precision not in _TOKENS_ARE_FLOATS:
+            raise ModelError(f"{where}.precision: tokens takes {' or '.join(_TOKENS_ARE_FLOATS)}")
+        dims = choose("dims", None)
+        # What the checkpoint says of normalising is said of its own pooled vector.
+        own_way = pooling == default and layer is None
+        outputs.append(
+            Output(
+                column,
+                pooling,
+                layer,
+                bool(choose("normalize", normalize and own_way)),
+                dims,
+                precision,
+            )
+        )
+    return tuple(outputs)
+
+
+def _absolute(uri: str) -> str:
+    if not uri.startswith("package:") and Path(uri).exists():
+        return str(Path(uri).resolve())
+    return uri
+
+
+def _explain_adapter(folder: Path) -> None:
+    adapter = _read_json(folder / "adapter_config.json")
+    if adapter is not None:
+        raise ModelError(
+            f"model.id: {folder} is an adapter; name it in model.adapter, and its base "
+            f"({adapter.get('base_model_name_or_path')}) in model.id"
+        )
+
+
+def _digest_adapter(uri: str) -> str:
+    if importlib.util.find_spec("peft") is None:
+        raise ModelError("model.adapter: needs the package peft: pip install 'fmembed[lora]'")
+    folder = _locate(uri, None, "model.adapter")
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"model.adapter: no adapter_config.json in {folder}; give a LoRA adapter")
+    _check_weights(folder, "model.adapter")
+    return _digest(folder, [])
+
+
+def adapter_folder(checkpoint: Checkpoint) -> Path:
+    """The adapter's folder on this machine."""
+    assert checkpoint.adapter is not None
+    return _locate(checkpoint.adapter, None, "model.adapter")
+
+
+def read_processor(folder: Path) -> dict[str, Any]:
+    """What the processor saved with a checkpoint says; newer versions save one file for all."""
+    whole = _read_json(folder / "processor_config.json") or {}
+    parts = [whole.get("image_processor") or {}, whole.get("feature_extractor") or {}]
+    single: dict[str, Any] = _read_json(folder / "preprocessor_config.json") or {}
+    return {**parts[0], **parts[1], **single}
+
+
+def _read_sound_limits(folder: Path, family: str) -> tuple[int, int | None]:
+    """The rate that sounds are resampled to, and how many samples the model takes at once."""
+    processor = read_processor(folder)
+    rate_hz = int(processor.get("sampling_rate") or 16_000)
+    if family == "whisper":
+        return rate_hz, int(processor.get("chunk_length") or 30) * rate_hz
+    if family == "clap":  # past this length its extractor takes a random piece
+        return rate_hz, int(processor.get("max_length_s") or 10) * rate_hz
+    if family == "audio-spectrogram-transformer":
+        # Kaldi's frames: 25 ms every 10 ms; past these its extractor cuts without a word.
+        frames = int(processor.get("max_length") or 1024)
+        return rate_hz, (frames - 1) * rate_hz // 100 + rate_hz // 40
+    return rate_hz, None
+
+
+def _check_packages(modality: Modality) -> None:
+    if modality == "image":
         _check_installed("image", "PIL")
-        return "image"
-    # A tokenizer beside it spells out speech; it is no second input.
-    if "feature_extractor_type" in processor:
+    elif modality == "audio":
         _check_installed("audio", "soundfile", "soxr")
-        return "audio"
-    return "text"
 
 
 def _check_installed(extra: str, *packages: str) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise ModelError(
-                f"model.id: a model of {extra} needs the package {package}: "
+                f"model.id: this kind of model ({extra}) needs the package {package}: "
                 f"pip install 'fmembed[{extra}]'"
             )
 
 
 def _default_pooling(modality: Modality, family: str, config: dict[str, Any]) -> str:
     if modality == "image":
+        if family in _OWN_POOLER:
+            return "pooler"
         return "cls" if family in _CLASS_TOKEN else "mean"
     return "last" if modality == "text" and _is_decoder_only(family, config) else "mean"
 
 
-def _unit_size(modality: Modality, config: dict[str, Any]) -> int:
+def _unit_size(modality: Modality, family: str, config: dict[str, Any]) -> int:
     if modality == "image":
         patch = config.get("patch_size") or 32
         height, width = patch if isinstance(patch, list) else (patch, patch)
         return int(height) * int(width) * 3
     if modality == "audio":
+        if family in ("whisper", "clap"):
+            return int(config.get("num_mel_bins") or 64) * 2
+        if family == "audio-spectrogram-transformer":
+            return int(config.get("frequency_stride") or 10) * int(config.get("time_stride") or 10)
         return math.prod(config.get("conv_stride") or [320])
     return 1
 
@@ -205,6 +445,36 @@ def load_image_processor(checkpoint: Checkpoint) -> Any:
         checkpoint.folder() / checkpoint.weights,
         trust_remote_code=checkpoint.trust_remote_code,
         backend="pil",
+    )
+
+
+def process_image(processor: Any, image: Any, is_compact: bool = False) -> Any:
+    """One picture as the processor makes it for the model.
+
+    Args:
+        processor: What `load_image_processor` gave.
+        image: Shape (height, width, 3), uint8.
+        is_compact: Leave rescaling and normalising to the caller, where the processor can.
+
+    Returns:
+        Shape (3, height, width), a numpy array.
+    """
+    if hasattr(processor, "val_transforms"):  # timm's own, which knows no options
+        return processor([image], return_tensors="pt")["pixel_values"][0].numpy()
+    rest = {"do_rescale": False, "do_normalize": False} if is_compact else {}
+    # Named, because of a picture three pixels high the processor cannot tell which axis is colour.
+    batch = processor(
+        images=[image], input_data_format="channels_last", return_tensors="np", **rest
+    )
+    return batch["pixel_values"][0]
+
+
+def load_feature_extractor(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's own feature extractor for sounds."""
+    from transformers import AutoFeatureExtractor
+
+    return AutoFeatureExtractor.from_pretrained(  # type: ignore[no-untyped-call]
+        checkpoint.folder() / checkpoint.weights, trust_remote_code=checkpoint.trust_remote_code
     )
 
 
@@ -229,15 +499,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _locate(uri: str, revision: str | None) -> Path:
+def _locate(uri: str, revision: str | None, field: str = "model.id") -> Path:
     if uri.startswith("package:"):
-        path = Path(resolve_package(uri, "model.id", ModelError))
+        path = Path(resolve_package(uri, field, ModelError))
     else:
         path = Path(uri)
     if path.is_dir():
         return path
     if uri.startswith(("package:", ".", "/", "~")) or uri.count("/") != 1:
-        raise ModelError(f"model.id: no such folder: {uri}; give a checkpoint's folder or a hub id")
+        raise ModelError(f"{field}: no such folder: {uri}; give a checkpoint's folder or a hub id")
     import huggingface_hub
 
     try:
@@ -249,7 +519,7 @@ def _locate(uri: str, revision: str | None) -> Path:
     # The hub client raises OSError, ValueError and its own HTTP errors, by version.
     except Exception as e:
         raise ModelError(
-            f"model.id: {uri} is no folder here and cannot be fetched from the hub "
+            f"{field}: {uri} is no folder here and cannot be fetched from the hub "
             f"({type(e).__name__}); check the id, the revision and the network"
         ) from None
 
@@ -357,17 +627,15 @@ def _is_decoder_only(family: str, config: dict[str, Any]) -> bool:
     )
 
 
-def _check_weights(folder: Path) -> None:
+def _check_weights(folder: Path, field: str = "model.id") -> None:
     if any(folder.glob("*.safetensors")):
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.ckpt")):
         raise ModelError(
-            f"model.id: {folder} has only pickle weights, which can run code when "
+            f"{field}: {folder} has only pickle weights, which can run code when "
             "loaded; convert them: save_pretrained(...) writes model.safetensors"
         )
-    raise ModelError(
-        f"model.id: no weights (*.safetensors) in {folder}; fetch the whole checkpoint"
-    )
+    raise ModelError(f"{field}: no weights (*.safetensors) in {folder}; fetch the whole checkpoint")
 
 
 def _digest(folder: Path, modules: list[Path]) -> str:

@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import typer
 
 from fmembed import __version__
-from fmembed.spec import FmembedError, RunSpec
+from fmembed.spec import FmembedError, RunSpec, SpecError
 
 app = typer.Typer(
     add_completion=False,
@@ -71,6 +71,7 @@ def embed(
         "model.prompt": prompt,
         "output.uri": output,
     }
+    overrides = {field: value for field, value in overrides.items() if value is not None}
     for assignment in set_ or ():
         name, _, value = assignment.partition("=")
         overrides[name] = yaml.safe_load(value)
@@ -149,6 +150,21 @@ def verify(
         print("something is off" if result.problems else "all is well")
     if result.problems:
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="memory")],
+    images: Annotated[int, typer.Option(help="Pictures; then ten times as many.")] = 2000,
+    clips: Annotated[int, typer.Option(help="Sounds of 10 s; then ten times as many.")] = 200,
+) -> None:
+    """Measure this machine: peak memory as the dataset grows."""
+    if what != "memory":
+        raise SpecError(f"bench: takes memory, got {what!r}")
+    from fmembed.bench import memory, report_memory
+
+    for line in report_memory(memory(images, clips)):
+        print(json.dumps(line))
 
 
 @app.callback(invoke_without_command=True)

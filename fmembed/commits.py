@@ -37,6 +37,7 @@ class Commits:
         lock: Lock,
         run_id: str,
         configuration: dict[str, str],
+        vectors: tuple[str, ...],
     ) -> None:
         """Start a run's commits.
 
@@ -46,7 +47,9 @@ class Commits:
             lock: Checked before every commit.
             run_id: Names the transactions.
             configuration: Metadata of a new table.
+            vectors: The columns of vectors.
         """
+        self._vectors = vectors
         self._output = output
         self._table = table
         self._lock = lock
@@ -59,7 +62,8 @@ class Commits:
         self._last_commit = time.monotonic()
         self._num_rejected_before = table.num_rejected()
         self.num_embedded = self.num_rejected = self.num_skipped = 0
-        self.num_written = self.num_units = self.num_truncated = self.num_halved = 0
+        self.num_written = self.num_units = self.num_truncated = 0
+        self.counts: Counter[str] = Counter()
         self.busy_s = 0.0
         self.causes: Counter[str] = Counter()
 
@@ -125,11 +129,11 @@ class Commits:
         # reads the rows that are in neither, no more and no less.
         self._commit_log(rejected, parts, written[0], transaction)
         for w in written:
-            self.num_embedded += w.part.num_rows if w.part else 0
+            self.num_embedded += w.num_rows
             self.num_rejected += w.rejected.num_rows if w.rejected else 0
             self.num_units += w.num_units
             self.num_truncated += w.num_truncated
-            self.num_halved += w.num_halved
+            self.counts.update(w.counts)
             self.causes.update(w.causes)
         self._record_shards(written)
 
@@ -185,7 +189,7 @@ class Commits:
     def _submit(self, blocks: list[Any], twice: frozenset[bytes]) -> None:
         # No CPU reserved: Ray Data has planned with all of them, and a write is short.
         task = ray.remote(num_cpus=0, max_retries=_MAX_WRITE_RETRIES)(_write_blocks)
-        self._writes[task.remote(self._table.uri, twice, *blocks)] = blocks
+        self._writes[task.remote(self._table.uri, self._vectors, twice, *blocks)] = blocks
 
     def _collect(self, num_returns: int) -> None:
         done, _ = ray.wait(list(self._writes), num_returns=num_returns)
@@ -207,5 +211,7 @@ class Commits:
             self.busy_s += written.busy_s
 
 
-def _write_blocks(uri: str, twice: frozenset[bytes], *blocks: pa.Table) -> Written:
-    return write_part(uri, list(blocks), twice)
+def _write_blocks(
+    uri: str, vectors: tuple[str, ...], twice: frozenset[bytes], *blocks: pa.Table
+) -> Written:
+    return write_part(uri, list(blocks), vectors, twice)

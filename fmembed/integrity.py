@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fmembed.rows import DUPLICATE, ROW_ID, Keys, RowIds, keys_of
+from fmembed.rows import DUPLICATE, PARENT_ID, ROW_ID, Keys, RowIds, keys_of
 from fmembed.storage import reason
 from fmembed.table import Log, Part, Table
 
@@ -21,7 +21,10 @@ _UNIT_NORM_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What `verify` counted in storage; `problems` is empty when all is well."""
+    """What `verify` counted in storage; `problems` is empty when all is well.
+
+    Dimension and norms are those of the first column of vectors; quantised ones have no norms.
+    """
 
     table: str
     version: int
@@ -49,25 +52,29 @@ def verify(uri: str) -> VerifyResult:
     problems: list[str] = []
     stored = table.configuration()
     keys: list[Keys] = []
-    dims: set[int] = set()
-    norms = [np.empty(0, dtype=np.float32)]
+    parents: list[Keys] = []
+    outputs: dict[str, Any] = json.loads(stored["fmembed.outputs"])
+    dims: dict[str, set[int]] = {}
+    norms = {column: [np.empty(0, dtype=np.float32)] for column in outputs}
     parts = table.rows.parts()
     for part in parts:
         rows = _verify_part(table.rows, part, "", problems)
         if rows is None:
             continue
         keys.append(keys_of(rows[ROW_ID].to_pylist()))
-        dims.add(rows.schema.field("embedding").type.list_size)
-        column = rows["embedding"].combine_chunks()
-        flat = column.flatten().to_numpy(zero_copy_only=False)
-        vectors = flat.reshape(rows.num_rows, -1)
-        num_bad = int((~np.isfinite(vectors)).any(axis=1).sum()) + column.null_count
-        if num_bad:
-            problems.append(f"{part.path}: {num_bad} vectors are null, NaN or infinite")
-        norms.append(np.linalg.norm(vectors, axis=1))
+        if PARENT_ID in rows.schema.names:
+            parents.append(keys_of(rows[PARENT_ID].to_pylist()))
+        for column, output in outputs.items():
+            vectors = _flatten(rows[column])
+            dims.setdefault(column, set()).add(vectors.shape[1])
+            num_bad = int((~np.isfinite(vectors)).any(axis=1).sum()) + rows[column].null_count
+            if num_bad:
+                problems.append(f"{part.path}: {num_bad} vectors are null, NaN or infinite")
+            if output["precision"] in ("float32", "float16"):
+                norms[column].append(np.linalg.norm(vectors.astype(np.float32), axis=1))
     all_keys = np.concatenate([np.empty(0, dtype="S16"), *keys])
     num_rejected = num_both = 0
-    known = RowIds(all_keys)
+    known = RowIds(np.concatenate([np.empty(0, dtype="S16"), *(parents or keys)]))
     for part in table.rejected.parts():
         rows = _verify_part(table.rejected, part, "_rejected/", problems)
         if rows is None:
@@ -79,12 +86,14 @@ def verify(uri: str) -> VerifyResult:
         problems.append(f"{num_both} rows are both embedded and rejected")
     if num_twice := len(all_keys) - len(np.unique(all_keys)):
         problems.append(f"{num_twice} rows repeat a row_id")
-    if len(dims) > 1:
-        problems.append(f"vectors of several dimensions: {sorted(dims)}")
-    all_norms = np.concatenate(norms)
-    _verify_norms(
-        all_norms, bool(json.loads(stored["fmembed.identity"])["model.normalize"]), problems
-    )
+    for column, found in dims.items():
+        if len(found) > 1:
+            problems.append(f"{column}: vectors of several dimensions: {sorted(found)}")
+        _verify_norms(
+            column, np.concatenate(norms[column]), bool(outputs[column]["normalize"]), problems
+        )
+    first = next(iter(outputs))
+    all_norms = np.concatenate(norms[first])
     for log, path in table.strays():
         prefix = "_rejected/" if log is table.rejected else ""
         problems.append(f"{prefix}{path}: a stray file that no commit names")
@@ -96,7 +105,7 @@ def verify(uri: str) -> VerifyResult:
         rows=len(all_keys),
         rows_rejected=num_rejected,
         parts=len(parts),
-        dim=min(dims, default=0),
+        dim=min(dims.get(first, ()), default=0),
         norm_min=float(all_norms.min(initial=np.inf)) if len(all_norms) else 0.0,
         norm_max=float(all_norms.max(initial=0.0)),
         problems=problems,
@@ -124,11 +133,22 @@ def _verify_part(log: Log, part: Part, prefix: str, problems: list[str]) -> pa.T
     return rows
 
 
-def _verify_norms(norms: Any, normalized: bool, problems: list[str]) -> None:
+def _flatten(column: pa.ChunkedArray) -> Any:
+    """All vectors of a column, those of tokens one after another; shape (vectors, dim)."""
+    flat = column.combine_chunks()
+    while pa.types.is_list(flat.type):
+        flat = flat.flatten()
+    dim = flat.type.list_size
+    return flat.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
+
+
+def _verify_norms(column: str, norms: Any, normalized: bool, problems: list[str]) -> None:
     if num_zero := int((norms == 0).sum()):
-        problems.append(f"{num_zero} vectors are all zero")
+        problems.append(f"{column}: {num_zero} vectors are all zero")
     if normalized and (num_off := int((np.abs(norms - 1) > _UNIT_NORM_TOLERANCE).sum())):
-        problems.append(f"{num_off} vectors have not the length 1 that the model promises")
+        problems.append(
+            f"{column}: {num_off} vectors have not the length 1 that the model promises"
+        )
 
 
 def _verify_counts(run: Any, rows: int, rejected: int, problems: list[str]) -> None:

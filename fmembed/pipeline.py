@@ -6,13 +6,14 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
 import uuid
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,25 +26,31 @@ import ray.util.annotations
 from ray.data import ActorPoolStrategy
 from ray.data.exceptions import SystemException
 
-from fmembed import encoder, probes, progress, report
+from fmembed import evaluation, outputs, progress
 from fmembed import source as source_module
-from fmembed.checkpoint import Checkpoint, cpu_has_bfloat16, open_checkpoint
+from fmembed.checkpoint import Checkpoint, cpu_has_bfloat16, list_modalities, open_checkpoint
 from fmembed.commits import Commits
+from fmembed.encoder import Encoder, has_cuda
+from fmembed.endpoint import Endpoint, EndpointEncoder
 from fmembed.lock import Lock
+from fmembed.outputs import Ranges
 from fmembed.preprocess import Preprocess
-from fmembed.readers import Source, read_shard
-from fmembed.rows import RowIds, keys_of
+from fmembed.readers import Source
+from fmembed.rows import RowIds, accepted
 from fmembed.source import open_source, skip_committed
 from fmembed.spec import (
     ComputeSpec,
     FmembedError,
     Interrupted,
+    Modality,
+    ModelError,
     RunSpec,
+    SourceError,
     SpecError,
     fingerprint,
 )
 from fmembed.storage import StorageError
-from fmembed.table import Table, sample
+from fmembed.table import Table
 
 # Ray's own defaults are endless: a model that kills its process would never fail the run.
 _MAX_ACTOR_RESTARTS = 3
@@ -58,10 +65,17 @@ _LOSSES = (
     ray.exceptions.RpcError,
 )
 # Sorted by length and cut into batches: a CPU's window is seconds of work, a GPU's should be too.
-_WINDOW_ROWS = {"cpu": 256, "cuda": 4096}
-_UNITS = {"text": "tokens", "image": "patches", "audio": "samples"}
+_WINDOW_ROWS = {
+    "cpu": {"text": 256, "image": 128, "audio": 32},
+    "cuda": {"text": 4096, "image": 1024, "audio": 256},
+}
 _KNOCK_S = 1.0
-_MAX_FETCH_BYTES = 10 * 2**30
+# Ray's own 128 MiB are held several times over: by the task, its output buffer and the store.
+_BLOCK_BYTES = 32 * 2**20
+# What may wait in the object store for each actor: seconds of its work.
+_BUFFER_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
+# Rows from which the ranges of int8 are taken, spread over so many shards.
+_CALIBRATION_ROWS, _CALIBRATION_SHARDS = 1024, 16
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,8 @@ class RunResult:
     table_rejected: int = 0
     num_units: int = 0
     num_truncated: int = 0
-    num_halved: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    usd: float | None = None
     causes: dict[str, int] = field(default_factory=dict)
     stages: dict[str, Any] = field(default_factory=dict)
     compute: dict[str, Any] = field(default_factory=dict)
@@ -131,11 +146,21 @@ def embed(
     if os.environ.get("RAY_ADDRESS"):
         leave = progress.connect(verbose)
     try:
-        checkpoint = open_checkpoint(spec.model, _native_bfloat16(spec))
-        source = open_source(spec.source, checkpoint.modality)
-        table = Table.open_output(spec.output.uri, checkpoint.identity)
+        modalities = list_modalities(spec.model)
+        if spec.model.modality is not None:
+            if spec.model.modality not in modalities:
+                raise ModelError(
+                    f"model.modality: {spec.model.id} embeds {' or '.join(modalities)}, "
+                    f"not {spec.model.modality}"
+                )
+            modalities = (spec.model.modality,)
+        source = open_source(spec.source, modalities)
+        checkpoint = open_checkpoint(spec.model, _native_bfloat16(spec), source.modality)
+        _check_preprocess(spec, checkpoint)
+        table = Table.open_output(spec.output.uri, _identity(spec, checkpoint))
         run = _Run(spec, checkpoint, table)
         run.look(source)
+        run.check_endpoint()
         # A run that finds nothing to do takes no lock and changes no file.
         if run.num_shards or table.strays() or (retry_rejected and table.num_rejected()):
             with Lock(table.storage, run.id) as lock:
@@ -152,12 +177,13 @@ def embed(
             result = run.finish()
         if result.version is None:
             return result
-        if result.rows_embedded or result.rows_rejected or _probes_missing(spec, table):
+        found = None
+        if not (result.rows_embedded or result.rows_rejected):
+            found = evaluation.stored_results(table, spec, asdict(result))
+        if found is None:
             leave = progress.connect(verbose) or leave
-            result = _probe(table, spec, result)
-        else:
-            result = _with_stored_probes(table, spec, result)
-        return result
+            found = evaluation.evaluate(table, spec, asdict(result))
+        return RunResult(**found)
     except ray.exceptions.RayError as e:
         raise _explain(e) from e
     finally:
@@ -187,7 +213,7 @@ def probe(uri: str, names: tuple[str, ...] | None = None, *, verbose: bool = Fal
         raise FmembedError(f"table: no run has finished on {uri}; run fmembed embed again first")
     leave = progress.connect(verbose)
     try:
-        return _probe(table, spec, RunResult(**last))
+        return RunResult(**evaluation.evaluate(table, spec, last))
     except ray.exceptions.RayError as e:
         raise _explain(e) from e
     finally:
@@ -211,6 +237,8 @@ class _Run:
         self._commits: Commits | None = None
         self._stages: dict[str, Any] = {}
         self._compute: dict[str, Any] = {}
+        self._ranges: Ranges = {}
+        self._dim = 0
 
     def look(self, source: Source) -> None:
         """See what of the source is left to read, given what is committed."""
@@ -218,6 +246,16 @@ class _Run:
         self._left, self._num_skipped = skip_committed(
             source, self._committed, self._table.whole_shards()
         )
+
+    def check_endpoint(self) -> None:
+        """Ask a server for one vector before anything is written, if there is anything to ask.
+
+        Raises:
+            ModelError: It does not answer, or not with a vector.
+        """
+        endpoint = self._checkpoint.endpoint
+        if endpoint is not None and self.num_shards and not self._dim:
+            self._dim = Endpoint(endpoint, self._checkpoint.id).check()
 
     @property
     def num_shards(self) -> int:
@@ -230,15 +268,31 @@ class _Run:
         Ray restarts actors and tasks and computes lost blocks again; where it gives up, because a
         node took with it what cannot be computed again, another pass reads what is not committed.
         """
-        plan = plan_compute(self._spec.compute)
+        checkpoint = self._checkpoint
+        plan = plan_compute(self._spec.compute, checkpoint.modality)
+        if checkpoint.endpoint is not None:
+            plan = replace(plan, device="cpu", min_actors=1, max_actors=1, gpus_per_actor=0.0)
+            self.check_endpoint()
         self._compute = asdict(plan)
+        _bound_memory(plan)
+        if any(o.precision == "int8" for o in checkpoint.outputs):
+            stored = self._table.configuration().get("fmembed.ranges")
+            self._ranges = (
+                outputs.ranges_from_json(stored) if stored else self._calibrate(source, plan)
+            )
+        identity = _identity(self._spec, checkpoint)
+        described = {o.column: asdict(o) for o in checkpoint.outputs}
         configuration = {
-            "fmembed.fingerprint": fingerprint(self._checkpoint.identity),
-            "fmembed.identity": json.dumps(self._checkpoint.identity),
-            "fmembed.modality": self._checkpoint.modality,
+            "fmembed.fingerprint": fingerprint(identity),
+            "fmembed.identity": json.dumps(identity),
+            "fmembed.modality": checkpoint.modality,
+            "fmembed.outputs": json.dumps(described),
+            "fmembed.ranges": outputs.ranges_to_json(self._ranges),
             "fmembed.spec": json.dumps(self._spec.stored()),
         }
-        commits = Commits(self._spec.output, self._table, lock, self.id, configuration)
+        commits = Commits(
+            self._spec.output, self._table, lock, self.id, configuration, tuple(described)
+        )
         self._commits = commits
         try:
             with progress.Stages(source.num_rows, quiet) as stages, _Signals(commits) as signals:
@@ -308,21 +362,35 @@ class _Run:
 
     def _line(self, source: Source, plan: Plan) -> Iterator[Any]:
         """The stages that Ray runs: source to vectors, as bundles of references to Arrow blocks."""
-        checkpoint = self._checkpoint
         rows = source_module.read(source, self._committed, num_cpus=plan.cpus_per_task)
-        tokens = rows.map_batches(
-            Preprocess(checkpoint, self._spec.preprocess),
+        return iter(self._vectors(rows, self._checkpoint, plan).iter_internal_ref_bundles())
+
+    def _vectors(
+        self, rows: ray.data.Dataset, checkpoint: Checkpoint, plan: Plan
+    ) -> ray.data.Dataset:
+        ready = rows.map_batches(
+            Preprocess(checkpoint, self._spec.preprocess).stream,
             batch_format="pyarrow",
             batch_size=None,
             num_cpus=plan.cpus_per_task,
         )
-        windows = tokens.repartition(target_num_rows_per_block=plan.window_rows)
+        windows = ready.repartition(target_num_rows_per_block=plan.window_rows)
+        pieces_are_rows = self._spec.preprocess.pieces_are_rows(checkpoint.modality)
+        encoder: type[Any] = Encoder
+        options: dict[str, Any] = {"ranges": self._ranges, "pieces_are_rows": pieces_are_rows}
+        if checkpoint.endpoint is not None:
+            encoder = EndpointEncoder
+            options["dim"] = self._dim
+        else:
+            options["device"], options["num_threads"] = plan.device, plan.num_threads
+            options["batch_tokens"] = plan.batch_tokens
         with warnings.catch_warnings():
             # Ray 2.60 deprecates ray_remote_args and offers no other way to bound restarts.
             warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
-            vectors = windows.map_batches(
-                encoder.Encoder,
-                fn_constructor_args=(checkpoint, plan.device, plan.num_threads, plan.batch_tokens),
+            return windows.map_batches(
+                encoder,
+                fn_constructor_args=(checkpoint,),
+                fn_constructor_kwargs=options,
                 batch_format="pyarrow",
                 batch_size=plan.window_rows,
                 compute=ActorPoolStrategy(min_size=plan.min_actors, max_size=plan.max_actors),
@@ -332,7 +400,43 @@ class _Run:
                 max_restarts=_MAX_ACTOR_RESTARTS,
                 max_task_retries=_MAX_ACTOR_RESTARTS,
             )
-        return iter(vectors.iter_internal_ref_bundles())
+
+    def _calibrate(self, source: Source, plan: Plan) -> Ranges:
+        """The ranges of int8, from rows spread over the whole source, in full precision.
+
+        Once for a table: they are stored in its metadata, and every later run takes those.
+
+        Raises:
+            SourceError: None of these rows can be embedded.
+        """
+        exact = tuple(replace(o, precision="float32") for o in self._checkpoint.outputs)
+        checkpoint = replace(self._checkpoint, outputs=exact)
+        sample = source_module.sample(source, _CALIBRATION_ROWS, _CALIBRATION_SHARDS)
+        rows = source_module.read(sample, num_cpus=plan.cpus_per_task)
+        # A few rows only: one actor loads the model faster than several.
+        one = replace(plan, min_actors=1, max_actors=1)
+        needed = [o.column for o in self._checkpoint.outputs if o.precision == "int8"]
+        found: dict[str, list[Any]] = {column: [] for column in needed}
+        pieces_are_rows = self._spec.preprocess.pieces_are_rows(checkpoint.modality)
+        batches: Iterator[Any] = iter(
+            self._vectors(rows, checkpoint, one).iter_batches(
+                batch_format="pyarrow", batch_size=None
+            )
+        )
+        for batch in batches:
+            good = batch.filter(pa.array(accepted(batch)))
+            for column in needed:
+                flat = good[column].combine_chunks()
+                if pieces_are_rows:
+                    flat = flat.flatten()
+                found[column].append(flat.flatten().to_numpy().reshape(-1, flat.type.list_size))
+        vectors = {c: np.concatenate(v) for c, v in found.items() if v}
+        if not vectors or not all(len(v) for v in vectors.values()):
+            raise SourceError(
+                "model.precision: int8 takes its ranges from a sample of the source, and none of "
+                f"its rows can be embedded ({source.spec.stored_name})"
+            )
+        return outputs.measure_ranges(vectors)
 
     def finish(self) -> RunResult:
         """Count, and leave the record that `verify` compares the table with."""
@@ -346,7 +450,7 @@ class _Run:
             started=self._started.isoformat(timespec="seconds"),
             table=self._table.uri,
             version=self._table.version(),
-            fingerprint=fingerprint(self._checkpoint.identity),
+            fingerprint=fingerprint(_identity(self._spec, self._checkpoint)),
             rows_read=num_embedded + num_rejected + num_skipped,
             rows_embedded=num_embedded,
             rows_rejected=num_rejected,
@@ -357,7 +461,7 @@ class _Run:
             table_rejected=self._table.num_rejected(),
             num_units=commits.num_units if commits else 0,
             num_truncated=commits.num_truncated if commits else 0,
-            num_halved=commits.num_halved if commits else 0,
+            counts=dict(commits.counts) if commits else {},
             causes=dict(commits.causes) if commits else {},
             stages=self._stages,
             compute=self._compute,
@@ -371,7 +475,7 @@ class _Run:
 # --- the plan -------------------------------------------------------------------------------------
 
 
-def plan_compute(spec: ComputeSpec) -> Plan:
+def plan_compute(spec: ComputeSpec, modality: Modality = "text") -> Plan:
     """Split the cluster's CPUs and GPUs between actors and tasks so that both can run.
 
     Actors that reserve every CPU starve the reads that feed them, and Ray then waits for ever. So
@@ -410,6 +514,7 @@ def plan_compute(spec: ComputeSpec) -> Plan:
     per_node = math.ceil(high / num_nodes)
     spare = cpus - 1 if cpus > 1 else 0.5
     device = "cuda" if gpus_per_actor else "cpu"
+    window_rows = _WINDOW_ROWS[device][modality]
     return Plan(
         device=device,
         min_actors=low,
@@ -419,9 +524,57 @@ def plan_compute(spec: ComputeSpec) -> Plan:
         cpus_per_actor=0.0 if gpus_per_actor else math.floor(spare / high * 1e4) / 1e4,
         num_threads=max(cpus // per_node, 1),
         cpus_per_task=1.0 if cpus > 1 else 0.5,
-        window_rows=spec.window_rows if spec.window_rows != "auto" else _WINDOW_ROWS[device],
+        window_rows=int(rows) if (rows := spec.window_rows) != "auto" else window_rows,
         batch_tokens=None if spec.batch_tokens == "auto" else int(spec.batch_tokens),
     )
+
+
+def _bound_memory(plan: Plan) -> None:
+    """Let Ray Data hold no more between the stages than keeps the actors busy.
+
+    By default it fills a half of its object store when reading is faster than the model: the more
+    rows, the more memory, up to that.
+    """
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = _BLOCK_BYTES
+    options = context.execution_options
+    budget = plan.max_actors * _BUFFER_BYTES[plan.device]
+    options.resource_limits = options.resource_limits.copy(object_store_memory=budget)
+
+
+def _identity(spec: RunSpec, checkpoint: Checkpoint) -> dict[str, Any]:
+    """All that decides a vector."""
+    return {**checkpoint.identity, **spec.preprocess.identity(checkpoint.modality)}
+
+
+def _check_preprocess(spec: RunSpec, checkpoint: Checkpoint) -> None:
+    """Refuse what this model cannot do.
+
+    Raises:
+        ModelError: Chunks without a tokenizer.
+        SpecError: Chunks longer than the model takes, or options of another modality.
+    """
+    for output in checkpoint.outputs:
+        if output.column in spec.source.columns:
+            raise SpecError(
+                f"model.outputs.{output.column}: the source's column of that name is carried; "
+                "give the vectors another name"
+            )
+    options = spec.preprocess
+    if options.chunk_tokens is not None:
+        if checkpoint.modality != "text":
+            raise SpecError(f"preprocess.chunk_tokens: is for text, not {checkpoint.modality}")
+        if checkpoint.endpoint is not None:
+            raise ModelError("preprocess.chunk_tokens: a server does not show its tokenizer")
+        if options.chunk_tokens > checkpoint.max_tokens:
+            raise SpecError(
+                f"preprocess.chunk_tokens: takes at most {checkpoint.max_tokens} with this model, "
+                f"got {options.chunk_tokens}"
+            )
+    if options.window_s is not None and checkpoint.modality != "audio":
+        raise SpecError(f"preprocess.window_s: is for audio, not {checkpoint.modality}")
+    if spec.source.caption is not None and checkpoint.modality == "text":
+        raise SpecError("source.caption: belongs to pictures or sounds; this run embeds text")
 
 
 def _native_bfloat16(spec: RunSpec) -> bool:
@@ -434,159 +587,7 @@ def _native_bfloat16(spec: RunSpec) -> bool:
         if not on_cpu and resources.get("GPU", 0):
             return True
         return bool(ray.get(ray.remote(num_cpus=0)(cpu_has_bfloat16).remote()))
-    return (not on_cpu and encoder.has_cuda()) or cpu_has_bfloat16()
-
-
-# --- probes and report ----------------------------------------------------------------------------
-
-
-def _probe(table: Table, spec: RunSpec, result: RunResult) -> RunResult:
-    """Read a sample back from storage, probe it in Ray tasks, write the results and the report."""
-    label, split = spec.source.label, spec.source.split
-    columns = [c for c in (label, split) if c is not None]
-    if spec.source.input in spec.source.columns:
-        columns.append(spec.source.input)
-    task = ray.remote(num_cpus=1)
-    rows: pa.Table = ray.get(task(sample).remote(table.uri, columns, probes.MAX_ROWS, label))
-    configuration = table.configuration()
-    modality = configuration.get("fmembed.modality", "text")
-    texts: list[str | None] | None = None
-    if modality == "text":
-        has_texts = spec.source.input in columns
-        texts = rows[spec.source.input].to_pylist() if has_texts else _fetch_texts(spec, rows)
-    row_ids = rows["row_id"].to_pylist()
-    labels = rows[label].to_pylist() if label is not None else [None] * len(row_ids)
-    vectors = rows["embedding"].combine_chunks().flatten().to_numpy()
-    vectors = vectors.reshape(rows.num_rows, -1) if rows.num_rows else np.zeros((0, 0))
-    mapped = slice(0, None, max(math.ceil(len(row_ids) / probes.MAX_MAP_ROWS), 1))
-    flat = task(probes.project).remote(vectors[mapped])
-    results: list[dict[str, Any]] = []
-    if label is not None:
-        splits = rows[split].to_pylist() if split is not None else None
-        hashes = rows["content_hash"].to_pylist()
-        data = ray.put(probes.make_probe_data(row_ids, hashes, vectors, labels, splits, texts))
-        competitor = task(probes.tfidf_accuracy).remote(data)
-        results = ray.get(
-            [task(probes.run_probe).remote(name, data, competitor) for name in spec.probes]
-        )
-    for r in results:
-        table.put_probe(result.version, r)
-    # The report shows every probe of this version, those of an earlier command as well.
-    stored = [table.get_probe(result.version, name) for name in probes.PROBES]
-    results = [r for r in stored if r is not None]
-    method, points = ray.get(flat)
-    map_ = None
-    if len(points):
-        map_ = report.make_map(
-            method,
-            points,
-            row_ids[mapped],
-            [None if v is None else str(v) for v in labels[mapped]],
-            texts[mapped] if texts is not None else None,
-        )
-    result = RunResult(
-        **{**asdict(result), "probes": _headlines(results), "report": f"{table.uri}/_report.html"}
-    )
-    facts = _facts(spec, json.loads(configuration["fmembed.identity"]), modality, result)
-    why = "no probe is named" if label is not None else "no source.label names the labels"
-    html = report.render(
-        spec.source.stored_name, asdict(result), facts, vectors.shape[1], results, why, map_
-    )
-    table.put_report(html)
-    return result
-
-
-def _fetch_texts(spec: RunSpec, rows: pa.Table) -> list[str | None] | None:
-    """Read the sample's texts from the source again, where the table does not carry them.
-
-    None where the source is gone, too large to read twice, or has changed since.
-    """
-    try:
-        source = open_source(spec.source)
-    except FmembedError:
-        return None
-    if sum(f.size for shard in source.shards for f in shard.files) > _MAX_FETCH_BYTES:
-        return None
-    wanted = ray.put(RowIds(keys_of(rows["row_id"].to_pylist())))
-    fetch = ray.remote(num_cpus=1)(_fetch_shard)
-    found: dict[str, tuple[str, str]] = {}
-    reads = [fetch.remote(source, i, wanted) for i in range(len(source.shards))]
-    for pairs in ray.get(reads):
-        found.update(pairs)
-    texts: list[str | None] = []
-    for row_id, content_hash in zip(
-        rows["row_id"].to_pylist(), rows["content_hash"].to_pylist(), strict=True
-    ):
-        known_hash, text = found.get(row_id, ("", ""))
-        texts.append(text if known_hash == content_hash else None)
-    return texts if all(t is not None for t in texts) else None
-
-
-def _fetch_shard(source: Source, index: int, wanted: RowIds) -> dict[str, tuple[str, str]]:
-    found = {}
-    for rows in read_shard(source, index):
-        rows = rows.filter(rows["_input"].is_valid())
-        ids = rows["row_id"].to_pylist()
-        here = wanted.contains(keys_of(ids))
-        for i in np.flatnonzero(here).tolist():
-            found[ids[i]] = (rows["content_hash"][i].as_py(), rows["_input"][i].as_py())
-    return found
-
-
-def _probes_missing(spec: RunSpec, table: Table) -> bool:
-    version = table.version()
-    named = spec.probes if spec.source.label is not None else ()
-    return not table.has_report or any(table.get_probe(version, name) is None for name in named)
-
-
-def _with_stored_probes(table: Table, spec: RunSpec, result: RunResult) -> RunResult:
-    stored = [table.get_probe(result.version, name) for name in spec.probes]
-    results = [r for r in stored if r is not None]
-    return RunResult(
-        **{**asdict(result), "probes": _headlines(results), "report": f"{table.uri}/_report.html"}
-    )
-
-
-def _headlines(results: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        r["probe"]: {"skipped": r["skipped"]}
-        if "skipped" in r
-        else {
-            **r["headline"],
-            "baselines": {n: b["value"] for n, b in r["baselines"].items() if b is not None},
-        }
-        for r in results
-    }
-
-
-def _facts(
-    spec: RunSpec, identity: dict[str, Any], modality: str, result: RunResult
-) -> list[tuple[str, str]]:
-    stored = spec.stored()
-    prompt = identity["model.prompt"]
-    text = [
-        ("tokens at most", str(identity["model.max_tokens"])),
-        ("prompt", repr(prompt) if prompt else "none"),
-    ]
-    return [
-        ("source", f"{stored['source']['uri']} (format {spec.source.format})"),
-        ("input column", spec.source.input),
-        ("carried columns", ", ".join(spec.source.columns) or "none"),
-        ("model", stored["model"]["id"]),
-        ("revision", identity["model.revision"] or "a local folder"),
-        ("weights, blake2b", identity["model.weights"]),
-        (
-            "pooling",
-            identity["model.pooling"] + (", normalised" if identity["model.normalize"] else ""),
-        ),
-        *(text if modality == "text" else []),
-        ("dtype", identity["model.dtype"]),
-        ("remote code", "allowed by the config" if spec.model.trust_remote_code else "off"),
-        (f"{_UNITS[modality]} in this run", f"{result.num_units:,}"),
-        ("rows cut in this run", f"{result.num_truncated:,}"),
-        ("batches halved for memory in this run", f"{result.num_halved:,}"),
-        ("run", f"{result.run_id}, started {result.started}"),
-    ]
+    return (not on_cpu and has_cuda()) or cpu_has_bfloat16()
 
 
 # --- ends -----------------------------------------------------------------------------------------
@@ -654,6 +655,9 @@ def _explain(error: BaseException) -> FmembedError:
     lines = [line.strip() for line in str(root).splitlines() if line.strip()]
     rest = "committed rows stay, the same command resumes; -v shows Ray's own messages"
     if isinstance(root, ray.exceptions.ActorDiedError):
+        # Of an error in an actor's constructor Ray hands on the text alone.
+        if refused := re.search(r"fmembed\.spec\.ModelError: (.+)", str(root)):
+            return ModelError(refused[1])
         return FmembedError(
             f"the model's process died {1 + _MAX_ACTOR_RESTARTS} times and was given up: "
             f"{lines[-1] if lines else 'no reason known'}; was it killed for memory "

@@ -1,8 +1,9 @@
 """A raw row to model-ready arrays, on CPU; a bad row becomes a rejection, never a crash.
 
-Whatever the modality, the arrays travel in two columns: `model_input`, a flat list of token ids
-(int32), pixels (uint8 where the processor's resizing gives them, else float32) or samples
-(float32), and `input_shape`, how to fold it.
+Whatever the modality, what the model takes travels as bytes in the narrowest type that changes
+nothing: `model_input` (bytes), `input_dtype`, and `input_shapes`, one shape for each piece (a chunk
+of a text, a window of a sound; else one). Token ids are int32; pixels uint8 where rescaling them
+on the device gives the same; samples int16 where the sound was stored so, at the model's rate.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fmembed.checkpoint import Checkpoint, load_image_processor
+from fmembed.checkpoint import (
+    Checkpoint,
+    load_feature_extractor,
+    load_image_processor,
+    process_image,
+)
 from fmembed.rows import INPUT, accepted, reject
 from fmembed.spec import PreprocessSpec
 
@@ -32,20 +38,30 @@ class Preprocess:
         self._checkpoint = checkpoint
         self._spec = spec
 
+    def stream(self, rows: pa.Table) -> Iterator[pa.Table]:
+        """The same a slice at a time: pixels take many times the bytes of a picture's file."""
+        step = rows.num_rows if self._checkpoint.modality == "text" else _SLICE_ROWS
+        for start in range(0, rows.num_rows, max(step, 1)):
+            yield self(rows.slice(start, step))
+
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Replace the input by `model_input`, `input_shape`, `num_units` and `truncated`.
+        """Replace the input by what the model takes.
 
         Args:
             rows: Rows of `rows.row_schema`.
 
         Returns:
-            The rows without `_input`, with `model_input: list<int32|uint8|float32>` (null for a
-            rejected row), `input_shape: list<int32>`, `num_units: int32` (tokens, special ones
-            included; patches; samples) and `truncated: bool`.
+            The rows without `_input`, with `model_input: large_binary` (null for a rejected row),
+            `input_dtype: string`, `input_shapes: list<list<int32>>`, `piece_units: list<int32>`
+            (tokens, special ones included; patches; samples), `piece_spans: list<list<int64>>`
+            (from where to where of the input), `num_units: int32`, their sum, and
+            `truncated: bool`.
         """
         good = np.flatnonzero(accepted(rows))
         inputs = rows[INPUT].take(pa.array(good)).to_pylist()
         prepare = _PREPARE[self._checkpoint.modality]
+        if self._checkpoint.endpoint is not None:
+            prepare = _leave_text
         prepared: list[_Prepared | None] = [None] * rows.num_rows
         causes: dict[int, tuple[str, str]] = {}
         for i, result in zip(
@@ -56,27 +72,35 @@ class Preprocess:
             else:
                 prepared[i] = result
         rows = reject(rows.drop_columns([INPUT]), "preprocess", causes)
-        type_ = _value_type(self._checkpoint)
-        columns = {
-            "model_input": _lists([p.values if p else None for p in prepared], type_),
-            "input_shape": pa.array([p.shape if p else None for p in prepared], _SHAPE),
-            "num_units": pa.array([p.num_units if p else 0 for p in prepared], pa.int32()),
-            "truncated": pa.array([bool(p and p.truncated) for p in prepared], pa.bool_()),
-        }
-        for name, column in columns.items():
-            rows = rows.append_column(name, column)
-        return rows
+
+        def column(take: Callable[[_Prepared], Any], type_: pa.DataType) -> pa.Array:
+            return pa.array([take(p) if p else None for p in prepared], type_)
+
+        return (
+            rows.append_column("model_input", column(_Prepared.bytes, pa.large_binary()))
+            .append_column("input_dtype", column(lambda p: p.pieces[0].dtype.name, pa.string()))
+            .append_column("input_shapes", column(lambda p: [x.shape for x in p.pieces], _SHAPES))
+            .append_column("piece_units", column(lambda p: p.units, pa.list_(pa.int32())))
+            .append_column("piece_spans", column(lambda p: p.spans, _SPANS))
+            .append_column("num_units", column(lambda p: sum(p.units), pa.int32()).fill_null(0))
+            .append_column("truncated", column(lambda p: p.truncated, pa.bool_()).fill_null(False))
+        )
 
 
-_SHAPE = pa.list_(pa.int32())
+_SLICE_ROWS = 32
+_SHAPES = pa.list_(pa.list_(pa.int32()))
+_SPANS = pa.list_(pa.list_(pa.int64()))
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    values: Any
-    shape: tuple[int, ...]
-    num_units: int
+    pieces: list[npt.NDArray[Any]]
+    units: list[int]
+    spans: list[tuple[int, int]]
     truncated: bool = False
+
+    def bytes(self) -> bytes:
+        return b"".join(piece.tobytes() for piece in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -85,59 +109,56 @@ class _BadInput:
     message: str
 
 
-def _lists(rows: list[Any], type_: pa.DataType) -> pa.Array:
-    """Flat arrays as `list<type_>`, copied once and never through Python objects."""
-    sizes = np.fromiter((0 if r is None else len(r) for r in rows), np.int64, len(rows))
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    given = [np.asarray(r, type_.to_pandas_dtype()) for r in rows if r is not None]
-    flat = pa.array(np.concatenate([np.empty(0, type_.to_pandas_dtype()), *given]), type_)
-    missing = pa.array([r is None for r in rows], pa.bool_())
-    return pa.LargeListArray.from_arrays(pa.array(offsets), flat, mask=missing)
-
-
-def _value_type(checkpoint: Checkpoint) -> pa.DataType:
-    if checkpoint.modality == "image":
-        return pa.uint8() if _find_image_processor(checkpoint)[1] else pa.float32()
-    return pa.int32() if checkpoint.modality == "text" else pa.float32()
-
-
 # --- text -----------------------------------------------------------------------------------------
 
 
 def _tokenize(
-    checkpoint: Checkpoint, _: PreprocessSpec, texts: list[str]
+    checkpoint: Checkpoint, spec: PreprocessSpec, texts: list[str]
 ) -> list[_Prepared | _BadInput]:
-    """Text to token ids, cut to the checkpoint's limit.
+    """Text to token ids, cut to the checkpoint's limit, or into chunks.
 
-    Not padded: padding is the batcher's choice, made when the batch's longest row is known.
+    Not padded, but for models trained on padding: it is the batcher's choice, made when the batch's
+    longest row is known.
     """
     if not texts:
         return []
     try:
-        encoded = _encode(checkpoint, texts)
+        encoded = _encode(checkpoint, spec, texts)
     # A tokenizer raises whatever its Rust or Python code raises; find the row that did it.
     except Exception as e:
         if len(texts) == 1:
             return [_BadInput("not tokenizable", f"{type(e).__name__}: {e}")]
-        return [row for text in texts for row in _tokenize(checkpoint, _, [text])]
+        return [row for text in texts for row in _tokenize(checkpoint, spec, [text])]
     return [
-        _Prepared(ids, (len(ids),), len(ids), cut)
-        if ids
+        _Prepared(
+            [np.array(ids, dtype=np.int32) for ids, _ in pieces],
+            [len(ids) for ids, _ in pieces],
+            [span for _, span in pieces],
+            cut,
+        )
+        if pieces and pieces[0][0]
         else _BadInput("empty input", "the tokenizer makes no token of it")
-        for ids, cut in encoded
+        for pieces, cut in encoded
     ]
 
 
-def _encode(checkpoint: Checkpoint, texts: list[str]) -> list[tuple[list[int], bool]]:
+# Of a text: token ids and span of each piece, and whether the model does not see all of it.
+_Encoded = tuple[list[tuple[list[int], tuple[int, int]]], bool]
+
+
+def _encode(checkpoint: Checkpoint, spec: PreprocessSpec, texts: list[str]) -> list[_Encoded]:
     tokenizer = _load_tokenizer(checkpoint)
-    prompted = [checkpoint.prompt + t for t in texts]
+    prepared = [checkpoint.prompt + t for t in texts]
     if checkpoint.lower_case:
-        prompted = [t.lower() for t in prompted]
+        prepared = [t.lower() for t in prepared]
     limit = checkpoint.max_tokens
+    if spec.chunk_tokens is not None and tokenizer.is_fast:
+        return [_chunk(checkpoint, spec, text) for text in texts]
     batch = tokenizer(
-        prompted,
+        prepared,
         truncation=True,
         max_length=limit,
+        padding="max_length" if checkpoint.pads_text else False,
         return_attention_mask=False,
         return_token_type_ids=False,
     )
@@ -146,9 +167,58 @@ def _encode(checkpoint: Checkpoint, texts: list[str]) -> list[tuple[list[int], b
     else:
         cut = [
             len(ids) == limit and len(tokenizer(t)["input_ids"]) > limit
-            for ids, t in zip(batch["input_ids"], prompted, strict=True)
+            for ids, t in zip(batch["input_ids"], prepared, strict=True)
         ]
-    return list(zip(batch["input_ids"], cut, strict=True))
+    return [
+        ([(ids, (0, len(text)))], is_cut)
+        for ids, is_cut, text in zip(batch["input_ids"], cut, texts, strict=True)
+    ]
+
+
+def _chunk(checkpoint: Checkpoint, spec: PreprocessSpec, text: str) -> _Encoded:
+    """Cut a text at tokens; each chunk begins with the prompt, as a text of its own would.
+
+    A chunk is what its characters give when tokenised alone, so its vector is that of its text.
+    """
+    tokenizer = _load_tokenizer(checkpoint)
+    assert spec.chunk_tokens is not None
+    limit = min(spec.chunk_tokens, checkpoint.max_tokens)
+    own = tokenizer(text.lower() if checkpoint.lower_case else text, add_special_tokens=False,
+                    return_offsets_mapping=True, verbose=False)  # fmt: skip
+    offsets = own["offset_mapping"]
+    around = len(tokenizer(checkpoint.prompt)["input_ids"])
+    step = max(limit - around - spec.chunk_overlap, 1)
+    pieces = []
+    truncated = False
+    for first in range(0, max(len(offsets), 1), step):
+        last = min(first + limit - around, len(offsets)) - 1
+        if last < first:
+            break
+        start, stop = offsets[first][0], offsets[last][1]
+        words = checkpoint.prompt + text[start:stop]
+        batch = tokenizer(
+            words.lower() if checkpoint.lower_case else words,
+            truncation=True,
+            max_length=checkpoint.max_tokens,
+            return_token_type_ids=False,
+            return_attention_mask=False,
+        )
+        truncated |= bool(batch.encodings[0].overflowing)
+        pieces.append((batch["input_ids"], (start, stop)))
+        if last + 1 == len(offsets):
+            break
+    return pieces, truncated
+
+
+def _leave_text(
+    checkpoint: Checkpoint, _: PreprocessSpec, texts: list[str]
+) -> list[_Prepared | _BadInput]:
+    """Text as it is, for a server that has its own tokenizer; its units are characters."""
+    prompted = [checkpoint.prompt + text for text in texts]
+    return [
+        _Prepared([np.frombuffer(p.encode(), dtype=np.uint8)], [len(p)], [(0, len(t))])
+        for p, t in zip(prompted, texts, strict=True)
+    ]
 
 
 @functools.lru_cache(maxsize=2)
@@ -184,11 +254,11 @@ def _prepare_image(
     except Exception as e:
         return _BadInput("corrupt image", f"{type(e).__name__}: {e}")
     try:
-        pixels = _process(processor, image, is_compact)
+        pixels = np.asarray(process_image(processor, image, is_compact))
     except Exception as e:  # a processor raises what it likes
         return _BadInput("not preprocessable", f"{type(e).__name__}: {e}")
     num_units = max(math.ceil(pixels.size / checkpoint.unit_size), 1)
-    return _Prepared(pixels.reshape(-1), pixels.shape, num_units)
+    return _Prepared([pixels], [num_units], [(0, num_units)])
 
 
 class _TooLarge(Exception):  # noqa: N818 - a row's fate, not a failure of the run
@@ -215,15 +285,6 @@ def _decode_image(content: bytes, max_px: int) -> npt.NDArray[np.uint8]:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
-def _process(processor: Any, image: npt.NDArray[np.uint8], is_compact: bool) -> Any:
-    rest = {"do_rescale": False, "do_normalize": False} if is_compact else {}
-    # Named, because of a picture three pixels high the processor cannot tell which axis is colour.
-    batch = processor(
-        images=[image], input_data_format="channels_last", return_tensors="np", **rest
-    )
-    return np.asarray(batch["pixel_values"][0])
-
-
 @functools.lru_cache(maxsize=2)
 def _find_image_processor(checkpoint: Checkpoint) -> tuple[Any, bool]:
     """The processor, and whether it leaves uint8 pixels when told not to rescale.
@@ -232,8 +293,19 @@ def _find_image_processor(checkpoint: Checkpoint) -> tuple[Any, bool]:
     device by the same arithmetic.
     """
     processor = load_image_processor(checkpoint)
-    grey = np.full((64, 48, 3), 128, dtype=np.uint8)
-    return processor, _process(processor, grey, is_compact=True).dtype == np.uint8
+    picture = np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)
+    compact = np.asarray(process_image(processor, picture, is_compact=True))
+    if compact.dtype != np.uint8:
+        return processor, False
+    # Not where something comes after rescaling: SAM's processor pads what it has normalised.
+    values: Any = compact.astype(np.float32)
+    if processor.do_rescale:
+        values = values * np.float32(processor.rescale_factor)
+    if processor.do_normalize:
+        mean, std = (np.float32(v) for v in (processor.image_mean, processor.image_std))
+        values = (values - np.reshape(mean, (-1, 1, 1))) / np.reshape(std, (-1, 1, 1))
+    whole = np.asarray(process_image(processor, picture))
+    return processor, values.shape == whole.shape and np.allclose(values, whole, atol=1e-5)
 
 
 # --- audio ----------------------------------------------------------------------------------------
@@ -249,36 +321,75 @@ def _prepare_sounds(
 def _prepare_sound(
     checkpoint: Checkpoint, spec: PreprocessSpec, content: bytes
 ) -> _Prepared | _BadInput:
-    extractor = _load_feature_extractor(checkpoint)
-    rate_hz = int(extractor.sampling_rate)
     try:
-        samples = _decode_sound(content, rate_hz, spec.max_audio_s)
+        samples = _decode_sound(content, checkpoint.rate_hz, spec.max_audio_s)
     except _TooLarge as e:
         return _BadInput("audio too long", str(e))
     except Exception as e:  # soundfile.LibsndfileError, and what a bad header leads to
         return _BadInput("corrupt audio", f"{type(e).__name__}: {e}")
     if not len(samples):
         return _BadInput("empty input", "the sound has no sample")
-    if not np.isfinite(samples).all():
+    if samples.dtype == np.float32 and not np.isfinite(samples).all():
         return _BadInput("corrupt audio", "it has samples that are NaN or infinite")
-    try:
-        batch = extractor(samples, sampling_rate=rate_hz, return_tensors="np")
-    except Exception as e:
-        return _BadInput("not preprocessable", f"{type(e).__name__}: {e}")
-    values = np.asarray(batch[extractor.model_input_names[0]][0], dtype=np.float32)
-    return _Prepared(values.reshape(-1), values.shape, len(samples))
+    spans = list(_windows(checkpoint, spec, len(samples)))
+    pieces = [samples[start:stop] for start, stop in spans]
+    units = [stop - start for start, stop in spans]
+    extractor = _find_feature_extractor(checkpoint)
+    if extractor is not None:
+        try:
+            pieces = [_spectrogram(extractor, piece, checkpoint.rate_hz) for piece in pieces]
+        except Exception as e:
+            return _BadInput("not preprocessable", f"{type(e).__name__}: {e}")
+    return _Prepared(pieces, units, spans)
 
 
-def _decode_sound(content: bytes, rate_hz: int, max_s: float) -> npt.NDArray[np.float32]:
+def _windows(
+    checkpoint: Checkpoint, spec: PreprocessSpec, num_samples: int
+) -> Iterator[tuple[int, int]]:
+    """From where to where each window goes: one, unless the config or the model asks for more.
+
+    The last may be shorter, but not by so much that it holds next to nothing: a rest of less than a
+    tenth of a window, which alone would weigh as noise, goes to the overlap of one more full one.
+    """
+    size = checkpoint.window_samples or num_samples
+    if spec.window_s is not None:
+        size = min(size, max(int(spec.window_s * checkpoint.rate_hz), 1))
+    step = max(size - int(spec.window_overlap_s * checkpoint.rate_hz), 1)
+    start = 0
+    while start + size < num_samples:
+        yield start, start + size
+        start += step
+    if start and (num_samples - start) * 10 < size:
+        start = num_samples - size
+    yield start, num_samples
+
+
+def _spectrogram(
+    extractor: Any, samples: npt.NDArray[Any], rate_hz: int
+) -> npt.NDArray[np.float32]:
+    if samples.dtype == np.int16:
+        samples = samples.astype(np.float32) / 2**15
+    batch = extractor(samples, sampling_rate=rate_hz, return_tensors="np")
+    return np.asarray(batch[extractor.model_input_names[0]][0], dtype=np.float32)
+
+
+def _decode_sound(content: bytes, rate_hz: int, max_s: float) -> npt.NDArray[Any]:
+    """Decode to one channel at the model's rate, shape (samples,).
+
+    int16 where the sound is stored so and nothing is to be computed on it, else float32.
+    """
     import soundfile
     import soxr
 
     with soundfile.SoundFile(io.BytesIO(content)) as sound:
+        is_raw = (sound.subtype, sound.channels, sound.samplerate) == ("PCM_16", 1, rate_hz)
         # One more than allowed: a header's length may be a lie, what is read is not.
         most = int(max_s * sound.samplerate)
-        samples = sound.read(most + 1, dtype="float32", always_2d=True)
+        samples = sound.read(most + 1, dtype="int16" if is_raw else "float32", always_2d=True)
         if len(samples) > most:
             raise _TooLarge(f"longer than preprocess.max_audio_s = {max_s:g}")
+        if is_raw:
+            return np.asarray(samples[:, 0])
         mono = samples.mean(axis=1)
         if sound.samplerate == rate_hz or not len(mono):
             return np.asarray(mono, dtype=np.float32)
@@ -286,12 +397,12 @@ def _decode_sound(content: bytes, rate_hz: int, max_s: float) -> npt.NDArray[np.
 
 
 @functools.lru_cache(maxsize=2)
-def _load_feature_extractor(checkpoint: Checkpoint) -> Any:
-    from transformers import AutoFeatureExtractor
-
-    return AutoFeatureExtractor.from_pretrained(  # type: ignore[no-untyped-call]
-        checkpoint.folder() / checkpoint.weights, trust_remote_code=checkpoint.trust_remote_code
-    )
+def _find_feature_extractor(checkpoint: Checkpoint) -> Any:
+    """The extractor where it makes spectrograms; None where the model takes the samples."""
+    extractor = load_feature_extractor(checkpoint)
+    silence = np.zeros(checkpoint.rate_hz, dtype=np.float32)
+    made = _spectrogram(extractor, silence, checkpoint.rate_hz)
+    return None if made.shape == silence.shape else extractor
 
 
 _PREPARE: dict[str, Callable[..., list[_Prepared | _BadInput]]] = {

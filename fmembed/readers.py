@@ -14,6 +14,7 @@ import json
 import posixpath
 import tarfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,15 @@ from fmembed.storage import reason
 FOLDERS = ("text_folder", "image_folder", "audio_folder")
 SAVED_DATASET = ("state.json", "dataset_dict.json")
 _CHUNK_ROWS = 1000
+# A table of this size is handed on, however few its rows: a sound may be a hundred megabytes.
+_CHUNK_BYTES = 16 * 2**20
 _SAMPLE_ROWS = 10_000
 _SAMPLED_TAR_ROWS = 10
 _MAX_MEMBER_BYTES = 2**30
+_FETCH_THREADS = 16
+
+# Where a fetched file's content stands in its row, beside the path it was found by.
+_FETCHED: Any = object()
 
 # One row as a reader hands it over: its fallback id, and its columns or (error, message).
 RawRow = tuple[str, dict[str, Any] | tuple[str, str]]
@@ -78,11 +85,15 @@ class Shard:
     first_row: int = 0
     num_rows: int | None = None
     key: str | None = None
+    max_rows: int | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source that was found, listed and checked."""
+    """A source that was found, listed and checked.
+
+    `root` is the filesystem, and the folder in it, below which the input column's paths are.
+    """
 
     spec: SourceSpec
     format: Format
@@ -90,6 +101,7 @@ class Source:
     shards: tuple[Shard, ...]
     carried: pa.Schema
     modality: Modality = "text"
+    root: tuple[Any, str] | None = None
 
     @property
     def num_rows(self) -> int | None:
@@ -109,8 +121,11 @@ def read_shard(source: Source, index: int, committed: RowIds | None = None) -> I
     """
     schema = row_schema(source.carried, source.modality)
     num_rows = num_skipped = 0
-    rows = _read_to_the_end(source, source.shards[index])
-    while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
+    shard = source.shards[index]
+    rows: Iterator[RawRow] = itertools.islice(_read_to_the_end(source, shard), shard.max_rows)
+    if source.root is not None:
+        rows = _fetch(source, rows, source.root)
+    for chunk in _chunks(source, rows):
         table = _canonical(source, chunk, index, schema)
         num_rows += table.num_rows
         if committed is not None:
@@ -142,6 +157,52 @@ def _read_to_the_end(source: Source, shard: Shard) -> Iterator[RawRow]:
         yield row_id, (error, f"from row {num_rows} on: {message}" if num_rows else message)
 
 
+def _chunks(source: Source, rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
+    chunk: list[RawRow] = []
+    num_bytes = 0
+    for row_id, row in rows:
+        chunk.append((row_id, row))
+        if isinstance(row, dict):
+            value = row.get(_FETCHED, row.get(source.spec.input))
+            if isinstance(value, dict):  # a `datasets` Image or Audio
+                value = value.get("bytes")
+            num_bytes += len(value) if isinstance(value, str | bytes) else 0
+        if len(chunk) == _CHUNK_ROWS or num_bytes >= _CHUNK_BYTES:
+            yield chunk
+            chunk, num_bytes = [], 0
+    if chunk:
+        yield chunk
+
+
+def _fetch(source: Source, rows: Iterator[RawRow], root: tuple[Any, str]) -> Iterator[RawRow]:
+    """Put the content in place of the paths; a file that cannot be read is its own row's fate."""
+    fs, folder = root
+    column = source.spec.input
+
+    def fetch(item: RawRow) -> RawRow:
+        row_id, row = item
+        if isinstance(row, tuple) or row.get(column) is None:
+            return item
+        path = row[column]
+        if not isinstance(path, str):
+            message = f"column {column!r}: takes a path, got {type(path).__name__}"
+            return row_id, {**row, _FETCHED: _BadRow("wrong type", message)}
+        given = path.removeprefix((source.spec.root or "").rstrip("/") + "/")
+        if given.startswith("/") or "://" in given or ".." in given.split("/") or "\\" in given:
+            message = f"column {column!r}: {given[:200]!a} does not lie below source.root"
+            return row_id, {**row, _FETCHED: _BadRow("outside the root", message)}
+        try:
+            content = fs.cat_file(f"{folder.rstrip('/')}/{given}")
+        except Exception as e:  # by filesystem: OSError, obstore's own, aiohttp's own
+            return row_id, {**row, _FETCHED: _BadRow(*_unreadable(e))}
+        return row_id, {**row, _FETCHED: content}
+
+    # Over a network most of a fetch is waiting.
+    with ThreadPoolExecutor(_FETCH_THREADS) as pool:
+        while some := list(itertools.islice(rows, 2 * _FETCH_THREADS)):
+            yield from pool.map(fetch, some)
+
+
 def _canonical(source: Source, chunk: list[RawRow], shard: int, schema: pa.Schema) -> pa.Table:
     spec = source.spec
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
@@ -152,7 +213,9 @@ def _canonical(source: Source, chunk: list[RawRow], shard: int, schema: pa.Schem
                 raise _BadRow(*raw)
             if spec.id is not None:
                 row["row_id"] = _row_id(raw.get(spec.id), spec.id)
-            value = raw.get(spec.input)
+            value = raw.get(_FETCHED, raw.get(spec.input))
+            if isinstance(value, _BadRow):
+                raise value
             if source.modality == "text":
                 row["_input"], content = _text(value, spec)
                 raw = {**raw, spec.input: row["_input"]}

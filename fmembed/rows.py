@@ -33,12 +33,18 @@ _MAX_MESSAGE = 500
 ROW_ID, CONTENT_HASH, INPUT = "row_id", "content_hash", "_input"
 STAGE, ERROR, MESSAGE = "_stage", "_error", "_message"
 SHARD, TOTAL, SKIPPED = "_shard", "_total", "_skipped"
-# How often the embed stage had to halve a batch: on a row of the window, else null.
-HALVED = "_halved"
+# What the embed stage counted, as JSON: on the first row of each window, else null.
+COUNTS = "_counts"
+# Where a text's chunks or a sound's windows are rows of their own: whose, which, and from where to
+# where (characters of the text, samples at the model's rate).
+PARENT_ID, PIECE, PIECE_START, PIECE_STOP = "parent_id", "piece", "piece_start", "piece_stop"
 # The cause of a row whose id another row has: the one rejection whose id is also embedded.
 DUPLICATE = "duplicate id"
 # What no carried column may be called: the table's own columns.
-RESERVED = (ROW_ID, CONTENT_HASH, "embedding", "num_units", "truncated")
+RESERVED = (
+    ROW_ID, CONTENT_HASH, "embedding", "num_units", "truncated",
+    PARENT_ID, PIECE, PIECE_START, PIECE_STOP,
+)  # fmt: skip
 
 Keys = npt.NDArray[np.bytes_]
 
@@ -67,13 +73,22 @@ def row_schema(carried: pa.Schema, modality: Modality = "text") -> pa.Schema:
     return pa.schema([*fields, input_, *carried, *_BOOKKEEPING])
 
 
-def table_schema(carried: pa.Schema, dim: int) -> pa.Schema:
-    """The schema of the committed table: float32 vectors of length `dim`, then the carried."""
+def table_schema(
+    carried: pa.Schema, vectors: Iterable[pa.Field], pieces_are_rows: bool = False
+) -> pa.Schema:
+    """The schema of the committed table: ids, columns of vectors, counts, then the carried."""
+    pieces = [
+        pa.field(PARENT_ID, pa.string(), nullable=False),
+        pa.field(PIECE, pa.int32(), nullable=False),
+        pa.field(PIECE_START, pa.int64(), nullable=False),
+        pa.field(PIECE_STOP, pa.int64(), nullable=False),
+    ]
     return pa.schema(
         [
             pa.field(ROW_ID, pa.string(), nullable=False),
+            *(pieces if pieces_are_rows else []),
             pa.field(CONTENT_HASH, pa.string(), nullable=False),
-            pa.field("embedding", pa.list_(pa.float32(), dim), nullable=False),
+            *(field.with_nullable(False) for field in vectors),
             pa.field("num_units", pa.int32(), nullable=False),
             pa.field("truncated", pa.bool_(), nullable=False),
             *carried,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -51,15 +51,18 @@ _SUFFIXES: dict[str, tuple[str, ...]] = {
 _MAX_SAMPLED_FILES = 100
 _SHARD_BYTES = 64 * 2**20
 _SHARD_FILES = 512
+# Of files that are rows: what a read task holds at once.
+_FOLDER_SHARD_BYTES = 16 * 2**20
 _SHARD_ROWS = 50_000
 
 
-def open_source(spec: SourceSpec, modality: Modality = "text") -> Source:
+def open_source(spec: SourceSpec, modalities: Sequence[Modality] = ("text",)) -> Source:
     """List the files and check that the named columns are there.
 
     Args:
         spec: The source part of the config.
-        modality: What the model takes; the input column is text, or bytes of a picture or sound.
+        modalities: What the model takes; the input column is text, or bytes of a picture or sound.
+            Of several the one that the format or the column's type speaks for.
 
     Raises:
         SourceError: No such file, an unknown format, an absent column, a reserved name.
@@ -70,15 +73,15 @@ def open_source(spec: SourceSpec, modality: Modality = "text") -> Source:
                 f"source.carry: {column!r} is a name of the table's own; rename it in the dataset"
             )
     if spec.format == "hf":
-        return _open_hf(spec, modality)
+        return _open_hf(spec, modalities)
     fs, root, files = _list_files(spec)
     format_ = spec.format if spec.format != "auto" else _detect_format(spec, fs, root, files)
     if format_ == "hf":
-        return _open_hf(spec, modality)
-    if format_ in FOLDERS and format_ != f"{modality}_folder":
+        return _open_hf(spec, modalities)
+    if format_ in FOLDERS and format_.removesuffix("_folder") not in modalities:
         raise SourceError(
             f"source.uri: {spec.uri} is a folder of another kind ({format_}) than the model takes, "
-            f"which embeds {modality}"
+            f"which embeds {' or '.join(modalities)}"
         )
     if len(files) > 1 or fs.isdir(root):
         files = [f for f in files if f.path.lower().endswith(_SUFFIXES[format_])]
@@ -86,7 +89,7 @@ def open_source(spec: SourceSpec, modality: Modality = "text") -> Source:
         raise SourceError(
             f"source.uri: no {format_} file ({', '.join(_SUFFIXES[format_])}) in {spec.uri}"
         )
-    source = Source(spec, format_, fs, (), pa.schema([]), modality)
+    source = Source(spec, format_, fs, (), pa.schema([]), modalities[0], _open_root(spec))
     if format_ in FOLDERS:
         has_folders = any("/" in f.name for f in files)
         available = {spec.input, spec.label or "label"} if has_folders else {spec.input}
@@ -95,11 +98,40 @@ def open_source(spec: SourceSpec, modality: Modality = "text") -> Source:
     else:
         types = _sample_schema(source, files)
         _check_columns(spec, set(types.names))
+    modality = _choose_modality(spec, format_, types, modalities)
     carried = _carried_schema(spec, types)
     shards = tuple(_plan_shards(format_, fs, files))
     if not source.file_is_row:
         shards = _with_keys(spec, shards)
-    return replace(source, shards=shards, carried=carried)
+    return replace(source, shards=shards, carried=carried, modality=modality)
+
+
+def _choose_modality(
+    spec: SourceSpec, format_: Format, types: pa.Schema, modalities: Sequence[Modality]
+) -> Modality:
+    if len(modalities) == 1:
+        return modalities[0]
+    if format_ in FOLDERS:
+        return format_.removesuffix("_folder")  # type: ignore[return-value]
+    if format_ == "webdataset":
+        is_text = spec.input in ("txt", "text", "caption")
+    else:
+        type_ = types.field(spec.input).type
+        is_text = pa.types.is_string(type_) or pa.types.is_large_string(type_)
+    if spec.root is not None:
+        is_text = False
+    return "text" if is_text else next(m for m in modalities if m != "text")
+
+
+def _open_root(spec: SourceSpec) -> tuple[Any, str] | None:
+    if spec.root is None:
+        return None
+    if "://" not in spec.root and not Path(spec.root).is_dir():
+        raise SourceError(f"source.root: no such folder: {spec.root}")
+    try:
+        return filesystem(spec.root)
+    except (OSError, ValueError, ImportError) as e:
+        raise SourceError(f"source.root: cannot read {spec.root}: {reason(e)}") from None
 
 
 def skip_committed(
@@ -126,6 +158,18 @@ def skip_committed(
     rows = [whole_shards.get(shard.key or "") for shard in source.shards]
     shards = tuple(s for s, n in zip(source.shards, rows, strict=True) if n is None)
     return replace(source, shards=shards), sum(n for n in rows if n is not None)
+
+
+def sample(source: Source, num_rows: int, num_shards: int) -> Source:
+    """Some of the source, spread over all of it: the beginnings of shards, `num_rows` in all."""
+    step = max(len(source.shards) // num_shards, 1)
+    chosen = source.shards[::step][:num_shards]
+    per_shard = -(-num_rows // max(len(chosen), 1))
+    if source.file_is_row:
+        files = [f for shard in source.shards for f in shard.files]
+        chosen = (Shard(tuple(files[:: max(len(files) // num_rows, 1)][:num_rows])),)
+        per_shard = num_rows
+    return replace(source, shards=tuple(replace(s, max_rows=per_shard) for s in chosen))
 
 
 def read(
@@ -213,8 +257,9 @@ def _revision(info: Mapping[str, Any]) -> str:
 
 def _with_keys(spec: SourceSpec, shards: Iterable[Shard], revision: str = "") -> tuple[Shard, ...]:
     """Name each shard after all that decides which rows it yields."""
-    settings = spec.model_dump(mode="json", exclude={"label", "split", "carry"})
+    settings = spec.model_dump(mode="json", exclude={"label", "split", "carry", "caption"})
     settings["uri"] = redact(spec.uri)
+    settings["root"] = redact(spec.root) if spec.root else None
 
     def key(shard: Shard) -> str | None:
         revisions = [f.revision for f in shard.files] or [revision]
@@ -246,6 +291,7 @@ def _detect_format(spec: SourceSpec, fs: Any, root: str, files: list[File]) -> F
 def _check_columns(spec: SourceSpec, available: set[str]) -> None:
     named = {"source.input": spec.input, "source.id": spec.id}
     named |= {"source.label": spec.label, "source.split": spec.split}
+    named |= {"source.caption": spec.caption}
     named |= {f"source.carry[{i}]": c for i, c in enumerate(spec.carry)}
     for field, column in named.items():
         if column is not None and column not in available:
@@ -304,7 +350,7 @@ def _plan_shards(format_: Format, fs: Any, files: list[File]) -> Iterator[Shard]
         group: list[File] = []
         for file in files:
             group.append(file)
-            if len(group) == _SHARD_FILES or sum(f.size for f in group) >= _SHARD_BYTES:
+            if len(group) == _SHARD_FILES or sum(f.size for f in group) >= _FOLDER_SHARD_BYTES:
                 yield Shard(tuple(group), num_rows=len(group))
                 group = []
         if group:
@@ -336,7 +382,7 @@ def _plan_row_groups(fs: Any, file: File) -> list[Shard]:
     return shards
 
 
-def _open_hf(spec: SourceSpec, modality: Modality) -> Source:
+def _open_hf(spec: SourceSpec, modalities: Sequence[Modality]) -> Source:
     if Path(spec.uri).exists():  # workers have another working folder
         spec = spec.model_copy(update={"uri": str(Path(spec.uri).resolve())})
     dataset = load_hf(spec)
@@ -355,4 +401,7 @@ def _open_hf(spec: SourceSpec, modality: Modality) -> Source:
     carried = _carried_schema(spec, types or pa.schema([(c, pa.string()) for c in spec.columns]))
     # A streamed dataset does not say when it has changed.
     revision = "" if spec.hf.streaming else str(dataset._fingerprint)
-    return Source(spec, "hf", None, _with_keys(spec, shards, revision), carried, modality)
+    known = types or pa.schema([(c, pa.binary()) for c in features])
+    modality = _choose_modality(spec, "hf", known, modalities)
+    keyed = _with_keys(spec, shards, revision)
+    return Source(spec, "hf", None, keyed, carried, modality, _open_root(spec))

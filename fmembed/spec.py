@@ -21,11 +21,11 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit, urlunsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
 
@@ -85,7 +85,9 @@ Format = Literal[
     "webdataset", "hf",
 ]  # fmt: skip
 Modality = Literal["text", "image", "audio"]
-ProbeName = Literal["knn", "linear", "clustering"]
+Pooling = Literal["cls", "mean", "cls+mean", "last", "max", "pooler", "projection", "tokens"]
+Precision = Literal["float32", "float16", "int8", "binary"]
+ProbeName = Literal["knn", "linear", "clustering", "zeroshot", "crossmodal"]
 
 
 class HubDataset(_Part):
@@ -101,7 +103,9 @@ class SourceSpec(_Part):
     """Where the rows are and which columns matter.
 
     `uri` is a file, a folder, a glob, an fsspec URL, `package:<python package>[/folder]`, or, with
-    `format: hf`, a dataset saved to disk or a hub id.
+    `format: hf`, a dataset saved to disk or a hub id. `root` says that the input column holds paths
+    below this folder or URL instead of content; nothing outside it is ever opened. `caption` is a
+    column of texts that belong to pictures or sounds, for the probe crossmodal.
     """
 
     uri: str = Field(min_length=1)
@@ -111,6 +115,8 @@ class SourceSpec(_Part):
     label: str | None = None
     split: str | None = None
     carry: tuple[str, ...] = ()
+    caption: str | None = None
+    root: str | None = None
     encoding_errors: Literal["strict", "replace", "ignore"] = "strict"
     hf: HubDataset = HubDataset()
 
@@ -121,32 +127,132 @@ class SourceSpec(_Part):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The carried columns, each once: label, split, then `carry`, in that order."""
-        named = (self.label, self.split, *self.carry)
+        """The carried columns, each once: label, split, caption, then `carry`, in that order."""
+        named = (self.label, self.split, self.caption, *self.carry)
         return tuple(dict.fromkeys(c for c in named if c is not None))
 
 
-class ModelSpec(_Part):
-    """Which checkpoint, and how its states become one vector a row.
+class VectorSpec(_Part):
+    """How the model's states become one column of vectors.
 
-    None means: what the checkpoint itself says (modules.json), else the family's default.
+    None means: what the checkpoint itself says (modules.json), else the family's default. `layer`
+    counts hidden states as transformers does: 0 is the embedding layer, -1 the last one (before the
+    model's final norm, where it has one). `dims` keeps the first dimensions (Matryoshka) and
+    normalises again. int8 needs ranges: they are taken from a sample at the first run and stored.
+    """
+
+    pooling: Pooling | None = None
+    layer: int | None = None
+    normalize: bool | None = None
+    dims: int | None = Field(default=None, ge=1)
+    precision: Precision | None = None
+
+
+class EndpointSpec(_Part):
+    """A server that speaks OpenAI's embeddings protocol: a hosted model, vLLM, TEI, infinity.
+
+    The key is read from the environment variable `api_key_env` where the request is made; it is no
+    field, so that it is never stored.
+    """
+
+    base_url: str = Field(pattern=r"^https?://[^\s@?#]+$")
+    api_key_env: str = Field(default="OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    dimensions: int | None = Field(default=None, ge=1)
+    batch_rows: int = Field(default=64, ge=1)
+    concurrency: int = Field(default=8, ge=1)
+    max_retries: int = Field(default=6, ge=0)
+    timeout_s: float = Field(default=60.0, gt=0)
+    usd_per_million_tokens: float | None = Field(default=None, ge=0)
+
+
+class ModelSpec(VectorSpec):
+    """Which checkpoint, and what it gives of each row.
+
+    `outputs` asks for several columns in one pass; what one of them leaves open is as the fields
+    here say. `modality` chooses the tower of a model that joins several; null goes by the source.
     """
 
     id: str = Field(min_length=1)
     revision: str | None = None
+    modality: Modality | None = None
+    adapter: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    pooling: Literal["cls", "mean", "last", "max"] | None = None
-    normalize: bool | None = None
     max_tokens: int | None = Field(default=None, ge=4)
     prompt: str | None = None
+    outputs: dict[str, VectorSpec] = {}
+    endpoint: EndpointSpec | None = None
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    compile: bool = False
     trust_remote_code: bool = False
+
+    @field_validator("outputs")
+    @classmethod
+    def _check_outputs(cls, value: dict[str, VectorSpec]) -> dict[str, VectorSpec]:
+        for name in value:
+            if not name.isidentifier() or name.startswith("_") or name in _NO_OUTPUT:
+                raise ValueError(f"{name!r} cannot name a column of vectors; give another name")
+        return value
+
+
+_NO_OUTPUT = frozenset(("row_id", "content_hash", "num_units", "truncated", "parent_id"))
 
 
 class PreprocessSpec(_Part):
-    """What no row may exceed: a small file can hold a picture that fills the memory."""
+    """What is made of a row before the model sees it, and what no row may exceed.
+
+    A small file can hold a picture that fills the memory: hence the limits. `chunk_tokens` cuts
+    texts, and `window_s` sounds, into pieces that overlap; `pieces: rows` gives each its own row in
+    the table (the default for texts), `mean` their average, each weighted by its tokens or samples
+    (the default for sounds, whose model may take no more than a few seconds).
+    """
 
     max_image_px: int = Field(default=100_000_000, ge=1)
     max_audio_s: float = Field(default=600.0, gt=0)
+    chunk_tokens: int | None = Field(default=None, ge=8)
+    chunk_overlap: int = Field(default=0, ge=0)
+    window_s: float | None = Field(default=None, gt=0)
+    window_overlap_s: float = Field(default=0.0, ge=0)
+    pieces: Literal["auto", "rows", "mean"] = "auto"
+
+    def pieces_are_rows(self, modality: Modality) -> bool:
+        """Whether each piece gets a row in the table."""
+        if self.pieces == "auto":
+            return modality == "text" and self.chunk_tokens is not None
+        return self.pieces == "rows"
+
+    def identity(self, modality: Modality) -> dict[str, Any]:
+        """What of it decides a vector: part of the fingerprint. The limits only reject."""
+        names = {
+            "text": ("chunk_tokens", "chunk_overlap"),
+            "audio": ("window_s", "window_overlap_s"),
+        }.get(modality, ())
+        identity = {f"preprocess.{name}": getattr(self, name) for name in names}
+        return {**identity, "preprocess.pieces_are_rows": self.pieces_are_rows(modality)}
+
+    @model_validator(mode="after")
+    def _check_overlaps(self) -> PreprocessSpec:
+        if self.chunk_tokens is not None and self.chunk_overlap * 2 > self.chunk_tokens:
+            raise ValueError("chunk_overlap takes at most half of chunk_tokens")
+        if self.window_s is not None and self.window_overlap_s * 2 > self.window_s:
+            raise ValueError("window_overlap_s takes at most half of window_s")
+        return self
+
+
+class ZeroShotSpec(_Part):
+    """What the probe zeroshot says to the text tower; null means the modality's own templates.
+
+    `classes` gives a label the words that stand for it; a label without is its own word.
+    """
+
+    templates: tuple[str, ...] | None = None
+    classes: dict[str, str] = {}
+
+    @field_validator("templates")
+    @classmethod
+    def _check_templates(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and (not value or any("{}" not in t for t in value)):
+            raise ValueError("takes texts with {} where the class goes")
+        return value
 
 
 class ComputeSpec(_Part):
@@ -193,6 +299,7 @@ class RunSpec(_Part):
     preprocess: PreprocessSpec = PreprocessSpec()
     compute: ComputeSpec = ComputeSpec()
     probes: tuple[ProbeName, ...] = ("knn", "linear", "clustering")
+    zeroshot: ZeroShotSpec = ZeroShotSpec()
 
     @classmethod
     def from_yaml(cls, path: str | None, overrides: dict[str, Any] | None = None) -> RunSpec:
@@ -200,7 +307,7 @@ class RunSpec(_Part):
 
         Args:
             path: A YAML file, or None when everything comes from `overrides`.
-            overrides: Dotted field names to values, e.g. `{"output.uri": "out"}`; None is skipped.
+            overrides: Dotted field names to values, e.g. `{"output.uri": "out"}`.
 
         Raises:
             SpecError: The file is missing or no YAML mapping, or a field is unknown or wrong.
@@ -220,15 +327,18 @@ class RunSpec(_Part):
             if not isinstance(raw, dict):
                 raise SpecError(f"config {path}: takes a mapping with source, model and output")
         for dotted, value in (overrides or {}).items():
-            if value is not None:
-                _set(raw, dotted.split("."), value)
+            _set(raw, dotted.split("."), value)
         return cls.parse(raw)
 
     def stored(self) -> dict[str, Any]:
         """The spec as JSON, without what a URL may hold of secrets: user, password and query."""
         raw = self.model_dump(mode="json")
-        for part, key in (("source", "uri"), ("output", "uri"), ("model", "id")):
-            raw[part][key] = redact(raw[part][key])
+        for part, key in (
+            ("source", "uri"), ("source", "root"), ("output", "uri"), ("model", "id"),
+            ("model", "adapter"),
+        ):  # fmt: skip
+            if raw[part][key] is not None:
+                raw[part][key] = redact(raw[part][key])
         return raw
 
     @classmethod
@@ -250,7 +360,9 @@ def _set(raw: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 def _one_line(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
+    # A mistyped key before the missing one that it was meant to be.
+    errors = error.errors(include_url=False)
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     # Union branches ("int", "tuple[int,int]", ...) are pydantic's names, not the user's fields.
     names: list[str] = []
     fields = _field_names(RunSpec, names)
@@ -266,6 +378,9 @@ def _one_line(error: ValidationError) -> str:
         hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(known)}"
         return f"{field}: unknown key; {hint}{more}"
     if first["type"] == "missing":
+        if len(names) > 2:
+            known = sorted(_field_names(RunSpec, names[:-1]))
+            return f"{field}: missing; {'.'.join(names[:-1])} takes {', '.join(known)}{more}"
         return f"{field}: missing; every config names source.uri, model.id and output.uri{more}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{field}: {message}, got {first['input']!r}{more}"
@@ -274,11 +389,12 @@ def _one_line(error: ValidationError) -> str:
 def _field_names(model: type[BaseModel], path: list[str]) -> set[str]:
     for key in path:
         field = model.model_fields.get(key)
-        if field is None or not isinstance(field.annotation, type):
+        # A part, or a part or nothing.
+        kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
+        parts = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        if not parts:
             return set()
-        if not issubclass(field.annotation, BaseModel):
-            return set()
-        model = field.annotation
+        model = parts[0]
     return set(model.model_fields)
 
 

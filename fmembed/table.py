@@ -18,7 +18,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -32,8 +32,13 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
 from fmembed.rows import (
+    CONTENT_HASH,
+    COUNTS,
     DUPLICATE,
-    HALVED,
+    PARENT_ID,
+    PIECE,
+    PIECE_START,
+    PIECE_STOP,
     REJECTED_SCHEMA,
     ROW_ID,
     SHARD,
@@ -101,16 +106,21 @@ class ShardCount:
 
 @dataclass(frozen=True)
 class Written:
-    """What one write task did with the rows it was given."""
+    """What one write task did with the rows it was given.
+
+    `num_rows` counts rows of the source, `part.num_rows` those of the table: more, where the pieces
+    of a row are rows. `counts` are what the embed stage counted, summed.
+    """
 
     schema: pa.Schema
+    num_rows: int
     part: Part | None
     rejected: Part | None
     keys: Keys
     shards: dict[int, ShardCount]
     num_units: int
     num_truncated: int
-    num_halved: int
+    counts: dict[str, int]
     causes: dict[str, int]
     busy_s: float
 
@@ -194,7 +204,15 @@ class Log:
         with self.storage.open(path) as handle:
             return pq.ParquetFile(handle).read(columns=columns)
 
-    def write(self, rows: pa.Table) -> Part:
+    def read_ids(self, path: str) -> list[str]:
+        """The source's ids of one part's rows: once for each, however many pieces it has."""
+        with self.storage.open(path) as handle:
+            parquet = pq.ParquetFile(handle)
+            if PARENT_ID not in parquet.schema_arrow.names:
+                return list(parquet.read(columns=[ROW_ID])[ROW_ID].to_pylist())
+            return list(pc.unique(parquet.read(columns=[PARENT_ID])[PARENT_ID]).to_pylist())
+
+    def write(self, rows: pa.Table, vectors: Sequence[str] = ()) -> Part:
         """Write rows as one part.
 
         The part is named after the checksum of its bytes, so that `verify` needs no other record
@@ -202,7 +220,8 @@ class Log:
         """
         buffer = io.BytesIO()
         # Dictionaries only grow vectors: 768 kB of them took 1,201 kB with, 689 kB without.
-        plain = [f.name for f in rows.schema if f.name not in (ROW_ID, "content_hash", "embedding")]
+        unlike = (ROW_ID, CONTENT_HASH, *vectors)
+        plain = [f.name for f in rows.schema if f.name not in unlike]
         pq.write_table(rows, buffer, compression="zstd", use_dictionary=plain)
         content = buffer.getbuffer()
         checksum = hashlib.blake2b(content, digest_size=16).hexdigest()
@@ -248,7 +267,7 @@ class Log:
             if delta is None and self._pinned == -1:
                 delta = DeltaTable.create(
                     self.uri,
-                    schema=Schema.from_arrow(schema),
+                    schema=Schema.from_arrow(_as_delta(schema)),
                     configuration={**_KEEP, **configuration},
                     raise_if_key_not_exists=False,
                     storage_options=self.storage.delta_options(),
@@ -318,6 +337,19 @@ class Log:
                 f"output.uri: {self.uri} is not shared by all nodes: a part that a worker wrote "
                 "cannot be seen from the driver; give a path on shared storage or a URL"
             )
+
+
+def _as_delta(schema: pa.Schema) -> pa.Schema:
+    """Delta Lake has no half precision: its log says float where the files hold float16."""
+
+    def widen(type_: pa.DataType) -> pa.DataType:
+        if pa.types.is_float16(type_):
+            return pa.float32()
+        if pa.types.is_list(type_) or pa.types.is_fixed_size_list(type_):
+            return pa.list_(widen(type_.value_type))
+        return type_
+
+    return pa.schema([field.with_type(widen(field.type)) for field in schema])
 
 
 def _parts(delta: DeltaTable | None) -> list[Part]:
@@ -418,7 +450,7 @@ class Table:
         ids = RowIds()
         for log in (self.rows, self.rejected):
             for part in log.pin():
-                ids.add(keys_of(log.read_columns(part.path, [ROW_ID])[ROW_ID].to_pylist()))
+                ids.add(keys_of(log.read_ids(part.path)))
         return ids
 
     @property
@@ -503,11 +535,11 @@ class Table:
 
     def put_probe(self, version: int | None, result: dict[str, Any]) -> None:
         """Record what a probe of a version found."""
-        self._put_json(_probe_path(version, result["probe"]), result)
+        self._put_json(_probe_path(version, result["probe"], result["column"]), result)
 
-    def get_probe(self, version: int | None, name: str) -> Any:
-        """What a probe of a version found, None where it has not been run."""
-        return self._get_json(_probe_path(version, name))
+    def get_probe(self, version: int | None, name: str, column: str) -> Any:
+        """What a probe of a version's column found, None where it has not been run."""
+        return self._get_json(_probe_path(version, name, column))
 
     def put_report(self, html: str) -> str:
         """Write the report; where it is."""
@@ -529,16 +561,22 @@ class Table:
             return None
 
 
-def _probe_path(version: int | None, name: str) -> str:
-    return f"_probes/{version or 0:08d}-{name}.json"
+def _probe_path(version: int | None, name: str, column: str) -> str:
+    return f"_probes/{version or 0:08d}-{name}-{column}.json"
 
 
-def write_part(uri: str, blocks: list[pa.Table], twice: frozenset[bytes] = frozenset()) -> Written:
+def write_part(
+    uri: str,
+    blocks: list[pa.Table],
+    vectors: Sequence[str],
+    twice: frozenset[bytes] = frozenset(),
+) -> Written:
     """Write embedded rows as one part, and rejected ones as another.
 
     Args:
         uri: The table.
         blocks: Rows as the embed stage yields them.
+        vectors: The columns of vectors.
         twice: Keys of rows that another part already holds; they are rejected here.
 
     Returns:
@@ -549,35 +587,70 @@ def write_part(uri: str, blocks: list[pa.Table], twice: frozenset[bytes] = froze
     rows = _reject_duplicates(rows, twice)
     good = rows.filter(pa.array(accepted(rows)))
     bad = rows.filter(rows[STAGE].is_valid())
-    bookkeeping = [n for n in rows.schema.names if n.startswith("_")]
-    vectors = good["embedding"]
-    carried = [f for f in good.schema if f.name not in (*bookkeeping, *_OWN)]
-    schema = table_schema(pa.schema(carried), vectors.type.list_size)
+    pieces_are_rows = "piece_units" in rows.schema.names
+    keys = keys_of(good[ROW_ID].to_pylist())
+    num_truncated = int(np.sum(good["truncated"].to_numpy(), dtype=np.int64))
+    units = int(np.sum(good["num_units"].to_numpy(), dtype=np.int64))
+    given = good
+    if pieces_are_rows:
+        good = _explode(good, vectors)
+    own = (ROW_ID, CONTENT_HASH, *vectors, "num_units", "truncated")
+    own += (PARENT_ID, PIECE, PIECE_START, PIECE_STOP, "piece_units", "piece_spans")
+    carried = [f for f in good.schema if f.name not in own and not f.name.startswith("_")]
+    fields = [good.schema.field(name) for name in vectors]
+    schema = table_schema(pa.schema(carried), fields, pieces_are_rows)
     good = good.select(schema.names).cast(schema)
     table = Table(uri)
     part = rejected = None
     if good.num_rows:
-        part = table.rows.write(good)
+        part = table.rows.write(good, vectors)
     if bad.num_rows:
         columns = [bad[ROW_ID], bad[STAGE], bad["_error"], bad["_message"]]
         rejected = table.rejected.write(
             pa.table([c.cast(pa.string()) for c in columns], schema=REJECTED_SCHEMA)
         )
+    counts: collections.Counter[str] = collections.Counter()
+    for said in rows[COUNTS].drop_null().to_pylist():
+        counts.update(json.loads(said))
     return Written(
         schema=schema,
+        num_rows=given.num_rows,
         part=part,
         rejected=rejected,
-        keys=keys_of(good[ROW_ID].to_pylist()),
+        keys=keys,
         shards=_count_shards(rows),
-        num_units=int(np.sum(good["num_units"].to_numpy(), dtype=np.int64)),
-        num_truncated=int(np.sum(good["truncated"].to_numpy(), dtype=np.int64)),
-        num_halved=int(pc.sum(rows[HALVED]).as_py() or 0) if HALVED in rows.schema.names else 0,
+        num_units=units,
+        num_truncated=num_truncated,
+        counts=dict(counts),
         causes=dict(collections.Counter(bad["_error"].to_pylist())),
         busy_s=time.monotonic() - started,
     )
 
 
-_OWN = (ROW_ID, "content_hash", "embedding", "num_units", "truncated")
+def _explode(rows: pa.Table, vectors: Sequence[str]) -> pa.Table:
+    """Give each piece of a row a row of its own; all of them come in one part, so none is lost."""
+    counts = pc.list_value_length(rows["piece_units"]).to_numpy(zero_copy_only=False)
+    counts = counts.astype(np.int64)
+    owner = np.repeat(np.arange(rows.num_rows), counts)
+    piece = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    parents = rows[ROW_ID].take(pa.array(owner))
+    spans = pc.list_flatten(rows["piece_spans"])
+    ends = np.array(spans.to_pylist(), dtype=np.int64).reshape(-1, 2)
+    ids = [f"{parent}@{i}" for parent, i in zip(parents.to_pylist(), piece.tolist(), strict=True)]
+    flat = {
+        ROW_ID: pa.array(ids, pa.string()),
+        PARENT_ID: parents,
+        PIECE: pa.array(piece, pa.int32()),
+        PIECE_START: pa.array(ends[:, 0]),
+        PIECE_STOP: pa.array(ends[:, 1]),
+        "num_units": pc.list_flatten(rows["piece_units"]),
+        **{name: pc.list_flatten(rows[name]) for name in vectors},
+    }
+    rest = rows.drop_columns([*(n for n in flat if n in rows.schema.names), "piece_spans"])
+    rest = rest.drop_columns(["piece_units"]).take(pa.array(owner))
+    for name, column in flat.items():
+        rest = rest.append_column(name, column)
+    return rest
 
 
 def _count_shards(rows: pa.Table) -> dict[int, ShardCount]:
@@ -665,7 +738,7 @@ def sample(uri: str, columns: list[str], max_rows: int, not_null: str | None) ->
 
     Args:
         uri: The table.
-        columns: What to read besides row_id, content_hash and embedding.
+        columns: What to read besides row_id and content_hash.
         max_rows: Size of the sample.
         not_null: Leave out rows where this column is null.
 
@@ -673,7 +746,7 @@ def sample(uri: str, columns: list[str], max_rows: int, not_null: str | None) ->
         Rows in the order of their row ids.
     """
     table = Table.open(uri)
-    wanted = list(dict.fromkeys([ROW_ID, "content_hash", "embedding", *columns]))
+    wanted = list(dict.fromkeys([ROW_ID, CONTENT_HASH, *columns]))
     chosen: pa.Table | None = None
     for part in table.rows.parts():
         rows = table.rows.read_columns(part.path, wanted)

@@ -25,7 +25,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         table = Table(f"{folder}/table")
         table.row_ids()
-        schema = table_schema(pa.schema([]), DIM)
+        schema = table_schema(pa.schema([]), [pa.field("embedding", pa.list_(pa.float32(), DIM))])
         n = NUM_ROWS // NUM_PARTS
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(n * DIM, np.float32)), DIM)
         rest = [["0" * 32] * n, vectors, np.ones(n, np.int32), np.zeros(n, bool)]

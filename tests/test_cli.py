@@ -73,6 +73,13 @@ def not_a_table(config: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "out" / "thesis.doc").write_text("mine")
 
 
+def set_(part: str, **fields: Any) -> Callable[[dict[str, Any], Path], None]:
+    def spoil(config: dict[str, Any], _: Path) -> None:
+        config.setdefault(part, {}).update(fields)
+
+    return spoil
+
+
 def tree(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*")}
 
@@ -88,6 +95,21 @@ def tree(folder: Path) -> set[str]:
         (unwritable, "output.uri", "give a folder or URL"),
         (another_model, "output.uri", "give another output.uri"),
         (not_a_table, "output.uri", "give another folder"),
+        (set_("model", modality="image"), "model.modality", "embeds text, not image"),
+        (set_("model", adapter="/nowhere"), "model.adapter", "no such folder"),
+        (set_("model", outputs={"row_id": {}}), "model.outputs", "another name"),
+        (set_("model", outputs={"a": {"poling": "cls"}}), "model.outputs.a.poling", "unknown key"),
+        (set_("preprocess", chunk_tokens=4096), "preprocess.chunk_tokens", "takes at most 64"),
+        (set_("preprocess", chunk_tokens=8, chunk_overlap=6), "preprocess", "at most half"),
+        (set_("preprocess", window_s=1), "preprocess.window_s", "is for audio"),
+        (set_("source", root="/nowhere"), "source.root", "no such folder"),
+        (set_("source", caption="topic"), "source.caption", "belongs to pictures or sounds"),
+        (set_("zeroshot", templates=["a photo"]), "zeroshot.templates", "where the class goes"),
+        (
+            set_("model", endpoint={"base_url": "http://127.0.0.1:9/v1", "max_retries": 0}),
+            "model.endpoint",
+            "did not answer",
+        ),
     ],
 )
 def test_wrong_input(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,21 @@ import torch
 from conftest import SENTENCES
 
 from fmembed.checkpoint import Checkpoint, open_checkpoint
-from fmembed.encoder import Encoder, pool
+from fmembed.encoder import Encoder
 from fmembed.preprocess import Preprocess
 from fmembed.rows import row_schema
-from fmembed.spec import ModelSpec, PreprocessSpec
+from fmembed.spec import ModelError, ModelSpec, PreprocessSpec
+from fmembed.towers import States, pool
 
 
 def embed(checkpoint: Checkpoint, texts: list[str], batch_tokens: int = 4096) -> Any:
     out = Encoder(checkpoint, batch_tokens=batch_tokens)(window(checkpoint, texts))
     return np.stack(out["embedding"].to_pylist())
+
+
+def pooling_of(checkpoint: Checkpoint) -> tuple[str, bool]:
+    (output,) = checkpoint.outputs
+    return output.pooling, output.normalize
 
 
 def window(checkpoint: Checkpoint, texts: list[str]) -> pa.Table:
@@ -35,7 +43,7 @@ class Device:
 
     def __init__(self, model: Any, max_tokens: int, error: Exception) -> None:
         self._model, self._max_tokens, self._error = model, max_tokens, error
-        self.config, self.num_calls = model.config, 0
+        self.num_calls = 0
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
         self.num_calls += 1
@@ -52,7 +60,7 @@ def test_sentence_transformers_checkpoint(minilm: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
     checkpoint = open_checkpoint(ModelSpec(id=str(minilm)), native_bfloat16=False)
-    assert (checkpoint.pooling, checkpoint.normalize, checkpoint.max_tokens) == ("mean", True, 256)
+    assert (*pooling_of(checkpoint), checkpoint.max_tokens) == ("mean", True, 256)
     reference = SentenceTransformer(str(minilm), device="cpu").encode(SENTENCES)
     for batch_tokens in (64, 512, 16_384):
         vectors = embed(checkpoint, SENTENCES, batch_tokens)
@@ -79,14 +87,14 @@ def row_by_row(folder: Path, texts: list[str], max_tokens: int) -> list[Any]:
 
 def test_plain_encoder_defaults_to_mean(tiny_bert: Path) -> None:
     checkpoint = open_checkpoint(ModelSpec(id=str(tiny_bert)), native_bfloat16=False)
-    assert (checkpoint.pooling, checkpoint.normalize, checkpoint.max_tokens) == ("mean", False, 64)
+    assert (*pooling_of(checkpoint), checkpoint.max_tokens) == ("mean", False, 64)
     reference = np.stack([h.mean(0).numpy() for h in row_by_row(tiny_bert, SENTENCES, 64)])
     assert cosine(embed(checkpoint, SENTENCES), reference).min() > 0.99999
 
 
 def test_decoder_defaults_to_last_token(tiny_llama: Path) -> None:
     checkpoint = open_checkpoint(ModelSpec(id=str(tiny_llama)), native_bfloat16=False)
-    assert checkpoint.pooling == "last"
+    assert pooling_of(checkpoint) == ("last", False)
     reference = np.stack([h[-1].numpy() for h in row_by_row(tiny_llama, SENTENCES, 128)])
     assert cosine(embed(checkpoint, SENTENCES), reference).min() > 0.99999
 
@@ -100,7 +108,7 @@ def test_pooling_ignores_padding() -> None:
         ("last", hidden[1, 1]),
         ("max", hidden[1, :2].amax(0)),
     ):
-        torch.testing.assert_close(pool(hidden, mask, pooling)[1], expected)
+        torch.testing.assert_close(pool(States(hidden, mask), pooling)[1], expected)
 
 
 def test_not_finite_is_rejected(tiny_bert: Path) -> None:
@@ -108,7 +116,7 @@ def test_not_finite_is_rejected(tiny_bert: Path) -> None:
     encoder = Encoder(checkpoint)
     word = 7592
     with torch.no_grad():
-        encoder._model.embeddings.word_embeddings.weight[word] = torch.nan
+        encoder._tower.model.embeddings.word_embeddings.weight[word] = torch.nan
     rows = [
         {"row_id": i, "content_hash": "0", "_input": t} for i, t in (("a", "hello"), ("b", "x"))
     ]
@@ -142,15 +150,19 @@ def test_out_of_memory_halves_the_batch_down_to_one_row(tiny_bert: Path, error: 
     encoder = Encoder(checkpoint)
     expected = np.stack(encoder(window(checkpoint, texts))["embedding"].to_pylist()[:40])
     # Room for two of the sentences, and not for the long text (cut at 64 tokens) even alone.
-    device = Device(encoder._model, 50, error)
-    encoder._model = device
+    device = Device(encoder._tower._call, 50, error)
+    encoder._tower._call = device
     rows = encoder(window(checkpoint, texts)).to_pylist()
     assert [(r["_stage"], r["_error"]) for r in rows] == [(None, None)] * 40 + [
         ("embed", "out of memory")
     ]
     assert cosine(np.stack([r["embedding"] for r in rows[:40]]), expected).min() > 0.99999
     assert rows[40]["embedding"] is None
-    assert sum(r["_halved"] or 0 for r in rows) == encoder.num_halved > 3
+    assert (
+        sum(json.loads(r["_counts"] or "{}").get("batches_halved", 0) for r in rows)
+        == encoder.num_halved
+        > 3
+    )
     # What was learnt stays: the same rows without the long one fail no more.
     before, num_calls = encoder.num_halved, device.num_calls
     encoder(window(checkpoint, texts[:40]))
@@ -161,7 +173,9 @@ def test_out_of_memory_halves_the_batch_down_to_one_row(tiny_bert: Path, error: 
 def test_a_row_that_the_model_fails_on_is_rejected_alone(tiny_bert: Path) -> None:
     checkpoint = open_checkpoint(ModelSpec(id=str(tiny_bert), dtype="float32"), False)
     encoder = Encoder(checkpoint)
-    encoder._model = Device(encoder._model, 63, IndexError("index out of range in self"))
+    encoder._tower._call = Device(
+        encoder._tower._call, 63, IndexError("index out of range in self")
+    )
     encoder._batch_tokens = 60
     rows = encoder(window(checkpoint, SENTENCES)).to_pylist()
     assert [r["_error"] for r in rows] == [None, None, None, None, "model error", None]
@@ -172,7 +186,9 @@ def test_a_row_that_the_model_fails_on_is_rejected_alone(tiny_bert: Path) -> Non
 def test_a_failed_gpu_ends_the_process_instead_of_rejecting_rows(tiny_bert: Path) -> None:
     checkpoint = open_checkpoint(ModelSpec(id=str(tiny_bert), dtype="float32"), False)
     encoder = Encoder(checkpoint)
-    encoder._model = Device(encoder._model, 0, RuntimeError("CUDA error: device-side assert"))
+    encoder._tower._call = Device(
+        encoder._tower._call, 0, RuntimeError("CUDA error: device-side assert")
+    )
     with pytest.raises(RuntimeError, match="the GPU failed"):
         encoder(window(checkpoint, SENTENCES))
 
@@ -181,9 +197,37 @@ def test_nan_is_rejected(tiny_bert: Path) -> None:
     checkpoint = open_checkpoint(ModelSpec(id=str(tiny_bert), dtype="float32"), False)
     encoder = Encoder(checkpoint)
     with torch.no_grad():
-        embeddings = encoder._model.embeddings.word_embeddings.weight
-        tokens = window(checkpoint, ["Goal!"])["model_input"].to_pylist()[0]
+        embeddings = encoder._tower.model.embeddings.word_embeddings.weight
+        tokens = np.frombuffer(window(checkpoint, ["Goal!"])["model_input"][0].as_py(), np.int32)
         embeddings[tokens[1]] = float("nan")
     rows = encoder(window(checkpoint, SENTENCES)).to_pylist()
     assert [r["_error"] for r in rows] == [None, None, None, "not finite", None, None]
     assert rows[3]["embedding"] is None
+
+
+def test_attention_implementations_agree(tiny_bert: Path) -> None:
+    vectors = [
+        embed(
+            open_checkpoint(
+                ModelSpec(id=str(tiny_bert), dtype="float32", attn_implementation=name), False
+            ),
+            SENTENCES,
+        )
+        for name in ("eager", "sdpa")
+    ]
+    assert cosine(*vectors).min() > 0.99999
+
+
+def test_attention_that_is_not_installed_is_refused(tiny_bert: Path) -> None:
+    spec = ModelSpec(id=str(tiny_bert), attn_implementation="flash_attention_2")
+    with pytest.raises(ModelError, match=r"cannot be loaded.*(?i:flash)"):
+        Encoder(open_checkpoint(spec, False))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+# torch's own compiler uses what torch deprecates.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_compiled_model_gives_the_same(tiny_bert: Path) -> None:
+    plain = open_checkpoint(ModelSpec(id=str(tiny_bert), dtype="float32"), False)
+    compiled = open_checkpoint(ModelSpec(id=str(tiny_bert), dtype="float32", compile=True), False)
+    assert cosine(embed(plain, SENTENCES), embed(compiled, SENTENCES)).min() > 0.99999

@@ -18,21 +18,29 @@ ALLOWED = {
     "source": {"readers", "rows", "spec", "storage"},
     "preprocess": {"checkpoint", "rows", "spec"},
     "batching": set(),
-    "encoder": {"batching", "checkpoint", "rows", "spec"},
+    "outputs": {"checkpoint", "rows"},
+    "towers": {"batching", "checkpoint", "outputs", "spec"},
+    "encoder": {"batching", "checkpoint", "outputs", "spec", "towers"},
+    "endpoint": {"checkpoint", "outputs", "spec"},
     "table": {"rows", "spec", "storage"},
     "integrity": {"rows", "spec", "storage", "table"},
     "commits": {"lock", "readers", "rows", "spec", "table"},
     "report": set(),
     "progress": set(),
-    "pipeline": {
-        "checkpoint", "commits", "encoder", "lock", "preprocess", "probes", "progress", "readers",
-        "report", "rows", "source", "spec", "storage", "table",
+    "evaluation": {
+        "checkpoint", "encoder", "endpoint", "outputs", "preprocess", "probes", "readers", "report",
+        "rows", "source", "spec", "table",
     },
-    "cli": {"integrity", "pipeline", "spec", "table"},
+    "pipeline": {
+        "checkpoint", "commits", "encoder", "endpoint", "evaluation", "lock", "outputs",
+        "preprocess", "progress", "readers", "rows", "source", "spec", "storage", "table",
+    },
+    "bench": set(),
+    "cli": {"bench", "integrity", "pipeline", "spec", "table"},
 }  # fmt: skip
 HEAVY = {
-    "ray": {"source", "commits", "pipeline", "table", "cli", "progress"},
-    "torch": {"encoder", "batching"},
+    "ray": {"source", "commits", "evaluation", "pipeline", "table", "cli", "progress"},
+    "torch": {"encoder", "batching", "towers"},
     "sklearn": {"probes"},
 }
 MODULES = sorted((ROOT / "fmembed").rglob("*.py"))
@@ -67,4 +75,5 @@ def test_jobs_have_no_logic_of_their_own() -> None:
     assert jobs
     for job in jobs:
         assert len(job.read_text(encoding="utf-8").splitlines()) < 60
-        assert {i for i in imports(str(job)) if i.startswith("fmembed")} == {"fmembed.cli.main"}
+        # digits.py makes an example's dataset, and needs none of the project.
+        assert {i for i in imports(str(job)) if i.startswith("fmembed")} <= {"fmembed.cli.main"}

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
+from PIL import Image
 
-from fmembed.probes import PROBES, make_probe_data, project, run_probe, tfidf_accuracy
+from fmembed.probes import (
+    CHEAP,
+    PairData,
+    cheap_accuracy,
+    make_probe_data,
+    project,
+    run_probe,
+)
 from fmembed.probes.knn import knn_predict
+from fmembed.probes.zeroshot import class_vectors
 
 
 def data(noise: float, wrong: int = 0) -> Any:
@@ -23,9 +34,9 @@ def data(noise: float, wrong: int = 0) -> Any:
     return make_probe_data([f"r{i}" for i in range(300)], hashes, vectors, labels, None, texts)
 
 
-@pytest.mark.parametrize("name", list(PROBES))
+@pytest.mark.parametrize("name", ["knn", "linear", "clustering"])
 def test_good_vectors_score_and_baselines_do_not(name: str) -> None:
-    result = run_probe(name, data(noise=0.05), tfidf=None)
+    result = run_probe(name, data(noise=0.05), None)
     assert result["headline"]["value"] > 0.99
     assert result["headline"]["low"] <= result["headline"]["value"] <= result["headline"]["high"]
     assert result["baselines"]["majority"]["value"] < 0.5
@@ -34,17 +45,17 @@ def test_good_vectors_score_and_baselines_do_not(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["knn", "linear"])
 def test_vectors_that_say_nothing_score_as_chance(name: str) -> None:
-    result = run_probe(name, data(noise=1000.0), tfidf=None)
+    result = run_probe(name, data(noise=1000.0), None)
     assert result["headline"]["value"] < 0.6
 
 
 def test_wrong_labels_are_the_suspicious_ones() -> None:
-    result = run_probe("linear", data(noise=0.05, wrong=4), tfidf=None)
+    result = run_probe("linear", data(noise=0.05, wrong=4), None)
     assert {s["row_id"] for s in result["suspicious"][:4]} == {"r0", "r1", "r2", "r3"}
 
 
 def test_tfidf_is_a_real_competitor() -> None:
-    accuracy = tfidf_accuracy(data(noise=1000.0))
+    accuracy = cheap_accuracy(data(noise=1000.0))
     assert accuracy is not None
     assert accuracy["value"] > 0.99
 
@@ -89,3 +100,117 @@ def test_project(rows: int) -> None:
     _, flat = project(vectors)
     assert flat.shape == (rows, 2)
     assert np.isfinite(flat).all()
+
+
+def brute_rank(queries: Any, candidates: Any, query: int, own: set[int]) -> int:
+    """The place of the first candidate that belongs to a query, by sorting them all."""
+    unit = lambda v: v / np.linalg.norm(v)  # noqa: E731
+    scores = [float(unit(queries[query]) @ unit(c)) for c in candidates]
+    order = sorted(range(len(scores)), key=lambda j: (-scores[j], j))
+    return min(order.index(j) for j in own)
+
+
+def test_zeroshot_averages_normalised_templates_and_normalises_again() -> None:
+    # Not normalised, the long second template would drown the first one of class 0.
+    prompts = np.array([[[1, 0], [0, 50]], [[0, 1], [0, 1]]], np.float32)
+    found = class_vectors(prompts)
+    np.testing.assert_allclose(found, [[0.5**0.5, 0.5**0.5], [0, 1]], atol=1e-6)
+    rows = np.array([[3, 2.9], [0, 7], [1, 0]], np.float32)
+    made = make_probe_data(
+        ["a", "b", "c"], ["0" * 32, "1" * 32, "2" * 32], rows, ["x", "y", "y"], None, None
+    )
+    result = run_probe("zeroshot", made, prompts)
+    # Rows a and c are nearer to class x; c is of class y.
+    assert result["headline"]["value"] == pytest.approx(2 / 3)
+    recall = next(s for s in result["scores"] if s["metric"] == "mean recall by class")
+    assert recall["value"] == pytest.approx((1 + 1 / 2) / 2)
+    assert result["num_test"] == 3
+    assert result["num_train"] == 0
+
+
+def test_zeroshot_counts_the_first_five_and_keeps_to_a_named_split() -> None:
+    classes = [f"c{i}" for i in range(8)]
+    prompts = np.eye(8, dtype=np.float32)[:, None]
+    # Each row's own class comes fourth.
+    rows = np.array(
+        [np.roll([1.0, 0.9, 0.8, 0.7, 0, 0, 0, 0], i - 3) for i in range(8)], np.float32
+    )
+    splits = ["train"] * 4 + ["test"] * 4
+    hashes = [f"{i:032x}" for i in range(8)]
+    made = make_probe_data(classes, hashes, rows, classes, splits, None)
+    result = run_probe("zeroshot", made, prompts)
+    assert [(s["metric"], s.get("k"), s["value"]) for s in result["scores"][:2]] == [
+        ("accuracy", 1, 0.0), ("accuracy", 5, 1.0),
+    ]  # fmt: skip
+    assert result["num_test"] == 4
+
+
+def test_crossmodal_is_what_sorting_everything_gives() -> None:
+    rng = np.random.default_rng(3)
+    row_codes = np.array([0, 0, 1, 2, 3, 4, 5, 6, 7, 7])
+    caption_codes = np.array([0, 1, 2, 2, 3, 4, 5, 6, 7, 7])
+    rows = rng.normal(size=(8, 4)).astype(np.float32)
+    captions = (rng.normal(size=(8, 4)) + rows).astype(np.float32)
+    result = run_probe(
+        "crossmodal", PairData(rows[row_codes], captions[caption_codes], row_codes, caption_codes)
+    )
+    found = {(s["metric"], s["k"]): s["value"] for s in result["scores"]}
+    pairs = set(zip(row_codes.tolist(), caption_codes.tolist(), strict=True))
+    for way, queries, candidates, own in (
+        ("row to caption", rows, captions, {i: {c for r, c in pairs if r == i} for i in range(8)}),
+        ("caption to row", captions, rows, {i: {r for r, c in pairs if c == i} for i in range(8)}),
+    ):
+        ranks = [brute_rank(queries, candidates, i, own[i]) for i in range(8)]
+        for k in (1, 5):
+            assert found[f"recall {way}", k] == pytest.approx(np.mean([r < k for r in ranks]))
+    assert ("recall row to caption", 10) not in found  # of eight, all are among the first ten
+    # Nine pairs of eight rows and eight captions.
+    assert result["baselines"]["chance"]["value"] == pytest.approx(9 / 8 / 8)
+
+
+def test_crossmodal_breaks_ties_by_order_and_needs_two_captions() -> None:
+    same = np.ones((3, 2), np.float32)
+    codes = np.arange(3)
+    result = run_probe("crossmodal", PairData(same, same, codes, codes))
+    assert result["headline"]["value"] == pytest.approx(1 / 3)
+    one = PairData(same, same, codes, np.zeros(3, np.int64))
+    assert "two captions" in run_probe("crossmodal", one)["skipped"]
+
+
+def test_cheap_features_tell_pictures_and_sounds_apart() -> None:
+    def picture(value: int) -> bytes:
+        sink = io.BytesIO()
+        Image.new("RGB", (40, 30), (value, 0, 255)).save(sink, "PNG")
+        return sink.getvalue()
+
+    def tone(hz: float) -> bytes:
+        sink = io.BytesIO()
+        wave = np.sin(np.arange(8000) * 2 * np.pi * hz / 16_000)
+        soundfile.write(sink, wave, 16_000, format="WAV")
+        return sink.getvalue()
+
+    name, pixels = CHEAP["image"]([picture(0), picture(255), b"broken", None])
+    assert (name, pixels.shape) == ("raw pixels", (4, 768))
+    np.testing.assert_allclose(pixels[1, :3], [1, 0, 1])
+    assert not pixels[2:].any()
+    name, bands = CHEAP["audio"]([tone(300), tone(3000), b"broken"])
+    assert (name, bands.shape) == ("mel statistics", (3, 80))
+    assert bands[0, :40].argmax() < bands[1, :40].argmax()
+    assert not bands[2].any()
+
+
+def test_cheap_features_compete_under_their_name() -> None:
+    truth = np.arange(100) % 2
+    hashes = [hashlib.blake2b(str(i).encode(), digest_size=16).hexdigest() for i in range(100)]
+    noise = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
+    cheap = ("raw pixels", np.eye(2, dtype=np.float32)[truth])
+    made = make_probe_data(
+        [str(i) for i in range(100)], hashes, noise, truth.tolist(), None, None, cheap
+    )
+    competitor = cheap_accuracy(made)
+    assert competitor is not None
+    assert competitor["value"] == 1
+    for probe, name in (("knn", "logistic regression"), ("clustering", "k-means")):
+        result = run_probe(probe, made, competitor)
+        assert result["baselines"][f"raw pixels + {name}"]["value"] == 1
+        assert result["headline"]["value"] < 0.8

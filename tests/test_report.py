@@ -13,7 +13,8 @@ EVIL = "</script><script>alert(1)</script>\"'&"
 def make(text: str) -> str:
     score = {"value": 0.9, "low": 0.8, "high": 0.95}
     probe: dict[str, Any] = {
-        "probe": "linear", "version": 1, "num_train": 8, "num_test": 2, "num_classes": 2, "C": 1.0,
+        "probe": "linear", "column": "embedding", "version": 1, "num_train": 8, "num_test": 2,
+        "num_classes": 2, "C": 1.0,
         "scores": [{"metric": "accuracy", **score}], "headline": {"metric": "accuracy", **score},
         "baselines": {"majority": score, "TF-IDF": None},
         "confusion": {"classes": [text, "b"], "counts": [[1, 0], [0, 0]]},

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import os
+import threading
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +192,70 @@ def test_a_folder_of_another_kind_than_the_model_takes(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     with pytest.raises(SourceError, match=r"image_folder.*which embeds text"):
         open_source(SourceSpec(uri=str(tmp_path)))
+
+
+def rooted(tmp_path: Path, paths: list[Any]) -> list[dict[str, Any]]:
+    """What is read of a table of paths below a folder."""
+    root = tmp_path / "files"
+    (root / "in").mkdir(parents=True)
+    (root / "in" / "a.png").write_bytes(b"picture a")
+    (root / "b.png").write_bytes(b"picture b")
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    rows = [{"path": p, "n": i} for i, p in enumerate(paths)]
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    spec = SourceSpec(uri=str(tmp_path / "in.jsonl"), input="path", root=str(root), carry=("path",))
+    source = open_source(spec, ("image",))
+    (table, _) = list(read_shard(source, 0))
+    return table.to_pylist()
+
+
+def test_paths_in_a_column_are_read_below_their_root(tmp_path: Path) -> None:
+    root = tmp_path / "files"
+    rows = rooted(tmp_path, ["in/a.png", "b.png", f"{root}/b.png", "none.png", None, 7])
+    assert [r["_input"] for r in rows] == [b"picture a", b"picture b", b"picture b", *[None] * 3]
+    assert [r["_error"] for r in rows] == [
+        None, None, None, "unreadable file", "null input", "wrong type",
+    ]  # fmt: skip
+    # What was carried is the path, not the picture.
+    assert rows[0]["path"] == "in/a.png"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../secret.png", "in/../../secret.png", "/etc/passwd", "file:///etc/passwd",
+     "http://127.0.0.1:9/x", "in\\..\\..\\secret.png"],
+)  # fmt: skip
+def test_no_path_leads_out_of_the_root(tmp_path: Path, path: str) -> None:
+    (row,) = rooted(tmp_path, [path])
+    assert (row["_input"], row["_error"]) == (None, "outside the root")
+
+
+def test_a_root_may_be_a_web_server(tmp_path: Path) -> None:
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www" / "a b.png").write_bytes(b"picture")
+    handler = partial(Handler, directory=str(tmp_path / "www"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://127.0.0.1:{server.server_address[1]}"
+        paths = ["a%20b.png", f"{root}/a%20b.png", "none.png", "http://127.0.0.1:9/a.png"]
+        write_jsonl(tmp_path / "in.jsonl", [{"url": p} for p in paths])
+        spec = SourceSpec(uri=str(tmp_path / "in.jsonl"), input="url", root=root)
+        (table, _) = list(read_shard(open_source(spec, ("image",)), 0))
+        server.shutdown()
+    assert table["_input"].to_pylist() == [b"picture", b"picture", None, None]
+    assert table["_error"].to_pylist()[2:] == ["unreadable file", "outside the root"]
+
+
+def test_a_two_tower_model_goes_by_the_source(tmp_path: Path) -> None:
+    both = ("image", "text")
+    columns = {"text": ["a"], "bytes": [b"x"], "image": [{"bytes": b"x", "path": None}]}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    uri = str(tmp_path / "x.parquet")
+    for column, modality in (("text", "text"), ("bytes", "image"), ("image", "image")):
+        assert open_source(SourceSpec(uri=uri, input=column), both).modality == modality
+    named = SourceSpec(uri=uri, input="text", root=str(tmp_path))
+    assert open_source(named, both).modality == "image"

@@ -37,8 +37,10 @@ def test_wrong_fields_are_named(change: dict[str, Any], message: str) -> None:
 def test_flags_lie_over_the_file(tmp_path: Any) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("source: {uri: a, label: x}\nmodel: {id: b}\noutput: {uri: c}\n")
-    spec = RunSpec.from_yaml(str(path), {"output.uri": "d", "source.label": None})
+    spec = RunSpec.from_yaml(str(path), {"output.uri": "d"})
     assert (spec.output.uri, spec.source.label) == ("d", "x")
+    # A null that is given is null; flags that are not given do not come here.
+    assert RunSpec.from_yaml(str(path), {"source.label": None}).source.label is None
 
 
 def test_a_stored_spec_reads_back() -> None:

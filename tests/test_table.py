@@ -22,7 +22,11 @@ CONFIGURATION = {
     "fmembed.fingerprint": fingerprint(IDENTITY),
     "fmembed.identity": json.dumps(IDENTITY),
     "fmembed.spec": "{}",
+    "fmembed.outputs": json.dumps(
+        {"embedding": {"pooling": "mean", "normalize": True, "precision": "float32"}}
+    ),
 }
+VECTORS = ("embedding",)
 
 
 def block(ids: list[str], bad: tuple[str, ...] = (), seed: int = 0) -> pa.Table:
@@ -38,6 +42,7 @@ def block(ids: list[str], bad: tuple[str, ...] = (), seed: int = 0) -> pa.Table:
     mask = pa.array([i in bad for i in ids])
     table = table.drop_columns(["_input"])
     table = table.append_column("num_units", pa.array([3] * len(ids), pa.int32()))
+    table = table.append_column("_counts", pa.nulls(len(ids), pa.string()))
     table = table.append_column("truncated", pa.array([False] * len(ids)))
     flat = pa.array(vectors.reshape(-1))
     return table.append_column("embedding", pa.FixedSizeListArray.from_arrays(flat, DIM, mask=mask))
@@ -49,7 +54,7 @@ def table(tmp_path: Path) -> Table:
     table = Table.open_output(str(tmp_path / "t"), IDENTITY)
     for number, rows in enumerate((block(["a", "b", "x"], ("x",)), block(["c", "d", "e"]))):
         table.row_ids()
-        written = write_part(table.uri, [rows])
+        written = write_part(table.uri, [rows], VECTORS)
         assert written.part is not None
         if written.rejected:
             table.rejected.commit(
@@ -85,7 +90,7 @@ def test_a_commit_on_what_somebody_else_has_changed_is_refused(table: Table) -> 
     slow.row_ids()
     fast.row_ids()
     for name, late in (("f", fast), ("s", slow)):
-        written = write_part(late.uri, [block([name], seed=3)])
+        written = write_part(late.uri, [block([name], seed=3)], VECTORS)
         assert written.part is not None
         if late is slow:
             assert slow.has_moved
@@ -104,7 +109,7 @@ def test_strays_are_removed_and_old_versions_stay(table: Table, tmp_path: Path) 
     first, second = table.rows.parts()
     schema = read(table.uri).schema
     table.rows.commit([], schema, CONFIGURATION, ("remove", 0), removed=[first])
-    write_part(table.uri, [block(["f", "g"], ("g",), seed=1)])
+    write_part(table.uri, [block(["f", "g"], ("g",), seed=1)], VECTORS)
     (folder / "part-0.parquet#1").write_bytes(b"half")  # what a killed put leaves on a local disk
     strays = {path for _, path in table.strays()}
     assert len(strays) == 3
@@ -116,7 +121,9 @@ def test_strays_are_removed_and_old_versions_stay(table: Table, tmp_path: Path) 
 
 
 def test_rejected_rows_by_cause_and_forgotten(table: Table) -> None:
-    written = write_part(table.uri, [block(["d", "y"], ("y",))], frozenset(keys_of("d").tolist()))
+    written = write_part(
+        table.uri, [block(["d", "y"], ("y",))], VECTORS, frozenset(keys_of("d").tolist())
+    )
     assert written.rejected is not None
     table.row_ids()
     table.rejected.commit([written.rejected], REJECTED_SCHEMA, CONFIGURATION, ("run", 7))
@@ -137,14 +144,14 @@ def test_rejected_rows_by_cause_and_forgotten(table: Table) -> None:
 
 
 def test_uncommitted_is_invisible_and_stray(table: Table) -> None:
-    write_part(table.uri, [block(["f"], seed=1)])
+    write_part(table.uri, [block(["f"], seed=1)], VECTORS)
     assert read(table.uri).num_rows == 5
     assert any("stray" in p for p in verify(table.uri).problems)
 
 
 def test_duplicates_are_rejected(tmp_path: Path) -> None:
     known = frozenset(keys_of(["k"]).tolist())
-    written = write_part(str(tmp_path), [block(["a", "k", "a", "b"])], known)
+    written = write_part(str(tmp_path), [block(["a", "k", "a", "b"])], VECTORS, known)
     assert written.part is not None
     assert written.part.num_rows == 2
     assert written.causes == {"duplicate id": 2}

@@ -12,7 +12,7 @@ import pyarrow as pa
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from test_table import CONFIGURATION, DIM, IDENTITY, block
+from test_table import CONFIGURATION, DIM, IDENTITY, VECTORS, block
 
 from fmembed.integrity import verify
 from fmembed.rows import REJECTED_SCHEMA, RowIds, keys_of
@@ -62,7 +62,7 @@ class TableStates(RuleBasedStateMachine):
         if not todo:
             return
         rows = block(todo, tuple(BAD & set(todo)), seed=self.num_runs)
-        written = write_part(self.uri, [rows])
+        written = write_part(self.uri, [rows], VECTORS)
         driver.known.add(keys_of(todo))
         driver.written.append((todo, written))
 

@@ -1,6 +1,6 @@
 """Probes: named, versioned protocols on plain arrays; no Ray, no torch.
 
-Each probe module has a NAME, a VERSION and `run(data, tfidf)`; PROBES names them all.
+Each probe module has a NAME, a VERSION and a `run`; PROBES names them all.
 """
 
 from __future__ import annotations
@@ -8,49 +8,55 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fmembed.probes import clustering, knn, linear
-from fmembed.probes.data import MAX_ROWS, ProbeData, make_probe_data, tfidf_accuracy
+from fmembed.probes import cheap, clustering, crossmodal, knn, linear, zeroshot
+from fmembed.probes.crossmodal import PairData
+from fmembed.probes.data import MAX_ROWS, ProbeData, cheap_accuracy, make_probe_data
 from fmembed.probes.projection import MAX_ROWS as MAX_MAP_ROWS
 from fmembed.probes.projection import project
+from fmembed.probes.zeroshot import TEMPLATES
 
 __all__ = [
+    "CHEAP",
     "MAX_MAP_ROWS",
     "MAX_ROWS",
     "PROBES",
+    "TEMPLATES",
+    "PairData",
     "ProbeData",
+    "cheap_accuracy",
     "make_probe_data",
     "project",
     "run_probe",
-    "tfidf_accuracy",
 ]
 
-PROBES = {module.NAME: module for module in (knn, linear, clustering)}
+PROBES = {module.NAME: module for module in (knn, linear, clustering, zeroshot, crossmodal)}
+# Contents of pictures or sounds to (name, features).
+CHEAP = {"image": cheap.pixels, "audio": cheap.spectrum}
 
 
-def run_probe(name: str, data: ProbeData, tfidf: dict[str, float] | None) -> dict[str, Any]:
+def run_probe(name: str, data: ProbeData | PairData, *more: Any) -> dict[str, Any]:
     """Run one probe.
 
     Args:
         name: A key of PROBES.
-        data: Labelled rows.
-        tfidf: What `tfidf_accuracy` gave for the same rows.
+        data: Labelled rows; for crossmodal, rows with captions.
+        more: For zeroshot the vectors of the prompts, for crossmodal nothing, else what
+            `cheap_accuracy` gave for the same rows.
 
     Returns:
         JSON: probe, version, num_train, num_test, seconds, and either `skipped` (why) or scores,
         headline and baselines, each score with its value and bootstrap 95 % interval (low, high).
     """
-    module = PROBES[name]
+    module: Any = PROBES[name]
     started = time.monotonic()
-    if data.why_not is not None:
-        result: dict[str, Any] = {"skipped": data.why_not}
+    result: dict[str, Any] = {"probe": name, "version": module.VERSION}
+    if isinstance(data, ProbeData):
+        result["num_train"], result["num_test"] = int((~data.test).sum()), int(data.test.sum())
+        result["num_classes"] = len(data.classes)
+        # Zero-shot trains nothing: rows in the test split are enough.
+        why_not = data.why_not_zeroshot if name == zeroshot.NAME else data.why_not
     else:
-        result = module.run(data, tfidf)
-    return {
-        "probe": name,
-        "version": module.VERSION,
-        "num_train": int((~data.test).sum()),
-        "num_test": int(data.test.sum()),
-        "num_classes": len(data.classes),
-        "seconds": round(time.monotonic() - started, 2),
-        **result,
-    }
+        result["num_train"], result["num_test"] = 0, len(data.vectors)
+        why_not = data.why_not
+    result |= {"skipped": why_not} if why_not is not None else module.run(data, *more)
+    return {**result, "seconds": round(time.monotonic() - started, 2)}

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 from sklearn.cluster import KMeans
-from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import (
     adjusted_rand_score,
     normalized_mutual_info_score,
     v_measure_score,
 )
 
-from fmembed.probes.data import SEED, Ints, ProbeData, bootstrap, shuffled
+from fmembed.probes.data import SEED, Ints, ProbeData, bootstrap, cheap_features, shuffled
 
 NAME, VERSION = "clustering", 1
 _METRICS: dict[str, Callable[[Ints, Ints], float]] = {
@@ -28,30 +27,25 @@ _METRICS: dict[str, Callable[[Ints, Ints], float]] = {
 _NUM_BOOTSTRAP = 200
 
 
-def run(data: ProbeData, tfidf: dict[str, float] | None) -> dict[str, Any]:
+def run(data: ProbeData, cheap: dict[str, float] | None) -> dict[str, Any]:
     """V-measure, NMI and ARI of the clusters of all rows, whatever their split.
 
-    `tfidf`, an accuracy, has no place here: the competitor is k-means on the same words.
+    `cheap`, an accuracy, has no place here: the competitor is k-means on the same features.
     """
-    del tfidf
+    del cheap
     found = _cluster(data.vectors, len(data.classes))
     scores = [{"metric": m, **_score(m, data.labels, found)} for m in _METRICS]
     competitor = None
-    if data.texts is not None:
-        features = TfidfVectorizer(sublinear_tf=True, max_features=50_000)
-        try:
-            words = features.fit_transform(data.texts)
-        except ValueError:  # no word in any text
-            words = None
-        if words is not None:
-            competitor = _score("V-measure", data.labels, _cluster(words, len(data.classes)))
+    features = cheap_features(data, np.ones(len(data.labels), dtype=np.bool_))
+    if features is not None:
+        competitor = _score("V-measure", data.labels, _cluster(features, len(data.classes)))
     return {
         "scores": scores,
         "headline": scores[0],
         "baselines": {
             "majority": _score("V-measure", data.labels, np.zeros_like(found)),
             "shuffled labels": _score("V-measure", shuffled(data.labels), found),
-            "TF-IDF + k-means": competitor,
+            f"{data.cheap_name} + k-means": competitor,
         },
     }
 

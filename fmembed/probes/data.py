@@ -31,7 +31,9 @@ class ProbeData:
     """Labelled rows read back from a table.
 
     Shapes: vectors (rows, dim) float32; labels (rows,) positions in `classes`; bucket (rows,) 0 to
-    99, the first 20 being the test split unless the dataset names its own; texts the inputs.
+    99, the first 20 being the test split unless the dataset names its own (`named_split`); texts
+    the inputs, or else `cheap`, shape (rows, n) float32: features that anyone can have without a
+    model, called `cheap_name`.
     """
 
     row_ids: list[str]
@@ -42,6 +44,9 @@ class ProbeData:
     test: Bools
     texts: list[str] | None
     num_rows: int
+    named_split: bool = False
+    cheap: Floats | None = None
+    cheap_name: str = "TF-IDF"
 
     @property
     def why_not(self) -> str | None:
@@ -53,6 +58,11 @@ class ProbeData:
             )
         return None
 
+    @property
+    def why_not_zeroshot(self) -> str | None:
+        """Why a probe that trains nothing cannot run on this, or None."""
+        return None if len(self.classes) > 1 else "needs at least two labels"
+
 
 def make_probe_data(
     row_ids: list[str],
@@ -61,6 +71,7 @@ def make_probe_data(
     labels: list[Any],
     splits: list[Any] | None,
     texts: list[str | None] | None,
+    cheap: tuple[str, Floats] | None = None,
 ) -> ProbeData:
     """Choose, split and code the labelled rows.
 
@@ -75,11 +86,11 @@ def make_probe_data(
     classes = sorted({str(labels[i]) for i in chosen})
     code = {c: k for k, c in enumerate(classes)}
     bucket = np.array([int(content_hashes[i][-8:], 16) % _BUCKETS for i in chosen], dtype=np.int64)
-    test = bucket < _TEST_BUCKETS
+    test, named_split = bucket < _TEST_BUCKETS, False
     if splits is not None:
         names = [str(splits[i]).lower() for i in chosen]
         if "test" in names and len(set(names)) > 1:
-            test = np.array([n == "test" for n in names], dtype=np.bool_)
+            test, named_split = np.array([n == "test" for n in names], dtype=np.bool_), True
     return ProbeData(
         row_ids=[row_ids[i] for i in chosen],
         vectors=vectors[chosen],
@@ -89,6 +100,9 @@ def make_probe_data(
         test=test,
         texts=[str(texts[i] or "") for i in chosen] if texts is not None else None,
         num_rows=len(row_ids),
+        named_split=named_split,
+        cheap=cheap[1][chosen] if cheap is not None else None,
+        cheap_name=cheap[0] if cheap is not None else "TF-IDF",
     )
 
 
@@ -158,23 +172,24 @@ def fit(features: Any, labels: Ints, c: float) -> LogisticRegression:
         return model.fit(features.astype(np.float64), labels)
 
 
-def tfidf(data: ProbeData) -> tuple[Any, Any] | None:
-    """TF-IDF features of the train and test texts, fitted on train; None without texts."""
+def cheap_features(data: ProbeData, fit_on: Bools) -> Any:
+    """TF-IDF of the texts, fitted on some rows, or what `cheap` holds; None without either."""
     if data.texts is None:
-        return None
+        return data.cheap
     texts = np.array(data.texts, dtype=object)
     vectorizer = TfidfVectorizer(sublinear_tf=True, max_features=50_000)
     try:
-        train = vectorizer.fit_transform(texts[~data.test])
+        vectorizer.fit(texts[fit_on])
     except ValueError:  # no word in any text
         return None
-    return train, vectorizer.transform(texts[data.test])
+    return vectorizer.transform(texts)
 
 
-def tfidf_accuracy(data: ProbeData) -> dict[str, float] | None:
-    """The cheap competitor: TF-IDF and logistic regression, same split; None without texts."""
-    features = tfidf(data)
-    if features is None:
+def cheap_accuracy(data: ProbeData) -> dict[str, float] | None:
+    """The cheap competitor: logistic regression on cheap features, same split; None without."""
+    train, test = ~data.test, data.test
+    features = cheap_features(data, train)
+    if features is None or data.why_not is not None:
         return None
-    model, _ = fit_logistic(features[0], data.labels[~data.test], data.bucket[~data.test])
-    return accuracy(data.labels[data.test], model.predict(features[1]))
+    model, _ = fit_logistic(features[train], data.labels[train], data.bucket[train])
+    return accuracy(data.labels[test], model.predict(features[test].astype(np.float64)))

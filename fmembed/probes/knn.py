@@ -18,10 +18,10 @@ _TEMPERATURE = 0.07
 _CHUNK_ROWS = 1024
 
 
-def run(data: ProbeData, tfidf: dict[str, float] | None) -> dict[str, Any]:
+def run(data: ProbeData, cheap: dict[str, float] | None) -> dict[str, Any]:
     """Accuracy on the test split for each k, capped at the train size.
 
-    `tfidf` is the competitor's accuracy there. The headline is the smallest k, not the best one:
+    `cheap` is the competitor's accuracy there. The headline is the smallest k, not the best one:
     choosing k by the test split would flatter the vectors.
     """
     train, test = ~data.test, data.test
@@ -40,7 +40,7 @@ def run(data: ProbeData, tfidf: dict[str, float] | None) -> dict[str, Any]:
         "baselines": {
             "majority": majority(data),
             "shuffled labels": accuracy(truth, chance[ks[0]]),
-            "TF-IDF + logistic regression": tfidf,
+            f"{data.cheap_name} + logistic regression": cheap,
         },
     }
 

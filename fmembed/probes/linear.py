@@ -21,8 +21,8 @@ NAME, VERSION = "linear", 1
 _NUM_SUSPICIOUS = 10
 
 
-def run(data: ProbeData, tfidf: dict[str, float] | None) -> dict[str, Any]:
-    """Accuracy and macro-F1 on the test split; `tfidf` is the competitor's accuracy there."""
+def run(data: ProbeData, cheap: dict[str, float] | None) -> dict[str, Any]:
+    """Accuracy and macro-F1 on the test split; `cheap` is the competitor's accuracy there."""
     train, test = ~data.test, data.test
     truth = data.labels[test]
     model, c = fit_logistic(data.vectors[train], data.labels[train], data.bucket[train])
@@ -50,7 +50,7 @@ def run(data: ProbeData, tfidf: dict[str, float] | None) -> dict[str, Any]:
             "shuffled labels": accuracy(
                 truth, chance.predict(data.vectors[test].astype(np.float64))
             ),
-            "TF-IDF + logistic regression": tfidf,
+            f"{data.cheap_name} + logistic regression": cheap,
         },
         "confusion": {
             "classes": data.classes,

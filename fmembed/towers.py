@@ -1,0 +1,385 @@
+"""Load a model and run it: model-ready arrays to states, by modality and family.
+
+Legend: B rows of a batch, L tokens, patches or frames of its longest row, D dimensions of a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fmembed.batching import Ints, pad
+from fmembed.checkpoint import (
+    Checkpoint,
+    adapter_folder,
+    load_feature_extractor,
+    load_image_processor,
+    process_image,
+    read_config,
+)
+from fmembed.outputs import Piece
+from fmembed.spec import ModelError
+
+
+@dataclass(frozen=True)
+class States:
+    """What the model makes of a batch.
+
+    `layers` are the hidden states, shape (B, L, D) each, `mask_BL` is 1 where a state is of the row
+    itself and no padding, class or register token; `pooled_BD` the model's own pooled or projected
+    vector, null where it has none. `hidden_BLD` is what follows the last layer's norm.
+    """
+
+    hidden_BLD: Tensor
+    mask_BL: Tensor
+    layers: Sequence[Tensor] = ()
+    pooled_BD: Tensor | None = None
+
+
+class Tower:
+    """A loaded model, for one modality."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        """Load the weights.
+
+        Raises:
+            ModelError: The weights do not fit the architecture, or need remote code.
+        """
+        self._checkpoint = checkpoint
+        self._device = device
+        self.model = _load_model(checkpoint, device)
+        config = self.model.config
+        inner = getattr(config, "text_config", config) if checkpoint.towers else config
+        pad_id = getattr(inner, "pad_token_id", None)
+        self._pad_id = int(pad_id) if pad_id is not None else 0
+        self._all_layers = any(o.layer is not None for o in checkpoint.outputs)
+        self._processor: Any = None
+        if checkpoint.modality == "image":
+            self._processor = load_image_processor(checkpoint)
+        elif checkpoint.modality == "audio":
+            self._processor = load_feature_extractor(checkpoint)
+        self._call = self._entry()
+        if checkpoint.compile:
+            self._call = torch.compile(self._call, dynamic=True)
+
+    @property
+    def can_pad(self) -> bool:
+        """Whether a mask keeps padding out of a row's vector.
+
+        Not for pictures, nor for sounds that the extractor has brought to one length, and not for
+        wav2vec models with group norm, which average over the whole padded sound and, as their own
+        documentation says, take no mask.
+        """
+        if self._checkpoint.modality == "audio":
+            return getattr(self.model.config, "feat_extract_norm", "group") == "layer"
+        return self._checkpoint.modality == "text"
+
+    def is_too_short(self, pieces: Sequence[Piece]) -> list[bool]:
+        """Which sounds make no frame: alone the model would fail, in company give noise."""
+        count = getattr(self.model, "_get_feat_extract_output_lengths", None)
+        if self._checkpoint.modality != "audio" or not self._is_waveform or count is None:
+            return [False] * len(pieces)
+        frames = count(torch.tensor([p.num_units for p in pieces]))
+        return [bool(n < 1) for n in frames]
+
+    def states(self, pieces: Sequence[Piece]) -> States:
+        """Run the model on one batch."""
+        return _STATES[self._checkpoint.modality](self, pieces)
+
+    def example(self) -> Piece:
+        """A small input, by which the dimensions of the outputs are known before any row comes."""
+        if self._checkpoint.modality == "text":
+            return Piece(np.arange(4, dtype=np.int32), 4)
+        if self._checkpoint.modality == "image":
+            grey = np.full((64, 48, 3), 128, dtype=np.uint8)
+            return Piece(np.asarray(process_image(self._processor, grey)), 1)
+        silence = np.zeros(self._checkpoint.rate_hz, dtype=np.float32)
+        values = silence if self._is_waveform else self._extract(silence)
+        return Piece(values, len(silence))
+
+    @property
+    def _is_waveform(self) -> bool:
+        return bool(getattr(self.model.config, "conv_stride", None))
+
+    def _entry(self) -> Any:
+        """What to call: the model, or the part of it that embeds this modality."""
+        modality, model = self._checkpoint.modality, self.model
+        if self._checkpoint.towers:
+            return getattr(model, f"get_{modality}_features")
+        if hasattr(model, "vision_encoder"):  # SAM: what follows draws masks
+            return model.vision_encoder
+        if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "decoder"):
+            return model.get_encoder()
+        return model
+
+    def _run(self, **inputs: Any) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
+        if self._all_layers:
+            inputs["output_hidden_states"] = True
+        out = self._call(**inputs)
+        layers: Sequence[Tensor] = getattr(out, "hidden_states", None) or ()
+        pooled = getattr(out, "pooler_output", None)
+        return (
+            _as_sequence(out.last_hidden_state),
+            [_as_sequence(layer) for layer in layers],
+            pooled.flatten(1) if pooled is not None else None,
+        )
+
+    def _text(self, pieces: Sequence[Piece]) -> States:
+        ids_BL, mask_BL = pad([p.values for p in pieces], self._pad_id)
+        ids_BL, mask_BL = ids_BL.to(self._device), mask_BL.to(self._device)
+        mask = {} if self._checkpoint.pads_text else {"attention_mask": mask_BL}
+        hidden, layers, pooled = self._run(input_ids=ids_BL, **mask)
+        return States(hidden, mask_BL, layers, pooled)
+
+    def _image(self, pieces: Sequence[Piece]) -> States:
+        pixels = torch.from_numpy(np.stack([p.values for p in pieces])).to(self._device)
+        if pixels.dtype == torch.uint8:
+            pixels = rescale(pixels, self._processor)
+        inputs: dict[str, Any] = {"pixel_values": pixels.to(self.model.dtype)}
+        if self._checkpoint.family == "vit_mae":
+            # Nothing masked (mask_ratio is 0), and the noise that shuffles patches in their order.
+            num_patches = self.model.embeddings.patch_embeddings.num_patches
+            order = torch.arange(num_patches, dtype=torch.float32, device=self._device)
+            inputs["noise"] = order.expand(len(pieces), -1)
+        hidden, layers, pooled = self._run(**inputs)
+        mask_BL = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        config = getattr(self.model.config, "vision_config", self.model.config)
+        if getattr(config, "patch_size", None):
+            # Class and register tokens come first; the mean is of the patches.
+            num_patches = pieces[0].values.size // self._checkpoint.unit_size
+            mask_BL[:, : max(hidden.shape[1] - num_patches, 0)] = 0
+        return States(hidden, mask_BL, layers, pooled)
+
+    def _audio(self, pieces: Sequence[Piece]) -> States:
+        if not self._is_waveform:
+            return self._spectrogram(pieces)
+        # The extractor's own normalisation, a sound at a time; samples travelled as they were.
+        sounds = [self._extract(p.values) for p in pieces]
+        lengths = [len(s) for s in sounds]
+        values = np.zeros((len(sounds), max(lengths)), dtype=np.float32)
+        for row, samples in zip(values, sounds, strict=True):
+            row[: len(samples)] = samples
+        values_BL = torch.from_numpy(values).to(self._device, self.model.dtype)
+        if not self.can_pad:
+            hidden, layers, pooled = self._run(input_values=values_BL)
+            mask_BL = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+            return States(hidden, mask_BL, layers, pooled)
+        real = np.arange(values.shape[1]) < np.array(lengths)[:, None]
+        real_BL = torch.from_numpy(real.astype(np.int64)).to(self._device)
+        hidden, layers, pooled = self._run(input_values=values_BL, attention_mask=real_BL)
+        # Samples to frames, as the convolutions in front make them.
+        frames_BL = self.model._get_feature_vector_attention_mask(hidden.shape[1], real_BL)
+        return States(hidden, frames_BL.long(), layers, pooled)
+
+    def _extract(self, samples: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        if samples.dtype == np.int16:
+            samples = samples.astype(np.float32) / 2**15  # as libsndfile reads them as floats
+        rate_hz = self._checkpoint.rate_hz
+        batch = self._processor(samples, sampling_rate=rate_hz, return_tensors="np")
+        return np.asarray(batch[self._processor.model_input_names[0]][0], dtype=np.float32)
+
+    def _spectrogram(self, pieces: Sequence[Piece]) -> States:
+        values = torch.from_numpy(np.stack([p.values for p in pieces]))
+        values = values.to(self._device, self.model.dtype)
+        name = self._processor.model_input_names[0]
+        family = self._checkpoint.family
+        if family == "clap":
+            is_longer = torch.zeros(len(pieces), 1, dtype=torch.bool, device=self._device)
+            hidden, layers, pooled = self._run(**{name: values, "is_longer": is_longer})
+        else:
+            hidden, layers, pooled = self._run(**{name: values})
+        num_units = torch.tensor([p.num_units for p in pieces], device=hidden.device)
+        mask_BL = _FRAMES.get(family, _all_frames)(self.model.config, num_units, hidden)
+        return States(hidden, mask_BL, layers, pooled)
+
+
+_STATES = {"text": Tower._text, "image": Tower._image, "audio": Tower._audio}
+
+
+def _all_frames(_: Any, __: Tensor, hidden_BLD: Tensor) -> Tensor:
+    return torch.ones(hidden_BLD.shape[:2], dtype=torch.int64, device=hidden_BLD.device)
+
+
+def _whisper_frames(_: Any, num_samples_B: Tensor, hidden_BLD: Tensor) -> Tensor:
+    """A mel frame every 160 samples, two of them to a state."""
+    frames_B = -(-num_samples_B // 320)
+    return (torch.arange(hidden_BLD.shape[1], device=frames_B.device) < frames_B[:, None]).long()
+
+
+def _ast_frames(config: Any, num_samples_B: Tensor, hidden_BLD: Tensor) -> Tensor:
+    """Two class tokens, then patches by frequency and, within it, by time."""
+    num_freq = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
+    num_time = (hidden_BLD.shape[1] - 2) // num_freq
+    # Kaldi's frames: 25 ms every 10 ms, none begun that does not fit.
+    frames_B = ((num_samples_B - 400) // 160 + 1).clamp(min=1)
+    starts = torch.arange(num_time, device=frames_B.device) * config.time_stride
+    by_time = (starts < frames_B[:, None]).long()
+    none = torch.zeros(len(by_time), 2, dtype=torch.int64, device=by_time.device)
+    return torch.cat([none, by_time.repeat(1, num_freq)], dim=1)
+
+
+_FRAMES = {"whisper": _whisper_frames, "audio-spectrogram-transformer": _ast_frames}
+
+
+def _as_sequence(hidden: Tensor) -> Tensor:
+    if hidden.ndim == 4:  # a map, as convolutions make it: its places are the patches
+        return hidden.flatten(2).transpose(1, 2)
+    return hidden
+
+
+def rescale(pixels: Tensor, processor: Any) -> Tensor:
+    """What the processor left to us: the same float32 arithmetic, on the device."""
+    values = pixels.float()
+    if processor.do_rescale:
+        values = values * processor.rescale_factor
+    if processor.do_normalize:
+        mean, std = (
+            torch.tensor(v, dtype=torch.float32, device=values.device).view(-1, 1, 1)
+            for v in (processor.image_mean, processor.image_std)
+        )
+        values = (values - mean) / std
+    return values
+
+
+def pool(states: States, pooling: str, layer: int | None = None) -> Tensor:
+    """Reduce the states of each row to one vector.
+
+    Padding never enters: it is excluded before summing or comparing, so batch composition cannot
+    change a row's vector.
+
+    Args:
+        states: Of a batch.
+        pooling: cls (first token), mean, cls+mean (the two after one another), last (last real
+            token), max, or pooler or projection (the model's own).
+        layer: Which hidden state; None for what follows the last layer's norm.
+
+    Returns:
+        Shape (rows, dim), float32.
+
+    Raises:
+        ModelError: The model has no such layer, or no pooled vector of its own.
+    """
+    if pooling in ("pooler", "projection"):
+        if states.pooled_BD is None:
+            raise ModelError(f"model.pooling: this model has no {pooling}; take cls or mean")
+        return states.pooled_BD.float()
+    hidden_BLD = pick_layer(states, layer).float()
+    mask_BL1 = states.mask_BL.unsqueeze(-1)
+    if pooling == "cls":
+        return hidden_BLD[:, 0]
+    if pooling == "max":
+        return hidden_BLD.masked_fill(mask_BL1 == 0, -torch.inf).amax(dim=1)
+    if pooling == "last":
+        last_B = states.mask_BL.sum(dim=1) - 1
+        return hidden_BLD[torch.arange(len(hidden_BLD), device=hidden_BLD.device), last_B]
+    mean_BD = (hidden_BLD * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
+    if pooling == "cls+mean":
+        return torch.cat([hidden_BLD[:, 0], mean_BD], dim=1)
+    assert pooling == "mean", pooling
+    return mean_BD
+
+
+def pick_layer(states: States, layer: int | None) -> Tensor:
+    """A layer's states.
+
+    Raises:
+        ModelError: The model has no such layer, or one of another length than the last.
+    """
+    if layer is None:
+        return states.hidden_BLD
+    num_layers = len(states.layers)
+    if not -num_layers <= layer < num_layers:
+        raise ModelError(
+            f"model.layer: takes {-num_layers} to {num_layers - 1} with this model, got {layer}"
+        )
+    hidden = states.layers[layer]
+    if hidden.shape[1] != states.mask_BL.shape[1]:
+        raise ModelError(
+            f"model.layer: layer {layer} of this model has {hidden.shape[1]} places where its last "
+            f"has {states.mask_BL.shape[1]}; only layers of the last size can be pooled"
+        )
+    return hidden
+
+
+def load_dense(checkpoint: Checkpoint, device: torch.device) -> list[nn.Sequential]:
+    """Load sentence-transformers Dense modules: linear, then an activation of torch.nn."""
+    modules = []
+    for path in checkpoint.dense:
+        folder: Path = checkpoint.folder() / path
+        config = read_config(folder)
+        linear = nn.Linear(config["in_features"], config["out_features"], config.get("bias", True))
+        weights = load_file(folder / "model.safetensors")
+        linear.load_state_dict({k.removeprefix("linear."): v for k, v in weights.items()})
+        name = str(config.get("activation_function", "torch.nn.Tanh")).rsplit(".", 1)[-1]
+        activation = getattr(nn, name, None)
+        if activation is None:
+            raise ModelError(f"model.id: {path}: unknown activation {name!r}")
+        # float32, as pooling is: the projection is a few thousandths of the work.
+        modules.append(nn.Sequential(linear, activation()).eval().to(device))
+    return modules
+
+
+def _load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
+    from transformers import AutoModel, AutoModelForTextEncoding
+    from transformers.models.auto import modeling_auto
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # The encoder alone where the library has a class for it: T5 and its kin.
+    encoders = modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+    auto = AutoModelForTextEncoding if checkpoint.family in encoders else AutoModel
+    options: dict[str, Any] = {}
+    if checkpoint.attn_implementation is not None:
+        options["attn_implementation"] = checkpoint.attn_implementation
+    if checkpoint.family == "vit_mae":
+        options["mask_ratio"] = 0.0
+    try:
+        model, loading = auto.from_pretrained(
+            checkpoint.folder() / checkpoint.weights,
+            dtype=getattr(torch, checkpoint.dtype),
+            use_safetensors=True,
+            trust_remote_code=checkpoint.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as e:
+        reason = next(filter(None, str(e).splitlines()), type(e).__name__)
+        raise ModelError(f"model.id: {checkpoint.id} cannot be loaded: {reason}") from None
+    # A pooler head is optional where it is not asked for; anything else would be random weights.
+    needs_pooler = any(o.pooling == "pooler" for o in checkpoint.outputs)
+    missing = sorted(k for k in loading["missing_keys"] if needs_pooler or "pooler" not in k)
+    if missing:
+        raise ModelError(
+            f"model.id: {checkpoint.id} lacks {len(missing)} weights, {missing[0]} first; "
+            "they would be random"
+        )
+    if checkpoint.adapter is not None:
+        model = _merge_adapter(model, checkpoint)
+    return model.eval().to(device)
+
+
+def _merge_adapter(model: Any, checkpoint: Checkpoint) -> Any:
+    from peft import PeftModel
+
+    try:
+        adapted = PeftModel.from_pretrained(model, str(adapter_folder(checkpoint)))
+        return adapted.merge_and_unload(safe_merge=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as e:
+        reason = next(filter(None, str(e).splitlines()), type(e).__name__)
+        raise ModelError(
+            f"model.adapter: {checkpoint.adapter} does not fit {checkpoint.id}: {reason}"
+        ) from None
+
+
+def lengths(pieces: Sequence[Piece], positions: Ints, unit_size: int) -> Ints:
+    """Units of the sequence that each piece makes: what a batch's budget counts."""
+    sizes = np.fromiter((pieces[i].values.size for i in positions), np.int64, len(positions))
+    return -(-sizes // unit_size)

@@ -1,0 +1,8 @@
+"""Measure this machine: `python jobs/bench.py memory`. The same as `fmembed bench`."""
+
+import sys
+
+from fmembed.cli import main
+
+if __name__ == "__main__":
+    main(["bench", *sys.argv[1:]])
