@@ -76,19 +76,23 @@ class Stage:
         vectors, causes = embed(pieces)
         owner = np.repeat(good, num_pieces)
         by_row = {int(owner[i]): cause for i, cause in reversed(causes.items())}
-        rows = reject(rows, "embed", by_row)
         starts = np.cumsum(num_pieces) - num_pieces
         weights = np.array([p.num_units for p in pieces], dtype=np.float32)
-        whole = [k for k, i in enumerate(good.tolist()) if i not in by_row]
-        columns: dict[str, pa.Array] = {}
-        for output in self._outputs:
-            per_row: list[Any] = [None] * rows.num_rows
-            for k in whole:
-                own = slice(int(starts[k]), int(starts[k] + num_pieces[k]))
-                per_row[int(good[k])] = self._join(
-                    output, vectors[output.column][own], weights[own]
-                )
-            columns[output.column] = self._column(output, per_row)
+        joined: dict[str, list[Any]] = {o.column: [None] * rows.num_rows for o in self._outputs}
+        for k, i in enumerate(good.tolist()):
+            own = slice(int(starts[k]), int(starts[k] + num_pieces[k]))
+            for output in self._outputs if i not in by_row else ():
+                found = self._join(output, vectors[output.column][own], weights[own])
+                if not all(np.isfinite(piece).all() for piece in found):
+                    by_row[i] = ("not finite", f"{output.column}: beyond the range of float16")
+                joined[output.column][i] = found
+        rows = reject(rows, "embed", by_row)
+        columns = {
+            o.column: self._column(
+                o, [None if i in by_row else v for i, v in enumerate(joined[o.column])]
+            )
+            for o in self._outputs
+        }
         dropped = _TRAVELLED if self._pieces_are_rows else (*_TRAVELLED, *_OF_PIECES)
         rows = rows.drop_columns(list(dropped))
         for name, column in columns.items():
@@ -163,7 +167,8 @@ def finish(output: Output, vectors: Floats, ranges: Ranges) -> npt.NDArray[Any]:
         norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
         vectors = (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
     if output.precision == "float16":
-        return np.asarray(vectors.astype(np.float16))
+        with np.errstate(over="ignore"):  # infinity, and so a rejected row
+            return np.asarray(vectors.astype(np.float16))
     if output.precision == "int8":
         low, high = ranges[output.column]
         steps = np.maximum(high - low, 1e-12) / _STEPS

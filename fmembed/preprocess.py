@@ -152,7 +152,7 @@ def _encode(checkpoint: Checkpoint, spec: PreprocessSpec, texts: list[str]) -> l
     if checkpoint.lower_case:
         prepared = [t.lower() for t in prepared]
     limit = checkpoint.max_tokens
-    if spec.chunk_tokens is not None and tokenizer.is_fast:
+    if spec.chunk_tokens is not None:
         return [_chunk(checkpoint, spec, text) for text in texts]
     batch = tokenizer(
         prepared,
@@ -183,10 +183,13 @@ def _chunk(checkpoint: Checkpoint, spec: PreprocessSpec, text: str) -> _Encoded:
     tokenizer = _load_tokenizer(checkpoint)
     assert spec.chunk_tokens is not None
     limit = min(spec.chunk_tokens, checkpoint.max_tokens)
-    own = tokenizer(text.lower() if checkpoint.lower_case else text, add_special_tokens=False,
-                    return_offsets_mapping=True, verbose=False)  # fmt: skip
+    if checkpoint.lower_case:
+        text = text.lower()
+    own = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets = own["offset_mapping"]
     around = len(tokenizer(checkpoint.prompt)["input_ids"])
+    if around >= limit:
+        raise ValueError(f"the prompt is {around} tokens long, preprocess.chunk_tokens {limit}")
     step = max(limit - around - spec.chunk_overlap, 1)
     pieces = []
     truncated = False
@@ -200,6 +203,7 @@ def _chunk(checkpoint: Checkpoint, spec: PreprocessSpec, text: str) -> _Encoded:
             words.lower() if checkpoint.lower_case else words,
             truncation=True,
             max_length=checkpoint.max_tokens,
+            padding="max_length" if checkpoint.pads_text else False,
             return_token_type_ids=False,
             return_attention_mask=False,
         )

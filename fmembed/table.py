@@ -378,8 +378,11 @@ class Table:
         if "://" not in uri and not Path(uri).is_dir():
             raise TableError(f"table: no such folder: {uri}")
         table = cls(uri)
-        if not table.configuration():
+        configuration = table.configuration()
+        if not configuration:
             raise TableError(f"table: {uri} is no fmembed table: no run has committed to it")
+        if "fmembed.outputs" not in configuration:
+            raise TableError(f"table: {uri} was made by an earlier version; embed it anew")
         return table
 
     @classmethod

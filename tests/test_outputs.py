@@ -140,6 +140,34 @@ def test_quantised_columns_have_their_types(tiny_bert: Path) -> None:
         assert rows.schema.field(column).type.equals(pa.list_(type_, dim))
 
 
+def test_what_float16_cannot_hold_is_rejected(tiny_bert: Path) -> None:
+    outputs = {"h": {"precision": "float16"}, "full": {}}
+    checkpoint = open_(tiny_bert, outputs=outputs)
+    encoder = Encoder(checkpoint)
+    before = encoder._tower._call
+
+    def louder(**inputs: Any) -> Any:
+        out = before(**inputs)
+        out.last_hidden_state[inputs["input_ids"].sum(dim=1) < 3000] *= 1e7
+        return out
+
+    encoder._tower._call = louder
+    rows = [{"row_id": t, "content_hash": "0", "_input": t} for t in ("a", SENTENCES[1])]
+    table = pa.Table.from_pylist(rows, schema=row_schema(pa.schema([])))
+    loud, quiet = encoder(Preprocess(checkpoint, PreprocessSpec())(table)).to_pylist()
+    assert (loud["_error"], loud["h"], loud["full"]) == ("not finite", None, None)
+    assert "float16" in loud["_message"]
+    assert quiet["_error"] is None
+    assert quiet["h"] is not None
+
+
+def test_a_prompt_longer_than_a_chunk_is_named(tiny_bert: Path) -> None:
+    rows = embed(open_(tiny_bert, prompt="one two three four five six seven"), ["text"],
+                 chunk_tokens=8)  # fmt: skip
+    assert rows["_error"].to_pylist() == ["not tokenizable"]
+    assert "the prompt is 9 tokens long" in rows["_message"][0].as_py()
+
+
 def test_average_weighs_by_units() -> None:
     vectors = np.array([[1.0], [4.0], [10.0]], np.float32)
     found = average(vectors, np.array([2, 1, 5], np.float32), np.array([2, 1]))
