@@ -13,6 +13,7 @@ import yaml
 from conftest import run_cli, write_jsonl
 
 from fmembed.checkpoint import open_checkpoint
+from fmembed.cli import main
 from fmembed.spec import ModelSpec
 from fmembed.table import Table
 
@@ -95,21 +96,6 @@ def tree(folder: Path) -> set[str]:
         (unwritable, "output.uri", "give a folder or URL"),
         (another_model, "output.uri", "give another output.uri"),
         (not_a_table, "output.uri", "give another folder"),
-        (set_("model", modality="image"), "model.modality", "embeds text, not image"),
-        (set_("model", adapter="/nowhere"), "model.adapter", "no such folder"),
-        (set_("model", outputs={"row_id": {}}), "model.outputs", "another name"),
-        (set_("model", outputs={"a": {"poling": "cls"}}), "model.outputs.a.poling", "unknown key"),
-        (set_("preprocess", chunk_tokens=4096), "preprocess.chunk_tokens", "takes at most 64"),
-        (set_("preprocess", chunk_tokens=8, chunk_overlap=6), "preprocess", "at most half"),
-        (set_("preprocess", window_s=1), "preprocess.window_s", "is for audio"),
-        (set_("source", root="/nowhere"), "source.root", "no such folder"),
-        (set_("source", caption="topic"), "source.caption", "belongs to pictures or sounds"),
-        (set_("zeroshot", templates=["a photo"]), "zeroshot.templates", "where the class goes"),
-        (
-            set_("model", endpoint={"base_url": "http://127.0.0.1:9/v1", "max_retries": 0}),
-            "model.endpoint",
-            "did not answer",
-        ),
     ],
 )
 def test_wrong_input(
@@ -130,6 +116,49 @@ def test_wrong_input(
     assert done.stderr.startswith(f"fmembed: {field}: ")
     assert remedy in done.stderr
     assert done.stderr.count("\n") == 1
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "field", "remedy"),
+    [
+        (set_("model", modality="image"), "model.modality", "embeds text, not image"),
+        (set_("model", adapter="/nowhere"), "model.adapter", "no such folder"),
+        (set_("model", outputs={"row_id": {}}), "model.outputs", "another name"),
+        (set_("model", outputs={"a": {"poling": "cls"}}), "model.outputs.a.poling", "unknown key"),
+        (set_("preprocess", chunk_tokens=4096), "preprocess.chunk_tokens", "takes at most 64"),
+        (set_("preprocess", chunk_tokens=8, chunk_overlap=6), "preprocess", "at most half"),
+        (set_("preprocess", window_s=1), "preprocess.window_s", "is for audio"),
+        (set_("source", root="/nowhere"), "source.root", "no such folder"),
+        (set_("source", caption="topic"), "source.caption", "belongs to pictures or sounds"),
+        (set_("zeroshot", templates=["a photo"]), "zeroshot.templates", "where the class goes"),
+        (
+            set_("model", endpoint={"base_url": "http://127.0.0.1:9/v1", "max_retries": 0}),
+            "model.endpoint",
+            "did not answer",
+        ),
+    ],
+)
+def test_wrong_options(
+    spoil: Callable[[dict[str, Any], Path], None],
+    field: str,
+    remedy: str,
+    tmp_path: Path,
+    tiny_bert: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same in this process: starting one takes seconds."""
+    config = good(tmp_path, tiny_bert)
+    spoil(config, tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    before = tree(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["embed", str(path)])
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out, said.err.count("\n")) == (2, "", 1)
+    assert said.err.startswith(f"fmembed: {field}: ")
+    assert remedy in said.err
     assert tree(tmp_path) == before
 
 

@@ -27,6 +27,7 @@ from fmembed.table import ConflictError, Table
 
 KEY, SECRET = "AKIDCANARY0KEY", "canary-secret-5up3r"
 SCHEMA = pa.schema([pa.field("row_id", pa.string(), nullable=False)])
+STORED = {"fmembed.fingerprint": "f", "fmembed.outputs": "{}"}
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_of_two_commits_on_one_version_the_second_fails(s3: str) -> None:
     for t in tables:
         t.row_ids()
     part = tables[0].rows.write(pa.table({"row_id": ["a"]}, schema=SCHEMA))
-    tables[0].rows.commit([part], SCHEMA, {"fmembed.fingerprint": "f"}, ("one", 0))
+    tables[0].rows.commit([part], SCHEMA, STORED, ("one", 0))
     stray = tables[1].rows.write(pa.table({"row_id": ["b"]}, schema=SCHEMA))
     with pytest.raises(ConflictError):
         tables[1].rows.commit([stray], SCHEMA, {}, ("two", 0))
