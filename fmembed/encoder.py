@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fmembed.batching import Ints, plan_batches
 from fmembed.checkpoint import Checkpoint
-from fmembed.outputs import Causes, Piece, Ranges, Stage
+from fmembed.outputs import Causes, Piece, Ranges, Stage, Vectors
 from fmembed.spec import ModelError
 from fmembed.towers import Tower, lengths, load_dense, pick_layer, pool
 
@@ -56,8 +56,8 @@ class Encoder:
         self._dense = load_dense(checkpoint, self._device)
         with torch.inference_mode():
             first = self._forward([self._tower.example()])
-        dims = {column: int(rows[0].shape[-1]) for column, rows in first.items()}
-        self._stage = Stage(checkpoint.outputs, dims, ranges or {}, pieces_are_rows)
+        self._dims = {column: int(rows[0].shape[-1]) for column, rows in first.items()}
+        self._stage = Stage(checkpoint.outputs, self._dims, ranges or {}, pieces_are_rows)
         self.num_halved = 0
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -75,7 +75,7 @@ class Encoder:
         return self._stage.run(rows, self.embed, counts)
 
     @torch.inference_mode()
-    def embed(self, pieces: Sequence[Piece]) -> tuple[dict[str, list[Any]], Causes]:
+    def embed(self, pieces: Sequence[Piece]) -> tuple[Vectors, Causes]:
         """Embed pieces.
 
         Batches are filled by length, and each piece's vector goes back to its own place: order and
@@ -85,15 +85,19 @@ class Encoder:
             pieces: The model's inputs.
 
         Returns:
-            For each output the vectors of each piece, float32: shape (dim,), or (tokens, dim) for
-            `tokens`; None where there is none, and for those, by position, (error, message).
+            For each output the vectors of the pieces, float32: shape (pieces, dim), for `tokens` a
+            list of (tokens, dim); and for those that have none, by position, (error, message).
 
         Raises:
             ModelError: An output asks for a layer or a pooling that the model has not.
             RuntimeError: The device itself has failed.
         """
-        vectors: dict[str, list[Any]] = {
-            o.column: [None] * len(pieces) for o in self._checkpoint.outputs
+        # They stay on the device until the window is done: one copy back, and no waiting between.
+        vectors: Vectors = {
+            o.column: [None] * len(pieces)
+            if o.pooling == "tokens"
+            else torch.zeros(len(pieces), self._dims[o.column], device=self._device)
+            for o in self._checkpoint.outputs
         }
         causes: Causes = {
             i: ("audio too short", f"{pieces[i].num_units} samples make no frame of this model")
@@ -111,19 +115,29 @@ class Encoder:
                 cause = _cause(e)
             else:
                 for column, rows in found.items():
+                    if isinstance(rows, Tensor):
+                        vectors[column][torch.from_numpy(batch).to(self._device)] = rows
+                        continue
                     for i, row in zip(batch.tolist(), rows, strict=True):
                         vectors[column][i] = row
-                        if not np.isfinite(row).all():
-                            causes[i] = ("not finite", "the model's output has NaN or infinity")
                 continue
             # Out of the except clause, because the exception's frames hold the batch's tensors.
             if len(batch) == 1:
                 causes[int(batch[0])] = cause
             elif cause[0] == _OUT_OF_MEMORY:
-                self._shrink(len(batch) * int(self._lengths(pieces, batch).max()))
+                own = self._lengths(pieces, batch)
+                self._shrink(int(own.sum() if self._tower.packs else len(own) * own.max()))
                 batches = list(self._plan(pieces, np.concatenate([batch, *batches])))
             else:
                 batches[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+        for column, rows in vectors.items():
+            if isinstance(rows, Tensor):
+                vectors[column] = rows.cpu().numpy()
+                finite = np.isfinite(vectors[column]).all(axis=1)
+            else:
+                finite = np.array([r is None or np.isfinite(r).all() for r in rows], dtype=np.bool_)
+            for i in np.flatnonzero(~finite).tolist():
+                causes.setdefault(i, ("not finite", "the model's output has NaN or infinity"))
         return vectors, causes
 
     def _forward(self, pieces: list[Piece]) -> dict[str, Any]:
@@ -138,7 +152,7 @@ class Encoder:
             vectors_BD: Tensor = pool(states, output.pooling, output.layer)
             for dense in self._dense:
                 vectors_BD = dense(vectors_BD)
-            found[output.column] = vectors_BD.cpu().numpy()
+            found[output.column] = vectors_BD
         return found
 
     def _plan(self, pieces: Sequence[Piece], positions: Ints) -> Iterator[Ints]:
@@ -148,7 +162,9 @@ class Encoder:
             shape = () if self._tower.can_pad else pieces[i].values.shape
             groups.setdefault(shape, []).append(i)
         for group in map(np.array, groups.values()):
-            for batch in plan_batches(self._lengths(pieces, group), self._batch_tokens):
+            lengths_of_group = self._lengths(pieces, group)
+            packed = self._tower.packs
+            for batch in plan_batches(lengths_of_group, self._batch_tokens, packed=packed):
                 yield group[batch]
 
     def _lengths(self, pieces: Sequence[Piece], positions: Ints) -> Ints:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fmembed.checkpoint import Checkpoint
-from fmembed.outputs import Causes, Piece, Ranges, Stage
+from fmembed.outputs import Causes, Piece, Ranges, Stage, Vectors
 from fmembed.spec import EndpointSpec, FmembedError, ModelError, scrub
 
 _MAX_MESSAGE = 300
@@ -48,6 +48,7 @@ class EndpointEncoder:
         assert checkpoint.endpoint is not None
         self._endpoint = Endpoint(checkpoint.endpoint, checkpoint.id, dim)
         self._columns = [o.column for o in checkpoint.outputs]
+        self._dim = dim
         dims = dict.fromkeys(self._columns, dim)
         self._stage = Stage(checkpoint.outputs, dims, ranges or {}, pieces_are_rows)
 
@@ -56,9 +57,13 @@ class EndpointEncoder:
         before = Counter(self._endpoint.counts)
         return self._stage.run(rows, self._embed, lambda: dict(self._endpoint.counts - before))
 
-    def _embed(self, pieces: Sequence[Piece]) -> tuple[dict[str, list[Any]], Causes]:
+    def _embed(self, pieces: Sequence[Piece]) -> tuple[Vectors, Causes]:
         texts = [piece.values.tobytes().decode() for piece in pieces]
-        vectors, causes = self._endpoint.embed(texts)
+        found, causes = self._endpoint.embed(texts)
+        vectors = np.zeros((len(texts), self._dim), dtype=np.float32)
+        for i, vector in enumerate(found):
+            if vector is not None:
+                vectors[i] = vector
         return dict.fromkeys(self._columns, vectors), causes
 
 

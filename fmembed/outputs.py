@@ -5,6 +5,7 @@ Legend: P pieces (chunks of a text, windows of a sound), R rows, L tokens, D dim
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,12 +25,11 @@ Causes = dict[int, tuple[str, str]]
 # Column -> (lowest, highest) of each dimension, from a sample; what int8 is a fraction of.
 Ranges = Mapping[str, tuple[Floats, Floats]]
 
-_TYPES = {
-    "float32": pa.float32(),
-    "float16": pa.float16(),
-    "int8": pa.int8(),
-    "binary": pa.int8(),
-}
+# Column -> vectors of the pieces: shape (pieces, dim), for `tokens` a list of (tokens, dim). What
+# stands there for a piece that has a cause means nothing.
+Vectors = dict[str, Any]
+
+_ITEMSIZE = {name: np.dtype(name).itemsize for name in ("uint8", "int16", "int32", "float32")}
 _STEPS = 255
 _TRAVELLED = ("model_input", "input_dtype", "input_shapes")
 _OF_PIECES = ("piece_units", "piece_spans")
@@ -59,83 +59,156 @@ class Stage:
         pieces_are_rows: bool,
     ) -> None:
         self._outputs = outputs
-        self._dims = {o.column: stored_dim(o, dims[o.column]) for o in outputs}
+        self._raw_dims = dims
         self._ranges = ranges
         self._pieces_are_rows = pieces_are_rows
 
     def run(
         self,
         rows: pa.Table,
-        embed: Callable[[Sequence[Piece]], tuple[dict[str, list[Any]], Causes]],
-        counts: Callable[[], dict[str, int]],
+        embed: Callable[[Sequence[Piece]], tuple[Vectors, Causes]],
+        counts: Callable[[], dict[str, Any]],
     ) -> pa.Table:
         """Embed a window of rows; a row is rejected if one of its pieces is."""
         good = np.flatnonzero(accepted(rows))
         pieces, num_pieces = _unpack(rows, good)
         input_bytes = rows["model_input"].nbytes
         vectors, causes = embed(pieces)
-        owner = np.repeat(good, num_pieces)
-        by_row = {int(owner[i]): cause for i, cause in reversed(causes.items())}
-        starts = np.cumsum(num_pieces) - num_pieces
-        weights = np.array([p.num_units for p in pieces], dtype=np.float32)
-        joined: dict[str, list[Any]] = {o.column: [None] * rows.num_rows for o in self._outputs}
-        for k, i in enumerate(good.tolist()):
-            own = slice(int(starts[k]), int(starts[k] + num_pieces[k]))
-            for output in self._outputs if i not in by_row else ():
-                found = self._join(output, vectors[output.column][own], weights[own])
-                if not all(np.isfinite(piece).all() for piece in found):
-                    by_row[i] = ("not finite", f"{output.column}: beyond the range of float16")
-                joined[output.column][i] = found
-        rows = reject(rows, "embed", by_row)
-        columns = {
-            o.column: self._column(
-                o, [None if i in by_row else v for i, v in enumerate(joined[o.column])]
+        owner_P = np.repeat(np.arange(len(good)), num_pieces)
+        bad = {int(owner_P[i]): cause for i, cause in reversed(causes.items())}
+        weights_P = np.fromiter((p.num_units for p in pieces), np.float32, len(pieces))
+        joined: dict[str, _Column] = {}
+        for output in self._outputs:
+            joined[output.column] = column = self._join(
+                output, vectors[output.column], causes, weights_P, num_pieces
             )
-            for o in self._outputs
-        }
+            # The encoder has looked for NaN and infinity; what is new comes of narrowing.
+            for i in column.not_finite() if output.precision == "float16" else ():
+                cause = ("not finite", f"{output.column}: beyond the range of float16")
+                bad.setdefault(i, cause)
+        rows = reject(rows, "embed", {int(good[i]): cause for i, cause in bad.items()})
         dropped = _TRAVELLED if self._pieces_are_rows else (*_TRAVELLED, *_OF_PIECES)
         rows = rows.drop_columns(list(dropped))
-        for name, column in columns.items():
-            rows = rows.append_column(name, column)
+        kept = np.ones(len(good), dtype=np.bool_)
+        kept[list(bad)] = False
+        for name, column in joined.items():
+            rows = rows.append_column(name, column.to_arrow(kept, good[kept], rows.num_rows))
         said = json.dumps({**counts(), "input_bytes": input_bytes, "input_rows": len(good)})
         first = [said, *[None] * (rows.num_rows - 1)][: rows.num_rows]
         return rows.append_column(COUNTS, pa.array(first, pa.string()))
 
-    def _join(self, output: Output, vectors: list[Any], weights: Floats) -> Any:
-        if output.pooling == "tokens":
-            pieces = [finish(output, v, self._ranges) for v in vectors]
-            return pieces if self._pieces_are_rows else np.concatenate(pieces)
-        stacked = np.stack(vectors)
-        if not self._pieces_are_rows:
-            stacked = average(stacked, weights, np.array([len(stacked)]))
-        found = finish(output, stacked, self._ranges)
-        return found if self._pieces_are_rows else found[0]
+    def _join(
+        self,
+        output: Output,
+        vectors: Floats | list[Floats | None],
+        causes: Causes,
+        weights_P: Floats,
+        num_pieces: Ints,
+    ) -> _Column:
+        counts = [num_pieces] if self._pieces_are_rows else []
+        if isinstance(vectors, list):  # tokens
+            dim = self._raw_dims[output.column]
+            none = np.zeros((0, dim), np.float32)
+            values = [none if v is None or i in causes else v for i, v in enumerate(vectors)]
+            num_tokens = np.array([len(v) for v in values], dtype=np.int64)
+            if self._pieces_are_rows:
+                counts.append(num_tokens)
+            else:
+                ends = np.cumsum(num_pieces)
+                sums = np.concatenate([[0], np.cumsum(num_tokens)])
+                counts = [sums[ends] - sums[ends - num_pieces]]
+            stacked = np.concatenate(values) if values else none
+        else:
+            stacked = vectors
+            stacked[list(causes)] = 0
+            if not self._pieces_are_rows:
+                stacked = average(stacked, weights_P, num_pieces)
+        return _Column(finish(output, stacked, self._ranges), counts)
 
-    def _column(self, output: Output, per_row: list[Any]) -> pa.Array:
-        depth = int(output.pooling == "tokens") + int(self._pieces_are_rows)
-        return to_column(output, per_row, self._dims[output.column], depth)
+
+@dataclass(frozen=True)
+class _Column:
+    """Vectors of some rows, shape (vectors, stored dim), and how many each row, each piece has.
+
+    `counts` goes from rows inwards; empty where each row has one vector.
+    """
+
+    values: npt.NDArray[Any]
+    counts: list[Ints]
+
+    def not_finite(self) -> list[int]:
+        """Rows with a vector that has NaN or infinity."""
+        at = np.flatnonzero(~np.isfinite(self.values).all(axis=1))
+        for counts in reversed(self.counts):
+            at = np.repeat(np.arange(len(counts)), counts)[at]
+        return [int(i) for i in np.unique(at)]
+
+    def to_arrow(self, kept: npt.NDArray[np.bool_], positions: Ints, num_rows: int) -> pa.Array:
+        """Scatter the kept rows into a column of `num_rows`, null elsewhere.
+
+        Returns:
+            `fixed_size_list<float32|float16|int8>[dim]`, in as many lists as there are counts.
+        """
+        values, dim = self.values, self.values.shape[1]
+        missing = np.ones(num_rows, dtype=np.bool_)
+        missing[positions] = False
+        if not self.counts:
+            if len(positions) != num_rows:
+                full = np.zeros((num_rows, dim), dtype=values.dtype)
+                full[positions] = values[kept]
+                values = full
+            # Arrow keeps the numpy buffer: nothing is copied.
+            flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+            mask = pa.array(missing) if missing.any() else None
+            return pa.FixedSizeListArray.from_arrays(flat, dim, mask=mask)
+        inner_counts = []
+        for i, counts in enumerate(self.counts):
+            own = counts[kept]
+            if i == 0:
+                outer = np.zeros(num_rows, dtype=np.int64)
+                outer[positions] = own
+                own = outer
+            inner_counts.append(own)
+            kept = np.repeat(kept, counts)
+        flat = pa.array(np.ascontiguousarray(values[kept]).reshape(-1))
+        column = pa.FixedSizeListArray.from_arrays(flat, dim)
+        for i, counts in reversed(list(enumerate(inner_counts))):
+            offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+            mask = pa.array(missing) if i == 0 else None
+            column = pa.ListArray.from_arrays(offsets, column, mask=mask)
+        return column
 
 
 def _unpack(rows: pa.Table, positions: Ints) -> tuple[list[Piece], Ints]:
     """The pieces of some rows, as views into the column, and how many each row has."""
-    chosen = rows.take(pa.array(positions))
-    pieces: list[Piece] = []
-    counts = []
-    for content, dtype, shapes, units in zip(
-        chosen["model_input"],
-        chosen["input_dtype"].to_pylist(),
-        chosen["input_shapes"].to_pylist(),
-        chosen["piece_units"].to_pylist(),
-        strict=True,
-    ):
-        values: npt.NDArray[Any] = np.frombuffer(content.as_buffer(), dtype=dtype)
-        start = 0
-        for shape, num_units in zip(shapes, units, strict=True):
-            stop = start + int(np.prod(shape))
-            pieces.append(Piece(values[start:stop].reshape(shape), num_units))
-            start = stop
-        counts.append(len(shapes))
-    return pieces, np.array(counts, dtype=np.int64)
+    chosen = rows.take(pa.array(positions)) if len(positions) != rows.num_rows else rows
+    if not chosen.num_rows:
+        return [], np.zeros(0, dtype=np.int64)
+    inputs = _whole(chosen["model_input"])
+    shapes = _whole(chosen["input_shapes"])
+    num_pieces = np.asarray(shapes.value_lengths(), dtype=np.int64)
+    flat = shapes.flatten()
+    # A checkpoint's inputs have as many axes all.
+    shapes_PN = np.asarray(flat.flatten()).reshape(len(flat), -1)
+    sizes_P = shapes_PN.prod(axis=1, dtype=np.int64)
+    dtypes = chosen["input_dtype"].to_pylist()
+    units = np.asarray(_whole(chosen["piece_units"]).flatten()).tolist()
+    _, offsets, content = inputs.buffers()
+    starts = np.frombuffer(offsets, np.int64)[inputs.offset : inputs.offset + len(inputs)]
+    pieces = []
+    by_row = zip(starts.tolist(), dtypes, num_pieces.tolist(), strict=True)
+    by_piece = zip(shapes_PN.tolist(), sizes_P.tolist(), units, strict=True)
+    for start, dtype, count in by_row:
+        itemsize = _ITEMSIZE[dtype]
+        for shape, size, num_units in itertools.islice(by_piece, count):
+            values = np.frombuffer(content, dtype, size, start)
+            pieces.append(Piece(values if len(shape) == 1 else values.reshape(shape), num_units))
+            start += size * itemsize
+    return pieces, num_pieces
+
+
+def _whole(column: pa.ChunkedArray) -> Any:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def average(vectors_PD: Floats, weights_P: Floats, counts_R: npt.NDArray[np.int64]) -> Floats:
@@ -164,8 +237,10 @@ def finish(output: Output, vectors: Floats, ranges: Ranges) -> npt.NDArray[Any]:
     if output.dims is not None:
         vectors = vectors[:, : output.dims]
     if output.normalize:
-        norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-        vectors = (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
+        # Summed in float64 without a copy of that size.
+        squares = np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)
+        scale = 1 / np.maximum(np.sqrt(squares), 1e-12)
+        vectors = vectors * scale.astype(np.float32)[:, None]
     if output.precision == "float16":
         with np.errstate(over="ignore"):  # infinity, and so a rejected row
             return np.asarray(vectors.astype(np.float16))
@@ -204,33 +279,6 @@ def stored_dim(output: Output, dim: int) -> int:
     """Length of a stored vector, given the model's own."""
     dim = min(output.dims or dim, dim)
     return -(-dim // 8) if output.precision == "binary" else dim
-
-
-def to_column(output: Output, rows: Sequence[Any], dim: int, depth: int) -> pa.Array:
-    """Each row's vector, or vectors, as Arrow.
-
-    Args:
-        output: What is asked for.
-        rows: For each row None (rejected), else a vector, shape (stored dim,); at depth 1 its
-            tokens' or its pieces' vectors, at depth 2 its pieces' tokens' vectors.
-        dim: The stored dim.
-        depth: How many lists are around a vector.
-
-    Returns:
-        `fixed_size_list<float32|float16|int8>[dim]`, in as many lists as depth says.
-    """
-    missing = pa.array([r is None for r in rows], pa.bool_())
-    if depth:
-        given = [[] if r is None else r for r in rows]
-        inner = to_column(output, [v for r in given for v in r], dim, depth - 1)
-        offsets = np.concatenate([[0], np.cumsum([len(r) for r in given])])
-        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), inner, mask=missing)
-    type_ = _TYPES[output.precision]
-    full = np.zeros((len(rows), dim), dtype=type_.to_pandas_dtype())
-    for i, row in enumerate(rows):
-        if row is not None:
-            full[i] = row
-    return pa.FixedSizeListArray.from_arrays(pa.array(full.reshape(-1)), dim, mask=missing)
 
 
 def measure_ranges(vectors: Mapping[str, Floats]) -> Ranges:

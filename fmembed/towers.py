@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fmembed.batching import Ints, pad
+from fmembed import attention
+from fmembed.batching import Ints, pack, pad
 from fmembed.checkpoint import (
     Checkpoint,
     adapter_folder,
@@ -66,7 +67,13 @@ class Tower:
             self._processor = load_image_processor(checkpoint)
         elif checkpoint.modality == "audio":
             self._processor = load_feature_extractor(checkpoint)
+        # What is kept for generating the next token is never used here.
+        if getattr(inner, "use_cache", False):
+            inner.use_cache = False
         self._call = self._entry()
+        self.packs = self.model.config._attn_implementation == attention.PACKED and (
+            checkpoint.modality == "text"
+        )
         if checkpoint.compile:
             self._call = torch.compile(self._call, dynamic=True)
 
@@ -132,15 +139,49 @@ class Tower:
             pooled.flatten(1) if pooled is not None else None,
         )
 
+    def _packed(self, pieces: Sequence[Piece]) -> States:
+        ids_1T, bounds, lengths = pack([p.values for p in pieces])
+        starts = np.repeat(bounds[:-1].numpy(), lengths)
+        places = np.arange(ids_1T.shape[1]) - starts
+        if self._checkpoint.family in _COUNT_FROM_PAD:
+            # As the family counts: from past the padding's id, and a padding token not at all.
+            real = np.concatenate([[0], np.cumsum(ids_1T[0].numpy() != self._pad_id)])
+            places = np.where(np.diff(real) > 0, real[1:] - real[starts], 0) + self._pad_id
+        states, layers, _ = self._run(
+            input_ids=self._send(ids_1T),
+            position_ids=self._send(torch.from_numpy(places)[None]),
+            cu_seq_lens_q=self._send(bounds),
+            cu_seq_lens_k=self._send(bounds),
+            max_length_q=int(lengths.max()),
+            max_length_k=int(lengths.max()),
+        )
+        # Pooling sees rows of one length, as it would have without packing.
+        at_BL = np.arange(lengths.max()) + bounds[:-1].numpy()[:, None]
+        mask_BL = np.arange(lengths.max()) < lengths[:, None]
+        at = self._send(torch.from_numpy(np.where(mask_BL, at_BL, 0)))
+        return States(
+            states[0][at],
+            self._send(torch.from_numpy(mask_BL.astype(np.int64))),
+            [layer[0][at] for layer in layers],
+        )
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        """To the device; from pinned memory, so that the copy runs while it computes."""
+        if self._device.type == "cuda":
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor
+
     def _text(self, pieces: Sequence[Piece]) -> States:
+        if self.packs:
+            return self._packed(pieces)
         ids_BL, mask_BL = pad([p.values for p in pieces], self._pad_id)
-        ids_BL, mask_BL = ids_BL.to(self._device), mask_BL.to(self._device)
+        ids_BL, mask_BL = self._send(ids_BL), self._send(mask_BL)
         mask = {} if self._checkpoint.pads_text else {"attention_mask": mask_BL}
         hidden, layers, pooled = self._run(input_ids=ids_BL, **mask)
         return States(hidden, mask_BL, layers, pooled)
 
     def _image(self, pieces: Sequence[Piece]) -> States:
-        pixels = torch.from_numpy(np.stack([p.values for p in pieces])).to(self._device)
+        pixels = self._send(torch.from_numpy(np.stack([p.values for p in pieces])))
         if pixels.dtype == torch.uint8:
             pixels = rescale(pixels, self._processor)
         inputs: dict[str, Any] = {"pixel_values": pixels.to(self.model.dtype)}
@@ -327,6 +368,33 @@ def load_dense(checkpoint: Checkpoint, device: torch.device) -> list[nn.Sequenti
     return modules
 
 
+# Families whose attention runs through transformers' interface and whose positions can be given, so
+# that rows can lie one after another; the tests compare each with plain transformers.
+_PACKED_FAMILIES = frozenset(
+    {
+        "bert", "camembert", "distilbert", "electra", "llama", "mistral", "mixtral", "modernbert",
+        "phi", "qwen2", "qwen3", "roberta", "xlm-roberta",
+    }
+)  # fmt: skip
+_COUNT_FROM_PAD = frozenset({"camembert", "roberta", "xlm-roberta"})
+
+
+def _attention(checkpoint: Checkpoint, device: torch.device) -> str | None:
+    """Which attention to load the model with; None for what transformers takes by itself."""
+    if checkpoint.attn_implementation is not None:
+        return checkpoint.attn_implementation
+    if checkpoint.compile or checkpoint.pads_text or checkpoint.towers:
+        return None
+    own_pooling = any(o.pooling in ("pooler", "projection") for o in checkpoint.outputs)
+    if checkpoint.modality != "text" or own_pooling or checkpoint.family not in _PACKED_FAMILIES:
+        return None
+    # torch's packed kernel takes half precision alone.
+    if device.type == "cuda" and checkpoint.dtype == "float32":
+        return None
+    attention.register()
+    return attention.PACKED
+
+
 def _load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
     from transformers import AutoModel, AutoModelForTextEncoding
     from transformers.models.auto import modeling_auto
@@ -337,8 +405,8 @@ def _load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
     encoders = modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
     auto = AutoModelForTextEncoding if checkpoint.family in encoders else AutoModel
     options: dict[str, Any] = {}
-    if checkpoint.attn_implementation is not None:
-        options["attn_implementation"] = checkpoint.attn_implementation
+    if (attn := _attention(checkpoint, device)) is not None:
+        options["attn_implementation"] = attn
     if checkpoint.family == "vit_mae":
         options["mask_ratio"] = 0.0
     try:

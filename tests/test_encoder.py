@@ -45,11 +45,11 @@ class Device:
         self._model, self._max_tokens, self._error = model, max_tokens, error
         self.num_calls = 0
 
-    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+    def __call__(self, input_ids: torch.Tensor, **more: Any) -> Any:
         self.num_calls += 1
         if input_ids.numel() > self._max_tokens:
             raise self._error
-        return self._model(input_ids=input_ids, attention_mask=attention_mask)
+        return self._model(input_ids=input_ids, **more)
 
 
 def cosine(a: Any, b: Any) -> Any:

@@ -18,8 +18,9 @@ ALLOWED = {
     "source": {"readers", "rows", "spec", "storage"},
     "preprocess": {"checkpoint", "rows", "spec"},
     "batching": set(),
+    "attention": set(),
     "outputs": {"checkpoint", "rows"},
-    "towers": {"batching", "checkpoint", "outputs", "spec"},
+    "towers": {"attention", "batching", "checkpoint", "outputs", "spec"},
     "encoder": {"batching", "checkpoint", "outputs", "spec", "towers"},
     "endpoint": {"checkpoint", "outputs", "spec"},
     "table": {"rows", "spec", "storage"},
@@ -40,7 +41,7 @@ ALLOWED = {
 }  # fmt: skip
 HEAVY = {
     "ray": {"source", "commits", "evaluation", "pipeline", "table", "cli", "progress"},
-    "torch": {"encoder", "batching", "towers"},
+    "torch": {"attention", "encoder", "batching", "towers"},
     "sklearn": {"probes"},
 }
 MODULES = sorted((ROOT / "fmembed").rglob("*.py"))

@@ -17,6 +17,7 @@ from test_preprocess import sound as any_sound
 from fmembed.checkpoint import Checkpoint, Output, open_checkpoint
 from fmembed.encoder import Encoder
 from fmembed.outputs import (
+    Piece,
     average,
     dequantize,
     finish,
@@ -140,18 +141,20 @@ def test_quantised_columns_have_their_types(tiny_bert: Path) -> None:
         assert rows.schema.field(column).type.equals(pa.list_(type_, dim))
 
 
-def test_what_float16_cannot_hold_is_rejected(tiny_bert: Path) -> None:
+def test_what_float16_cannot_hold_is_rejected(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     outputs = {"h": {"precision": "float16"}, "full": {}}
     checkpoint = open_(tiny_bert, outputs=outputs)
     encoder = Encoder(checkpoint)
-    before = encoder._tower._call
+    before = encoder._tower.states
 
-    def louder(**inputs: Any) -> Any:
-        out = before(**inputs)
-        out.last_hidden_state[inputs["input_ids"].sum(dim=1) < 3000] *= 1e7
-        return out
+    def louder(pieces: list[Piece]) -> Any:
+        states = before(pieces)
+        states.hidden_BLD[[len(p.values) == 3 for p in pieces]] *= 1e7
+        return states
 
-    encoder._tower._call = louder
+    monkeypatch.setattr(encoder._tower, "states", louder)
     rows = [{"row_id": t, "content_hash": "0", "_input": t} for t in ("a", SENTENCES[1])]
     table = pa.Table.from_pylist(rows, schema=row_schema(pa.schema([])))
     loud, quiet = encoder(Preprocess(checkpoint, PreprocessSpec())(table)).to_pylist()
