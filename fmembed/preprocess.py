@@ -78,7 +78,7 @@ class Preprocess:
 
         return (
             rows.append_column("model_input", column(_Prepared.bytes, pa.large_binary()))
-            .append_column("input_dtype", column(lambda p: p.pieces[0].dtype.name, pa.string()))
+            .append_column("input_dtype", column(lambda p: _NAMES[p.pieces[0].dtype], pa.string()))
             .append_column("input_shapes", column(lambda p: [x.shape for x in p.pieces], _SHAPES))
             .append_column("piece_units", column(lambda p: p.units, pa.list_(pa.int32())))
             .append_column("piece_spans", column(lambda p: p.spans, _SPANS))
@@ -88,6 +88,8 @@ class Preprocess:
 
 
 _SLICE_ROWS = 32
+# dtype.name takes 3 us.
+_NAMES = {np.dtype(name): name for name in ("uint8", "int16", "int32", "float32")}
 _SHAPES = pa.list_(pa.list_(pa.int32()))
 _SPANS = pa.list_(pa.list_(pa.int64()))
 
@@ -154,24 +156,29 @@ def _encode(checkpoint: Checkpoint, spec: PreprocessSpec, texts: list[str]) -> l
     limit = checkpoint.max_tokens
     if spec.chunk_tokens is not None:
         return [_chunk(checkpoint, spec, text) for text in texts]
-    batch = tokenizer(
-        prepared,
-        truncation=True,
-        max_length=limit,
-        padding="max_length" if checkpoint.pads_text else False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )
-    if tokenizer.is_fast:
-        cut = [bool(e.overflowing) for e in batch.encodings]
+    options = {
+        "truncation": True,
+        "max_length": limit,
+        "padding": "max_length" if checkpoint.pads_text else False,
+        "return_attention_mask": False,
+        "return_token_type_ids": False,
+    }
+    if tokenizer.is_fast and prepared:
+        # The call sets the Rust tokenizer's truncation and padding; the rest goes to it directly,
+        # without offsets: 11 us of CPU a short row instead of 21, 35 us a sentence instead of 55.
+        tokenizer(prepared[:1], **options)
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(prepared)
+        ids_of_rows = [e.ids for e in encodings]
+        cut = [bool(e.overflowing) for e in encodings]
     else:
+        ids_of_rows = tokenizer(prepared, **options)["input_ids"]
         cut = [
             len(ids) == limit and len(tokenizer(t)["input_ids"]) > limit
-            for ids, t in zip(batch["input_ids"], prepared, strict=True)
+            for ids, t in zip(ids_of_rows, prepared, strict=True)
         ]
     return [
         ([(ids, (0, len(text)))], is_cut)
-        for ids, is_cut, text in zip(batch["input_ids"], cut, texts, strict=True)
+        for ids, is_cut, text in zip(ids_of_rows, cut, texts, strict=True)
     ]
 
 

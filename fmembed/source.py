@@ -172,6 +172,11 @@ def sample(source: Source, num_rows: int, num_shards: int) -> Source:
     return replace(source, shards=tuple(replace(s, max_rows=per_shard) for s in chosen))
 
 
+def read_here(source: Source) -> list[pa.Table]:
+    """Read all shards in this process: for a few rows."""
+    return [rows for i in range(len(source.shards)) for rows in read_shard(source, i)]
+
+
 def read(
     source: Source, committed: RowIds | None = None, num_cpus: float = 1.0
 ) -> ray.data.Dataset:
