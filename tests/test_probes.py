@@ -214,3 +214,8 @@ def test_cheap_features_compete_under_their_name() -> None:
         result = run_probe(probe, made, competitor)
         assert result["baselines"][f"raw pixels + {name}"]["value"] == 1
         assert result["headline"]["value"] < 0.8
+
+
+def test_the_map_of_equal_vectors_is_a_point() -> None:
+    method, flat = project(np.ones((60, 8), dtype=np.float32))
+    assert (method, flat.tolist()) == ("none", [[0.0, 0.0]] * 60)

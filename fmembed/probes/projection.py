@@ -19,10 +19,11 @@ def project(vectors: Floats) -> tuple[str, Floats]:
 
     Returns:
         The method's name, and shape (rows, 2) float64: t-SNE from 50 rows on, PCA below, zeros
-        for fewer than 3.
+        for fewer than 3, or where all are the same.
     """
     rows, dim = vectors.shape
-    if rows < 3:
+    # t-SNE divides by their spread, and its compiled code then ended the process.
+    if rows < 3 or not np.ptp(vectors, axis=0).any():
         return "none", np.zeros((rows, 2))
     if rows < 50 or dim < 3:
         flat = PCA(min(2, dim), random_state=SEED).fit_transform(vectors)
