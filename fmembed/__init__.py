@@ -28,7 +28,8 @@ from fmembed.spec import (
 
 if TYPE_CHECKING:
     from fmembed.integrity import verify
-    from fmembed.pipeline import RunResult, embed, probe
+    from fmembed.pipeline import embed, probe
+    from fmembed.run import RunResult
     from fmembed.table import read
 
 __version__ = "0.1.0"
@@ -59,7 +60,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Lazy, because ray.data alone costs 1.4 s and a spec needs none of it.
-    if name in ("RunResult", "embed", "probe"):
+    if name == "RunResult":
+        from fmembed.run import RunResult
+
+        return RunResult
+    if name in ("embed", "probe"):
         from fmembed import pipeline
 
         return getattr(pipeline, name)

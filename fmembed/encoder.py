@@ -195,8 +195,3 @@ def _cause(error: Exception) -> tuple[str, str]:
     if "CUDA error" in message or "CUBLAS_STATUS" in message:
         raise RuntimeError(f"the GPU failed: {message}") from error
     return "model error", f"{type(error).__name__}: {message}"
-
-
-def has_cuda() -> bool:
-    """Whether this process sees a CUDA device."""
-    return torch.cuda.is_available()

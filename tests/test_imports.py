@@ -32,16 +32,18 @@ ALLOWED = {
         "checkpoint", "encoder", "endpoint", "outputs", "preprocess", "probes", "readers", "report",
         "rows", "source", "spec", "table",
     },
-    "pipeline": {
-        "checkpoint", "commits", "encoder", "endpoint", "evaluation", "lock", "outputs",
+    "inputs": {"checkpoint", "readers", "source", "spec", "table"},
+    "run": {
+        "checkpoint", "commits", "encoder", "endpoint", "evaluation", "inputs", "lock", "outputs",
         "preprocess", "progress", "readers", "rows", "source", "spec", "storage", "table",
     },
+    "pipeline": {"inputs", "run", "spec"},
     "bench": set(),
     "cli": {"bench", "integrity", "pipeline", "spec", "table"},
 }  # fmt: skip
 HEAVY = {
-    "ray": {"source", "commits", "evaluation", "pipeline", "table", "cli", "progress"},
-    "torch": {"attention", "encoder", "batching", "towers"},
+    "ray": {"source", "commits", "evaluation", "run", "table", "cli", "progress"},
+    "torch": {"attention", "encoder", "batching", "inputs", "towers"},
     "sklearn": {"probes"},
 }
 MODULES = sorted((ROOT / "fmembed").rglob("*.py"))

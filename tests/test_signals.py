@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fmembed.pipeline import _Signals
+from fmembed.run import _Signals
 from fmembed.spec import Interrupted
 
 

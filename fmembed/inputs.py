@@ -1,0 +1,104 @@
+"""What a run is of and where it goes, found and checked before anything is computed.
+
+Imports neither Ray nor torch, which take three seconds: a mistake in a spec is said within one.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fmembed.checkpoint import Checkpoint, cpu_has_bfloat16, list_modalities, open_checkpoint
+from fmembed.readers import Source
+from fmembed.source import open_source
+from fmembed.spec import ModelError, RunSpec, SpecError
+from fmembed.table import Table
+
+# What NVIDIA's driver shows on Linux, and under Windows' own Linux.
+_CUDA_SIGNS = (Path("/proc/driver/nvidia"), Path("/dev/dxg"))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A spec, and what it names. `identity` is all that decides a vector."""
+
+    spec: RunSpec
+    source: Source
+    checkpoint: Checkpoint
+    identity: dict[str, Any]
+    table: Table
+
+
+def open_inputs(spec: RunSpec) -> Inputs:
+    """Find and check the source, the checkpoint and the table.
+
+    Raises:
+        UserError: One of them is wrong; nothing was written.
+    """
+    modalities = list_modalities(spec.model)
+    if spec.model.modality is not None:
+        if spec.model.modality not in modalities:
+            raise ModelError(
+                f"model.modality: {spec.model.id} embeds {' or '.join(modalities)}, "
+                f"not {spec.model.modality}"
+            )
+        modalities = (spec.model.modality,)
+    source = open_source(spec.source, modalities)
+    checkpoint = open_checkpoint(spec.model, _native_bfloat16(spec), source.modality)
+    _check_preprocess(spec, checkpoint)
+    identity = {**checkpoint.identity, **spec.preprocess.identity(checkpoint.modality)}
+    return Inputs(spec, source, checkpoint, identity, Table.open_output(spec.output.uri, identity))
+
+
+def _check_preprocess(spec: RunSpec, checkpoint: Checkpoint) -> None:
+    """Refuse what this model cannot do.
+
+    Raises:
+        ModelError: Chunks without a tokenizer.
+        SpecError: Chunks longer than the model takes, or options of another modality.
+    """
+    for output in checkpoint.outputs:
+        if output.column in spec.source.columns:
+            raise SpecError(
+                f"model.outputs.{output.column}: the source's column of that name is carried; "
+                "give the vectors another name"
+            )
+    options = spec.preprocess
+    if options.chunk_tokens is not None:
+        if checkpoint.modality != "text":
+            raise SpecError(f"preprocess.chunk_tokens: is for text, not {checkpoint.modality}")
+        if checkpoint.endpoint is not None:
+            raise ModelError("preprocess.chunk_tokens: a server does not show its tokenizer")
+        if options.chunk_tokens > checkpoint.max_tokens:
+            raise SpecError(
+                f"preprocess.chunk_tokens: takes at most {checkpoint.max_tokens} with this model, "
+                f"got {options.chunk_tokens}"
+            )
+    if options.window_s is not None and checkpoint.modality != "audio":
+        raise SpecError(f"preprocess.window_s: is for audio, not {checkpoint.modality}")
+    if spec.source.caption is not None and checkpoint.modality == "text":
+        raise SpecError("source.caption: belongs to pictures or sounds; this run embeds text")
+
+
+def _native_bfloat16(spec: RunSpec) -> bool:
+    """Whether the device that `dtype: auto` will run on computes bfloat16 natively."""
+    if spec.model.dtype != "auto":
+        return False
+    on_cpu = spec.compute.gpus_per_actor == 0
+    ray: Any = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        resources: dict[str, float] = ray.cluster_resources()
+        if not on_cpu and resources.get("GPU", 0):
+            return True
+        return bool(ray.get(ray.remote(num_cpus=0)(cpu_has_bfloat16).remote()))
+    return (not on_cpu and _has_cuda()) or cpu_has_bfloat16()
+
+
+def _has_cuda() -> bool:
+    if not any(sign.exists() for sign in _CUDA_SIGNS):
+        return False
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,616 @@
+"""One run on Ray: source to vectors to commits, and what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import ray.exceptions
+import ray.util.annotations
+from ray.data import ActorPoolStrategy
+from ray.data.exceptions import SystemException
+
+from fmembed import outputs, progress
+from fmembed import source as source_module
+from fmembed.checkpoint import Checkpoint
+from fmembed.commits import Commits
+from fmembed.encoder import Encoder
+from fmembed.endpoint import Endpoint, EndpointEncoder
+from fmembed.inputs import Inputs, open_inputs
+from fmembed.lock import Lock
+from fmembed.outputs import Ranges
+from fmembed.preprocess import Preprocess
+from fmembed.readers import Source
+from fmembed.rows import INPUT, RowIds, accepted
+from fmembed.source import skip_committed
+from fmembed.spec import (
+    ComputeSpec,
+    FmembedError,
+    Interrupted,
+    Modality,
+    ModelError,
+    RunSpec,
+    SourceError,
+    SpecError,
+    fingerprint,
+)
+from fmembed.storage import StorageError
+from fmembed.table import Table
+
+# Ray's own defaults are endless: a model that kills its process would never fail the run.
+_MAX_ACTOR_RESTARTS = 3
+# Passes that may break in a row without a row committed; a pass that commits some starts anew.
+_MAX_BROKEN_PASSES = 3
+# What a lost node, worker or actor looks like from the driver, as against an error of the code.
+_LOSSES = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.RpcError,
+)
+# Sorted by length and cut into batches: a CPU's window is seconds of work, a GPU's should be too.
+_WINDOW_ROWS = {
+    "cpu": {"text": 256, "image": 128, "audio": 32},
+    "cuda": {"text": 4096, "image": 1024, "audio": 256},
+}
+# Of texts as many as make so many tokens, by the first rows' characters: a window costs Ray 16 ms,
+# which short rows felt (147 us a row in windows of 256, 81 in windows of 4,096).
+_WINDOW_TOKENS = {"cpu": 2**16, "cuda": 2**20}
+_MAX_WINDOW_ROWS = 2**13
+_CHARACTERS_PER_TOKEN = 4
+_WINDOW_SAMPLE_ROWS = 64
+# So many windows an actor at least, so that the last ones do not leave some idle.
+_MIN_WINDOWS = 4
+_KNOCK_S = 1.0
+# Ray's own 128 MiB are held several times over: by the task, its output buffer and the store.
+_BLOCK_BYTES = 32 * 2**20
+# What may wait in the object store for each actor: seconds of its work.
+_BUFFER_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
+# Rows from which the ranges of int8 are taken, spread over so many shards.
+_CALIBRATION_ROWS, _CALIBRATION_SHARDS = 1024, 16
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run did. rows_read = rows_embedded + rows_rejected + rows_skipped."""
+
+    run_id: str
+    started: str
+    table: str
+    version: int | None
+    fingerprint: str
+    rows_read: int = 0
+    rows_embedded: int = 0
+    rows_rejected: int = 0
+    rows_skipped: int = 0
+    rows_per_s: float = 0.0
+    seconds: float = 0.0
+    table_rows: int = 0
+    table_rejected: int = 0
+    num_units: int = 0
+    num_truncated: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    usd: float | None = None
+    causes: dict[str, int] = field(default_factory=dict)
+    stages: dict[str, Any] = field(default_factory=dict)
+    compute: dict[str, Any] = field(default_factory=dict)
+    probes: dict[str, Any] = field(default_factory=dict)
+    report: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who gets which CPUs. `cpus_per_actor` is what Ray reserves, `num_threads` what torch uses."""
+
+    device: str
+    min_actors: int
+    max_actors: int
+    gpus_per_actor: float
+    cpus_per_actor: float
+    num_threads: int
+    cpus_per_task: float
+    window_rows: int
+    batch_tokens: int | None
+
+
+def embed(
+    spec: RunSpec, inputs: Inputs | None, *, retry_rejected: bool, verbose: bool, quiet: bool
+) -> RunResult:
+    """As `pipeline.embed`; `inputs` are None where Ray has to be joined before they are opened."""
+    leave = False
+    if inputs is None:
+        leave = progress.connect(verbose)
+    try:
+        inputs = inputs or open_inputs(spec)
+        source, table = inputs.source, inputs.table
+        run = _Run(inputs)
+        run.look(source)
+        run.check_endpoint()
+        # A run that finds nothing to do takes no lock and changes no file.
+        if run.num_shards or table.strays() or (retry_rejected and table.num_rejected()):
+            with Lock(table.storage, run.id) as lock:
+                table.remove_strays()
+                if retry_rejected:
+                    table.forget_rejected(run.id)
+                if table.has_moved or retry_rejected:
+                    run.look(source)
+                if run.num_shards:
+                    leave = progress.connect(verbose) or leave
+                    run.go(source, lock, quiet)
+                result = run.finish()
+        else:
+            result = run.finish()
+        if result.version is None:
+            return result
+        # Late, because scikit-learn takes a second to import and the model should not wait for it.
+        from fmembed import evaluation
+
+        found = None
+        if not (result.rows_embedded or result.rows_rejected):
+            found = evaluation.stored_results(table, spec, asdict(result))
+        if found is None:
+            leave = progress.connect(verbose) or leave
+            found = evaluation.evaluate(table, spec, asdict(result))
+        return RunResult(**found)
+    except ray.exceptions.RayError as e:
+        raise _explain(e) from e
+    finally:
+        if leave:
+            ray.shutdown()
+
+
+def probe(uri: str, names: tuple[str, ...] | None, *, verbose: bool) -> RunResult:
+    """As `pipeline.probe`."""
+    table = Table.open(uri)
+    raw = json.loads(table.configuration()["fmembed.spec"])
+    if names is not None:
+        raw["probes"] = list(names)
+    spec = RunSpec.parse(raw)
+    last = table.last_run()
+    if last is None or table.version() is None:
+        raise FmembedError(f"table: no run has finished on {uri}; run fmembed embed again first")
+    leave = progress.connect(verbose)
+    try:
+        from fmembed import evaluation
+
+        return RunResult(**evaluation.evaluate(table, spec, last))
+    except ray.exceptions.RayError as e:
+        raise _explain(e) from e
+    finally:
+        if leave:
+            ray.shutdown()
+
+
+class _Run:
+    """One pass over a source: the data's way through Ray, and the driver's commits."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.id = uuid.uuid4().hex[:12]
+        self._spec = inputs.spec
+        self._checkpoint = inputs.checkpoint
+        self._identity = inputs.identity
+        self._table = inputs.table
+        self._started = datetime.now(UTC)
+        self._clock = time.monotonic()
+        self._left: Source | None = None
+        self._committed = RowIds()
+        self._num_skipped = 0
+        self._commits: Commits | None = None
+        self._stages: dict[str, Any] = {}
+        self._compute: dict[str, Any] = {}
+        self._ranges: Ranges = {}
+        self._dim = 0
+
+    def look(self, source: Source) -> None:
+        """See what of the source is left to read, given what is committed."""
+        self._committed = self._table.row_ids()
+        self._left, self._num_skipped = skip_committed(
+            source, self._committed, self._table.whole_shards()
+        )
+
+    def check_endpoint(self) -> None:
+        """Ask a server for one vector before anything is written, if there is anything to ask.
+
+        Raises:
+            ModelError: It does not answer, or not with a vector.
+        """
+        endpoint = self._checkpoint.endpoint
+        if endpoint is not None and self.num_shards and not self._dim:
+            self._dim = Endpoint(endpoint, self._checkpoint.id).check()
+
+    @property
+    def num_shards(self) -> int:
+        """Shards left to read."""
+        return len(self._left.shards) if self._left else 0
+
+    def go(self, source: Source, lock: Lock, quiet: bool) -> None:
+        """Stream what is left through the stages and commit what comes out.
+
+        Ray restarts actors and tasks and computes lost blocks again; where it gives up, because a
+        node took with it what cannot be computed again, another pass reads what is not committed.
+        """
+        checkpoint = self._checkpoint
+        plan = plan_compute(self._spec.compute, checkpoint.modality)
+        if checkpoint.endpoint is not None:
+            plan = replace(plan, device="cpu", min_actors=1, max_actors=1, gpus_per_actor=0.0)
+            self.check_endpoint()
+        if checkpoint.modality == "text" and self._spec.compute.window_rows == "auto":
+            plan = replace(plan, window_rows=_choose_window(source, checkpoint, plan))
+        self._compute = asdict(plan)
+        _bound_memory(plan)
+        if any(o.precision == "int8" for o in checkpoint.outputs):
+            stored = self._table.configuration().get("fmembed.ranges")
+            self._ranges = (
+                outputs.ranges_from_json(stored) if stored else self._calibrate(source, plan)
+            )
+        identity = self._identity
+        described = {o.column: asdict(o) for o in checkpoint.outputs}
+        configuration = {
+            "fmembed.fingerprint": fingerprint(identity),
+            "fmembed.identity": json.dumps(identity),
+            "fmembed.modality": checkpoint.modality,
+            "fmembed.outputs": json.dumps(described),
+            "fmembed.ranges": outputs.ranges_to_json(self._ranges),
+            "fmembed.spec": json.dumps(self._spec.stored()),
+        }
+        commits = Commits(
+            self._spec.output, self._table, lock, self.id, configuration, tuple(described)
+        )
+        self._commits = commits
+        try:
+            with progress.Stages(source.num_rows, quiet) as stages, _Signals(commits) as signals:
+                stages.watch(ray.data.DataContext.get_current())
+                self._run_passes(source, commits, plan, stages, signals)
+                self._stages = {name: asdict(stage) for name, stage in stages.stages.items()}
+        finally:
+            # What failed is worth more than that its leftovers could not be removed.
+            with contextlib.suppress(StorageError):
+                self._table.remove_strays()
+        commits.check_rejected(at_end=True)
+
+    def _run_passes(
+        self,
+        source: Source,
+        commits: Commits,
+        plan: Plan,
+        stages: progress.Stages,
+        signals: _Signals,
+    ) -> None:
+        num_broken = 0
+        while self.num_shards:
+            num_before = commits.num_embedded
+            try:
+                self._pass(commits, plan, stages, signals)
+                return
+            except ray.exceptions.RayError as e:
+                num_broken = 1 if commits.num_embedded > num_before else num_broken + 1
+                # An actor that dies on every try without a row done is no accident.
+                is_systematic = isinstance(_root(e), ray.exceptions.ActorDiedError)
+                limit = 1 if is_systematic else _MAX_BROKEN_PASSES
+                if not _is_loss(e) or (num_broken >= limit and commits.num_embedded == num_before):
+                    raise
+                stages.say(
+                    f"lost a node, actor or worker ({type(_root(e)).__name__}); going on from the "
+                    f"{commits.num_embedded:,} rows that this run has committed"
+                )
+            self._table.remove_strays()
+            self.look(source)
+
+    def _pass(
+        self, commits: Commits, plan: Plan, stages: progress.Stages, signals: _Signals
+    ) -> None:
+        assert self._left is not None
+        commits.begin(self._left.shards, self._committed)
+        try:
+            for bundle in self._line(self._left, plan):
+                commits.add(bundle)
+                stages.set(progress.WRITE, commits.num_written, commits.busy_s)
+            commits.commit()
+            stages.set(progress.WRITE, commits.num_written, commits.busy_s)
+        except Interrupted as e:
+            signals.heard()
+            with contextlib.suppress(ray.exceptions.RayError):
+                commits.commit()
+            raise Interrupted(
+                f"{e}; {commits.num_embedded:,} rows of this run are committed, "
+                "the same command resumes",
+                e.exit_code - 128,
+            ) from None
+        except ray.exceptions.RayError as e:
+            if _is_loss(e):
+                commits.commit_written()
+            raise
+        finally:
+            commits.settle()
+
+    def _line(self, source: Source, plan: Plan) -> Iterator[Any]:
+        """The stages that Ray runs: source to vectors, as bundles of references to Arrow blocks."""
+        rows = source_module.read(source, self._committed, num_cpus=plan.cpus_per_task)
+        return iter(self._vectors(rows, self._checkpoint, plan).iter_internal_ref_bundles())
+
+    def _vectors(
+        self, rows: ray.data.Dataset, checkpoint: Checkpoint, plan: Plan
+    ) -> ray.data.Dataset:
+        ready = rows.map_batches(
+            Preprocess(checkpoint, self._spec.preprocess).stream,
+            batch_format="pyarrow",
+            batch_size=None,
+            num_cpus=plan.cpus_per_task,
+        )
+        windows = ready.repartition(target_num_rows_per_block=plan.window_rows)
+        pieces_are_rows = self._spec.preprocess.pieces_are_rows(checkpoint.modality)
+        encoder: type[Any] = Encoder
+        options: dict[str, Any] = {"ranges": self._ranges, "pieces_are_rows": pieces_are_rows}
+        if checkpoint.endpoint is not None:
+            encoder = EndpointEncoder
+            options["dim"] = self._dim
+        else:
+            options["device"], options["num_threads"] = plan.device, plan.num_threads
+            options["batch_tokens"] = plan.batch_tokens
+        with warnings.catch_warnings():
+            # Ray 2.60 deprecates ray_remote_args and offers no other way to bound restarts.
+            warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+            return windows.map_batches(
+                encoder,
+                fn_constructor_args=(checkpoint,),
+                fn_constructor_kwargs=options,
+                batch_format="pyarrow",
+                batch_size=plan.window_rows,
+                compute=ActorPoolStrategy(min_size=plan.min_actors, max_size=plan.max_actors),
+                num_cpus=plan.cpus_per_actor,
+                num_gpus=plan.gpus_per_actor or None,
+                scheduling_strategy="SPREAD",
+                max_restarts=_MAX_ACTOR_RESTARTS,
+                max_task_retries=_MAX_ACTOR_RESTARTS,
+            )
+
+    def _calibrate(self, source: Source, plan: Plan) -> Ranges:
+        """The ranges of int8, from rows spread over the whole source, in full precision.
+
+        Once for a table: they are stored in its metadata, and every later run takes those.
+
+        Raises:
+            SourceError: None of these rows can be embedded.
+        """
+        exact = tuple(replace(o, precision="float32") for o in self._checkpoint.outputs)
+        checkpoint = replace(self._checkpoint, outputs=exact)
+        sample = source_module.sample(source, _CALIBRATION_ROWS, _CALIBRATION_SHARDS)
+        rows = source_module.read(sample, num_cpus=plan.cpus_per_task)
+        # A few rows only: one actor loads the model faster than several.
+        one = replace(plan, min_actors=1, max_actors=1)
+        needed = [o.column for o in self._checkpoint.outputs if o.precision == "int8"]
+        found: dict[str, list[Any]] = {column: [] for column in needed}
+        pieces_are_rows = self._spec.preprocess.pieces_are_rows(checkpoint.modality)
+        batches: Iterator[Any] = iter(
+            self._vectors(rows, checkpoint, one).iter_batches(
+                batch_format="pyarrow", batch_size=None
+            )
+        )
+        for batch in batches:
+            good = batch.filter(pa.array(accepted(batch)))
+            for column in needed:
+                flat = good[column].combine_chunks()
+                if pieces_are_rows:
+                    flat = flat.flatten()
+                found[column].append(flat.flatten().to_numpy().reshape(-1, flat.type.list_size))
+        vectors = {c: np.concatenate(v) for c, v in found.items() if v}
+        if not vectors or not all(len(v) for v in vectors.values()):
+            raise SourceError(
+                "model.precision: int8 takes its ranges from a sample of the source, and none of "
+                f"its rows can be embedded ({source.spec.stored_name})"
+            )
+        return outputs.measure_ranges(vectors)
+
+    def finish(self) -> RunResult:
+        """Count, and leave the record that `verify` compares the table with."""
+        seconds = time.monotonic() - self._clock
+        commits = self._commits
+        num_embedded = commits.num_embedded if commits else 0
+        num_rejected = commits.num_rejected if commits else 0
+        num_skipped = self._num_skipped + (commits.num_skipped if commits else 0)
+        result = RunResult(
+            run_id=self.id,
+            started=self._started.isoformat(timespec="seconds"),
+            table=self._table.uri,
+            version=self._table.version(),
+            fingerprint=fingerprint(self._identity),
+            rows_read=num_embedded + num_rejected + num_skipped,
+            rows_embedded=num_embedded,
+            rows_rejected=num_rejected,
+            rows_skipped=num_skipped,
+            rows_per_s=round(num_embedded / seconds, 2),
+            seconds=round(seconds, 2),
+            table_rows=sum(p.num_rows for p in self._table.rows.parts()),
+            table_rejected=self._table.num_rejected(),
+            num_units=commits.num_units if commits else 0,
+            num_truncated=commits.num_truncated if commits else 0,
+            counts=dict(commits.counts) if commits else {},
+            causes=dict(commits.causes) if commits else {},
+            stages=self._stages,
+            compute=self._compute,
+        )
+        if num_embedded or num_rejected:
+            stamp = self._started.strftime("%Y%m%dT%H%M%S.%f")
+            self._table.put_run(stamp, self.id, asdict(result))
+        return result
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+def plan_compute(spec: ComputeSpec, modality: Modality = "text") -> Plan:
+    """Split the cluster's CPUs and GPUs between actors and tasks so that both can run.
+
+    Actors that reserve every CPU starve the reads that feed them, and Ray then waits for ever. So
+    actors reserve so little that one CPU is left to the tasks wherever Ray puts them, be it all on
+    the one node that is left after the others died (a soak hung in just that way). They are asked
+    to spread, and the model's threads use all CPUs: reading and tokenising text take a few percent
+    of what a model takes.
+
+    Raises:
+        SpecError: More GPUs are asked for than there are.
+    """
+    alive: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = [n["Resources"] for n in alive if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
+    num_nodes = max(len(nodes), 1)
+    cpus = min((int(n["CPU"]) for n in nodes), default=1)
+    num_gpus = sum(n.get("GPU", 0) for n in nodes)
+    gpus_per_actor = (
+        spec.gpus_per_actor if spec.gpus_per_actor != "auto" else (1.0 if num_gpus else 0.0)
+    )
+    if gpus_per_actor > num_gpus:
+        raise SpecError(
+            f"compute.gpus_per_actor: {gpus_per_actor:g} asked, the cluster has {num_gpus:g}; "
+            "set it to 0 for CPUs, or start the GPU nodes first"
+        )
+    fit = max(int(num_gpus / gpus_per_actor), 1) if gpus_per_actor else num_nodes
+    if spec.actors == "auto":
+        low, high = 1, fit
+        low = fit
+    else:
+        low, high = (spec.actors, spec.actors) if isinstance(spec.actors, int) else spec.actors
+    if gpus_per_actor and low > fit:
+        raise SpecError(
+            f"compute.actors: {low} asked with {gpus_per_actor:g} GPU each, the cluster's "
+            f"{num_gpus:g} GPUs are enough for {fit}"
+        )
+    per_node = math.ceil(high / num_nodes)
+    spare = cpus - 1 if cpus > 1 else 0.5
+    device = "cuda" if gpus_per_actor else "cpu"
+    window_rows = _WINDOW_ROWS[device][modality]
+    return Plan(
+        device=device,
+        min_actors=low,
+        max_actors=high,
+        gpus_per_actor=gpus_per_actor,
+        # Ray counts CPUs in steps of 1/10,000.
+        cpus_per_actor=0.0 if gpus_per_actor else math.floor(spare / high * 1e4) / 1e4,
+        num_threads=max(cpus // per_node, 1),
+        cpus_per_task=1.0 if cpus > 1 else 0.5,
+        window_rows=int(rows) if (rows := spec.window_rows) != "auto" else window_rows,
+        batch_tokens=None if spec.batch_tokens == "auto" else int(spec.batch_tokens),
+    )
+
+
+def _choose_window(source: Source, checkpoint: Checkpoint, plan: Plan) -> int:
+    """Rows of a window of texts, from the length of the first ones."""
+    if checkpoint.endpoint is not None or checkpoint.pads_text:
+        return plan.window_rows
+    rows = pa.concat_tables(
+        source_module.read_here(source_module.sample(source, _WINDOW_SAMPLE_ROWS, 1))
+    )
+    texts = [t for t in rows[INPUT].to_pylist() if t is not None]
+    lengths = [min(len(t) / _CHARACTERS_PER_TOKEN + 2, checkpoint.max_tokens) for t in texts]
+    if not lengths:
+        return plan.window_rows
+    num_rows = int(_WINDOW_TOKENS[plan.device] / (sum(lengths) / len(lengths)))
+    if source.num_rows is not None:
+        num_rows = min(num_rows, source.num_rows // (_MIN_WINDOWS * plan.max_actors))
+    return min(max(num_rows, plan.window_rows), _MAX_WINDOW_ROWS)
+
+
+def _bound_memory(plan: Plan) -> None:
+    """Let Ray Data hold no more between the stages than keeps the actors busy.
+
+    By default it fills a half of its object store when reading is faster than the model: the more
+    rows, the more memory, up to that.
+    """
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = _BLOCK_BYTES
+    options = context.execution_options
+    budget = plan.max_actors * _BUFFER_BYTES[plan.device]
+    options.resource_limits = options.resource_limits.copy(object_store_memory=budget)
+
+
+# --- ends -----------------------------------------------------------------------------------------
+
+
+class _Signals:
+    """SIGINT and SIGTERM (preemption, `ray job stop`) as `Interrupted` in the driver's main thread.
+
+    An exception that a handler raises is lost where it strikes inside a destructor or a callback,
+    of which Ray has many (a run in the tests went on after Ctrl-C). So the signal is sent again
+    until somebody says that it was heard; and a commit under way is never torn, it comes after.
+    """
+
+    def __init__(self, commits: Commits) -> None:
+        self._commits = commits
+        self._before: dict[signal.Signals, Any] = {}
+        self._knock: threading.Timer | None = None
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            signals = (signal.SIGINT, signal.SIGTERM)
+            self._before = {s: signal.signal(s, self._stop) for s in signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.heard()
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def heard(self) -> None:
+        """Stop sending the signal again."""
+        if self._knock is not None:
+            self._knock.cancel()
+
+    def _stop(self, signum: int, _: Any) -> None:
+        self.heard()
+        self._knock = threading.Timer(_KNOCK_S, os.kill, (os.getpid(), signum))
+        self._knock.daemon = True
+        self._knock.start()
+        if not self._commits.is_committing:
+            raise Interrupted("interrupted", signum)
+
+
+def _is_loss(error: BaseException) -> bool:
+    return isinstance(_root(error), _LOSSES)
+
+
+def _root(error: BaseException) -> BaseException:
+    """The error at the end of the chain that Ray wrapped around it, or ours before it."""
+    # Ray makes its wrapper an instance of what it wraps, with a traceback as its text.
+    while isinstance(error, ray.exceptions.RayError) or not isinstance(error, FmembedError):
+        cause = getattr(error, "cause", None) or error.__cause__
+        # Ray Data names itself as the cause of what it did not raise.
+        if not isinstance(cause, BaseException) or isinstance(cause, SystemException):
+            break
+        error = cause
+    return error
+
+
+def _explain(error: BaseException) -> FmembedError:
+    """What the user should read of an error that Ray raised."""
+    root = _root(error)
+    if isinstance(root, FmembedError):
+        return root
+    lines = [line.strip() for line in str(root).splitlines() if line.strip()]
+    rest = "committed rows stay, the same command resumes; -v shows Ray's own messages"
+    if isinstance(root, ray.exceptions.ActorDiedError):
+        # Of an error in an actor's constructor Ray hands on the text alone.
+        if refused := re.search(r"fmembed\.spec\.ModelError: (.+)", str(root)):
+            return ModelError(refused[1])
+        return FmembedError(
+            f"the model's process died {1 + _MAX_ACTOR_RESTARTS} times and was given up: "
+            f"{lines[-1] if lines else 'no reason known'}; was it killed for memory "
+            "(compute.actors, compute.batch_tokens), or does the model's own code end it? " + rest
+        )
+    reason = lines[-1] if lines else type(root).__name__
+    return FmembedError(f"the run failed: {type(root).__name__}: {reason}; {rest}")
