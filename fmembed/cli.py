@@ -186,6 +186,19 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     )
     if result["rows_embedded"]:
         print(f"rate      {result['rows_per_s']:,.1f} rows/s over {result['seconds']:,.1f} s")
+    if verdict := result["verdict"]:
+        steady = result["steady_rows_per_s"]
+        if steady:
+            print(f"steady    {steady:,.1f} rows/s once the model was at work")
+        spent = ", ".join(f"{name} {s:,.1f}" for name, s in verdict["seconds"].items())
+        print(f"seconds   {spent}")
+        mfu = verdict["mfu"]
+        print(
+            f"model     waited {verdict['wait_share']:.1%}, "
+            f"padding {verdict['padding_waste']:.1%}, {verdict['tokens_per_s']:,.0f} tokens/s"
+            + (f", {mfu:.0%} of a matrix product's rate" if mfu is not None else "")
+        )
+        print(f"advice    {verdict['advice']}")
     for cause, count in result["causes"].items():
         print(f"rejected  {count:,} {cause}")
     for name, p in result["probes"].items():

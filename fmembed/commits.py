@@ -7,7 +7,7 @@ parts, and commits the parts.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +63,7 @@ class Commits:
         self._num_rejected_before = table.num_rejected()
         self.num_embedded = self.num_rejected = self.num_skipped = 0
         self.num_written = self.num_units = self.num_truncated = 0
-        self.counts: Counter[str] = Counter()
+        self.counts: dict[str, float] = defaultdict(float)
         self.busy_s = 0.0
         self.causes: Counter[str] = Counter()
 
@@ -133,7 +133,8 @@ class Commits:
             self.num_rejected += w.rejected.num_rows if w.rejected else 0
             self.num_units += w.num_units
             self.num_truncated += w.num_truncated
-            self.counts.update(w.counts)
+            for name, count in w.counts.items():
+                self.counts[name] += count
             self.causes.update(w.causes)
         self._record_shards(written)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from fmembed.batching import Ints, plan_batches
 from fmembed.checkpoint import Checkpoint
+from fmembed.meter import Meter, measure_cost, peak_flops, synchronize
 from fmembed.outputs import Causes, Piece, Ranges, Stage, Vectors
 from fmembed.spec import ModelError
 from fmembed.towers import Tower, lengths, load_dense, pick_layer, pool
 
 # 16k-token batches were slower than 4k on a CPU (cache); a GPU wants them large.
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+_COUNTED_TOKENS = 64
 _OUT_OF_MEMORY = "out of memory"
 
 
@@ -46,6 +49,7 @@ class Encoder:
         Raises:
             ModelError: The weights do not fit the architecture, or need remote code.
         """
+        began = time.perf_counter()
         if num_threads is not None:
             # Ray sets OMP_NUM_THREADS to the CPUs reserved, and reuses workers with their threads.
             torch.set_num_threads(num_threads)
@@ -59,6 +63,9 @@ class Encoder:
         self._dims = {column: int(rows[0].shape[-1]) for column, rows in first.items()}
         self._stage = Stage(checkpoint.outputs, self._dims, ranges or {}, pieces_are_rows)
         self.num_halved = 0
+        load_s = time.perf_counter() - began
+        peak, cost = self._measure()
+        self._meter = Meter(load_s, peak, cost)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Replace `model_input` by a column of vectors for each output.
@@ -69,9 +76,10 @@ class Encoder:
         """
         before = self.num_halved
 
-        def counts() -> dict[str, int]:
-            return {"batches_halved": self.num_halved - before}
+        def counts() -> dict[str, Any]:
+            return {"batches_halved": self.num_halved - before, **self._meter.stop()}
 
+        self._meter.start()
         return self._stage.run(rows, self.embed, counts)
 
     @torch.inference_mode()
@@ -108,12 +116,14 @@ class Encoder:
         while batches:
             batch = batches.pop(0)
             try:
-                found = self._forward([pieces[i] for i in batch])
+                with self._meter.timed("forward_s"):
+                    found = self._forward([pieces[i] for i in batch])
             except ModelError:
                 raise
             except Exception as e:
                 cause = _cause(e)
             else:
+                self._meter.batch(self._lengths(pieces, batch), self._tower.packs)
                 for column, rows in found.items():
                     if isinstance(rows, Tensor):
                         vectors[column][torch.from_numpy(batch).to(self._device)] = rows
@@ -130,9 +140,13 @@ class Encoder:
                 batches = list(self._plan(pieces, np.concatenate([batch, *batches])))
             else:
                 batches[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+        # A GPU may still be at work on what it was sent.
+        with self._meter.timed("forward_s"):
+            synchronize(self._device)
         for column, rows in vectors.items():
             if isinstance(rows, Tensor):
-                vectors[column] = rows.cpu().numpy()
+                with self._meter.timed("copy_s"):
+                    vectors[column] = rows.cpu().numpy()
                 finite = np.isfinite(vectors[column]).all(axis=1)
             else:
                 finite = np.array([r is None or np.isfinite(r).all() for r in rows], dtype=np.bool_)
@@ -154,6 +168,26 @@ class Encoder:
                 vectors_BD = dense(vectors_BD)
             found[output.column] = vectors_BD
         return found
+
+    def _measure(self) -> tuple[float, Callable[[Ints], float]]:
+        """FLOP/s of a matrix product here, and the model's FLOP for rows of given lengths."""
+        peak = peak_flops(self._device, getattr(torch, self._checkpoint.dtype))
+        if self._checkpoint.compile:
+            return peak, lambda _: 0.0
+
+        def run(num_tokens: int) -> int:
+            example = self._tower.example(num_tokens)
+            self._forward([example])
+            return int(self._lengths([example], np.zeros(1, dtype=np.int64))[0])
+
+        is_text = self._checkpoint.modality == "text"
+        try:
+            with torch.inference_mode():
+                return peak, measure_cost(
+                    run, not is_text, min(self._checkpoint.max_tokens, _COUNTED_TOKENS)
+                )
+        except Exception:  # what an operator says that cannot be counted
+            return peak, lambda _: 0.0
 
     def _plan(self, pieces: Sequence[Piece], positions: Ints) -> Iterator[Ints]:
         """Positions of the rows of each batch; rows that padding would change share a shape."""

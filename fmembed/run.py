@@ -26,7 +26,7 @@ import ray.util.annotations
 from ray.data import ActorPoolStrategy
 from ray.data.exceptions import SystemException
 
-from fmembed import outputs, progress
+from fmembed import outputs, progress, verdict
 from fmembed import source as source_module
 from fmembed.checkpoint import Checkpoint
 from fmembed.commits import Commits
@@ -89,7 +89,11 @@ _CALIBRATION_ROWS, _CALIBRATION_SHARDS = 1024, 16
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run did. rows_read = rows_embedded + rows_rejected + rows_skipped."""
+    """What a run did. rows_read = rows_embedded + rows_rejected + rows_skipped.
+
+    `rows_per_s` is over the whole run, start included; `steady_rows_per_s` from the first window
+    that came out of the model to the last commit, without the rows of that window.
+    """
 
     run_id: str
     started: str
@@ -109,7 +113,9 @@ class RunResult:
     counts: dict[str, int] = field(default_factory=dict)
     usd: float | None = None
     causes: dict[str, int] = field(default_factory=dict)
+    steady_rows_per_s: float | None = None
     stages: dict[str, Any] = field(default_factory=dict)
+    verdict: dict[str, Any] = field(default_factory=dict)
     compute: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)
     report: str | None = None
@@ -217,6 +223,8 @@ class _Run:
         self._compute: dict[str, Any] = {}
         self._ranges: Ranges = {}
         self._dim = 0
+        self._num_shards = 0
+        self._first: tuple[float, int] | None = None
 
     def look(self, source: Source) -> None:
         """See what of the source is left to read, given what is committed."""
@@ -254,6 +262,7 @@ class _Run:
         if checkpoint.modality == "text" and self._spec.compute.window_rows == "auto":
             plan = replace(plan, window_rows=_choose_window(source, checkpoint, plan))
         self._compute = asdict(plan)
+        self._num_shards = self.num_shards
         _bound_memory(plan)
         if any(o.precision == "int8" for o in checkpoint.outputs):
             stored = self._table.configuration().get("fmembed.ranges")
@@ -320,6 +329,8 @@ class _Run:
         commits.begin(self._left.shards, self._committed)
         try:
             for bundle in self._line(self._left, plan):
+                if self._first is None:
+                    self._first = time.monotonic(), bundle.num_rows() or 0
                 commits.add(bundle)
                 stages.set(progress.WRITE, commits.num_written, commits.busy_s)
             commits.commit()
@@ -425,6 +436,11 @@ class _Run:
         num_embedded = commits.num_embedded if commits else 0
         num_rejected = commits.num_rejected if commits else 0
         num_skipped = self._num_skipped + (commits.num_skipped if commits else 0)
+        counts = dict(commits.counts) if commits else {}
+        steady = None
+        if self._first is not None and num_embedded > self._first[1]:
+            first_s, first_rows = self._first
+            steady = round((num_embedded - first_rows) / (time.monotonic() - first_s), 2)
         result = RunResult(
             run_id=self.id,
             started=self._started.isoformat(timespec="seconds"),
@@ -441,9 +457,11 @@ class _Run:
             table_rejected=self._table.num_rejected(),
             num_units=commits.num_units if commits else 0,
             num_truncated=commits.num_truncated if commits else 0,
-            counts=dict(commits.counts) if commits else {},
+            counts={k: int(n) for k, n in counts.items() if not k.startswith(verdict.PREFIX)},
+            steady_rows_per_s=steady,
             causes=dict(commits.causes) if commits else {},
             stages=self._stages,
+            verdict=verdict.judge(counts, self._stages, self._compute, seconds, self._num_shards),
             compute=self._compute,
         )
         if num_embedded or num_rejected:

@@ -120,7 +120,7 @@ class Written:
     shards: dict[int, ShardCount]
     num_units: int
     num_truncated: int
-    counts: dict[str, int]
+    counts: dict[str, float]
     causes: dict[str, int]
     busy_s: float
 
@@ -612,9 +612,10 @@ def write_part(
         rejected = table.rejected.write(
             pa.table([c.cast(pa.string()) for c in columns], schema=REJECTED_SCHEMA)
         )
-    counts: collections.Counter[str] = collections.Counter()
+    counts: dict[str, float] = collections.defaultdict(float)
     for said in rows[COUNTS].drop_null().to_pylist():
-        counts.update(json.loads(said))
+        for name, count in json.loads(said).items():
+            counts[name] += count
     return Written(
         schema=schema,
         num_rows=given.num_rows,

@@ -101,10 +101,14 @@ class Tower:
         """Run the model on one batch."""
         return _STATES[self._checkpoint.modality](self, pieces)
 
-    def example(self) -> Piece:
-        """A small input, by which the dimensions of the outputs are known before any row comes."""
+    def example(self, num_tokens: int = 4) -> Piece:
+        """A small input, by which the dimensions of the outputs are known before any row comes.
+
+        Args:
+            num_tokens: Of a text.
+        """
         if self._checkpoint.modality == "text":
-            return Piece(np.arange(4, dtype=np.int32), 4)
+            return Piece(np.arange(num_tokens, dtype=np.int32) % 4, num_tokens)
         if self._checkpoint.modality == "image":
             grey = np.full((64, 48, 3), 128, dtype=np.uint8)
             return Piece(np.asarray(process_image(self._processor, grey)), 1)

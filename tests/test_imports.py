@@ -19,9 +19,11 @@ ALLOWED = {
     "preprocess": {"checkpoint", "rows", "spec"},
     "batching": set(),
     "attention": set(),
+    "meter": {"batching"},
+    "verdict": set(),
     "outputs": {"checkpoint", "rows"},
     "towers": {"attention", "batching", "checkpoint", "outputs", "spec"},
-    "encoder": {"batching", "checkpoint", "outputs", "spec", "towers"},
+    "encoder": {"batching", "checkpoint", "meter", "outputs", "spec", "towers"},
     "endpoint": {"checkpoint", "outputs", "spec"},
     "table": {"rows", "spec", "storage"},
     "integrity": {"rows", "spec", "storage", "table"},
@@ -36,14 +38,15 @@ ALLOWED = {
     "run": {
         "checkpoint", "commits", "encoder", "endpoint", "evaluation", "inputs", "lock", "outputs",
         "preprocess", "progress", "readers", "rows", "source", "spec", "storage", "table",
+        "verdict",
     },
     "pipeline": {"inputs", "run", "spec"},
     "bench": set(),
     "cli": {"bench", "integrity", "pipeline", "spec", "table"},
 }  # fmt: skip
 HEAVY = {
-    "ray": {"source", "commits", "evaluation", "run", "table", "cli", "progress"},
-    "torch": {"attention", "encoder", "batching", "inputs", "towers"},
+    "ray": {"source", "commits", "evaluation", "meter", "run", "table", "cli", "progress"},
+    "torch": {"attention", "encoder", "batching", "inputs", "meter", "towers"},
     "sklearn": {"probes"},
 }
 MODULES = sorted((ROOT / "fmembed").rglob("*.py"))
