@@ -63,6 +63,13 @@ def test_end_to_end_and_again(tmp_path: Path, tiny_bert: Path) -> None:
     assert sorted(rows["row_id"].to_pylist()) == sorted(r["key"] for r in ROWS)
     html = (Path(first.table) / "_report.html").read_text(encoding="utf-8")
     assert html.count("<circle") == 240
+    verdict = first.verdict
+    assert sum(a["tokens"] for a in verdict["actors"].values()) == first.num_units
+    assert verdict["seconds"]["load"] > 0 < verdict["seconds"]["forward"]
+    assert (0 <= verdict["wait_share"] < 1, verdict["padding_waste"]) == (True, 0)
+    assert verdict["mfu"] > 0
+    assert "give a run more rows" in verdict["advice"]
+    assert "Where the time went" in html
     assert fmembed.read(first.table, engine="ray").count() == 240
 
     before = {p: p.stat().st_mtime_ns for p in Path(first.table).rglob("*") if p.is_file()}

@@ -1,0 +1,54 @@
+"""FLOP against a count by hand, and a clock that adds up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import BertConfig
+
+from fmembed.checkpoint import open_checkpoint
+from fmembed.encoder import Encoder
+from fmembed.meter import Meter, peak_flops
+from fmembed.spec import ModelSpec
+
+
+def test_flop_of_a_bert_counted_by_hand(tiny_bert: Path) -> None:
+    config = BertConfig.from_pretrained(tiny_bert)
+    width, inner, layers = (
+        config.hidden_size, config.intermediate_size, config.num_hidden_layers,
+    )  # fmt: skip
+    for dtype in ("float32", "bfloat16"):
+        encoder = Encoder(open_checkpoint(ModelSpec(id=str(tiny_bert), dtype=dtype), False))
+        cost = encoder._measure_cost()
+        for length in (5, 40):
+            linear = 2 * length * (4 * width**2 + 2 * width * inner)
+            attention = 2 * 2 * length**2 * width
+            expected = layers * (linear + attention)
+            # The pooler behind the last layer sees one token a row.
+            assert abs(cost(np.array([length])) / expected - 1) < 0.02, (dtype, length)
+        assert cost(np.array([5, 40])) == cost(np.array([5])) + cost(np.array([40]))
+
+
+def test_windows_add_up() -> None:
+    peaks = iter([5.0, 3.0, 9.0, *[1.0] * 20])
+    meter = Meter(2.5, lambda: next(peaks), lambda lengths: float(lengths.sum() * 10))
+    total: dict[str, float] = {}
+    for _ in range(12):
+        meter.start()
+        with meter.timed("forward_s"):
+            meter.batch(np.array([3, 2]), packed=False)
+        meter.batch(np.array([3, 2]), packed=True)
+        for name, value in meter.stop().items():
+            total[name] = total.get(name, 0) + value
+    own = {name.removeprefix("actor/local/"): value for name, value in total.items()}
+    assert (own["windows"], own["load_s"], own["peak_flops"]) == (12, 2.5, 9.0)
+    assert (own["tokens"], own["slots"], own["flop"]) == (120, 132, 1200)
+    assert next(peaks) == 1.0  # asked for eight times, not for every window
+    assert own["wait_s"] >= 0
+    assert own["busy_s"] >= own["forward_s"] >= 0
+
+
+def test_peak_is_a_rate() -> None:
+    assert peak_flops(torch.device("cpu"), torch.float32) > 1e8
