@@ -1,7 +1,8 @@
 """Attention over rows packed one after another: each attends to itself alone, nothing is padded.
 
 Registered with transformers under `PACKED`, by its own interface for attention functions.
-Legend: B sequences, H heads, T tokens of all packed rows, L tokens of one, K dimensions of a head.
+Legend: B rows of one length, H heads, T tokens of all packed rows, L tokens of one, K dimensions of a
+head.
 """
 
 from __future__ import annotations
@@ -39,45 +40,38 @@ def attend(
     query_BHTK: Tensor,
     key_BHTK: Tensor,
     value_BHTK: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each row, as transformers calls it from a layer.
 
     Args:
         module: The layer; says whether it is causal where `is_causal` does not.
-        query_BHTK: Shape (B, H, T, K); B is 1 where rows are packed. Keys and values may have
-            fewer heads.
+        query_BHTK: Shape (1, H, T, K). Keys and values may have fewer heads.
         key_BHTK: As the query.
         value_BHTK: As the query.
-        attention_mask: What the model itself adds to the scores, a position bias for one.
+        attention_mask: None, as `_no_mask` makes it.
         scaling: Of the scores; 1 / sqrt(K) by default.
         sliding_window: Tokens to either side that are seen, counting the token itself.
         is_causal: Whether a token sees none after it.
-        cu_seq_lens_q: Where the packed rows begin and the last ends, int32, shape (rows + 1,); None
-            where the B sequences are rows of one length.
+        cu_seq_lens_q: Where the rows begin and the last ends, int32, shape (rows + 1,).
         max_length_q: Length of the longest.
 
     Returns:
-        Shape (B, T, H, K).
+        Shape (1, T, H, K).
     """
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     scaling = query_BHTK.shape[-1] ** -0.5 if scaling is None else scaling
     gqa = key_BHTK.shape[1] != query_BHTK.shape[1]
-    if attention_mask is not None:
-        out = scaled_dot_product_attention(
-            query_BHTK, key_BHTK, value_BHTK, attention_mask, scale=scaling, enable_gqa=gqa
-        )
-        return out.transpose(1, 2), None
-    if cu_seq_lens_q is not None and query_BHTK.is_cuda:
+    if query_BHTK.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
-        assert max_length_q is not None
         left = -1 if sliding_window is None else sliding_window - 1
         query, key, value = (t[0].transpose(0, 1) for t in (query_BHTK, key_BHTK, value_BHTK))
         found = varlen_attn(
@@ -100,9 +94,6 @@ def attend(
         value_BHTK = value_BHTK.repeat_interleave(groups, dim=1)
     out_BTHK = torch.empty_like(query_BHTK.transpose(1, 2), memory_format=torch.contiguous_format)
     run = functools.partial(_attend, scaling=scaling, window=sliding_window, causal=causal)
-    if cu_seq_lens_q is None:
-        run(query_BHTK, key_BHTK, value_BHTK, out_BTHK)
-        return out_BTHK, None
     # Rows come sorted by length, so neighbours of one length are a batch without padding.
     lengths, counts = torch.unique_consecutive(cu_seq_lens_q.diff(), return_counts=True)
     start = 0
@@ -132,14 +123,8 @@ def _attend(
     is_narrow = window is not None and length > window
     # torch's fused kernel on a CPU converts every block of bfloat16 to float32 and back; written
     # out it took half the time at every length tried (16 to 1,024). In float32 the kernel wins.
-    if (
-        query_BHLK.dtype != torch.bfloat16
-        or query_BHLK.is_cuda
-        or causal
-        or is_narrow
-        or bytes_each > _MAX_SCORE_BYTES
-    ):
-        mask = _band(length, window, causal, query_BHLK.device) if window and is_narrow else None
+    if query_BHLK.dtype != torch.bfloat16 or causal or is_narrow or bytes_each > _MAX_SCORE_BYTES:
+        mask = _band(length, window, causal) if window and is_narrow else None
         found = scaled_dot_product_attention(
             query_BHLK, key_BHLK, value_BHLK, mask,
             scale=scaling, is_causal=causal and mask is None,
@@ -162,8 +147,8 @@ def _attend(
 
 
 @functools.lru_cache(maxsize=16)
-def _band(length: int, window: int, causal: bool, device: torch.device) -> Tensor:
+def _band(length: int, window: int, causal: bool) -> Tensor:
     """Which tokens see which, shape (L, L): those nearer than the window."""
-    place = torch.arange(length, device=device)
+    place = torch.arange(length)
     ahead = place[None, :] - place[:, None]
     return (ahead.abs() < window) & ((ahead <= 0) if causal else True)

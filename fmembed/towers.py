@@ -155,9 +155,7 @@ class Tower:
             input_ids=self._send(ids_1T),
             position_ids=self._send(torch.from_numpy(places)[None]),
             cu_seq_lens_q=self._send(bounds),
-            cu_seq_lens_k=self._send(bounds),
             max_length_q=int(lengths.max()),
-            max_length_k=int(lengths.max()),
         )
         # Pooling sees rows of one length, as it would have without packing.
         at_BL = np.arange(lengths.max()) + bounds[:-1].numpy()[:, None]

@@ -60,15 +60,6 @@ def test_rows_see_themselves_alone(
         torch.testing.assert_close(found[0, start:stop].double(), expected, atol=close, rtol=close)
 
 
-def test_rows_of_one_length_need_no_bounds() -> None:
-    query, key, value = torch.randn(3, 5, HEADS, 30, DIM)
-    expected = torch.stack(
-        [alone(*row, DIM**-0.5, lambda ahead: ahead < 99) for row in zip(query, key, value)]  # noqa: B905
-    )
-    found, _ = attend(SimpleNamespace(), query, key, value, None)
-    torch.testing.assert_close(found.double(), expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
-
-
 def test_a_packed_budget_counts_the_rows_own_tokens() -> None:
     lengths = np.array([100, 60, 30, 10, 5, 5])
     assert [b.tolist() for b in plan_batches(lengths, 100, packed=True)] == [[0], [1, 2, 3], [4, 5]]

@@ -85,6 +85,14 @@ def tree(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*")}
 
 
+def spoiled(spoil: Callable[[dict[str, Any], Path], None], folder: Path, model: Path) -> Path:
+    config = good(folder, model)
+    spoil(config, folder)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
 @pytest.mark.parametrize(
     ("spoil", "field", "remedy"),
     [
@@ -105,10 +113,7 @@ def test_wrong_input(
     tmp_path: Path,
     tiny_bert: Path,
 ) -> None:
-    config = good(tmp_path, tiny_bert)
-    spoil(config, tmp_path)
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path = spoiled(spoil, tmp_path, tiny_bert)
     before = tree(tmp_path)
     done = run_cli("embed", str(path))
     assert done.returncode == 2, done.stderr
@@ -148,10 +153,7 @@ def test_wrong_options(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The same in this process: starting one takes seconds."""
-    config = good(tmp_path, tiny_bert)
-    spoil(config, tmp_path)
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path = spoiled(spoil, tmp_path, tiny_bert)
     before = tree(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main(["embed", str(path)])
