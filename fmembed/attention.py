@@ -1,8 +1,8 @@
 """Attention over rows packed one after another: each attends to itself alone, nothing is padded.
 
 Registered with transformers under `PACKED`, by its own interface for attention functions.
-Legend: B rows of one length, H heads, T tokens of all packed rows, L tokens of one, K dimensions of a
-head.
+Legend: B rows of one length, H heads, T tokens of all packed rows, L tokens of one, K dimensions of
+a head.
 """
 
 from __future__ import annotations
