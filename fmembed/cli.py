@@ -198,6 +198,8 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
             f"padding {verdict['padding_waste']:.1%}, {verdict['tokens_per_s']:,.0f} tokens/s"
             + (f", {mfu:.0%} of a matrix product's rate" if mfu is not None else "")
         )
+        if budgets := verdict.get("batch_tokens"):
+            print(f"batches   tokens: {', '.join(budgets)}")
         print(f"advice    {verdict['advice']}")
     for cause, count in result["causes"].items():
         print(f"rejected  {count:,} {cause}")

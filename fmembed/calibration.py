@@ -1,0 +1,106 @@
+"""The token budget of a batch, measured once for a model on a device and remembered."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# By torch's type of device. On a CPU more than 4k tokens were slower (cache); a GPU wants many.
+DEFAULT = {"cpu": 4096, "cuda": 65536}
+BUDGETS = {
+    "cpu": (1024, 2048, 4096, 8192),
+    "cuda": (16384, 32768, 65536, 131072, 262144),
+}
+# Of each row that is measured: a paragraph.
+ROW_TOKENS = 128
+_LIMIT_S, _ROUNDS, _TOLERANCE = 2.0, 3, 0.03
+
+
+def choose(
+    budgets: Sequence[int],
+    measure: Callable[[int], float | None],
+    default: int,
+    warm_up: int = ROW_TOKENS,
+    limit_s: float = _LIMIT_S,
+) -> int | None:
+    """The smallest budget whose tokens/s are within 3 % of the best.
+
+    Start-up counts: nothing is measured that, at the last batch's rate, would not end in time. The
+    best of a few rounds counts, because other processes start at the same time.
+
+    Args:
+        budgets: Tokens of a batch, ascending.
+        measure: Seconds that a batch of so many tokens takes; None where the model fails on it, as
+            for want of memory, and larger ones are not tried.
+        default: The budget that has to be measured for the others to mean anything.
+        warm_up: Tokens of what is run first, twice: cold, and to know how fast the model is.
+        limit_s: Seconds of all batches.
+
+    Returns:
+        None where the time is not enough, or the model fails on all.
+    """
+    best: dict[int, float] = {}
+    most, spent_s, rate = max(budgets), 0.0, float("inf")
+    for tokens in (warm_up, warm_up, *tuple(budgets) * _ROUNDS):
+        if tokens > most:
+            continue
+        if spent_s + tokens / rate > limit_s:
+            if default <= most and default not in best:
+                return None
+            break
+        seconds = measure(tokens)
+        if seconds is None:
+            most = tokens - 1
+            continue
+        spent_s += seconds
+        rate = tokens / seconds
+        best[tokens] = max(best.get(tokens, 0.0), rate)
+    rates = {b: best[b] for b in budgets if b in best and b <= most}
+    fast = (1 - _TOLERANCE) * max(rates.values(), default=0.0)
+    return min((b for b, r in rates.items() if r >= fast), default=None)
+
+
+def recall(key: Mapping[str, Any], budgets: Sequence[int]) -> int | None:
+    """What was remembered for this key; None where there is nothing that makes sense."""
+    try:
+        found = json.loads(_path(key).read_text(encoding="utf-8"))
+        same = {name: found[name] for name in key} == key
+        return budgets[budgets.index(found["batch_tokens"])] if same else None
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError):
+        return None
+
+
+def remember(key: Mapping[str, Any], batch_tokens: int) -> None:
+    """Keep a budget for the next process; a folder that cannot be written to changes nothing.
+
+    A file for each key, put in place whole: of several actors that measure at once the last wins.
+
+    Args:
+        key: What decides the result, as JSON.
+        batch_tokens: The result.
+    """
+    with contextlib.suppress(OSError, RuntimeError):
+        path = _path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump({**key, "batch_tokens": batch_tokens}, file, indent=1)
+            os.replace(name, path)
+        except OSError:
+            os.unlink(name)
+            raise
+
+
+def _path(key: Mapping[str, Any]) -> Path:
+    """Raises RuntimeError where the user has no home."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    canonical = json.dumps(key, sort_keys=True).encode()
+    digest = hashlib.blake2b(canonical, digest_size=16).hexdigest()
+    return Path(cache) / "fmembed" / f"batch_tokens-{digest}.json"

@@ -1,0 +1,189 @@
+"""The choice of a budget from seconds written down by hand, and its way through the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fmembed import calibration
+from fmembed.calibration import choose, recall, remember
+from fmembed.checkpoint import open_checkpoint
+from fmembed.encoder import Encoder
+from fmembed.spec import ModelSpec
+
+BUDGETS = (1000, 2000, 4000, 8000)
+KEY = {"weights": "0a", "adapter": None, "dtype": "float32", "threads": 2}
+
+
+def pick(rates: dict[int, float], default: int = 4000, limit_s: float = 2.0) -> Any:
+    """Choose where a batch runs at so many tokens/s (0: fails); the choice and what was asked."""
+    asked: list[int] = []
+
+    def measure(tokens: int) -> float | None:
+        asked.append(tokens)
+        rate = rates.get(tokens, 1e5)
+        return tokens / rate if rate else None
+
+    return choose(BUDGETS, measure, default, 100, limit_s), asked
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ({1000: 8e4, 2000: 9.8e4, 4000: 1e5, 8000: 9e4}, 2000),
+        ({1000: 8e4, 2000: 9.6e4, 4000: 1e5, 8000: 9e4}, 4000),
+        ({1000: 1e4, 2000: 2e4, 4000: 4e4, 8000: 8e4}, 8000),
+        ({}, 1000),
+        # Out of memory: nothing larger, be the default among it or not.
+        ({1000: 8e4, 2000: 9e4, 4000: 1e5, 8000: 0}, 4000),
+        ({1000: 8e4, 2000: 1e5, 4000: 0}, 2000),
+        ({100: 0}, None),
+        ({1000: 0}, None),
+    ],
+)
+def test_the_smallest_of_the_fast(rates: dict[int, float], expected: int | None) -> None:
+    found, asked = pick(rates)
+    assert found == expected
+    failed = [i for i, tokens in enumerate(asked) if rates.get(tokens) == 0]
+    assert all(t < asked[i] for i in failed for t in asked[i + 1 :])
+
+
+def test_the_best_of_a_few_rounds_counts() -> None:
+    seconds = iter([1.0, 0.01, *[0.5] * 4, 0.01, 0.01, 0.08, 0.16, *[0.5] * 4])
+    assert choose(BUDGETS, lambda _: next(seconds), 4000, 100, 9.0) == 2000
+
+
+def test_time_is_bounded() -> None:
+    # 100 tokens in 0.1 s: a thousand would take 1 s, and two thousand not end in time.
+    slow = dict.fromkeys((100, *BUDGETS), 1e3)
+    assert pick(slow) == (None, [100, 100, 1000])
+    # So slow that the second row is not run, let alone a batch.
+    assert pick({100: 40.0}) == (None, [100])
+    # Time for the default and not for more: that is enough to compare.
+    enough = dict.fromkeys((100, *BUDGETS), 5e3)
+    assert pick(enough) == (1000, [100, 100, 1000, 2000, 4000])
+
+
+def test_what_was_remembered_is_recalled(cache: Path) -> None:
+    assert recall(KEY, BUDGETS) is None
+    remember(KEY, 2000)
+    assert recall(KEY, BUDGETS) == 2000
+    assert recall(KEY | {"dtype": "bfloat16"}, BUDGETS) is None
+    remember(KEY | {"dtype": "bfloat16"}, 4000)
+    assert (recall(KEY, BUDGETS), len(list(cache.iterdir()))) == (2000, 2)
+    # What an earlier version may have chosen is none of today's.
+    assert recall(KEY, (16, 32)) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"\xff\xfe", b"[]", b"7", b"{}", b"null",
+        json.dumps({**KEY, "batch_tokens": 10**12}).encode(),
+        json.dumps({**KEY, "batch_tokens": None}).encode(),
+        json.dumps({**KEY, "batch_tokens": [2000]}).encode(),
+        json.dumps({**KEY, "batch_tokens": 2000, "threads": 8}).encode(),
+        json.dumps({"batch_tokens": 2000}).encode(),
+    ],
+)  # fmt: skip
+def test_a_cache_that_is_off_is_ignored(cache: Path, content: bytes) -> None:
+    remember(KEY, 2000)
+    (path,) = cache.iterdir()
+    path.write_bytes(content)
+    assert recall(KEY, BUDGETS) is None
+    remember(KEY, 4000)
+    assert recall(KEY, BUDGETS) == 4000
+
+
+def test_no_place_for_a_cache_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    # Root may write into read-only folders, so a file stands where the folder would.
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    remember(KEY, 2000)
+    assert recall(KEY, BUDGETS) is None
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    remember(KEY, 2000)
+    assert recall(KEY, BUDGETS) is None
+    # Nothing half-written stays where a file cannot be put in place.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
+    calibration._path(KEY).mkdir(parents=True)
+    remember(KEY, 2000)
+    assert [p.name for p in cache.iterdir()] == [calibration._path(KEY).name]
+
+
+def test_an_encoder_measures_once(
+    tiny_bert: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def seconds(encoder: Encoder, rows: list[Any]) -> float:
+        tokens = sum(len(r.values) for r in rows)
+        asked.append(tokens)
+        return tokens / (2e5 if tokens >= 2048 else 1e5)
+
+    monkeypatch.setattr(Encoder, "_seconds", seconds)
+    load = loader(tiny_bert)
+    assert load("float32", 512) == (512, "given")
+    assert load("float32", None) == (4096, "default")
+    assert not asked
+    assert load("float32", "auto") == (2048, "measured")
+    assert set(asked) == {64, 1024, 2048, 4096, 8192}
+    asked.clear()
+    assert load("float32", "auto") == (2048, "cached")
+    assert not asked
+    assert load("bfloat16", "auto") == (2048, "measured")
+    # A model too slow to measure is not tried again either.
+    monkeypatch.setattr(Encoder, "_seconds", lambda *_: 60.0)
+    for path in cache.iterdir():
+        path.unlink()
+    assert load("float32", "auto") == (4096, "default")
+    assert load("float32", "auto") == (4096, "cached")
+
+
+def test_an_encoder_really_measures(tiny_bert: Path, cache: Path) -> None:
+    tokens, how = loader(tiny_bert)("float32", "auto")
+    # On a machine that stands still for two seconds it gives up, and says so.
+    assert (tokens in calibration.BUDGETS["cpu"], how in ("measured", "default")) == (True, True)
+    (path,) = cache.iterdir()
+    assert json.loads(path.read_text(encoding="utf-8"))["batch_tokens"] == tokens
+
+
+def test_a_model_that_fails_on_large_batches(tiny_bert: Path, cache: Path) -> None:
+    encoder = Encoder(open_checkpoint(ModelSpec(id=str(tiny_bert), dtype="float32"), False))
+    call = encoder._tower._call
+
+    def small_device(input_ids: torch.Tensor, **more: Any) -> Any:
+        if input_ids.numel() > 1024:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return call(input_ids=input_ids, **more)
+
+    encoder._tower._call = small_device
+    assert encoder._choose_budget("auto") == (1024, "measured")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "fmembed"
+
+
+def loader(folder: Path) -> Callable[[str, Any], tuple[int, str]]:
+    def load(dtype: Any, batch_tokens: Any) -> tuple[int, str]:
+        checkpoint = open_checkpoint(ModelSpec(id=str(folder), dtype=dtype), False)
+        (said,) = Encoder(checkpoint, batch_tokens=batch_tokens)._said
+        _, tokens, how = said.split("/")
+        return int(tokens), how
+
+    return load
