@@ -166,6 +166,12 @@ class Checkpoint:
         """The folder on this machine; a hub checkpoint is fetched once per node, at its commit."""
         return _locate(self.uri, self.revision)
 
+    def num_bytes(self) -> int:
+        """What the weights take in memory; 0 for a server's."""
+        if self.endpoint is not None:
+            return 0
+        return sum(p.stat().st_size for p in (self.folder() / self.weights).glob("*.safetensors"))
+
 
 def list_modalities(spec: ModelSpec) -> tuple[Modality, ...]:
     """What a checkpoint can embed, by the processor saved with it; more than one for two towers.

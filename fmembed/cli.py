@@ -154,17 +154,33 @@ def verify(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="memory")],
-    images: Annotated[int, typer.Option(help="Pictures; then ten times as many.")] = 2000,
-    clips: Annotated[int, typer.Option(help="Sounds of 10 s; then ten times as many.")] = 200,
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(help="Suites; all, if none is named. `memory` is one more, by itself."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    reps: Annotated[int, typer.Option(min=1, help="Repetitions; the medians are told.")] = 3,
+    out: Annotated[str, typer.Option(help="Folder for bench.json and bench.md.")] = "out/bench",
+    scale: Annotated[float, typer.Option(help="Factor on the rows, for a quick look.")] = 1.0,
+    images: Annotated[int, typer.Option(help="memory: pictures, then ten times as many")] = 2000,
+    clips: Annotated[int, typer.Option(help="memory: sounds; then ten times as many.")] = 200,
 ) -> None:
-    """Measure this machine: peak memory as the dataset grows."""
-    if what != "memory":
-        raise SpecError(f"bench: takes memory, got {what!r}")
-    from fmembed.bench import memory, report_memory
+    """Measure this machine: fmembed beside other ways, and its cost as the dataset grows."""
+    from fmembed import bench as benchmarks
 
-    for line in report_memory(memory(images, clips)):
-        print(json.dumps(line))
+    if device not in ("cpu", "cuda"):
+        raise SpecError(f"bench: device is cpu or cuda, got {device!r}")
+    suites = benchmarks.list_suites(device)
+    if unknown := sorted(set(what or []) - {*suites, "memory"}):
+        raise SpecError(f"bench: takes {', '.join(suites)} or memory, got {', '.join(unknown)}")
+    if what == ["memory"]:
+        for line in benchmarks.memory(images, clips):
+            print(json.dumps(line))
+        return
+    benchmarks.check_peers(device)
+    names = [name for name in suites if not what or name in what]
+    report = benchmarks.compare(names, device, reps, out, scale)
+    print(benchmarks.to_markdown(report))
 
 
 @app.callback(invoke_without_command=True)

@@ -73,7 +73,9 @@ class Encoder:
         self._said = {f"batch_tokens/{self._batch_tokens}/{how}": 1}
         load_s = time.perf_counter() - began
         dtype = getattr(torch, checkpoint.dtype)
-        self._meter = Meter(load_s, lambda: peak_flops(self._device, dtype), self._measure_cost())
+        # FLOP of the model for rows of these lengths.
+        self.cost = self._measure_cost()
+        self._meter = Meter(load_s, lambda: peak_flops(self._device, dtype), self.cost)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Replace `model_input` by a column of vectors for each output.

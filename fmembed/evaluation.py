@@ -15,7 +15,6 @@ import ray
 
 from fmembed import probes, report
 from fmembed.checkpoint import list_modalities, open_checkpoint
-from fmembed.encoder import Encoder
 from fmembed.endpoint import cost_usd
 from fmembed.outputs import Ranges, dequantize, ranges_from_json
 from fmembed.preprocess import Preprocess
@@ -61,7 +60,8 @@ def evaluate(table: Table, spec: RunSpec, run: dict[str, Any]) -> dict[str, Any]
 
     Args:
         table: Where.
-        spec: Which probes, and what of the source they need.
+        spec: Which probes, and what of the source they need; with none the vectors are not looked
+            at, and the report has no map either.
         run: The last run's counts, for the report.
 
     Returns:
@@ -69,6 +69,30 @@ def evaluate(table: Table, spec: RunSpec, run: dict[str, Any]) -> dict[str, Any]
     """
     stored = _Stored.of(table)
     version = run["version"]
+    map_ = _look(table, spec, stored, version) if spec.probes else None
+    results = _stored_probes(table, version, stored, tuple(probes.PROBES))
+    run = {
+        **run,
+        "probes": _headlines(results, stored),
+        "report": f"{table.uri}/_report.html",
+        "usd": _usd(spec, run),
+    }
+    schema = table.schema()
+    dims = {c: schema.field(c).type.list_size for c in stored.pooled if c in schema.names}
+    why = "no probe is named" if spec.source.label is not None else "no source.label names labels"
+    if not dims:
+        why = "no column holds one vector a row"
+    facts = _facts(spec, stored, dims, run)
+    dim = next(iter(dims.values()), 0)
+    html = report.render(spec.source.stored_name, run, facts, dim, results, why, map_)
+    table.put_report(html)
+    return run
+
+
+def _look(
+    table: Table, spec: RunSpec, stored: _Stored, version: int | None
+) -> dict[str, Any] | None:
+    """Run the probes and put their results beside the table; the map, where there is a vector."""
     named = [c for c in (spec.source.label, spec.source.split, spec.source.caption) if c]
     has_texts = stored.modality == "text" and spec.source.input in spec.source.columns
     if has_texts:
@@ -98,30 +122,14 @@ def evaluate(table: Table, spec: RunSpec, run: dict[str, Any]) -> dict[str, Any]
     )
     for r in results:
         table.put_probe(version, r)
-    results = _stored_probes(table, version, stored, tuple(probes.PROBES))
-    map_ = None
-    if flat is not None and rows.num_rows:
-        map_ = _map(
-            spec,
-            ray.get(flat),
-            rows.take(list(range(0, rows.num_rows, step))),
-            texts[::step] if texts else None,
-        )
-    run = {
-        **run,
-        "probes": _headlines(results, stored),
-        "report": f"{table.uri}/_report.html",
-        "usd": _usd(spec, run),
-    }
-    dims = {c: v.shape[1] for c, v in vectors.items()}
-    why = "no probe is named" if spec.source.label is not None else "no source.label names labels"
-    if not vectors:
-        why = "no column holds one vector a row"
-    facts = _facts(spec, stored, dims, run)
-    dim = next(iter(dims.values()), 0)
-    html = report.render(spec.source.stored_name, run, facts, dim, results, why, map_)
-    table.put_report(html)
-    return run
+    if flat is None or not rows.num_rows:
+        return None
+    return _map(
+        spec,
+        ray.get(flat),
+        rows.take(list(range(0, rows.num_rows, step))),
+        texts[::step] if texts else None,
+    )
 
 
 def stored_results(table: Table, spec: RunSpec, run: dict[str, Any]) -> dict[str, Any] | None:
@@ -232,6 +240,8 @@ def _embed_captions(
 
 def _embed_texts(model: ModelSpec, stored: _Stored, column: str, texts: list[str]) -> Floats | str:
     """Embed texts by the tower that shares the column's space, or say why that cannot be."""
+    from fmembed.encoder import Encoder  # with torch, which the driver does without
+
     output = stored.outputs[column]
     try:
         if "text" not in list_modalities(model) or output["pooling"] != "projection":

@@ -81,7 +81,7 @@ class Stages:
     def read(self, executor: Any) -> None:
         """Take the row counts of a running executor's operators."""
         for operator in executor._topology or ():
-            if "Encoder" in operator.name:
+            if "Embed" in operator.name:
                 name = EMBED
             elif "Preprocess" in operator.name:
                 name = READ

@@ -204,6 +204,11 @@ class Log:
         with self.storage.open(path) as handle:
             return pq.ParquetFile(handle).read(columns=columns)
 
+    def read_schema(self, path: str) -> pa.Schema:
+        """The columns of one part."""
+        with self.storage.open(path) as handle:
+            return pq.read_schema(handle)
+
     def read_ids(self, path: str) -> list[str]:
         """The source's ids of one part's rows: once for each, however many pieces it has."""
         with self.storage.open(path) as handle:
@@ -444,6 +449,11 @@ class Table:
         """The newest version, None where nothing was ever committed."""
         version = self.rows.version()
         return None if version < 0 else version
+
+    def schema(self) -> pa.Schema:
+        """The columns as the parts have them; empty where nothing was ever committed."""
+        parts = self.rows.parts()
+        return self.rows.read_schema(parts[0].path) if parts else pa.schema([])
 
     def row_ids(self) -> RowIds:
         """Ids of all rows that a run need not look at again, committed or rejected.

@@ -1,4 +1,4 @@
-"""Measure this machine: `python jobs/bench.py memory`. The same as `fmembed bench`."""
+"""Measure this machine beside other ways: `python jobs/bench.py`. The same as `fmembed bench`."""
 
 import sys
 

@@ -272,7 +272,7 @@ def _kill(kind: str, run: Run, cluster: SimulatedCluster) -> bool:
     def find() -> bool:
         for pid in descendants(cluster.pids()):
             title = _title(pid)
-            is_actor = "Encoder" in title
+            is_actor = "Embed" in title
             # A node's agents are no workers: the raylet dies with them.
             is_worker = title.startswith("ray::") and "Agent" not in title
             if is_worker and is_actor == (kind == "actor"):

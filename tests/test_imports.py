@@ -42,12 +42,14 @@ ALLOWED = {
         "verdict",
     },
     "pipeline": {"inputs", "run", "spec"},
-    "bench": set(),
+    "bench": {
+        "bench", "checkpoint", "encoder", "meter", "outputs", "pipeline", "run", "spec",
+    },
     "cli": {"bench", "integrity", "pipeline", "spec", "table"},
 }  # fmt: skip
 HEAVY = {
-    "ray": {"source", "commits", "evaluation", "meter", "run", "table", "cli", "progress"},
-    "torch": {"attention", "encoder", "batching", "inputs", "meter", "towers"},
+    "ray": {"source", "commits", "evaluation", "meter", "run", "table", "cli", "progress", "bench"},
+    "torch": {"attention", "bench", "encoder", "batching", "inputs", "meter", "towers"},
     "sklearn": {"probes"},
 }
 MODULES = sorted((ROOT / "fmembed").rglob("*.py"))

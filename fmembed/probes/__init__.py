@@ -1,6 +1,7 @@
 """Probes: named, versioned protocols on plain arrays; no Ray, no torch.
 
-Each probe module has a NAME, a VERSION and a `run`; PROBES names them all.
+Each probe module has a NAME, a VERSION and a `run`; PROBES names them all. scikit-learn takes
+two seconds to import, so that is done where it computes: the driver only names probes.
 """
 
 from __future__ import annotations

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import numpy as np
-from sklearn.cluster import KMeans
-from sklearn.metrics import (
-    adjusted_rand_score,
-    normalized_mutual_info_score,
-    v_measure_score,
-)
 
 from fmembed.probes.data import SEED, Ints, ProbeData, bootstrap, cheap_features, shuffled
 
 NAME, VERSION = "clustering", 1
-_METRICS: dict[str, Callable[[Ints, Ints], float]] = {
-    "V-measure": v_measure_score,
-    # With the arithmetic mean NMI is the V-measure; the geometric mean is the other one in use.
-    "NMI": lambda truth, found: normalized_mutual_info_score(
-        truth, found, average_method="geometric"
-    ),
-    "ARI": adjusted_rand_score,
-}
+_METRICS = ("V-measure", "NMI", "ARI")
 _NUM_BOOTSTRAP = 200
 
 
@@ -51,12 +38,22 @@ def run(data: ProbeData, cheap: dict[str, float] | None) -> dict[str, Any]:
 
 
 def _cluster(features: Any, num_clusters: int) -> Ints:
+    from sklearn.cluster import KMeans
+
     kmeans = KMeans(min(num_clusters, features.shape[0]), n_init=5, random_state=SEED)
     return np.asarray(kmeans.fit_predict(features), dtype=np.int64)
 
 
 def _score(metric: str, truth: Ints, found: Ints) -> dict[str, float]:
-    score = _METRICS[metric]
+    from sklearn import metrics
+
+    if metric == "V-measure":
+        score = metrics.v_measure_score
+    elif metric == "NMI":
+        # With the arithmetic mean it is the V-measure; the geometric mean is the other one in use.
+        score = functools.partial(metrics.normalized_mutual_info_score, average_method="geometric")
+    else:
+        score = metrics.adjusted_rand_score
     return bootstrap(
         len(truth), lambda rows: float(score(truth[rows], found[rows])), num_samples=_NUM_BOOTSTRAP
     )

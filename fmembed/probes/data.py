@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
@@ -165,6 +165,9 @@ def fit_logistic(features: Any, labels: Ints, bucket: Ints) -> tuple[LogisticReg
 
 def fit(features: Any, labels: Ints, c: float) -> LogisticRegression:
     """Fit one logistic regression at a given C."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     with warnings.catch_warnings():
         # At C = 10**5 the limit is reached; the choice of C then decides whether that was enough.
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -176,6 +179,8 @@ def cheap_features(data: ProbeData, fit_on: Bools) -> Any:
     """TF-IDF of the texts, fitted on some rows, or what `cheap` holds; None without either."""
     if data.texts is None:
         return data.cheap
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     texts = np.array(data.texts, dtype=object)
     vectorizer = TfidfVectorizer(sublinear_tf=True, max_features=50_000)
     try:

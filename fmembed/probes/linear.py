@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import confusion_matrix, f1_score
 
 from fmembed.probes.data import (
     ProbeData,
@@ -23,6 +22,8 @@ _NUM_SUSPICIOUS = 10
 
 def run(data: ProbeData, cheap: dict[str, float] | None) -> dict[str, Any]:
     """Accuracy and macro-F1 on the test split; `cheap` is the competitor's accuracy there."""
+    from sklearn.metrics import confusion_matrix, f1_score
+
     train, test = ~data.test, data.test
     truth = data.labels[test]
     model, c = fit_logistic(data.vectors[train], data.labels[train], data.bucket[train])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 
 from fmembed.probes.data import SEED, Floats
 
@@ -21,6 +19,9 @@ def project(vectors: Floats) -> tuple[str, Floats]:
         The method's name, and shape (rows, 2) float64: t-SNE from 50 rows on, PCA below, zeros
         for fewer than 3, or where all are the same.
     """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
     rows, dim = vectors.shape
     # t-SNE divides by their spread, and its compiled code then ended the process.
     if rows < 3 or not np.ptp(vectors, axis=0).any():

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import recall_score
 
 from fmembed.probes.data import Floats, Ints, ProbeData, accuracy, bootstrap, majority, shuffled
 
@@ -70,6 +69,8 @@ def _normalized(vectors: Floats) -> Floats:
 
 
 def _recall(truth: Ints, predicted: Ints) -> dict[str, float]:
+    from sklearn.metrics import recall_score
+
     def score(rows: Ints) -> float:
         labels = np.unique(truth[rows])
         return float(
