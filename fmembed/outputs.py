@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fmembed.checkpoint import Output
-from fmembed.rows import COUNTS, accepted, reject
+from fmembed.rows import accepted, reject, sum_counts, with_counts
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -93,9 +93,8 @@ class Stage:
         kept[list(bad)] = False
         for name, column in joined.items():
             rows = rows.append_column(name, column.to_arrow(kept, good[kept], rows.num_rows))
-        said = json.dumps({**counts(), "input_bytes": input_bytes, "input_rows": len(good)})
-        first = [said, *[None] * (rows.num_rows - 1)][: rows.num_rows]
-        return rows.append_column(COUNTS, pa.array(first, pa.string()))
+        own = {**counts(), "input_bytes": input_bytes, "input_rows": len(good)}
+        return with_counts(rows, {**sum_counts(rows), **own})
 
     def _join(
         self,

@@ -12,6 +12,7 @@ import functools
 import io
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from fmembed.checkpoint import (
     load_image_processor,
     process_image,
 )
-from fmembed.rows import INPUT, accepted, reject
+from fmembed.rows import INPUT, SECONDS, accepted, reject, with_counts
 from fmembed.spec import PreprocessSpec
 
 
@@ -39,10 +40,15 @@ class Preprocess:
         self._spec = spec
 
     def stream(self, rows: pa.Table) -> Iterator[pa.Table]:
-        """The same a slice at a time: pixels take many times the bytes of a picture's file."""
+        """The same a slice at a time: pixels take many times the bytes of a picture's file.
+
+        The first row of each says in `_counts` how many seconds it took.
+        """
         step = rows.num_rows if self._checkpoint.modality == "text" else _SLICE_ROWS
         for start in range(0, rows.num_rows, max(step, 1)):
-            yield self(rows.slice(start, step))
+            began = time.perf_counter()
+            ready = self(rows.slice(start, step))
+            yield with_counts(ready, {f"{SECONDS}preprocess": time.perf_counter() - began})
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Replace the input by what the model takes.

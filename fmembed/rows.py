@@ -19,7 +19,10 @@ marker the driver knows when all rows of a shard are committed, so that it is no
 
 from __future__ import annotations
 
+import collections
 import hashlib
+import itertools
+import json
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -33,8 +36,10 @@ _MAX_MESSAGE = 500
 ROW_ID, CONTENT_HASH, INPUT = "row_id", "content_hash", "_input"
 STAGE, ERROR, MESSAGE = "_stage", "_error", "_message"
 SHARD, TOTAL, SKIPPED = "_shard", "_total", "_skipped"
-# What the embed stage counted, as JSON: on the first row of each window, else null.
+# What the stages counted, as JSON: on the first row of each block or window, else null.
 COUNTS = "_counts"
+# Of these counts, the seconds that a stage's processes were at work.
+SECONDS = "seconds/"
 # Where a text's chunks or a sound's windows are rows of their own: whose, which, and from where to
 # where (characters of the text, samples at the model's rate).
 PARENT_ID, PIECE, PIECE_START, PIECE_STOP = "parent_id", "piece", "piece_start", "piece_stop"
@@ -121,6 +126,23 @@ def reject(rows: pa.Table, stage: str, causes: Mapping[int, tuple[str, str]]) ->
         i = rows.schema.get_field_index(name)
         rows = rows.set_column(i, name, pa.array(values, pa.string()))
     return rows
+
+
+def sum_counts(rows: pa.Table) -> dict[str, float]:
+    """What the stages counted of these rows, summed."""
+    counts: dict[str, float] = collections.defaultdict(float)
+    said = rows[COUNTS].drop_null().to_pylist() if COUNTS in rows.schema.names else []
+    for name, count in itertools.chain.from_iterable(json.loads(s).items() for s in said):
+        counts[name] += count
+    return dict(counts)
+
+
+def with_counts(rows: pa.Table, counts: Mapping[str, float]) -> pa.Table:
+    """Put counts on the first row, in place of what was counted there before; of no row, none."""
+    said = pa.array([json.dumps(counts), *[None] * (rows.num_rows - 1)], pa.string())
+    if COUNTS in rows.schema.names:
+        rows = rows.drop_columns([COUNTS])
+    return rows.append_column(COUNTS, said.slice(0, rows.num_rows))
 
 
 def clean_message(message: str) -> str:

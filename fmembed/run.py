@@ -125,7 +125,10 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Plan:
-    """Who gets which CPUs. `cpus_per_actor` is what Ray reserves, `num_threads` what torch uses."""
+    """Who gets which CPUs. `cpus_per_actor` is what Ray reserves, `num_threads` what torch uses.
+
+    `num_workers` is how many tasks can read and preprocess at once.
+    """
 
     device: str
     min_actors: int
@@ -134,6 +137,7 @@ class Plan:
     cpus_per_actor: float
     num_threads: int
     cpus_per_task: float
+    num_workers: int
     window_rows: int
     batch_tokens: int | Literal["auto"]
 
@@ -550,15 +554,19 @@ def plan_compute(spec: ComputeSpec, modality: Modality = "text", model_bytes: in
     spare = cpus - 1 if cpus > 1 else 0.5
     device = "cuda" if gpus_per_actor else "cpu"
     window_rows = _WINDOW_ROWS[device][modality]
+    # Ray counts CPUs in steps of 1/10,000.
+    per_actor = 0.0 if gpus_per_actor else math.floor(spare / high * 1e4) / 1e4
+    per_task = 1.0 if cpus > 1 else 0.5
+    free = sum(n["CPU"] for n in nodes) - high * per_actor
     return Plan(
         device=device,
         min_actors=low,
         max_actors=high,
         gpus_per_actor=gpus_per_actor,
-        # Ray counts CPUs in steps of 1/10,000.
-        cpus_per_actor=0.0 if gpus_per_actor else math.floor(spare / high * 1e4) / 1e4,
+        cpus_per_actor=per_actor,
         num_threads=max(cpus // per_node, 1),
-        cpus_per_task=1.0 if cpus > 1 else 0.5,
+        cpus_per_task=per_task,
+        num_workers=max(int(free / per_task), 1),
         window_rows=int(rows) if (rows := spec.window_rows) != "auto" else window_rows,
         batch_tokens=spec.batch_tokens,
     )

@@ -33,7 +33,6 @@ from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Tra
 
 from fmembed.rows import (
     CONTENT_HASH,
-    COUNTS,
     DUPLICATE,
     PARENT_ID,
     PIECE,
@@ -50,6 +49,7 @@ from fmembed.rows import (
     accepted,
     keys_of,
     reject,
+    sum_counts,
     table_schema,
 )
 from fmembed.spec import FmembedError, TableError, fingerprint
@@ -109,7 +109,7 @@ class Written:
     """What one write task did with the rows it was given.
 
     `num_rows` counts rows of the source, `part.num_rows` those of the table: more, where the pieces
-    of a row are rows. `counts` are what the embed stage counted, summed.
+    of a row are rows. `counts` are what the stages counted, summed.
     """
 
     schema: pa.Schema
@@ -622,10 +622,6 @@ def write_part(
         rejected = table.rejected.write(
             pa.table([c.cast(pa.string()) for c in columns], schema=REJECTED_SCHEMA)
         )
-    counts: dict[str, float] = collections.defaultdict(float)
-    for said in rows[COUNTS].drop_null().to_pylist():
-        for name, count in json.loads(said).items():
-            counts[name] += count
     return Written(
         schema=schema,
         num_rows=given.num_rows,
@@ -635,7 +631,7 @@ def write_part(
         shards=_count_shards(rows),
         num_units=units,
         num_truncated=num_truncated,
-        counts=dict(counts),
+        counts=sum_counts(rows),
         causes=dict(collections.Counter(bad["_error"].to_pylist())),
         busy_s=time.monotonic() - started,
     )

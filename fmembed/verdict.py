@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-_ACTOR, _BUDGET = PREFIXES = ("actor/", "batch_tokens/")
+_ACTOR, _BUDGET, _SECONDS = PREFIXES = ("actor/", "batch_tokens/", "seconds/")
+_READ, _WRITE = "read, preprocess", "write, commit"
 _IDLE, _WASTE, _LOW_MFU = 0.10, 0.10, 0.25
 
 
@@ -22,9 +23,10 @@ def judge(
 
     Args:
         counts: `actor/<name>/<figure>` of all windows, summed (`meter.Meter`), and
-            `batch_tokens/<tokens>/<how they were chosen>`, once for each loaded model.
-        stages: Rows and seconds at work of each stage.
-        compute: The plan.
+            `batch_tokens/<tokens>/<how they were chosen>`, once for each loaded model, and
+            `seconds/preprocess`.
+        stages: Rows and seconds at work of each stage; Ray runs reading and preprocessing as one.
+        compute: The plan (`run.Plan`).
         seconds: What the run took.
         num_shards: Pieces that the source is read in.
 
@@ -53,10 +55,13 @@ def judge(
         return {}
     forward_s, copy_s = total("forward_s"), total("copy_s")
     could = sum(a.get("peak_flops", 0.0) * a.get("busy_s", 0.0) for a in actors.values())
-    own = {name: round(stage["busy_s"], 2) for name, stage in stages.items() if name != "embed"}
+    both_s = stages[_READ]["busy_s"]
+    preprocess_s = min(counts.get(f"{_SECONDS}preprocess", 0.0), both_s)
     found = {
         "seconds": {
-            **own,
+            "read": round(both_s - preprocess_s, 2),
+            "preprocess": round(preprocess_s, 2),
+            "write": round(stages[_WRITE]["busy_s"], 2),
             "load": round(total("load_s"), 2),
             "wait": round(wait_s, 2),
             "forward": round(forward_s, 2),
@@ -92,12 +97,17 @@ def _advise(
             "end: give a run more rows"
         )
     if idle > _IDLE:
-        waited = f"the model waited {idle:.0%} of the time for reading and preprocessing"
-        if num_shards < 2:
-            return waited + ": the source is one file, which one task reads; cut it into several"
-        needed_s = next((s for name, s in found["seconds"].items() if "preprocess" in name), 0.0)
-        workers = math.ceil(needed_s / max(busy_s, 1e-9))
-        return waited + f": have at least {workers + 1} CPUs free for it"
+        read_s, preprocess_s = found["seconds"]["read"], found["seconds"]["preprocess"]
+        waited = f"the model waited {idle:.0%} of the time for "
+        waited += "reading: " if read_s > preprocess_s else "preprocessing: "
+        # One more than keeps pace, so that the model never waits for the last of them.
+        needed, given = math.ceil((read_s + preprocess_s) / busy_s) + 1, compute["num_workers"]
+        if num_shards < needed:
+            pieces = "one piece" if num_shards == 1 else f"{num_shards} pieces"
+            return waited + f"the source is read in {pieces}; cut it into at least {needed} files"
+        if given < needed:
+            return waited + f"give it {needed} CPU workers instead of {given}"
+        return waited + f"{given} CPU workers are enough, so look at how fast the source is read"
     if waste > _WASTE:
         return (
             f"{waste:.0%} of what was computed was padding: raise compute.window_rows (now "
