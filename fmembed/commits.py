@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import ray
@@ -25,6 +25,7 @@ _MAX_WRITE_RETRIES = 3
 # Below this the fraction says little: one bad row of ten is not yet a bad dataset.
 _MIN_ROWS_TO_STOP = 1000
 _SETTLE_S = 30.0
+_LEAST_COMMIT_S, _COMMIT_SHARE = 60.0, 1 / 50
 
 
 class Commits:
@@ -59,7 +60,7 @@ class Commits:
         self.is_committing = False
         self._num_known_before: int | None = None
         self._whole: list[tuple[str, int, int]] = []
-        self._last_commit = time.monotonic()
+        self._began = self._last_commit = time.monotonic()
         self._num_rejected_before = table.num_rejected()
         self.num_embedded = self.num_rejected = self.num_skipped = 0
         self.num_written = self.num_units = self.num_truncated = 0
@@ -95,7 +96,9 @@ class Commits:
             self._write_pending()
         while len(self._writes) > _MAX_WRITES_IN_FLIGHT:
             self._collect(num_returns=1)
-        if time.monotonic() - self._last_commit >= self._output.commit_every_s:
+        now = time.monotonic()
+        every_s = interval_s(self._output.commit_every_s, now - self._began)
+        if now - self._last_commit >= every_s:
             self.commit()
             self.check_rejected(at_end=False)
 
@@ -210,6 +213,11 @@ class Commits:
             self._written.append(written)
             self.num_written += len(written.keys)
             self.busy_s += written.busy_s
+
+
+def interval_s(given: float | Literal["auto"], run_s: float) -> float:
+    """Seconds from a commit to the next, in a run that has taken so long; see `OutputSpec`."""
+    return max(_LEAST_COMMIT_S, run_s * _COMMIT_SHARE) if given == "auto" else given
 
 
 def _write_blocks(

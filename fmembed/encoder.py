@@ -138,7 +138,7 @@ class Encoder:
                 self._meter.batch(self._lengths(pieces, batch), self._tower.packs)
                 for column, rows in found.items():
                     if isinstance(rows, Tensor):
-                        vectors[column][torch.from_numpy(batch).to(self._device)] = rows
+                        vectors[column][self._tower.send(torch.from_numpy(batch))] = rows
                         continue
                     for i, row in zip(batch.tolist(), rows, strict=True):
                         vectors[column][i] = row

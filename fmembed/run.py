@@ -75,7 +75,11 @@ _WINDOW_ROWS = {
 _WINDOW_TOKENS = {"cpu": 2**15, "cuda": 2**20}
 _MIN_WINDOW_ROWS, _MAX_WINDOW_ROWS = 16, 2**13
 _CHARACTERS_PER_TOKEN = 4
-_WINDOW_SAMPLE_ROWS = 64
+_SAMPLE_ROWS = 64
+# Of a picture of 224 pixels in patches of 16, and of ten seconds of sound in frames of 20 ms.
+_ROW_TOKENS = {"image": 196, "audio": 500}
+# What a core computes in float32, and how long it is busy before an actor begins: imports, mostly.
+_CORE_FLOP_PER_S, _START_S = 5e10, 15.0
 # So many windows an actor at least, so that the last ones do not leave some idle.
 _MIN_WINDOWS = 4
 # Of a node's memory that the models of its CPU actors may take, and what a process takes besides.
@@ -279,14 +283,12 @@ class _Run:
         node took with it what cannot be computed again, another pass reads what is not committed.
         """
         checkpoint = self._checkpoint
-        plan = plan_compute(self._spec.compute, checkpoint.modality, checkpoint.num_bytes())
+        assert self._left is not None
+        work = estimate_work(self._left, checkpoint, self._spec.preprocess.chunk_tokens is not None)
+        plan = plan_compute(self._spec.compute, checkpoint.modality, checkpoint.num_bytes(), work)
         if checkpoint.endpoint is not None:
             plan = replace(plan, device="cpu", min_actors=1, max_actors=1, gpus_per_actor=0.0)
             self.check_endpoint()
-        if self._spec.compute.window_rows == "auto":
-            whole = self._spec.preprocess.chunk_tokens is not None
-            max_tokens = math.inf if whole else checkpoint.max_tokens
-            plan = replace(plan, window_rows=_choose_window(source, checkpoint, plan, max_tokens))
         self._compute = asdict(plan)
         self._num_shards = self.num_shards
         _bound_memory(plan)
@@ -500,7 +502,43 @@ class _Run:
 # --- the plan -------------------------------------------------------------------------------------
 
 
-def plan_compute(spec: ComputeSpec, modality: Modality = "text", model_bytes: int = 0) -> Plan:
+@dataclass(frozen=True)
+class Work:
+    """What is to be embedded, as far as it can be known before it is read.
+
+    `row_tokens` are the tokens, patches or frames of a row, `num_rows` is None where only reading
+    tells how many there are.
+    """
+
+    num_tokens: float = math.inf
+    row_tokens: float | None = None
+    num_rows: int | None = None
+
+
+def estimate_work(source: Source, checkpoint: Checkpoint, in_chunks: bool) -> Work:
+    """Estimate by the first texts, or by what a picture or ten seconds of sound usually make."""
+    row_tokens: float | None = _ROW_TOKENS.get(checkpoint.modality)
+    if checkpoint.endpoint is not None or checkpoint.pads_text:
+        row_tokens = None
+    elif checkpoint.modality == "text":
+        rows = pa.concat_tables(
+            source_module.read_here(source_module.sample(source, _SAMPLE_ROWS, 1))
+        )
+        most = math.inf if in_chunks else checkpoint.max_tokens
+        texts = [t for t in rows[INPUT].to_pylist() if t is not None]
+        lengths = [min(len(t) / _CHARACTERS_PER_TOKEN + 2, most) for t in texts]
+        row_tokens = sum(lengths) / len(lengths) if lengths else None
+    if row_tokens is None:
+        return Work(num_rows=source.num_rows)
+    if source.num_rows is not None:
+        return Work(row_tokens * source.num_rows, row_tokens, source.num_rows)
+    num_bytes = sum(f.size for shard in source.shards for f in shard.files)
+    return Work(num_bytes / _CHARACTERS_PER_TOKEN or math.inf, row_tokens)
+
+
+def plan_compute(
+    spec: ComputeSpec, modality: Modality = "text", model_bytes: int = 0, work: Work | None = None
+) -> Plan:
     """Split the cluster's CPUs and GPUs between actors and tasks so that both can run.
 
     Actors that reserve every CPU starve the reads that feed them, and Ray then waits for ever. So
@@ -512,21 +550,23 @@ def plan_compute(spec: ComputeSpec, modality: Modality = "text", model_bytes: in
     On CPUs an actor has one thread, if a node's memory holds so many models, else as few as it
     holds: threads of one process wait for each other at the end of every product, whenever one of
     them was interrupted. On 2 cores, MiniLM in float32 over 500 articles, runs in turn: 17.5
-    articles/s by two actors of one thread, 12.2 by one actor of two (medians of 3).
+    articles/s by two actors of one thread, 12.2 by one actor of two (medians of 3). But no actor is
+    started for less work than starting it takes.
 
     Args:
         spec: What the config says.
         modality: Of the source.
         model_bytes: What the weights of one actor take.
+        work: What is to be done; None for much.
 
     Raises:
         SpecError: More GPUs are asked for than there are.
     """
+    work = work or Work()
     alive: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
     nodes = [n["Resources"] for n in alive if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
     num_nodes = max(len(nodes), 1)
     cpus = max(min((int(n["CPU"]) for n in nodes), default=1), 1)
-    memory_bytes = min((n.get("memory", 0) for n in nodes), default=0)
     num_gpus = sum(n.get("GPU", 0) for n in nodes)
     gpus_per_actor = (
         spec.gpus_per_actor if spec.gpus_per_actor != "auto" else (1.0 if num_gpus else 0.0)
@@ -539,8 +579,11 @@ def plan_compute(spec: ComputeSpec, modality: Modality = "text", model_bytes: in
     if gpus_per_actor:
         fit = max(int(num_gpus / gpus_per_actor), 1)
     else:
-        models = int(memory_bytes * _MODELS_SHARE / (model_bytes + _PROCESS_BYTES))
-        fit = num_nodes * (cpus // math.ceil(cpus / max(min(models, cpus), 1)))
+        memory_bytes = min((n.get("memory", 0) for n in nodes), default=0)
+        fit = num_nodes * _count_cpu_actors(cpus, memory_bytes, model_bytes)
+        # Two operations a parameter and token; a stored parameter has four bytes at most.
+        flop = work.num_tokens * model_bytes / 2 if model_bytes else math.inf
+        fit = max(int(min(fit, flop / _CORE_FLOP_PER_S / _START_S)), 1)
     if spec.actors == "auto":
         low = high = fit
     else:
@@ -552,12 +595,11 @@ def plan_compute(spec: ComputeSpec, modality: Modality = "text", model_bytes: in
         )
     per_node = math.ceil(high / num_nodes)
     spare = cpus - 1 if cpus > 1 else 0.5
-    device = "cuda" if gpus_per_actor else "cpu"
-    window_rows = _WINDOW_ROWS[device][modality]
     # Ray counts CPUs in steps of 1/10,000.
     per_actor = 0.0 if gpus_per_actor else math.floor(spare / high * 1e4) / 1e4
     per_task = 1.0 if cpus > 1 else 0.5
     free = sum(n["CPU"] for n in nodes) - high * per_actor
+    device = "cuda" if gpus_per_actor else "cpu"
     return Plan(
         device=device,
         min_actors=low,
@@ -567,24 +609,26 @@ def plan_compute(spec: ComputeSpec, modality: Modality = "text", model_bytes: in
         num_threads=max(cpus // per_node, 1),
         cpus_per_task=per_task,
         num_workers=max(int(free / per_task), 1),
-        window_rows=int(rows) if (rows := spec.window_rows) != "auto" else window_rows,
+        window_rows=_choose_window(device, modality, high, work)
+        if spec.window_rows == "auto"
+        else spec.window_rows,
         batch_tokens=spec.batch_tokens,
     )
 
 
-def _choose_window(source: Source, checkpoint: Checkpoint, plan: Plan, max_tokens: float) -> int:
-    """Rows of a window: of texts by the length of the first ones, and fewer of a small source."""
-    num_rows = plan.window_rows
-    if checkpoint.modality == "text" and not (checkpoint.endpoint or checkpoint.pads_text):
-        rows = pa.concat_tables(
-            source_module.read_here(source_module.sample(source, _WINDOW_SAMPLE_ROWS, 1))
-        )
-        texts = [t for t in rows[INPUT].to_pylist() if t is not None]
-        lengths = [min(len(t) / _CHARACTERS_PER_TOKEN + 2, max_tokens) for t in texts]
-        if lengths:
-            num_rows = int(_WINDOW_TOKENS[plan.device] / (sum(lengths) / len(lengths)))
-    if source.num_rows is not None and checkpoint.endpoint is None:
-        num_rows = min(num_rows, source.num_rows // (_MIN_WINDOWS * plan.max_actors))
+def _count_cpu_actors(cpus: int, memory_bytes: float, model_bytes: int) -> int:
+    """Actors of a node's CPUs, each with as many threads as the others: a divisor, or nearly."""
+    models = int(memory_bytes * _MODELS_SHARE / (model_bytes + _PROCESS_BYTES))
+    return cpus // math.ceil(cpus / max(min(models, cpus), 1))
+
+
+def _choose_window(device: str, modality: Modality, num_actors: int, work: Work) -> int:
+    """Rows of a window: some seconds of an actor's work, and of a small source a few each."""
+    num_rows = _WINDOW_ROWS[device][modality]
+    if work.row_tokens is not None and modality == "text":
+        num_rows = int(_WINDOW_TOKENS[device] / work.row_tokens)
+    if work.row_tokens is not None and work.num_rows is not None:
+        num_rows = min(num_rows, work.num_rows // (_MIN_WINDOWS * num_actors))
     return min(max(num_rows, _MIN_WINDOW_ROWS), _MAX_WINDOW_ROWS)
 
 

@@ -5,6 +5,7 @@ Legend: B rows of a batch, L tokens, patches or frames of its longest row, D dim
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,9 @@ class Tower:
         """
         self._checkpoint = checkpoint
         self._device = device
+        self._copies: Any = None
+        if device.type == "cuda":
+            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.model = _load_model(checkpoint, device)
         config = self.model.config
         inner = getattr(config, "text_config", config) if checkpoint.towers else config
@@ -151,40 +155,49 @@ class Tower:
             real = np.concatenate([[0], np.cumsum(ids_1T[0].numpy() != self._pad_id)])
             places = np.where(np.diff(real) > 0, real[1:] - real[starts], 0) + self._pad_id
         states, layers, _ = self._run(
-            input_ids=self._send(ids_1T),
-            position_ids=self._send(torch.from_numpy(places)[None]),
-            cu_seq_lens_q=self._send(bounds),
+            input_ids=self.send(ids_1T),
+            position_ids=self.send(torch.from_numpy(places)[None]),
+            cu_seq_lens_q=self.send(bounds),
             max_length_q=int(lengths.max()),
         )
         # Pooling sees rows of one length, as it would have without packing.
         at_BL = np.arange(lengths.max()) + bounds[:-1].numpy()[:, None]
         mask_BL = np.arange(lengths.max()) < lengths[:, None]
-        at = self._send(torch.from_numpy(np.where(mask_BL, at_BL, 0)))
+        at = self.send(torch.from_numpy(np.where(mask_BL, at_BL, 0)))
         return States(
             states[0][at],
-            self._send(torch.from_numpy(mask_BL.astype(np.int64))),
+            self.send(torch.from_numpy(mask_BL.astype(np.int64))),
             [layer[0][at] for layer in layers],
         )
 
-    def _send(self, tensor: Tensor) -> Tensor:
-        """To the device; from pinned memory, so that the copy runs while it computes."""
-        if self._device.type == "cuda":
-            return tensor.pin_memory().to(self._device, non_blocking=True)
-        return tensor
+    def send(self, tensor: Tensor) -> Tensor:
+        """To the device.
+
+        To a GPU from pinned memory and in a stream of its own: nothing here waits for the device,
+        so that the next batch is made ready and copied while this one computes.
+        """
+        if self._copies is None:
+            return tensor
+        with torch.cuda.stream(self._copies):
+            sent = tensor.pin_memory().to(self._device, non_blocking=True)
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._copies)
+        sent.record_stream(computing)  # its memory is not given away before it was computed with
+        return sent
 
     def _text(self, pieces: Sequence[Piece]) -> States:
         if self.packs:
             return self._packed(pieces)
         ids_BL, mask_BL = pad([p.values for p in pieces], self._pad_id)
-        ids_BL, mask_BL = self._send(ids_BL), self._send(mask_BL)
+        ids_BL, mask_BL = self.send(ids_BL), self.send(mask_BL)
         mask = {} if self._checkpoint.pads_text else {"attention_mask": mask_BL}
         hidden, layers, pooled = self._run(input_ids=ids_BL, **mask)
         return States(hidden, mask_BL, layers, pooled)
 
     def _image(self, pieces: Sequence[Piece]) -> States:
-        pixels = self._send(torch.from_numpy(np.stack([p.values for p in pieces])))
+        pixels = self.send(torch.from_numpy(np.stack([p.values for p in pieces])))
         if pixels.dtype == torch.uint8:
-            pixels = rescale(pixels, self._processor)
+            pixels = self._rescale(pixels)
         inputs: dict[str, Any] = {"pixel_values": pixels.to(self.model.dtype)}
         if self._checkpoint.family == "vit_mae":
             # Nothing masked (mask_ratio is 0), and the noise that shuffles patches in their order.
@@ -200,6 +213,24 @@ class Tower:
             mask_BL[:, : max(hidden.shape[1] - num_patches, 0)] = 0
         return States(hidden, mask_BL, layers, pooled)
 
+    def _rescale(self, pixels: Tensor) -> Tensor:
+        """What the processor left to us: the same float32 arithmetic, on the device."""
+        values = pixels.float()
+        if self._processor.do_rescale:
+            values = values * self._processor.rescale_factor
+        if self._processor.do_normalize:
+            mean, std = self._mean_std
+            values = (values - mean) / std
+        return values
+
+    @functools.cached_property
+    def _mean_std(self) -> tuple[Tensor, ...]:
+        # Once, because making a tensor on a GPU of Python's numbers waits for all that it was sent.
+        return tuple(
+            torch.tensor(v, dtype=torch.float32, device=self._device).view(-1, 1, 1)
+            for v in (self._processor.image_mean, self._processor.image_std)
+        )
+
     def _audio(self, pieces: Sequence[Piece]) -> States:
         if not self._is_waveform:
             return self._spectrogram(pieces)
@@ -209,13 +240,13 @@ class Tower:
         values = np.zeros((len(sounds), max(lengths)), dtype=np.float32)
         for row, samples in zip(values, sounds, strict=True):
             row[: len(samples)] = samples
-        values_BL = torch.from_numpy(values).to(self._device, self.model.dtype)
+        values_BL = self.send(torch.from_numpy(values)).to(self.model.dtype)
         if not self.can_pad:
             hidden, layers, pooled = self._run(input_values=values_BL)
             mask_BL = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
             return States(hidden, mask_BL, layers, pooled)
         real = np.arange(values.shape[1]) < np.array(lengths)[:, None]
-        real_BL = torch.from_numpy(real.astype(np.int64)).to(self._device)
+        real_BL = self.send(torch.from_numpy(real.astype(np.int64)))
         hidden, layers, pooled = self._run(input_values=values_BL, attention_mask=real_BL)
         # Samples to frames, as the convolutions in front make them.
         frames_BL = self.model._get_feature_vector_attention_mask(hidden.shape[1], real_BL)
@@ -229,8 +260,8 @@ class Tower:
         return np.asarray(batch[self._processor.model_input_names[0]][0], dtype=np.float32)
 
     def _spectrogram(self, pieces: Sequence[Piece]) -> States:
-        values = torch.from_numpy(np.stack([p.values for p in pieces]))
-        values = values.to(self._device, self.model.dtype)
+        values = self.send(torch.from_numpy(np.stack([p.values for p in pieces])))
+        values = values.to(self.model.dtype)
         name = self._processor.model_input_names[0]
         family = self._checkpoint.family
         if family == "clap":
@@ -238,7 +269,7 @@ class Tower:
             hidden, layers, pooled = self._run(**{name: values, "is_longer": is_longer})
         else:
             hidden, layers, pooled = self._run(**{name: values})
-        num_units = torch.tensor([p.num_units for p in pieces], device=hidden.device)
+        num_units = self.send(torch.tensor([p.num_units for p in pieces]))
         mask_BL = _FRAMES.get(family, _all_frames)(self.model.config, num_units, hidden)
         return States(hidden, mask_BL, layers, pooled)
 
@@ -275,20 +306,6 @@ def _as_sequence(hidden: Tensor) -> Tensor:
     if hidden.ndim == 4:  # a map, as convolutions make it: its places are the patches
         return hidden.flatten(2).transpose(1, 2)
     return hidden
-
-
-def rescale(pixels: Tensor, processor: Any) -> Tensor:
-    """What the processor left to us: the same float32 arithmetic, on the device."""
-    values = pixels.float()
-    if processor.do_rescale:
-        values = values * processor.rescale_factor
-    if processor.do_normalize:
-        mean, std = (
-            torch.tensor(v, dtype=torch.float32, device=values.device).view(-1, 1, 1)
-            for v in (processor.image_mean, processor.image_std)
-        )
-        values = (values - mean) / std
-    return values
 
 
 def pool(states: States, pooling: str, layer: int | None = None) -> Tensor:

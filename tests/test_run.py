@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 
-from fmembed.run import plan_compute
+from fmembed.run import Work, plan_compute
 from fmembed.spec import ComputeSpec, SpecError
 
 GIB = 2.0**30
@@ -41,6 +41,18 @@ def test_a_cpu_actor_has_as_few_threads_as_memory_allows(
     assert plan.device == "cpu"
     # A CPU is left to the tasks that feed them.
     assert cpus - plan.max_actors * plan.cpus_per_actor >= plan.cpus_per_task
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "actors", "threads"), [(1e4, 1, 8), (4e6, 4, 2), (1e9, 8, 1)]
+)
+def test_no_actor_is_started_for_less_than_it_costs(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: float, actors: int, threads: int
+) -> None:
+    _cluster(monkeypatch, [{"CPU": 8, "memory": 64 * GIB}])
+    # 4 million tokens of 750,000 operations each: 60 s of a core.
+    plan = plan_compute(ComputeSpec(), "text", 1_500_000, Work(num_tokens))
+    assert (plan.max_actors, plan.num_threads) == (actors, threads)
 
 
 def test_every_node_gets_its_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,8 @@ def test_short_config_is_enough() -> None:
         ({"compute": {"actors": [3, 1]}}, "compute.actors: takes a number"),
         ({"compute": {"actors": "many"}}, "compute.actors: "),
         ({"probes": ["knm"]}, "probes.0: "),
-        ({"output": {"uri": "c", "commit_every_s": 0}}, "output.commit_every_s: "),
+        ({"output": {"uri": "c", "commit_every_s": 0}}, "output.commit_every_s: takes a number of"),
+        ({"output": {"uri": "c", "commit_every_s": "often"}}, "output.commit_every_s: "),
     ],
 )
 def test_wrong_fields_are_named(change: dict[str, Any], message: str) -> None:

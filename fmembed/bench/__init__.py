@@ -14,8 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,92 +22,26 @@ from typing import Any
 
 from fmembed.bench import data
 from fmembed.bench.peak import run_measured
+from fmembed.bench.suites import STEADY, WHOLE, Bar, Suite, suites_on
 from fmembed.spec import SpecError
 
+GROWTH = "growth"
 _MIB = 2**20
 _FORMATS = {"images": "image_folder", "audio": "audio_folder"}
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way: a function of `ways`, or "fmembed" for the whole pipeline by its command.
-
-    `every` takes each n-th row: a rate in the steady state needs no whole dataset.
-    """
-
-    name: str
-    run: str
-    dtype: str = "float32"
-    every: int = 1
-    batch: int | None = 32
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A ratio of two ways' figures that is to be reached.
-
-    `rows_per_s` is the steady state: loading and warming up left out. `whole_rows_per_s` counts all
-    that the process did, its start included. `share` is of a matrix product alone.
-    """
-
-    what: str
-    way: str
-    other: str
-    figure: str
-    least: float
-
-
-@dataclass
-class Suite:
-    """Ways over the same rows, and what they gave: a list of figures a way, one a repetition."""
-
-    name: str
-    rows: int
-    kind: str
-    ways: tuple[Way, ...]
-    bars: tuple[Bar, ...]
-    make_data: Callable[[Path, int], None]
-    make_model: Callable[[Path], None] | None = None
-    found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-
-
-def compare(
-    names: list[str], device: str, reps: int, out: str, scale: float = 1.0
-) -> dict[str, Any]:
-    """Run suites and write `bench.json` and `bench.md`, anew after each repetition.
-
-    Args:
-        names: Of `SUITES`.
-        device: "cpu" or "cuda".
-        reps: Repetitions.
-        out: Folder for both files.
-        scale: Factor on the rows, for a quick look.
-
-    Returns:
-        What is in the JSON file: `machine`, and by suite its `rows`, `ways`, `bars` or `runs`.
-    """
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    stored = folder / "bench.json"
-    report: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
-    report["machine"] = {**_machine(device), "reps": reps}
-    suites = {suite.name: suite for suite in _suites(device)}
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in names:
-            for summary in (
-                _growth(Path(scratch), scale, reps)
-                if name == "growth"
-                else _compare(suites[name], Path(scratch), device, reps, scale)
-            ):
-                report[name] = summary
-                stored.write_text(json.dumps(report, indent=1) + "\n")
-                (folder / "bench.md").write_text(to_markdown(report))
-    return report
+# Sixteen times as many are nearly all sentences that there are, so that none comes twice.
+_GROWTH_ROWS, _FACTORS = 2400, (1, 4, 16)
+_GROWTH_BARS = (
+    Bar("rows/s of 16 times the rows", "x16", "x1", STEADY, 0.95, 1.05),
+    Bar("the driver's peak memory", "x16", "x1", "driver_mib", most=1.10),
+    Bar("a worker's peak memory", "x16", "x1", "worker_mib", most=1.10),
+)
+# Daft and Ray send usage statistics unless told not to.
+_QUIET = {"DO_NOT_TRACK": "1", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
 
 
 def list_suites(device: str) -> list[str]:
     """The names of all suites for a device."""
-    return [suite.name for suite in _suites(device)] + (["growth"] if device == "cpu" else [])
+    return [suite.name for suite in suites_on(device)] + ([GROWTH] if device == "cpu" else [])
 
 
 def check_peers(device: str) -> None:
@@ -129,7 +62,42 @@ def check_peers(device: str) -> None:
             raise SpecError("bench: --device cuda: torch finds no CUDA device here")
 
 
-def _compare(suite: Suite, folder: Path, device: str, reps: int, scale: float) -> Any:
+def compare(
+    names: Sequence[str], device: str, reps: int, out: str, scale: float = 1.0
+) -> dict[str, Any]:
+    """Run suites and write `bench.json` and `bench.md`, anew after each repetition.
+
+    Args:
+        names: Of `list_suites`.
+        device: "cpu" or "cuda".
+        reps: Repetitions.
+        out: Folder for both files; suites that it holds already and that are not named stay.
+        scale: Factor on the rows, for a quick look.
+
+    Returns:
+        What is in the JSON file: by suite its `machine`, `rows`, `ways` and `bars`.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = folder / "bench.json"
+    report: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
+    by_name = {suite.name: suite for suite in suites_on(device)}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in names:
+            for found in (
+                _growth(Path(scratch), scale, reps)
+                if name == GROWTH
+                else _compare(by_name[name], Path(scratch), device, reps, scale)
+            ):
+                report[name] = {"machine": _machine(device), **found}
+                stored.write_text(json.dumps(report, indent=1) + "\n")
+                (folder / "bench.md").write_text(to_markdown(report))
+    return report
+
+
+def _compare(
+    suite: Suite, folder: Path, device: str, reps: int, scale: float
+) -> Iterator[dict[str, Any]]:
     where = folder / suite.name
     where.mkdir()
     rows = max(int(suite.rows * scale), 32)
@@ -139,6 +107,7 @@ def _compare(suite: Suite, folder: Path, device: str, reps: int, scale: float) -
     if suite.make_model is not None:
         suite.make_model(model)
     best: dict[str, int] = {}
+    runs: dict[str, list[dict[str, Any]]] = {way.name: [] for way in suite.ways}
     for rep in range(reps):
         for way in suite.ways:
             task = {
@@ -149,37 +118,34 @@ def _compare(suite: Suite, folder: Path, device: str, reps: int, scale: float) -
             found = _run(task)
             if way.batch is None:
                 best[way.name] = found["batch"]
-            suite.found.setdefault(way.name, []).append(found)
+            runs[way.name].append(found)
             print(f"{suite.name} {rep + 1}/{reps} {way.name}: {_line(found)}", file=sys.stderr)
-        yield summarise(suite, rows)
+        yield summarise(rows, runs, suite.bars)
 
 
 def _run(task: dict[str, Any]) -> dict[str, Any]:
+    ours = task["way"] == "fmembed"
     command = [sys.executable, "-m", "fmembed.bench.ways", json.dumps(task)]
-    if task["way"] == "fmembed":
-        command = _embed_command(task)
     began = time.perf_counter()
-    # Daft and Ray send usage statistics unless told not to.
-    quiet = {"DO_NOT_TRACK": "1", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(  # noqa: S603 - our own command
-        command, env={**os.environ, **quiet}, capture_output=True, text=True, check=False,
+        _embed_command(task) if ours else command, env={**os.environ, **_QUIET},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     whole_s = time.perf_counter() - began
     if done.returncode:
         last = "\n".join(done.stderr.splitlines()[-20:])
         raise SystemExit(f"{task['way']} failed with exit code {done.returncode}:\n{last}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    if task["way"] == "fmembed":
-        return _ours(found, whole_s)
-    found["rows_per_s"] = round(found["rows"] / found["seconds"], 3)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if ours:
+        found = _ours(found)
+    else:
+        found[STEADY] = round(found["rows"] / found["seconds"], 3)
     if task["every"] == 1:
-        found["whole_rows_per_s"] = round(found["rows"] / whole_s, 3)
-    if "flop_per_s" in found:
-        found["share"] = found["flop_per_s"] / found["peak_flops"]
-    return dict(found)
+        found[WHOLE] = round(found["rows"] / whole_s, 3)
+    return found
 
 
-def _embed_command(task: dict[str, Any]) -> list[str]:
+def _embed_command(task: Mapping[str, Any]) -> list[str]:
     form = ["--format", _FORMATS[task["kind"]]] if task["kind"] in _FORMATS else []
     return [
         sys.executable, "-m", "fmembed.cli", "embed", "--json", "--source", task["data"], *form,
@@ -188,193 +154,77 @@ def _embed_command(task: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _ours(result: dict[str, Any], whole_s: float) -> dict[str, Any]:
+def _ours(result: dict[str, Any]) -> dict[str, Any]:
     if result["rows_rejected"]:
         raise SystemExit(f"{result['rows_rejected']} rows were rejected: {result['causes']}")
     verdict = result["verdict"]
     return {
         "rows": result["rows_embedded"],
-        "rows_per_s": result["steady_rows_per_s"] or result["rows_per_s"],
-        "whole_rows_per_s": round(result["rows_embedded"] / whole_s, 3),
+        STEADY: result["steady_rows_per_s"] or result["rows_per_s"],
         "parts": verdict["seconds"],
         **{k: verdict[k] for k in ("tokens_per_s", "mfu", "wait_share", "padding_waste")},
     }
 
 
-def summarise(suite: Suite, rows: int) -> dict[str, Any]:
-    """Medians of a suite's figures, and its bars.
+def summarise(
+    rows: int, runs: Mapping[str, Sequence[Mapping[str, Any]]], bars: Sequence[Bar]
+) -> dict[str, Any]:
+    """Medians of what the ways gave, and whether they reach the bars.
+
+    Args:
+        rows: Of the dataset.
+        runs: By way, what each repetition gave; those without repetitions are left out.
+        bars: What is to be reached.
 
     Returns:
-        `rows`; `ways` with, for each, the medians of its numbers and `from`, `to` of the
-        steady rate; `bars` with `ratio`, `least`, `met`.
+        `rows`; `ways` with, for each, the medians of its numbers, the range of the steady rate
+        (`from`, `to`) and the number of `runs`; `bars` with `value`, `least`, `most`, `met`.
     """
     ways: dict[str, Any] = {}
-    for name, runs in suite.found.items():
-        numbers = [k for k, v in runs[0].items() if isinstance(v, int | float)]
-        rates = [run["rows_per_s"] for run in runs]
-        ways[name] = {k: statistics.median(run[k] for run in runs) for k in numbers}
-        ways[name] |= {"from": min(rates), "to": max(rates), "runs": len(runs)}
-        if "parts" in runs[-1]:
-            ways[name]["parts"] = runs[-1]["parts"]
-    bars = []
-    for bar in suite.bars:
-        ratio = ways[bar.way][bar.figure] / ways[bar.other][bar.figure] if bar.other else None
-        ratio = ways[bar.way][bar.figure] if ratio is None else ratio
-        bars.append({**vars(bar), "ratio": round(ratio, 3), "met": ratio >= bar.least})
-    return {"rows": rows, "ways": ways, "bars": bars}
-
-
-# --- suites ---------------------------------------------------------------------------------------
-
-_OURS = (
-    Way("fmembed", "fmembed"),
-    Way("fmembed bfloat16", "fmembed", "bfloat16"),
-)
-_STEADY, _WHOLE = "rows_per_s", "whole_rows_per_s"
-
-
-def _suites(device: str) -> tuple[Suite, ...]:
-    return _gpu_suites() if device == "cuda" else _cpu_suites()
-
-
-def _cpu_suites() -> tuple[Suite, ...]:
-    few = 4
-    st, pool = "sentence-transformers", "sentence-transformers, its pool"
-    text = (
-        *_OURS,
-        Way("bare loop", "text_loop"),
-        Way("bare loop bfloat16", "text_loop", "bfloat16"),
-        Way(st, "sentence_transformers", every=few),
-        Way(f"{st}, best batch", "sentence_transformers", every=few, batch=None),
-        Way(f"{st} bfloat16", "sentence_transformers", "bfloat16", few),
-        Way(f"{st} bfloat16, best batch", "sentence_transformers", "bfloat16", few, None),
-        Way(pool, "sentence_transformers_pool", every=few),
-        Way("Ray Data as documented", "ray_data"),
-        Way("Daft embed_text", "daft"),
-        Way("our forward alone", "encoder", every=few),
-        Way("our forward alone bfloat16", "encoder", "bfloat16", few),
-    )
-
-    def bars(loop: float, forward: bool) -> tuple[Bar, ...]:
-        ours, fast = "fmembed", "fmembed bfloat16"
-        found = (
-            Bar("the bare loop, steady", ours, "bare loop", _STEADY, loop),
-            Bar("the bare loop, steady, bfloat16", fast, "bare loop bfloat16", _STEADY, loop),
-            Bar("sentence-transformers' default", fast, st, _STEADY, 2.3),
-            Bar("sentence-transformers' default, float32", ours, st, _STEADY, 1.25),
-            Bar("Daft, whole run", fast, "Daft embed_text", _WHOLE, 2.0),
-            Bar("Ray Data, whole run", fast, "Ray Data as documented", _WHOLE, 2.5),
-        )
-        alone = (
-            Bar("a matrix product alone", "our forward alone", "", "share", 0.75),
-            Bar("the same, bfloat16", "our forward alone bfloat16", "", "share", 0.75),
-        )
-        return (*found, *alone) if forward else found
-
-    def media(name: str, way: Way) -> tuple[Bar, ...]:
-        return (
-            Bar(name, "fmembed bfloat16", way.name, _STEADY, 1.5),
-            Bar(f"{name}, float32", "fmembed", way.name, _STEADY, 1.0),
-            Bar("the bare loop", "fmembed", "bare loop", _STEADY, 0.85),
-            Bar("the bare loop, bfloat16", "fmembed bfloat16", "bare loop bfloat16", _STEADY, 0.85),
-        )
-
-    pipeline = Way("transformers pipeline", "image_pipeline", every=2, batch=1)
-    alone = Way("transformers, one by one", "media_one_by_one", every=2)
-    loops = (
-        Way("bare loop", "media_loop", every=2),
-        Way("bare loop bfloat16", "media_loop", "bfloat16", every=2),
-    )
-    return (
-        Suite("articles", 1000, "text", text, bars(0.90, True), data.articles),
-        Suite("sentences", 8000, "text", text, bars(0.85, False), data.sentences),
-        Suite(
-            "images", 640, "images",
-            (*_OURS, pipeline, Way("transformers pipeline, 16 at a time", "image_pipeline",
-                                   every=2, batch=16), *loops),
-            media("the pipeline", pipeline), data.images,
-            lambda folder: data.save_vit(folder, "small"),
-        ),
-        Suite(
-            "audio", 320, "audio", (*_OURS, alone, *loops), media("one by one", alone), data.sounds,
-            lambda folder: data.save_wav2vec2(folder, "small"),
-        ),
-        Suite(
-            "overhead", 1_000_000, "text", (Way("no model", "without_model"),),
-            (Bar("us a row, whole run, against 60", "no model", "", _STEADY, 1e6 / 60),),
-            data.short_texts,
-        ),
-    )  # fmt: skip
-
-
-def _gpu_suites() -> tuple[Suite, ...]:
-    """Ours beside sentence-transformers and transformers on one card, in bfloat16."""
-
-    def text(name: str, rows: int, save: Callable[[Path], None] | None, mfu: float) -> Suite:
-        ways = (
-            Way("fmembed", "fmembed", "bfloat16"),
-            Way("sentence-transformers", "sentence_transformers", "bfloat16"),
-            Way("sentence-transformers, best batch", "sentence_transformers", "bfloat16", 1, None),
-        )
-        bars = (
-            Bar("sentence-transformers", "fmembed", ways[1].name, _STEADY, 1.0),
-            Bar("a matrix product alone", "fmembed", "", "mfu", mfu),
-        )
-        return Suite(name, rows, "text", ways, bars, data.articles, save)
-
-    pipeline = Way("transformers pipeline", "image_pipeline", "bfloat16", batch=64)
-    return (
-        text("minilm", 65_536, None, 0.0),
-        text("bert-large", 16_384, data.save_bert_large, 0.5),
-        text("decoder-7b", 2048, data.save_decoder_7b, 0.5),
-        Suite(
-            "vit-large", 8192, "images", (Way("fmembed", "fmembed", "bfloat16"), pipeline),
-            (
-                Bar("the pipeline", "fmembed", pipeline.name, _STEADY, 1.0),
-                Bar("a matrix product alone", "fmembed", "", "mfu", 0.5),
-            ),
-            data.images, lambda folder: data.save_vit(folder, "large"),
-        ),
-    )  # fmt: skip
+    for name, found in runs.items():
+        if not found:
+            continue
+        numbers = [k for k, v in found[0].items() if isinstance(v, int | float)]
+        rates = [run[STEADY] for run in found]
+        ways[name] = {k: statistics.median(run[k] for run in found) for k in numbers}
+        ways[name] |= {"from": min(rates), "to": max(rates), "runs": len(found)}
+        if "parts" in found[-1]:
+            names = found[-1]["parts"]
+            ways[name]["parts"] = {
+                p: round(statistics.median(run["parts"][p] for run in found), 3) for p in names
+            }
+    judged = []
+    for bar in bars:
+        value = ways[bar.way][bar.figure]
+        if bar.other:
+            value /= ways[bar.other][bar.figure]
+        met = (bar.least is None or value >= bar.least) and (bar.most is None or value <= bar.most)
+        judged.append({**vars(bar), "value": round(value, 3), "met": met})
+    return {"rows": rows, "ways": ways, "bars": judged}
 
 
 # --- growth ---------------------------------------------------------------------------------------
 
-_FACTORS = (1, 4, 16)
-_GROWTH_ROWS = 10_000
 
-
-def _growth(folder: Path, scale: float, reps: int) -> Any:
-    """Sentences in bfloat16: so many, four and sixteen times as many."""
-    runs: dict[int, list[dict[str, Any]]] = {factor: [] for factor in _FACTORS}
+def _growth(folder: Path, scale: float, reps: int) -> Iterator[dict[str, Any]]:
+    """Single sentences by our command: so many, four times and sixteen times as many."""
+    runs: dict[str, list[dict[str, Any]]] = {f"x{factor}": [] for factor in _FACTORS}
     for rep in range(reps):
         for factor in _FACTORS:
+            rows = int(_GROWTH_ROWS * scale) * factor
             source = folder / f"growth{factor}.parquet"
             if not source.exists():
-                data.sentences(source, int(_GROWTH_ROWS * scale) * factor)
+                data.sentences(source, rows)
             task = {
-                "kind": "text", "data": str(source), "model": data.MINILM, "dtype": "bfloat16",
+                "kind": "text", "data": str(source), "model": data.MINILM, "dtype": "auto",
                 "out": str(folder / f"growth{factor}-{rep}"),
             }  # fmt: skip
-            stdout, peaks = run_measured(_embed_command(task))
-            result = json.loads(stdout.splitlines()[-1])
-            runs[factor].append(
-                {
-                    "rows": result["rows_embedded"],
-                    "rows_per_s": result["steady_rows_per_s"],
-                    **{f"{who}_mib": round(peak / _MIB) for who, peak in peaks.items()},
-                }
-            )
-            print(f"growth {rep + 1}/{reps} {factor}x: {runs[factor][-1]}", file=sys.stderr)
-        medians = [
-            {"factor": f, **{k: statistics.median(r[k] for r in found) for k in found[0]}}
-            for f, found in runs.items()
-        ]
-        first, last = medians[0], medians[-1]
-        yield {
-            "runs": medians,
-            "ratios": {k: round(last[k] / first[k], 3) for k in list(first)[2:]},
-        }
+            stdout, peaks = run_measured(_embed_command(task), _QUIET)
+            found = _ours(json.loads(stdout.splitlines()[-1]))
+            found |= {f"{who}_mib": round(peak / _MIB) for who, peak in peaks.items()}
+            runs[f"x{factor}"].append(found)
+            print(f"growth {rep + 1}/{reps} {factor}x: {_line(found)}", file=sys.stderr)
+        yield summarise(int(_GROWTH_ROWS * scale), runs, _GROWTH_BARS)
 
 
 def memory(num_images: int, num_clips: int) -> list[dict[str, Any]]:
@@ -390,13 +240,11 @@ def memory(num_images: int, num_clips: int) -> list[dict[str, Any]]:
     """
     found = []
     with tempfile.TemporaryDirectory() as name:
-        for what, count in (("images", num_images), ("audio", num_clips)):
+        for what, count, save, make in (
+            ("images", num_images, data.save_vit, data.small_images),
+            ("audio", num_clips, data.save_wav2vec2, data.long_sounds),
+        ):
             folder = Path(name) / what
-            save, make = (
-                (data.save_vit, data.small_images)
-                if what == "images"
-                else (data.save_wav2vec2, data.long_sounds)
-            )
             save(folder / "model", "tiny")
             runs = []
             for copies in (1, 10):
@@ -406,7 +254,7 @@ def memory(num_images: int, num_clips: int) -> list[dict[str, Any]]:
                     "kind": what, "data": str(source), "model": str(folder / "model"),
                     "dtype": "float32", "out": str(folder / f"out{copies}"),
                 }  # fmt: skip
-                stdout, peaks = run_measured(_embed_command(task))
+                stdout, peaks = run_measured(_embed_command(task), _QUIET)
                 runs.append((json.loads(stdout.splitlines()[-1]), peaks["total"]))
             found.append(
                 {
@@ -423,44 +271,53 @@ def memory(num_images: int, num_clips: int) -> list[dict[str, Any]]:
 # --- reports --------------------------------------------------------------------------------------
 
 
-def to_markdown(report: dict[str, Any]) -> str:
-    """The report as tables: a suite's ways, then its bars."""
-    machine = report["machine"]
-    lines = [f"{machine['processor']}, {machine['cores']} cores, {machine['date']}; ",
-             f"medians of {machine['reps']} repetitions; "
-             + ", ".join(f"{k} {v}" for k, v in machine["versions"].items()), ""]  # fmt: skip
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """The report as tables: each suite's machine, its ways, then its bars."""
+    lines: list[str] = []
     for name, suite in report.items():
-        if name == "machine":
-            continue
-        if "runs" in suite:
-            lines += _table(suite["runs"])
-            lines += [", ".join(f"{k} {v}" for k, v in suite["ratios"].items()), ""]
-            continue
-        lines += [f"| {name}, {suite['rows']:,} rows | rows/s | from, to | whole run |",
-                  "| --- | --- | --- | --- |"]  # fmt: skip
+        machine = suite["machine"]
+        runs = max(way["runs"] for way in suite["ways"].values())
+        lines += [
+            f"**{name}**, {suite['rows']:,} rows, medians of {runs} repetitions in turn; "
+            f"{machine['processor']}, {machine['cores']} cores, {machine['date']}; "
+            + ", ".join(f"{k} {v}" for k, v in machine["versions"].items()),
+            "",
+            "| way | rows/s | from, to | whole run, rows/s |",
+            "| --- | --- | --- | --- |",
+        ]
         for way, run in suite["ways"].items():
-            whole = f"{run[_WHOLE]:.4g}" if _WHOLE in run else ""
+            whole = f"{run[WHOLE]:.4g}" if WHOLE in run else ""
             spread = f"{run['from']:.4g}, {run['to']:.4g}"
-            lines.append(f"| {_label(way, run)} | {run[_STEADY]:.4g} | {spread} | {whole} |")
-        lines += ["", "| against | ratio | bar |  |", "| --- | --- | --- | --- |"]
+            lines.append(f"| {_label(way, run)} | {run[STEADY]:.4g} | {spread} | {whole} |")
+        lines += ["", "| beside | measured | bar |  |", "| --- | --- | --- | --- |"]
         for bar in suite["bars"]:
-            met = "" if bar["met"] else "missed"
-            lines.append(f"| {bar['what']} | {bar['ratio']:.4g} | {bar['least']:.4g} | {met} |")
-        lines.append("")
+            sides = (("≥", bar["least"]), ("≤", bar["most"]))
+            bounds = [f"{sign} {bound:g}" for sign, bound in sides if bound is not None]
+            verdict = "" if bar["met"] else "missed"
+            lines.append(
+                f"| {bar['what']} | {bar['value']:.4g} | {', '.join(bounds)} | {verdict} |"
+            )
+        lines += ["", *_details(suite["ways"])]
     return "\n".join(lines)
 
 
-def _label(way: str, run: dict[str, Any]) -> str:
+def _details(ways: Mapping[str, Any]) -> list[str]:
+    """What else is known of our own ways: seconds by stage, memory, waiting."""
+    lines = []
+    for way, run in ways.items():
+        if "parts" not in run:
+            continue
+        figures = {k: run[k] for k in run if k.endswith(("_mib", "_share", "_a_row", "mfu"))}
+        parts = ", ".join(f"{k} {v:.4g}" for k, v in {**run["parts"], **figures}.items())
+        lines += [f"{way}: {parts}", ""]
+    return lines
+
+
+def _label(way: str, run: Mapping[str, Any]) -> str:
     return f"{way} ({run['batch']:g})" if "batch" in run else way
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    head = list(rows[0])
-    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-    return [*lines, *(f"| {' | '.join(f'{row[k]:g}' for k in head)} |" for row in rows), ""]
-
-
-def _line(found: dict[str, Any]) -> str:
+def _line(found: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{k} {v:.5g}" for k, v in found.items() if isinstance(v, int | float) and k != "rows"
     )
@@ -488,7 +345,10 @@ def _processor(device: str) -> str:
         import torch
 
         return str(torch.cuda.get_device_name())
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    said = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
+    flags = said.get("flags", "").split()
+    # What decides how fast a matrix product is, and in which dtypes.
+    simd = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in flags), "")
+    return f"{said.get('model name', platform.processor())} {simd}".strip()

@@ -6,14 +6,19 @@ import os
 import subprocess
 import threading
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 _MARK = "FMEMBED_BENCH"
 _SAMPLE_EVERY_S = 0.25
 
 
-def run_measured(command: list[str]) -> tuple[str, dict[str, int]]:
+def run_measured(command: list[str], environment: Mapping[str, str]) -> tuple[str, dict[str, int]]:
     """Run a command to its end.
+
+    Args:
+        command: What to run.
+        environment: Variables besides those of this process.
 
     Returns:
         What it printed, and peaks in bytes: `total` of all its processes at once (driver, Ray's
@@ -25,7 +30,7 @@ def run_measured(command: list[str]) -> tuple[str, dict[str, int]]:
     """
     mark = uuid.uuid4().hex
     run = subprocess.Popen(  # noqa: S603 - our own command
-        command, env={**os.environ, _MARK: mark}, stdout=subprocess.PIPE, text=True
+        command, env={**os.environ, **environment, _MARK: mark}, stdout=subprocess.PIPE, text=True
     )
     peaks = {"total": 0, "driver": 0, "worker": 0}
     ended = threading.Event()

@@ -7,6 +7,7 @@ JSON: `rows` and `seconds` of what it timed. What a process takes in all, its ca
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import sys
@@ -24,8 +25,7 @@ _BATCH_TOKENS, _MAX_BATCH_ROWS = 4096, 1024
 _BATCH_SIZES = (8, 16, 32, 64, 128)
 _WARM_ROWS, _SWEEP_ROWS = 32, 128
 _MEDIA_BATCH = {"images": 16, "audio": 4}
-_WINDOW_ROWS = {"text": 256, "images": 128, "audio": 32}
-_REPEATS = 5
+_WINDOW_ROWS, _DIM = 64, 384
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -214,12 +214,13 @@ def _sounds(task: Task) -> Callable[[list[str]], dict[str, Any]]:
 
 
 def encoder(task: Task) -> Found:
-    """Our model stage alone on rows that are ready, against a matrix product alone.
+    """Our model stage alone on rows that are ready, in one actor's thread, and matrix products.
 
-    Beside rows and seconds: `flop_per_s` of the model, `peak_flops` of a matrix product before and
-    after, the better of both.
+    Beside rows and seconds: `share`, the model's FLOP over what products alone would have done in
+    that time, each window's by the products before and after it, because a machine's rate drifts.
     """
     import torch
+    from transformers import AutoTokenizer
 
     from fmembed.checkpoint import open_checkpoint
     from fmembed.encoder import Encoder
@@ -228,32 +229,43 @@ def encoder(task: Task) -> Found:
     from fmembed.spec import ModelSpec
 
     checkpoint = open_checkpoint(ModelSpec(id=task["model"], dtype=task["dtype"]), True)
-    model = Encoder(checkpoint, task["device"], num_threads=_num_cores())
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(task["model"])
+    model = Encoder(checkpoint, task["device"], num_threads=1)
+    tokenizer: Any = AutoTokenizer
+    tokenizer = tokenizer.from_pretrained(task["model"])
     longest = checkpoint.max_tokens
     encoded = tokenizer(_texts(task), truncation=True, max_length=longest)["input_ids"]
-    lengths = np.array([len(ids) for ids in encoded])
     pieces = [Piece(np.array(ids, dtype=np.int32), len(ids)) for ids in encoded]
     dtype, device = getattr(torch, task["dtype"]), torch.device(task["device"])
-    step = _WINDOW_ROWS["text"]
-    windows = [pieces[i : i + step] for i in range(0, len(pieces), step)]
+    windows = [pieces[i : i + _WINDOW_ROWS] for i in range(0, len(pieces), _WINDOW_ROWS)]
     model.embed(windows[0])
-    peak = max(peak_flops(device, dtype) for _ in range(_REPEATS))
-    found = _timed(len(pieces), lambda: [model.embed(window) for window in windows])
-    peak = max(peak, *(peak_flops(device, dtype) for _ in range(_REPEATS)))
-    flop_per_s = model.cost(lengths) / found["seconds"]
-    return {**found, "flop_per_s": flop_per_s, "peak_flops": peak}
+    peaks, seconds = [peak_flops(device, dtype)], []
+    for window in windows:
+        seconds.append(_seconds(functools.partial(model.embed, window)))
+        peaks.append(peak_flops(device, dtype))
+    flop = model.cost(np.array([len(ids) for ids in encoded]))
+    around = [(a + b) / 2 for a, b in itertools.pairwise(peaks)]
+    possible = sum(s * p for s, p in zip(seconds, around, strict=True))
+    return {
+        "rows": len(pieces),
+        "seconds": sum(seconds),
+        "share": flop / possible,
+        "gflop_per_s": flop / sum(seconds) / 1e9,
+        "peak_gflop_per_s": possible / sum(seconds) / 1e9,
+    }
 
 
 def without_model(task: Task) -> Found:
-    """The whole pipeline with a model that computes nothing: what all the rest costs."""
+    """The whole pipeline with a model that computes nothing: what all the rest costs.
+
+    `parts` are microseconds a row, summed over the processes of a stage; `rest` is what they leave
+    of all cores: starting, Ray's own processes, the driver, idling.
+    """
+    from unittest import mock
+
     from fmembed import run
     from fmembed.pipeline import embed
     from fmembed.spec import RunSpec
 
-    run.__dict__["Encoder"] = _NoModel
     spec = RunSpec.parse(
         {
             "source": {"uri": task["data"]},
@@ -262,29 +274,40 @@ def without_model(task: Task) -> Found:
             "probes": [],
         }
     )
-    result = embed(spec, quiet=True)
+    with mock.patch.object(run, "Embed", EmbedNothing):
+        result = embed(spec, quiet=True)
+    us = 1e6 / result.rows_embedded
+    parts = {name: s * us for name, s in result.verdict["seconds"].items() if s}
+    parts["rest"] = result.seconds * us * _num_cores() - sum(parts.values())
     return {
         "rows": result.rows_embedded,
         "seconds": result.seconds,
-        "parts": {name: stage["busy_s"] for name, stage in result.stages.items()},
+        "us_a_row": result.seconds * us,
+        "parts": parts,
     }
 
 
-class _NoModel:
-    """An encoder whose forward pass is a copy of random numbers."""
+class EmbedNothing:
+    """An embed stage whose forward pass is a copy of random numbers."""
 
-    def __init__(self, checkpoint: Any, *_: Any, pieces_are_rows: bool, **__: Any) -> None:
+    def __init__(self, checkpoint: Any, *, pieces_are_rows: bool, **_: Any) -> None:
+        from fmembed.meter import Meter
         from fmembed.outputs import Stage
 
-        vectors = np.random.default_rng(0).standard_normal((_MAX_BATCH_ROWS * 8, 384))
+        vectors = np.random.default_rng(0).standard_normal((_MAX_BATCH_ROWS * 8, _DIM))
         self._vectors = vectors.astype(np.float32)
-        self._stage = Stage(checkpoint.outputs, {"embedding": 384}, {}, pieces_are_rows)
+        self._stage = Stage(checkpoint.outputs, {"embedding": _DIM}, {}, pieces_are_rows)
+        self._meter = Meter(0.0, lambda: 1.0, lambda _: 0.0)
 
     def __call__(self, rows: Any) -> Any:
-        return self._stage.run(rows, self.embed, dict)
+        self._meter.start()
+        return self._stage.run(rows, self.embed, self._meter.stop)
 
     def embed(self, pieces: Any) -> tuple[dict[str, Any], dict[int, Any]]:
-        return {"embedding": self._vectors[: len(pieces)].copy()}, {}
+        with self._meter.timed("forward_s"):
+            vectors = self._vectors[: len(pieces)].copy()
+        self._meter.batch(np.array([p.num_units for p in pieces]), packed=True)
+        return {"embedding": vectors}, {}
 
 
 # --- what they share ------------------------------------------------------------------------------

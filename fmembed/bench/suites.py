@@ -1,0 +1,166 @@
+"""What is measured: ways of embedding the same rows, and the ratios that are to be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fmembed.bench import data
+from fmembed.checkpoint import cpu_has_bfloat16
+
+STEADY, WHOLE = "rows_per_s", "whole_rows_per_s"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way: a function of `ways`, or "fmembed" for the whole pipeline by its command.
+
+    `every` takes each n-th row: a rate in the steady state needs no whole dataset. A `batch` of
+    null is tried out first.
+    """
+
+    name: str
+    run: str
+    dtype: str = "float32"
+    every: int = 1
+    batch: int | None = 32
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a figure of a way is to reach: as a ratio to another way's, or without one by itself.
+
+    `rows_per_s` is the steady state: loading and warming up left out. `whole_rows_per_s` counts all
+    that the process did, its start included. `share` is of a matrix product alone.
+    """
+
+    what: str
+    way: str
+    other: str
+    figure: str
+    least: float | None = None
+    most: float | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Ways over the same rows, and what they are to reach."""
+
+    name: str
+    rows: int
+    kind: str
+    ways: tuple[Way, ...]
+    bars: tuple[Bar, ...]
+    make_data: Callable[[Path, int], None]
+    make_model: Callable[[Path], None] | None = None
+
+
+_ST, _POOL = "sentence-transformers", "sentence-transformers, its pool"
+_LOOP, _FORWARD, _RAY, _DAFT = "bare loop", "our forward alone", "Ray Data", "Daft"
+_EVERY = 4
+
+
+def suites_on(device: str) -> tuple[Suite, ...]:
+    """All suites for "cpu" or "cuda"."""
+    return _on_gpu() if device == "cuda" else _on_cpu(cpu_has_bfloat16())
+
+
+def _on_cpu(has_bfloat16: bool) -> tuple[Suite, ...]:
+    """Ours by default is bfloat16 where the CPU computes it, and float32 where it does not.
+
+    Without it nothing in bfloat16 is run: on an AVX2 core it took a hundred times as long.
+    """
+    dtypes = ("float32", "bfloat16") if has_bfloat16 else ("float32",)
+    default = _name("fmembed", dtypes[-1])
+    ours = tuple(Way(_name("fmembed", d), "fmembed", d) for d in dtypes)
+
+    def each(what: str, run: str, every: int = 1, batch: int | None = 32) -> tuple[Way, ...]:
+        return tuple(Way(_name(what, d), run, d, every, batch) for d in dtypes)
+
+    text = (
+        *ours,
+        *each(_LOOP, "text_loop"),
+        *each(_ST, "sentence_transformers", _EVERY),
+        *each(f"{_ST}, best batch", "sentence_transformers", _EVERY, None),
+        Way(_POOL, "sentence_transformers_pool", every=_EVERY),
+        Way(_RAY, "ray_data"),
+        Way(_DAFT, "daft"),
+        *each(_FORWARD, "encoder", _EVERY),
+    )
+
+    def bars(loop: float) -> tuple[Bar, ...]:
+        fast = (Bar(f"{_ST}, bfloat16", "fmembed bfloat16", _ST, STEADY, 2.3),)
+        return (
+            *(Bar(_name(_LOOP, d), _name("fmembed", d), _name(_LOOP, d), STEADY, loop)
+              for d in dtypes),
+            Bar(f"{_ST}, float32", "fmembed", _ST, STEADY, 1.25),
+            *(fast if has_bfloat16 else ()),
+            Bar(f"{_DAFT}, whole run", default, _DAFT, WHOLE, 2.0),
+            Bar(f"{_RAY} as documented, whole run", default, _RAY, WHOLE, 2.5),
+        )  # fmt: skip
+
+    forward = tuple(
+        Bar(_name("a matrix product alone", d), _name(_FORWARD, d), "", "share", 0.75)
+        for d in dtypes
+    )
+
+    def media(what: str, way: Way, loop: tuple[Way, ...]) -> tuple[Bar, ...]:
+        return (
+            Bar(what, default, way.name, STEADY, 1.5),
+            *(Bar(x.name, _name("fmembed", x.dtype), x.name, STEADY, 0.85) for x in loop),
+        )
+
+    pipeline = Way("transformers pipeline", "image_pipeline", every=2, batch=1)
+    batched = Way("transformers pipeline, 16 at a time", "image_pipeline", every=2, batch=16)
+    alone = Way("transformers, one by one", "media_one_by_one", every=2)
+    loop = each(_LOOP, "media_loop", 2)
+    return (
+        Suite("articles", 1500, "text", text, (*bars(0.90), *forward), data.articles),
+        Suite("sentences", 8000, "text", text, bars(0.85), data.sentences),
+        Suite(
+            "images", 640, "images", (*ours, pipeline, batched, *loop),
+            media("the pipeline", pipeline, loop), data.images,
+            lambda folder: data.save_vit(folder, "small"),
+        ),
+        Suite(
+            "audio", 320, "audio", (*ours, alone, *loop), media("one by one", alone, loop),
+            data.sounds, lambda folder: data.save_wav2vec2(folder, "small"),
+        ),
+        Suite(
+            "overhead", 1_000_000, "text", (Way("no model", "without_model"),),
+            (Bar("us a row, start included", "no model", "", "us_a_row", most=60.0),),
+            data.short_texts,
+        ),
+    )  # fmt: skip
+
+
+def _name(what: str, dtype: str) -> str:
+    return what if dtype == "float32" else f"{what} {dtype}"
+
+
+def _on_gpu() -> tuple[Suite, ...]:
+    """Ours beside sentence-transformers and transformers on one card, in bfloat16."""
+    ours = Way("fmembed", "fmembed", "bfloat16")
+
+    def bars(other: Way, mfu: float | None) -> tuple[Bar, ...]:
+        large = (Bar("a matrix product alone", "fmembed", "", "mfu", mfu),) if mfu else ()
+        waits = Bar("share of the time that the GPU waited", "fmembed", "", "wait_share", most=0.05)
+        return (Bar(other.name, "fmembed", other.name, STEADY, 1.0), *large, waits)
+
+    def text(name: str, rows: int, save: Callable[[Path], None] | None, mfu: float | None) -> Suite:
+        peer = Way(_ST, "sentence_transformers", "bfloat16")
+        best = Way(f"{_ST}, best batch", "sentence_transformers", "bfloat16", 1, None)
+        ways = (ours, peer, best)
+        return Suite(name, rows, "text", ways, bars(peer, mfu), data.articles, save)
+
+    pipeline = Way("transformers pipeline", "image_pipeline", "bfloat16", batch=64)
+    return (
+        text("minilm", 65_536, None, None),
+        text("bert-large", 16_384, data.save_bert_large, 0.5),
+        text("decoder-7b", 2048, data.save_decoder_7b, 0.5),
+        Suite(
+            "vit-large", 8192, "images", (ours, pipeline), bars(pipeline, 0.5), data.images,
+            lambda folder: data.save_vit(folder, "large"),
+        ),
+    )  # fmt: skip

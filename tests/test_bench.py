@@ -1,0 +1,126 @@
+"""The benchmark's arithmetic, and each way on a few rows; its figures come from running it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fmembed import bench
+from fmembed.bench import data, suites, ways
+from fmembed.bench.suites import STEADY, WHOLE, Bar, Suite, Way
+from fmembed.spec import SpecError
+
+RUNS = {
+    "ours": [
+        {"rows_per_s": 30.0, "whole_rows_per_s": 9.0, "wait_share": 0.02, "parts": {"read": 1.0}},
+        {"rows_per_s": 10.0, "whole_rows_per_s": 8.0, "wait_share": 0.04, "parts": {"read": 3.0}},
+        {"rows_per_s": 20.0, "whole_rows_per_s": 7.0, "wait_share": 0.03, "parts": {"read": 2.0}},
+    ],
+    "theirs": [{"rows_per_s": 10.0, "batch": 32}] * 3,
+    "not run": [],
+}
+
+
+def test_bars_are_ratios_of_medians() -> None:
+    bars = (
+        Bar("theirs", "ours", "theirs", STEADY, least=2.0),
+        Bar("theirs, more", "ours", "theirs", STEADY, least=2.1),
+        Bar("waits", "ours", "", "wait_share", most=0.03),
+        Bar("waits less", "ours", "", "wait_share", most=0.02),
+        Bar("about the same", "ours", "theirs", STEADY, least=1.95, most=1.99),
+    )
+    found = bench.summarise(100, RUNS, bars)
+    assert [(b["value"], b["met"]) for b in found["bars"]] == [
+        (2.0, True), (2.0, False), (0.03, True), (0.03, False), (2.0, False),
+    ]  # fmt: skip
+    ours = found["ways"]["ours"]
+    assert (ours[STEADY], ours["from"], ours["to"], ours["runs"]) == (20.0, 10.0, 30.0, 3)
+    assert ours["parts"] == {"read": 2.0}
+    assert list(found["ways"]) == ["ours", "theirs"]
+
+
+def test_the_tables_show_what_was_missed() -> None:
+    machine = {"processor": "some CPU", "cores": 2, "date": "2026-01-01", "versions": {"ray": "2"}}
+    bars = (Bar("theirs", "ours", "theirs", STEADY, least=2.1, most=9),)
+    text = bench.to_markdown({"articles": {"machine": machine, **bench.summarise(100, RUNS, bars)}})
+    assert "**articles**, 100 rows, medians of 3 repetitions in turn; some CPU, 2 cores" in text
+    assert "| ours | 20 | 10, 30 | 8 |" in text
+    assert "| theirs (32) | 10 | 10, 10 |  |" in text
+    assert "| theirs | 2 | ≥ 2.1, ≤ 9 | missed |" in text
+    assert "ours: read 2, wait_share 0.03" in text
+
+
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_every_bar_is_of_ways_that_are_run(has_bfloat16: bool) -> None:
+    for suite in (*suites._on_cpu(has_bfloat16), *suites._on_gpu()):
+        names = {way.name for way in suite.ways}
+        assert len(names) == len(suite.ways)
+        for bar in suite.bars:
+            assert {bar.way, bar.other} - {""} <= names, suite.name
+            assert (bar.least, bar.most) != (None, None)
+        assert {way.run for way in suite.ways} <= {"fmembed", *ways.WAYS}
+    dtypes = {way.dtype for suite in suites._on_cpu(False) for way in suite.ways}
+    assert dtypes == {"float32"}
+
+
+@pytest.mark.parametrize("way", ["sentence_transformers", "text_loop", "encoder"])
+def test_ways_of_texts(way: str, tmp_path: Path, minilm: Path) -> None:
+    data.sentences(tmp_path / "rows.parquet", 64)
+    found = ways.WAYS[way](_task(tmp_path / "rows.parquet", "text", minilm))
+    assert found["rows"] == 32
+    assert found["seconds"] > 0
+    if way == "encoder":
+        assert 0 < found["share"] < 1.5
+
+
+@pytest.mark.parametrize("way", ["image_pipeline", "media_one_by_one", "media_loop"])
+def test_ways_of_pictures(way: str, tmp_path: Path) -> None:
+    data.images(tmp_path / "files", 8)
+    data.save_vit(tmp_path / "model", "tiny")
+    found = ways.WAYS[way](_task(tmp_path / "files", "images", tmp_path / "model"))
+    assert (found["rows"], found["seconds"] > 0) == (4, True)
+
+
+@pytest.mark.parametrize("way", ["media_one_by_one", "media_loop"])
+def test_ways_of_sounds(way: str, tmp_path: Path) -> None:
+    data.sounds(tmp_path / "files", 8)
+    data.save_wav2vec2(tmp_path / "model", "tiny")
+    found = ways.WAYS[way](_task(tmp_path / "files", "audio", tmp_path / "model"))
+    assert (found["rows"], found["seconds"] > 0) == (4, True)
+
+
+def _task(source: Path, kind: str, model: Path) -> dict[str, Any]:
+    return {
+        "kind": kind, "data": str(source), "model": str(model), "dtype": "float32",
+        "device": "cpu", "every": 2, "batch": 4,
+    }  # fmt: skip
+
+
+def test_ours_and_a_peer_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = Suite(
+        "few", 48, "text", (Way("fmembed", "fmembed"), Way("Daft", "daft")),
+        (Bar("Daft", "fmembed", "Daft", WHOLE, 0.0),), data.sentences,
+    )  # fmt: skip
+    monkeypatch.setattr(bench, "suites_on", lambda _: (suite,))
+    report = bench.compare(["few"], "cpu", 1, str(tmp_path))
+    few = report["few"]
+    assert few == json.loads((tmp_path / "bench.json").read_text())["few"]
+    assert few["ways"]["fmembed"]["rows"] == few["ways"]["Daft"]["rows"] == 48
+    assert few["ways"]["fmembed"]["parts"]["forward"] > 0
+    assert few["bars"][0]["met"]
+    assert "| Daft |" in (tmp_path / "bench.md").read_text()
+
+
+def test_what_is_missing_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "find_spec", lambda name: None if name == "daft" else name)
+    with pytest.raises(SpecError, match="bench: needs daft: pip install"):
+        bench.check_peers("cpu")
+    monkeypatch.undo()
+    import torch
+
+    if not torch.cuda.is_available():
+        with pytest.raises(SpecError, match="torch finds no CUDA device"):
+            bench.check_peers("cuda")
