@@ -56,7 +56,7 @@ class Commits:
         self._lock = lock
         self._run_id = run_id
         self._configuration = configuration
-        self._num_commits = 0
+        self.num_commits = 0
         self.is_committing = False
         self._num_known_before: int | None = None
         self._whole: list[tuple[str, int, int]] = []
@@ -124,8 +124,8 @@ class Commits:
     def _commit(self, written: list[Written]) -> None:
         self._lock.check()
         # A number is used once, whatever becomes of it: committing it again would be a no-op.
-        transaction = (self._run_id, self._num_commits)
-        self._num_commits += 1
+        transaction = (self._run_id, self.num_commits)
+        self.num_commits += 1
         rejected = [w.rejected for w in written if w.rejected is not None]
         parts = [w.part for w in written if w.part is not None]
         # Rejections first: either log may end up ahead of the other, and both ways the next run

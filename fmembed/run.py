@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from fmembed.commits import Commits
 from fmembed.endpoint import Endpoint, EndpointEncoder
 from fmembed.inputs import Inputs, open_inputs
 from fmembed.lock import Lock
+from fmembed.metrics import RunMetrics
 from fmembed.outputs import Ranges
 from fmembed.preprocess import Preprocess
 from fmembed.readers import Source
@@ -251,6 +252,7 @@ class _Run:
         self._ranges: Ranges = {}
         self._dim = 0
         self._num_shards = 0
+        self._metrics: RunMetrics | None = None
         self._num_warm = self._warm_rows = 0
         self._warm = 0.0
 
@@ -362,10 +364,14 @@ class _Run:
                     self._num_warm += 1
                     self._warm_rows += bundle.num_rows() or 0
                     self._warm = time.monotonic()
+                num_commits = commits.num_commits
                 commits.add(bundle)
                 stages.set(progress.WRITE, commits.num_written, commits.busy_s)
+                if commits.num_commits != num_commits:
+                    self._publish(commits, stages)
             commits.commit()
             stages.set(progress.WRITE, commits.num_written, commits.busy_s)
+            self._publish(commits, stages)
         except Interrupted as e:
             signals.heard()
             with contextlib.suppress(ray.exceptions.RayError):
@@ -381,6 +387,16 @@ class _Run:
             raise
         finally:
             commits.settle()
+
+    def _publish(self, commits: Commits, stages: progress.Stages) -> None:
+        self._stages = {name: asdict(stage) for name, stage in stages.stages.items()}
+        rows = {"embedded": commits.num_embedded, "rejected": commits.num_rejected}
+        self._metrics = self._metrics or RunMetrics(self.id)
+        self._metrics.publish(rows, self._judge(commits.counts))
+
+    def _judge(self, counts: Mapping[str, float]) -> dict[str, Any]:
+        seconds = time.monotonic() - self._clock
+        return verdict.judge(counts, self._stages, self._compute, seconds, self._num_shards)
 
     def _line(self, source: Source, plan: Plan) -> Iterator[Any]:
         """The stages that Ray runs: source to vectors, as bundles of references to Arrow blocks."""
@@ -490,7 +506,7 @@ class _Run:
             steady_rows_per_s=steady,
             causes=dict(commits.causes) if commits else {},
             stages=self._stages,
-            verdict=verdict.judge(counts, self._stages, self._compute, seconds, self._num_shards),
+            verdict=self._judge(counts),
             compute=self._compute,
         )
         if num_embedded or num_rejected:

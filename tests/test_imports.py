@@ -22,6 +22,7 @@ ALLOWED = {
     "meter": {"batching"},
     "calibration": set(),
     "verdict": set(),
+    "metrics": set(),
     "outputs": {"checkpoint", "rows"},
     "towers": {"attention", "batching", "checkpoint", "outputs", "spec"},
     "encoder": {"batching", "calibration", "checkpoint", "meter", "outputs", "spec", "towers"},
@@ -37,7 +38,8 @@ ALLOWED = {
     },
     "inputs": {"checkpoint", "readers", "source", "spec", "table"},
     "run": {
-        "checkpoint", "commits", "encoder", "endpoint", "evaluation", "inputs", "lock", "outputs",
+        "checkpoint", "commits", "encoder", "endpoint", "evaluation", "inputs", "lock", "metrics",
+        "outputs",
         "preprocess", "progress", "readers", "rows", "source", "spec", "storage", "table",
         "verdict",
     },
@@ -48,7 +50,18 @@ ALLOWED = {
     "cli": {"bench", "integrity", "pipeline", "spec", "table"},
 }  # fmt: skip
 HEAVY = {
-    "ray": {"source", "commits", "evaluation", "meter", "run", "table", "cli", "progress", "bench"},
+    "ray": {
+        "source",
+        "commits",
+        "evaluation",
+        "meter",
+        "metrics",
+        "run",
+        "table",
+        "cli",
+        "progress",
+        "bench",
+    },
     "torch": {"attention", "bench", "encoder", "batching", "inputs", "meter", "towers"},
     "sklearn": {"probes"},
 }

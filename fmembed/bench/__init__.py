@@ -114,6 +114,7 @@ def _compare(
                 "way": way.run, "kind": suite.kind, "data": str(source), "model": str(model),
                 "dtype": way.dtype, "device": device, "every": way.every, "rows": rows,
                 "batch": best.get(way.name, way.batch), "out": str(where / f"{rep}-{way.name}"),
+                "options": way.options,
             }  # fmt: skip
             found = _run(task)
             if way.batch is None:
@@ -150,7 +151,7 @@ def _embed_command(task: Mapping[str, Any]) -> list[str]:
     return [
         sys.executable, "-m", "fmembed.cli", "embed", "--json", "--source", task["data"], *form,
         "--model", task["model"], "--output", task["out"], "--dtype", task["dtype"],
-        "--set", "probes=[]",
+        "--set", "probes=[]", *(x for option in task.get("options", ()) for x in ("--set", option)),
     ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ class Way:
     """One way: a function of `ways`, or "fmembed" for the whole pipeline by its command.
 
     `every` takes each n-th row: a rate in the steady state needs no whole dataset. A `batch` of
-    null is tried out first.
+    null is tried out first. `options` are more of our command's fields.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Way:
     dtype: str = "float32"
     every: int = 1
     batch: int | None = 32
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,11 @@ def _on_cpu(has_bfloat16: bool) -> tuple[Suite, ...]:
         *each(_FORWARD, "encoder", _EVERY),
     )
 
+    # Why `run.plan_compute` gives each core an actor of its own.
+    one = Way(
+        "fmembed, one actor of all cores", "fmembed", dtypes[-1], options=("compute.actors=1",)
+    )
+
     def bars(loop: float) -> tuple[Bar, ...]:
         fast = (Bar(f"{_ST}, bfloat16", "fmembed bfloat16", _ST, STEADY, 2.3),)
         return (
@@ -116,7 +122,9 @@ def _on_cpu(has_bfloat16: bool) -> tuple[Suite, ...]:
     alone = Way("transformers, one by one", "media_one_by_one", every=2)
     loop = each(_LOOP, "media_loop", 2)
     return (
-        Suite("articles", 1500, "text", text, (*bars(0.90), *forward), data.articles),
+        Suite(
+            "articles", 1500, "text", (*text, one), (*bars(0.90), *forward), data.articles,
+        ),
         Suite("sentences", 8000, "text", text, bars(0.85), data.sentences),
         Suite(
             "images", 640, "images", (*ours, pipeline, batched, *loop),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from conftest import SENTENCES, run_cli, write_jsonl
 
 import fmembed
@@ -71,6 +75,7 @@ def test_end_to_end_and_again(tmp_path: Path, tiny_bert: Path) -> None:
     assert "give a run more rows" in verdict["advice"]
     assert "Where the time went" in html
     assert fmembed.read(first.table, engine="ray").count() == 240
+    _check_metrics(first)
 
     before = {p: p.stat().st_mtime_ns for p in Path(first.table).rglob("*") if p.is_file()}
     second = fmembed.embed(spec(tmp_path, tiny_bert))
@@ -82,6 +87,32 @@ def test_end_to_end_and_again(tmp_path: Path, tiny_bert: Path) -> None:
     third = fmembed.embed(spec(tmp_path, tiny_bert))
     assert (third.rows_embedded, third.rows_skipped) == (1, 240)
     assert fmembed.verify(first.table).problems == []
+
+
+def _check_metrics(result: fmembed.RunResult) -> None:
+    """What Prometheus scrapes: the run's figures, and each actor's."""
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    wanted = f'run="{result.run_id}"'
+    deadline = time.monotonic() + 60
+    lines: list[str] = []
+    while not any("run_seconds" in line for line in lines):
+        assert time.monotonic() < deadline, "Ray's exporter has not told of the run"
+        time.sleep(0.5)
+        with urllib.request.urlopen(url) as answer:
+            lines = [line for line in answer.read().decode().splitlines() if wanted in line]
+    figures = {
+        (line.partition("{")[0], *re.findall(r'(?:stage|outcome)="([^"]+)"', line)):
+        float(line.rpartition(" ")[2])
+        for line in lines
+    }  # fmt: skip
+    assert figures["ray_fmembed_run_rows", "embedded"] == result.rows_embedded
+    for stage in ("read", "preprocess", "wait", "copy", "forward", "write"):
+        assert ("ray_fmembed_run_seconds", stage) in figures
+    forward = figures["ray_fmembed_run_seconds", "forward"]
+    assert forward == pytest.approx(result.verdict["seconds"]["forward"])
+    for name in ("wait_share", "padding_waste", "tokens_per_s", "mfu"):
+        assert figures[f"ray_fmembed_run_{name}",] == pytest.approx(result.verdict[name])
 
 
 @pytest.mark.usefixtures("local_ray")
