@@ -99,19 +99,33 @@ def _task(source: Path, kind: str, model: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_ours_and_a_peer_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ways_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in a process of its own, from the suite to both files."""
     suite = Suite(
-        "few", 48, "text", (Way("fmembed", "fmembed"), Way("Daft", "daft")),
-        (Bar("Daft", "fmembed", "Daft", WHOLE, 0.0),), data.sentences,
+        "few", 48, "text", (Way("bare loop", "text_loop"), Way("Daft", "daft")),
+        (Bar("Daft", "bare loop", "Daft", WHOLE, 0.0),), data.sentences,
     )  # fmt: skip
     monkeypatch.setattr(bench, "suites_on", lambda _: (suite,))
-    report = bench.compare(["few"], "cpu", 1, str(tmp_path))
-    few = report["few"]
+    few = bench.compare(["few"], "cpu", 1, str(tmp_path))["few"]
     assert few == json.loads((tmp_path / "bench.json").read_text())["few"]
-    assert few["ways"]["fmembed"]["rows"] == few["ways"]["Daft"]["rows"] == 48
-    assert few["ways"]["fmembed"]["parts"]["forward"] > 0
+    assert few["ways"]["bare loop"]["rows"] == few["ways"]["Daft"]["rows"] == 48
     assert few["bars"][0]["met"]
     assert "| Daft |" in (tmp_path / "bench.md").read_text()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_the_pipeline_with_a_model_that_computes_nothing(tmp_path: Path, minilm: Path) -> None:
+    data.short_texts(tmp_path / "rows.parquet", 2000)
+    task = {**_task(tmp_path / "rows.parquet", "text", minilm), "out": str(tmp_path / "out")}
+    found = ways.without_model(task)
+    assert found["rows"] == 2000
+    assert found["us_a_row"] == pytest.approx(found["seconds"] * 1e6 / 2000)
+    assert {"read", "preprocess", "write", "forward", "rest"} <= found["parts"].keys()
+    # What is made of our own command's result.
+    result = json.loads(next(Path(tmp_path, "out", "_runs").glob("*.json")).read_text())
+    ours = bench._ours(result)
+    assert ours["rows"] == 2000
+    assert ours["rows_per_s"] == result["steady_rows_per_s"]
 
 
 def test_what_is_missing_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:

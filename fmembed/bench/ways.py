@@ -277,7 +277,8 @@ def without_model(task: Task) -> Found:
     with mock.patch.object(run, "Embed", EmbedNothing):
         result = embed(spec, quiet=True)
     us = 1e6 / result.rows_embedded
-    parts = {name: s * us for name, s in result.verdict["seconds"].items() if s}
+    seconds = result.verdict["seconds"]
+    parts = {name: s * us for name, s in seconds.items() if name not in ("load", "wait")}
     parts["rest"] = result.seconds * us * _num_cores() - sum(parts.values())
     return {
         "rows": result.rows_embedded,
