@@ -5,6 +5,7 @@ Legend: FLOP are floating-point operations, an addition and a multiplication bei
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -169,9 +170,15 @@ def _counter() -> Any:
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
-    # The kernel for CPUs is not among those that torch counts.
-    own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={own: attention})
+    def product(inputs: Any, weights: Any, *_: Any, **__: Any) -> int:
+        return int(2 * math.prod(inputs) * weights[0])
+
+    # The kernels for CPUs are not among those that torch counts.
+    own = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        torch.ops.mkldnn._linear_pointwise: product,
+    }
+    return FlopCounterMode(display=False, custom_mapping=own)
 
 
 def synchronize(device: torch.device) -> None:

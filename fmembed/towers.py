@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fmembed import attention
+from fmembed import attention, linear
 from fmembed.batching import Ints, pack, pad
 from fmembed.checkpoint import (
     Checkpoint,
@@ -77,6 +77,8 @@ class Tower:
         self._call = self._entry()
         self.attention = self.model.config._attn_implementation
         self.packs = self.attention == attention.PACKED and checkpoint.modality == "text"
+        if device.type == "cpu" and not checkpoint.compile and checkpoint.family in _FUSED:
+            linear.fuse(self.model)
         if checkpoint.compile:
             self._call = torch.compile(self._call, dynamic=True)
 
@@ -394,6 +396,8 @@ _PACKED_FAMILIES = frozenset(
         "phi", "qwen2", "qwen3", "roberta", "xlm-roberta",
     }
 )  # fmt: skip
+# Those, and others of which no module looks at a linear layer's weights by itself.
+_FUSED = _PACKED_FAMILIES | frozenset({"dinov2", "hubert", "vit", "wav2vec2"})
 _COUNT_FROM_PAD = frozenset({"camembert", "roberta", "xlm-roberta"})
 
 

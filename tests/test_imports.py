@@ -19,12 +19,13 @@ ALLOWED = {
     "preprocess": {"checkpoint", "rows", "spec"},
     "batching": set(),
     "attention": set(),
+    "linear": set(),
     "meter": {"batching"},
     "calibration": set(),
     "verdict": set(),
     "metrics": set(),
     "outputs": {"checkpoint", "rows"},
-    "towers": {"attention", "batching", "checkpoint", "outputs", "spec"},
+    "towers": {"attention", "batching", "checkpoint", "linear", "outputs", "spec"},
     "encoder": {"batching", "calibration", "checkpoint", "meter", "outputs", "spec", "towers"},
     "endpoint": {"checkpoint", "outputs", "spec"},
     "table": {"rows", "spec", "storage"},
@@ -62,7 +63,7 @@ HEAVY = {
         "progress",
         "bench",
     },
-    "torch": {"attention", "bench", "encoder", "batching", "inputs", "meter", "towers"},
+    "torch": {"attention", "bench", "encoder", "batching", "inputs", "linear", "meter", "towers"},
     "sklearn": {"probes"},
 }
 MODULES = sorted((ROOT / "fmembed").rglob("*.py"))
