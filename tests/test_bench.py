@@ -15,13 +15,14 @@ from fmembed.spec import SpecError
 
 RUNS = {
     "ours": [
-        {"rows_per_s": 30.0, "whole_rows_per_s": 9.0, "wait_share": 0.02, "parts": {"read": 1.0}},
-        {"rows_per_s": 10.0, "whole_rows_per_s": 8.0, "wait_share": 0.04, "parts": {"read": 3.0}},
-        {"rows_per_s": 20.0, "whole_rows_per_s": 7.0, "wait_share": 0.03, "parts": {"read": 2.0}},
+        {"rows_per_s": rate, "whole_rows_per_s": whole, "wait_share": share, "parts": {"read": s},
+         "total_mib": 1200}
+        for rate, whole, share, s in ((30.0, 9.0, 0.02, 1.0), (10.0, 8.0, 0.04, 3.0),
+                                      (20.0, 7.0, 0.03, 2.0))
     ],
-    "theirs": [{"rows_per_s": 10.0, "batch": 32}] * 3,
+    "theirs": [{"rows_per_s": 10.0, "batch": 32, "total_mib": 900}] * 3,
     "not run": [],
-}
+}  # fmt: skip
 
 
 def test_bars_are_ratios_of_medians() -> None:
@@ -47,8 +48,8 @@ def test_the_tables_show_what_was_missed() -> None:
     bars = (Bar("theirs", "ours", "theirs", STEADY, least=2.1, most=9),)
     text = bench.to_markdown({"articles": {"machine": machine, **bench.summarise(100, RUNS, bars)}})
     assert "**articles**, 100 rows, medians of 3 repetitions in turn; some CPU, 2 cores" in text
-    assert "| ours | 20 | 10, 30 | 8 |" in text
-    assert "| theirs (32) | 10 | 10, 10 |  |" in text
+    assert "| ours | 20 | 10, 30 | 8 | 1,200 |" in text
+    assert "| theirs (32) | 10 | 10, 10 |  | 900 |" in text
     assert "| theirs | 2 | ≥ 2.1, ≤ 9 | missed |" in text
     assert "ours: read 2, wait_share 0.03" in text
 

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -128,22 +127,20 @@ def _run(task: dict[str, Any]) -> dict[str, Any]:
     ours = task["way"] == "fmembed"
     command = [sys.executable, "-m", "fmembed.bench.ways", json.dumps(task)]
     began = time.perf_counter()
-    done = subprocess.run(  # noqa: S603 - our own command
-        _embed_command(task) if ours else command, env={**os.environ, **_QUIET},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    stdout, peaks = run_measured(_embed_command(task) if ours else command, _QUIET)
     whole_s = time.perf_counter() - began
-    if done.returncode:
-        last = "\n".join(done.stderr.splitlines()[-20:])
-        raise SystemExit(f"{task['way']} failed with exit code {done.returncode}:\n{last}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(stdout.splitlines()[-1])
     if ours:
         found = _ours(found)
     else:
         found[STEADY] = round(found["rows"] / found["seconds"], 3)
     if task["every"] == 1:
         found[WHOLE] = round(found["rows"] / whole_s, 3)
-    return found
+    return found | _in_mib(peaks)
+
+
+def _in_mib(peaks: Mapping[str, int]) -> dict[str, int]:
+    return {f"{who}_mib": round(peak / _MIB) for who, peak in peaks.items()}
 
 
 def _embed_command(task: Mapping[str, Any]) -> list[str]:
@@ -222,7 +219,7 @@ def _growth(folder: Path, scale: float, reps: int) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
             stdout, peaks = run_measured(_embed_command(task), _QUIET)
             found = _ours(json.loads(stdout.splitlines()[-1]))
-            found |= {f"{who}_mib": round(peak / _MIB) for who, peak in peaks.items()}
+            found |= _in_mib(peaks)
             runs[f"x{factor}"].append(found)
             print(f"growth {rep + 1}/{reps} {factor}x: {_line(found)}", file=sys.stderr)
         yield summarise(int(_GROWTH_ROWS * scale), runs, _GROWTH_BARS)
@@ -283,13 +280,14 @@ def to_markdown(report: Mapping[str, Any]) -> str:
             f"{machine['processor']}, {machine['cores']} cores, {machine['date']}; "
             + ", ".join(f"{k} {v}" for k, v in machine["versions"].items()),
             "",
-            "| way | rows/s | from, to | whole run, rows/s |",
-            "| --- | --- | --- | --- |",
+            "| way | rows/s | from, to | whole run, rows/s | peak memory, MiB |",
+            "| --- | --- | --- | --- | --- |",
         ]
         for way, run in suite["ways"].items():
             whole = f"{run[WHOLE]:.4g}" if WHOLE in run else ""
             spread = f"{run['from']:.4g}, {run['to']:.4g}"
-            lines.append(f"| {_label(way, run)} | {run[STEADY]:.4g} | {spread} | {whole} |")
+            rate, peak = f"{run[STEADY]:.4g}", f"{run.get('total_mib', 0):,.0f}"
+            lines.append(f"| {_label(way, run)} | {rate} | {spread} | {whole} | {peak} |")
         lines += ["", "| beside | measured | bar |  |", "| --- | --- | --- | --- |"]
         for bar in suite["bars"]:
             sides = (("≥", bar["least"]), ("≤", bar["most"]))
