@@ -45,7 +45,7 @@ def test_windows_add_up() -> None:
     own = {name.removeprefix("actor/local/"): value for name, value in total.items()}
     assert (own["windows"], own["load_s"], own["peak_flops"]) == (12, 2.5, 9.0)
     assert (own["tokens"], own["slots"], own["flop"]) == (120, 132, 1200)
-    assert next(peaks) == 1.0  # asked for eight times, not for every window
+    assert len(list(peaks)) == 23 - 4  # measured four times, not for every window
     assert own["wait_s"] >= 0
     assert own["busy_s"] >= own["forward_s"] >= 0
 

@@ -125,14 +125,14 @@ def _on_cpu(has_bfloat16: bool) -> tuple[Suite, ...]:
         Suite(
             "articles", 1500, "text", (*text, one), (*bars(0.90), *forward), data.articles,
         ),
-        Suite("sentences", 8000, "text", text, bars(0.85), data.sentences),
+        Suite("sentences", 6000, "text", text, bars(0.85), data.sentences),
         Suite(
-            "images", 640, "images", (*ours, pipeline, batched, *loop),
+            "images", 480, "images", (*ours, pipeline, batched, *loop),
             media("the pipeline", pipeline, loop), data.images,
             lambda folder: data.save_vit(folder, "small"),
         ),
         Suite(
-            "audio", 320, "audio", (*ours, alone, *loop), media("one by one", alone, loop),
+            "audio", 240, "audio", (*ours, alone, *loop), media("one by one", alone, loop),
             data.sounds, lambda folder: data.save_wav2vec2(folder, "small"),
         ),
         Suite(
