@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import os
 import sys
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 # Before any import of numpy or torch: torch's OpenMP and Ray's own threads read these once.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -231,16 +233,31 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
         print(f"report    {result['report']}")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run a command; a user's mistake is one line on stderr, never a traceback."""
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a command and end the process; a user's mistake is one line on stderr, no traceback."""
+    code = run(arguments)
+    # Not through the interpreter's teardown: a thread of the object store's client that answers
+    # meanwhile aborts the process, one run in 80 that read from S3
+    # (https://github.com/PyO3/pyo3-async-runtimes/issues/40). What has to be closed is registered.
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):  # whoever read our output has gone
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run a command, and return the exit code."""
     try:
         app(arguments)
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else int(e.code is not None)
     except FmembedError as e:
         print(f"fmembed: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(e.exit_code)
+        return e.exit_code
     except KeyboardInterrupt:
         print("fmembed: interrupted before anything was embedded", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import yaml
 from conftest import run_cli, write_jsonl
 
 from fmembed.checkpoint import open_checkpoint
-from fmembed.cli import main
+from fmembed.cli import run
 from fmembed.spec import ModelSpec
 from fmembed.table import Table
 
@@ -155,10 +155,9 @@ def test_wrong_options(
     """The same in this process: starting one takes seconds."""
     path = spoiled(spoil, tmp_path, tiny_bert)
     before = tree(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        main(["embed", str(path)])
+    code = run(["embed", str(path)])
     said = capsys.readouterr()
-    assert (ended.value.code, said.out, said.err.count("\n")) == (2, "", 1)
+    assert (code, said.out, said.err.count("\n")) == (2, "", 1)
     assert said.err.startswith(f"fmembed: {field}: ")
     assert remedy in said.err
     assert tree(tmp_path) == before
