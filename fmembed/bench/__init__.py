@@ -214,12 +214,10 @@ def _growth(folder: Path, scale: float, reps: int) -> Iterator[dict[str, Any]]:
             if not source.exists():
                 data.sentences(source, rows)
             task = {
-                "kind": "text", "data": str(source), "model": data.MINILM, "dtype": "auto",
-                "out": str(folder / f"growth{factor}-{rep}"),
+                "way": "fmembed", "every": 1, "kind": "text", "data": str(source),
+                "model": data.MINILM, "dtype": "auto", "out": str(folder / f"growth{factor}-{rep}"),
             }  # fmt: skip
-            stdout, peaks = run_measured(_embed_command(task), _QUIET)
-            found = _ours(json.loads(stdout.splitlines()[-1]))
-            found |= _in_mib(peaks)
+            found = _run(task)
             runs[f"x{factor}"].append(found)
             print(f"growth {rep + 1}/{reps} {factor}x: {_line(found)}", file=sys.stderr)
         yield summarise(int(_GROWTH_ROWS * scale), runs, _GROWTH_BARS)

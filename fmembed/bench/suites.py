@@ -102,6 +102,7 @@ def _on_cpu(has_bfloat16: bool) -> tuple[Suite, ...]:
               for d in dtypes),
             Bar(f"{_ST}, float32", "fmembed", _ST, STEADY, 1.25),
             *(fast if has_bfloat16 else ()),
+            Bar(_DAFT, default, _DAFT, STEADY, 2.0),
             Bar(f"{_DAFT}, whole run", default, _DAFT, WHOLE, 2.0),
             Bar(f"{_RAY} as documented, whole run", default, _RAY, WHOLE, 2.5),
         )  # fmt: skip
@@ -123,7 +124,7 @@ def _on_cpu(has_bfloat16: bool) -> tuple[Suite, ...]:
     loop = each(_LOOP, "media_loop", 2)
     return (
         Suite(
-            "articles", 1500, "text", (*text, one), (*bars(0.90), *forward), data.articles,
+            "articles", 2225, "text", (*text, one), (*bars(0.90), *forward), data.articles,
         ),
         Suite("sentences", 6000, "text", text, bars(0.85), data.sentences),
         Suite(
