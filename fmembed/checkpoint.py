@@ -20,7 +20,8 @@ from fmembed.spec import EndpointSpec, Modality, ModelError, ModelSpec, VectorSp
 
 # The column of vectors where the config names none.
 DEFAULT = "embedding"
-# Raised when the arithmetic changes, so that old tables are not continued with new vectors.
+# Raised when the arithmetic changes by more than its rounding, so that old tables are not continued
+# with new vectors.
 _CONTRACT = 2
 # Files that decide a vector; README, training arguments and the like do not.
 _DIGESTED = (".safetensors", ".json", ".txt", ".model", ".py")

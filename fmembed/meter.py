@@ -176,10 +176,9 @@ def _counter() -> Any:
         return int(2 * math.prod(inputs) * weights[0])
 
     # The kernels for CPUs are not among those that torch counts.
-    own = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        torch.ops.mkldnn._linear_pointwise: product,
-    }
+    own: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        own[torch.ops.mkldnn._linear_pointwise] = product
     return FlopCounterMode(display=False, custom_mapping=own)
 
 

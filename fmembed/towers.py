@@ -77,7 +77,10 @@ class Tower:
         self._call = self._entry()
         self.attention = self.model.config._attn_implementation
         self.packs = self.attention == attention.PACKED and checkpoint.modality == "text"
-        if device.type == "cpu" and not checkpoint.compile and checkpoint.family in _FUSED:
+        # What code of the checkpoint's own does with its layers is not known.
+        is_known = type(self.model).__module__.startswith("transformers.")
+        in_families = is_known and checkpoint.family in _FUSED
+        if device.type == "cpu" and not checkpoint.compile and in_families:
             linear.fuse(self.model)
         if checkpoint.compile:
             self._call = torch.compile(self._call, dynamic=True)
@@ -376,15 +379,15 @@ def load_dense(checkpoint: Checkpoint, device: torch.device) -> list[nn.Sequenti
     for path in checkpoint.dense:
         folder: Path = checkpoint.folder() / path
         config = read_config(folder)
-        linear = nn.Linear(config["in_features"], config["out_features"], config.get("bias", True))
+        dense = nn.Linear(config["in_features"], config["out_features"], config.get("bias", True))
         weights = load_file(folder / "model.safetensors")
-        linear.load_state_dict({k.removeprefix("linear."): v for k, v in weights.items()})
+        dense.load_state_dict({k.removeprefix("linear."): v for k, v in weights.items()})
         name = str(config.get("activation_function", "torch.nn.Tanh")).rsplit(".", 1)[-1]
         activation = getattr(nn, name, None)
         if activation is None:
             raise ModelError(f"model.id: {path}: unknown activation {name!r}")
         # float32, as pooling is: the projection is a few thousandths of the work.
-        modules.append(nn.Sequential(linear, activation()).eval().to(device))
+        modules.append(nn.Sequential(dense, activation()).eval().to(device))
     return modules
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,11 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from fmembed import linear
+from fmembed.checkpoint import open_checkpoint
 from fmembed.linear import FusedLinear, fuse
+from fmembed.spec import ModelSpec
+from fmembed.towers import Tower
 
 
 class Feedforward(nn.Module):
@@ -35,9 +40,10 @@ def test_the_same_numbers(activation: str, is_fused: bool, dtype: torch.dtype) -
         plain = model(inputs.to(dtype))
         fuse(model)
         found = model(inputs.to(dtype))
-    assert isinstance(model.dense, FusedLinear)
-    assert isinstance(model.out, FusedLinear)
-    assert isinstance(model.intermediate_act_fn, nn.Identity) == is_fused
+    is_packed = dtype in linear._dtypes()
+    assert isinstance(model.dense, FusedLinear) == is_packed
+    assert isinstance(model.out, FusedLinear) == is_packed
+    assert isinstance(model.intermediate_act_fn, nn.Identity) == (is_packed and is_fused)
     assert found.dtype == dtype
     assert found.shape == inputs.shape
     # No further from the truth than torch's own layers, but for a rounding.
@@ -53,3 +59,19 @@ def test_what_computes_something_of_its_own_stays() -> None:
     model = nn.Sequential(Own(4, 4), nn.Linear(4, 4).half())
     fuse(model)
     assert [type(layer) for layer in model] == [Own, nn.Linear]
+
+
+@pytest.mark.parametrize(("code", "is_fused"), [("transformers", True), ("its own", False)])
+def test_a_loaded_model_is_fused_unless_it_brings_its_own_code(
+    code: str, is_fused: bool, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if code == "its own":
+        monkeypatch.setattr("transformers.BertModel.__module__", "modeling_own")
+    checkpoint = open_checkpoint(ModelSpec(id=str(tiny_bert), dtype="float32"), False)
+    model = Tower(checkpoint, torch.device("cpu")).model
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, FusedLinear))]
+    assert layers
+    assert {isinstance(layer, FusedLinear) for layer in layers} == {is_fused}
+    # One GELU in each of the two layers' feedforward.
+    fused_gelus = [x for x in layers if isinstance(x, FusedLinear) and x._after[0] == "gelu"]
+    assert len(fused_gelus) == (2 if is_fused else 0)
