@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
 import os
 import sys
+import traceback
 from dataclasses import asdict
 from typing import Annotated, Any, NoReturn
 
@@ -235,13 +235,23 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and end the process; a user's mistake is one line on stderr, no traceback."""
-    code = run(arguments)
+    code = 1
+    try:
+        code = run(arguments)
+    except Exception:
+        traceback.print_exc()
     # Not through the interpreter's teardown: a thread of the object store's client that answers
     # meanwhile aborts the process, one run in 80 that read from S3
     # (https://github.com/PyO3/pyo3-async-runtimes/issues/40). What has to be closed is registered.
     atexit._run_exitfuncs()
-    with contextlib.suppress(OSError):  # whoever read our output has gone
-        sys.stdout.flush()
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it has gone, as `head` does
+        pass
+    except OSError as e:
+        print(f"fmembed: cannot write the output: {e.strerror}", file=sys.stderr)
+        code = code or 1
     os._exit(code)
 
 
@@ -250,7 +260,10 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         app(arguments)
     except SystemExit as e:
-        return e.code if isinstance(e.code, int) else int(e.code is not None)
+        if isinstance(e.code, str):
+            print(f"fmembed: {e.code}", file=sys.stderr)
+            return 1
+        return e.code or 0
     except FmembedError as e:
         print(f"fmembed: {' '.join(str(e).split())}", file=sys.stderr)
         return e.exit_code

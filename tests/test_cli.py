@@ -163,6 +163,17 @@ def test_wrong_options(
     assert tree(tmp_path) == before
 
 
+def test_what_ends_a_command_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(*_: Any) -> None:
+        raise SystemExit("a way failed")
+
+    monkeypatch.setattr("fmembed.bench.check_peers", end)
+    assert run(["bench", "articles"]) == 1
+    assert capsys.readouterr().err == "fmembed: a way failed\n"
+
+
 def test_missing_config() -> None:
     done = run_cli("embed", "nowhere.yaml")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
