@@ -187,6 +187,9 @@ class Encoder:
         default, budgets = calibration.DEFAULT[kind], calibration.BUDGETS[kind]
         if given and given != "auto":
             return given, "given"
+        if kind == "cpu" and checkpoint.modality == "audio":
+            item_bytes = getattr(torch, checkpoint.dtype).itemsize
+            return calibration.CPU_AUDIO_BYTES // item_bytes, "default"
         # A compiled model would compile for each budget; pictures and sounds have sizes of their
         # own, of which a few make a batch.
         if not given or checkpoint.modality != "text" or checkpoint.compile:

@@ -55,6 +55,9 @@ from fmembed.table import Table
 
 # Ray's own defaults are endless: a model that kills its process would never fail the run.
 _MAX_ACTOR_RESTARTS = 3
+# At work and waiting. Ray hands out four by itself, and the actor that loads first got five of
+# eight windows while the other one had nothing to do.
+_MAX_WINDOWS_IN_FLIGHT = 2
 # Passes that may break in a row without a row committed; a pass that commits some starts anew.
 _MAX_BROKEN_PASSES = 3
 # What a lost node, worker or actor looks like from the driver, as against an error of the code.
@@ -429,7 +432,11 @@ class _Run:
                 fn_constructor_kwargs=options,
                 batch_format="pyarrow",
                 batch_size=plan.window_rows,
-                compute=ActorPoolStrategy(min_size=plan.min_actors, max_size=plan.max_actors),
+                compute=ActorPoolStrategy(
+                    min_size=plan.min_actors,
+                    max_size=plan.max_actors,
+                    max_tasks_in_flight_per_actor=_MAX_WINDOWS_IN_FLIGHT,
+                ),
                 num_cpus=plan.cpus_per_actor,
                 num_gpus=plan.gpus_per_actor or None,
                 scheduling_strategy="SPREAD",
