@@ -30,9 +30,9 @@ _FORMATS = {"images": "image_folder", "audio": "audio_folder"}
 # Sixteen times as many are nearly all sentences that there are, so that none comes twice.
 _GROWTH_ROWS, _FACTORS = 2400, (1, 4, 16)
 _GROWTH_BARS = (
-    Bar("rows/s of 16 times the rows", "x16", "x1", STEADY, 0.95, 1.05),
-    Bar("the driver's peak memory", "x16", "x1", "driver_mib", most=1.10),
-    Bar("a worker's peak memory", "x16", "x1", "worker_mib", most=1.10),
+    Bar("x16", "x1", STEADY, 0.95, 1.05),
+    Bar("x16", "x1", "driver_mib", most=1.10),
+    Bar("x16", "x1", "worker_mib", most=1.10),
 )
 # Daft and Ray send usage statistics unless told not to.
 _QUIET = {"DO_NOT_TRACK": "1", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
@@ -197,7 +197,8 @@ def summarise(
         if bar.other:
             value /= ways[bar.other][bar.figure]
         met = (bar.least is None or value >= bar.least) and (bar.most is None or value <= bar.most)
-        judged.append({**vars(bar), "value": round(value, 3), "met": met})
+        told = {"what": bar.what, **vars(bar), "value": round(value, 3), "met": met}
+        judged.append(told)
     return {"rows": rows, "ways": ways, "bars": judged}
 
 
@@ -284,9 +285,9 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         for way, run in suite["ways"].items():
             whole = f"{run[WHOLE]:.4g}" if WHOLE in run else ""
             spread = f"{run['from']:.4g}, {run['to']:.4g}"
-            rate, peak = f"{run[STEADY]:.4g}", f"{run.get('total_mib', 0):,.0f}"
+            rate, peak = f"{run[STEADY]:.4g}", f"{run['total_mib']:,.0f}"
             lines.append(f"| {_label(way, run)} | {rate} | {spread} | {whole} | {peak} |")
-        lines += ["", "| beside | measured | bar |  |", "| --- | --- | --- | --- |"]
+        lines += ["", "| what | measured | bar |  |", "| --- | --- | --- | --- |"]
         for bar in suite["bars"]:
             sides = (("≥", bar["least"]), ("≤", bar["most"]))
             bounds = [f"{sign} {bound:g}" for sign, bound in sides if bound is not None]

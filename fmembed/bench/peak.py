@@ -46,9 +46,11 @@ def run_measured(command: list[str], environment: Mapping[str, str]) -> tuple[st
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    stdout, stderr = run.communicate()
-    ended.set()
-    watcher.join()
+    try:
+        stdout, stderr = run.communicate()
+    finally:
+        ended.set()
+        watcher.join()
     if run.returncode:
         last = "\n".join(stderr.splitlines()[-20:])
         raise SystemExit(f"{' '.join(command)} failed with exit code {run.returncode}:\n{last}")
