@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from soak import Bench
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
@@ -120,6 +121,15 @@ def local_ray() -> Iterator[None]:
     progress.connect(verbose=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """What is killed and held in the tests of faults."""
+    folder = tmp_path_factory.mktemp("faults")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_MODULES_CACHE", str(folder / "modules"))
+        yield Bench(folder, num_rows=400, row_s=0.01)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

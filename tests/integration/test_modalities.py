@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import run_cli
 from test_preprocess import bomb_png, picture, sound
 
 import fmembed
 from fmembed import RunSpec
+from fmembed.cli import run
 from fmembed.readers import read_shard
 from fmembed.source import open_source
 from fmembed.spec import SourceSpec
@@ -104,7 +104,10 @@ def test_every_picture_source_gives_the_same_table(tmp_path: Path, tiny_vit: Pat
             np.testing.assert_allclose(vector, reference[name], rtol=1e-4, atol=1e-5)
 
 
-def test_sounds_by_the_command(tmp_path: Path, tiny_wav2vec2: Path) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_sounds_by_the_command(
+    tmp_path: Path, tiny_wav2vec2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "in"
     for i in range(8):
         path = folder / "xy"[i % 2] / f"{i}.wav"
@@ -113,21 +116,20 @@ def test_sounds_by_the_command(tmp_path: Path, tiny_wav2vec2: Path) -> None:
     (folder / "x" / "bad.wav").write_bytes(b"RIFF")
     (folder / "x" / "empty.flac").write_bytes(b"")
     out = str(tmp_path / "out")
-    done = run_cli(
-        "embed", "--source", str(folder), "--label", "class", "--model", str(tiny_wav2vec2),
-        "--dtype", "float32", "--output", out, "--set", "output.max_rejected_fraction=0.5",
-        "--set", "probes=[]",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "rows      10 read, 8 embedded, 2 rejected, 0 skipped" in done.stdout
-    listed = run_cli("rejected", out).stdout
-    assert "1 corrupt audio (stage preprocess)" in listed
-    assert "1 empty input (stage read)" in listed
-    again = run_cli(
+    command = [
         "embed", "--source", str(folder), "--label", "class", "--model", str(tiny_wav2vec2),
         "--dtype", "float32", "--output", out, "--set", "probes=[]",
-    )  # fmt: skip
-    assert again.stdout.startswith("nothing to do"), again.stderr
+    ]  # fmt: skip
+    code = run([*command, "--set", "output.max_rejected_fraction=0.5"])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    assert "rows      10 read, 8 embedded, 2 rejected, 0 skipped" in said.out
+    assert run(["rejected", out]) == 0
+    listed = capsys.readouterr().out
+    assert "1 corrupt audio (stage preprocess)" in listed
+    assert "1 empty input (stage read)" in listed
+    assert run(command) == 0
+    assert capsys.readouterr().out.startswith("nothing to do")
 
 
 def test_a_hostile_archive_is_only_read(tmp_path: Path) -> None:

