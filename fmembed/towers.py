@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fmembed import attention, linear
 from fmembed.batching import Ints, pack, pad
@@ -456,6 +457,11 @@ def _load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
         )
     if checkpoint.adapter is not None:
         model = _merge_adapter(model, checkpoint)
+    # wav2vec 2.0's kin store a weight as direction and length, and make it anew for every batch.
+    with torch.no_grad():
+        for module in model.modules():
+            if parametrize.is_parametrized(module, "weight"):
+                parametrize.remove_parametrizations(module, "weight")
     return model.eval().to(device)
 
 

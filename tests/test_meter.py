@@ -52,3 +52,11 @@ def test_windows_add_up() -> None:
 
 def test_peak_is_a_rate() -> None:
     assert peak_flops(torch.device("cpu"), torch.float32) > 1e8
+
+
+def test_flop_of_a_speech_model_are_counted(tiny_wav2vec2: Path) -> None:
+    encoder = Encoder(open_checkpoint(ModelSpec(id=str(tiny_wav2vec2), dtype="float32"), False))
+    config = encoder._tower.model.config
+    width, frames = config.hidden_size, 100
+    layers = 2 * frames * (4 * width**2 + 2 * width * config.intermediate_size)
+    assert encoder.cost(np.array([frames])) > config.num_hidden_layers * layers
