@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import json
 import os
 import sys
@@ -238,20 +239,22 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     code = 1
     try:
         code = run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it has gone, as `head` does
+        pass
+    except OSError as e:
+        code = code or 1
+        if e.errno != errno.ENOSPC:
+            traceback.print_exc()
+        else:
+            print(f"fmembed: cannot write the output: {e.strerror}", file=sys.stderr)
     except Exception:
         traceback.print_exc()
     # Not through the interpreter's teardown: a thread of the object store's client that answers
     # meanwhile aborts the process, one run in 80 that read from S3
     # (https://github.com/PyO3/pyo3-async-runtimes/issues/40). What has to be closed is registered.
     atexit._run_exitfuncs()
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:  # whoever read it has gone, as `head` does
-        pass
-    except OSError as e:
-        print(f"fmembed: cannot write the output: {e.strerror}", file=sys.stderr)
-        code = code or 1
     os._exit(code)
 
 

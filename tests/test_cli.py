@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,16 @@ def test_what_ends_a_command_is_said(
     monkeypatch.setattr("fmembed.bench.check_peers", end)
     assert run(["bench", "articles"]) == 1
     assert capsys.readouterr().err == "fmembed: a way failed\n"
+
+
+def test_output_that_cannot_be_written_is_no_success() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fmembed.cli", "--version"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    expected = "fmembed: cannot write the output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, expected)
 
 
 def test_missing_config() -> None:
