@@ -224,6 +224,7 @@ def test_attention_that_is_not_installed_is_refused(tiny_bert: Path) -> None:
         Encoder(open_checkpoint(spec, False))
 
 
+# torch.compile writes C++ and has it built; CI has a compiler.
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 # torch's own compiler uses what torch deprecates.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
@@ -231,3 +232,12 @@ def test_a_compiled_model_gives_the_same(tiny_bert: Path) -> None:
     plain = open_checkpoint(ModelSpec(id=str(tiny_bert), dtype="float32"), False)
     compiled = open_checkpoint(ModelSpec(id=str(tiny_bert), dtype="float32", compile=True), False)
     assert cosine(embed(plain, SENTENCES), embed(compiled, SENTENCES)).min() > 0.99999
+
+
+@pytest.mark.parametrize(("dtype", "tokens"), [("float32", 1024), ("bfloat16", 2048)])
+def test_sounds_have_a_budget_of_their_own_on_a_cpu(
+    dtype: str, tokens: int, tiny_wav2vec2: Path
+) -> None:
+    checkpoint = open_checkpoint(ModelSpec(id=str(tiny_wav2vec2), dtype=dtype), False)
+    assert Encoder(checkpoint, batch_tokens="auto")._choose_budget("auto") == (tokens, "default")
+    assert Encoder(checkpoint)._choose_budget(300) == (300, "given")

@@ -309,6 +309,7 @@ def test_sam_gives_the_mean_of_its_map(tmp_path: Path) -> None:
     check(tmp_path, PICTURES, reference)
 
 
+# timm imports torchvision, whose wheels bring gigabytes of CUDA: neither is in the test extra.
 @pytest.mark.skipif(
     not hf.utils.is_timm_available() or not hf.utils.is_torchvision_available(),
     reason="timm and torchvision are not installed",
