@@ -30,6 +30,7 @@ from fmembed.checkpoint import (
 )
 from fmembed.rows import INPUT, SECONDS, accepted, reject, with_counts
 from fmembed.spec import PreprocessSpec
+from fmembed.startup import uncollected
 
 
 class Preprocess:
@@ -239,6 +240,7 @@ def _leave_text(
 
 
 @functools.lru_cache(maxsize=2)
+@uncollected()
 def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     # One core a task: the tokenizer's own threads would compete with the model for the rest.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -303,6 +305,7 @@ def _decode_image(content: bytes, max_px: int) -> npt.NDArray[np.uint8]:
 
 
 @functools.lru_cache(maxsize=2)
+@uncollected()
 def _find_image_processor(checkpoint: Checkpoint) -> tuple[Any, bool]:
     """The processor, and whether it leaves uint8 pixels when told not to rescale.
 
@@ -414,6 +417,7 @@ def _decode_sound(content: bytes, rate_hz: int, max_s: float) -> npt.NDArray[Any
 
 
 @functools.lru_cache(maxsize=2)
+@uncollected()
 def _find_feature_extractor(checkpoint: Checkpoint) -> Any:
     """The extractor where it makes spectrograms; None where the model takes the samples."""
     extractor = load_feature_extractor(checkpoint)

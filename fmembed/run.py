@@ -50,6 +50,7 @@ from fmembed.spec import (
     SpecError,
     fingerprint,
 )
+from fmembed.startup import uncollected
 from fmembed.storage import StorageError
 from fmembed.table import Table
 
@@ -222,6 +223,7 @@ def probe(uri: str, names: tuple[str, ...] | None, *, verbose: bool) -> RunResul
 class Embed:
     """The embed stage. Its processes import torch, which takes two seconds; the driver does not."""
 
+    @uncollected()
     def __init__(self, checkpoint: Checkpoint, **options: Any) -> None:
         self._stage: Callable[[pa.Table], pa.Table]
         if checkpoint.endpoint is not None:
