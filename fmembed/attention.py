@@ -92,7 +92,8 @@ def attend(
         groups = query_BHTK.shape[1] // key_BHTK.shape[1]
         key_BHTK = key_BHTK.repeat_interleave(groups, dim=1)
         value_BHTK = value_BHTK.repeat_interleave(groups, dim=1)
-    out_BTHK = torch.empty_like(query_BHTK.transpose(1, 2), memory_format=torch.contiguous_format)
+    # Zeros where no row is: nothing reads what is made of them, but NaN is slow.
+    out_BTHK = torch.zeros_like(query_BHTK.transpose(1, 2), memory_format=torch.contiguous_format)
     run = functools.partial(_attend, scaling=scaling, window=sliding_window, causal=causal)
     # Rows come sorted by length, so neighbours of one length are a batch without padding.
     lengths, counts = torch.unique_consecutive(cu_seq_lens_q.diff(), return_counts=True)

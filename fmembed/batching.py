@@ -69,11 +69,15 @@ def pad(ids: Sequence[npt.NDArray[np.int32]], pad_id: int) -> tuple[Tensor, Tens
     return torch.from_numpy(ids_BL), torch.from_numpy(mask_BL.astype(np.int64))
 
 
-def pack(ids: Sequence[npt.NDArray[np.int32]]) -> tuple[Tensor, Tensor, Ints]:
+def pack(
+    ids: Sequence[npt.NDArray[np.int32]], pad_id: int, num_slots: int
+) -> tuple[Tensor, Tensor, Ints]:
     """Lay rows one after another.
 
     Args:
         ids: Token ids of each row.
+        pad_id: What follows the last row, belonging to none.
+        num_slots: What T is to be; at least the rows' tokens.
 
     Returns:
         ids_1T, int64; where each row begins and the last ends, int32, shape (rows + 1,); and the
@@ -81,5 +85,6 @@ def pack(ids: Sequence[npt.NDArray[np.int32]]) -> tuple[Tensor, Tensor, Ints]:
     """
     lengths = np.fromiter((len(i) for i in ids), dtype=np.int64, count=len(ids))
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    ids_1T = np.concatenate(ids).astype(np.int64)[None]
+    ids_1T = np.full((1, num_slots), pad_id, dtype=np.int64)
+    ids_1T[0, : bounds[-1]] = np.concatenate(ids)
     return torch.from_numpy(ids_1T), torch.from_numpy(bounds), lengths

@@ -70,11 +70,10 @@ class Meter:
         finally:
             self._add(name, time.perf_counter() - began)
 
-    def batch(self, lengths: Ints, packed: bool) -> None:
-        """Count a batch that was computed."""
-        tokens = int(lengths.sum())
-        self._add("tokens", tokens)
-        self._add("slots", tokens if packed else len(lengths) * int(lengths.max()))
+    def batch(self, lengths: Ints, num_slots: int) -> None:
+        """Count a batch that was computed: its rows' tokens, and those that were, with padding."""
+        self._add("tokens", int(lengths.sum()))
+        self._add("slots", num_slots)
         self._add("flop", self._cost(lengths))
 
     def stop(self) -> dict[str, float]:

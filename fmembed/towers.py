@@ -153,8 +153,11 @@ class Tower:
         )
 
     def _packed(self, pieces: Sequence[Piece]) -> States:
-        ids_1T, bounds, lengths = pack([p.values for p in pieces])
-        starts = np.repeat(bounds[:-1].numpy(), lengths)
+        ids = [p.values for p in pieces]
+        num_slots = self.num_slots(np.array([len(i) for i in ids]))
+        ids_1T, bounds, lengths = pack(ids, self._pad_id, num_slots)
+        # What follows the last row counts from its end.
+        starts = np.repeat(bounds.numpy(), [*lengths, ids_1T.shape[1] - lengths.sum()])
         places = np.arange(ids_1T.shape[1]) - starts
         if self._checkpoint.family in _COUNT_FROM_PAD:
             # As the family counts: from past the padding's id, and a padding token not at all.
@@ -175,6 +178,19 @@ class Tower:
             self.send(torch.from_numpy(mask_BL.astype(np.int64))),
             [layer[0][at] for layer in layers],
         )
+
+    def num_slots(self, lengths: Ints) -> int:
+        """Tokens, patches or frames that a batch of rows of these lengths computes."""
+        if not self.packs:
+            return len(lengths) * int(lengths.max())
+        num_tokens = int(lengths.sum())
+        if self._device.type != "cpu":
+            return num_tokens
+        # oneDNN compiles a kernel for each shape and keeps it: with few of them sentences went
+        # through MiniLM at 514 rows/s instead of 500, and a process grew by 6 % over 16,000 of them
+        # instead of 14 %.
+        multiple = 64 if num_tokens >= 512 else 16
+        return -(-num_tokens // multiple) * multiple
 
     def send(self, tensor: Tensor) -> Tensor:
         """To the device.

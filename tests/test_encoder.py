@@ -241,3 +241,13 @@ def test_sounds_have_a_budget_of_their_own_on_a_cpu(
     checkpoint = open_checkpoint(ModelSpec(id=str(tiny_wav2vec2), dtype=dtype), False)
     assert Encoder(checkpoint, batch_tokens="auto")._choose_budget("auto") == (tokens, "default")
     assert Encoder(checkpoint)._choose_budget(300) == (300, "given")
+
+
+def test_packed_rows_compute_little_more_than_their_own_tokens(tiny_bert: Path) -> None:
+    checkpoint = open_checkpoint(ModelSpec(id=str(tiny_bert)), False)
+    out = Encoder(checkpoint, batch_tokens=64)(window(checkpoint, SENTENCES))
+    counts = json.loads(out["_counts"][0].as_py())
+    tokens, slots = (counts[f"actor/local/{name}"] for name in ("tokens", "slots"))
+    assert tokens == sum(out["num_units"].to_pylist())
+    batches = tokens / 64 + 1
+    assert tokens < slots < tokens + 16 * batches

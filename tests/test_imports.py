@@ -41,9 +41,8 @@ ALLOWED = {
     "inputs": {"checkpoint", "readers", "source", "spec", "table"},
     "run": {
         "checkpoint", "commits", "encoder", "endpoint", "evaluation", "inputs", "lock", "metrics",
-        "outputs",
-        "preprocess", "progress", "readers", "rows", "source", "spec", "startup", "storage", "table",
-        "verdict",
+        "outputs", "preprocess", "progress", "readers", "rows", "source", "spec", "startup",
+        "storage", "table", "verdict",
     },
     "pipeline": {"inputs", "run", "spec"},
     "bench": {

@@ -38,8 +38,8 @@ def test_windows_add_up() -> None:
     for _ in range(12):
         meter.start()
         with meter.timed("forward_s"):
-            meter.batch(np.array([3, 2]), packed=False)
-        meter.batch(np.array([3, 2]), packed=True)
+            meter.batch(np.array([3, 2]), 6)
+        meter.batch(np.array([3, 2]), 5)
         for name, value in meter.stop().items():
             total[name] = total.get(name, 0) + value
     own = {name.removeprefix("actor/local/"): value for name, value in total.items()}

@@ -321,7 +321,8 @@ class EmbedNothing:
     def embed(self, pieces: Any) -> tuple[dict[str, Any], dict[int, Any]]:
         with self._meter.timed("forward_s"):
             vectors = self._vectors[: len(pieces)].copy()
-        self._meter.batch(np.array([p.num_units for p in pieces]), packed=True)
+        lengths = np.array([p.num_units for p in pieces])
+        self._meter.batch(lengths, int(lengths.sum()))
         return {"embedding": vectors}, {}
 
 

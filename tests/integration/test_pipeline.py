@@ -70,7 +70,8 @@ def test_end_to_end_and_again(tmp_path: Path, tiny_bert: Path) -> None:
     verdict = first.verdict
     assert sum(a["tokens"] for a in verdict["actors"].values()) == first.num_units
     assert verdict["seconds"]["load"] > 0 < verdict["seconds"]["forward"]
-    assert (0 <= verdict["wait_share"] < 1, verdict["padding_waste"]) == (True, 0)
+    assert 0 <= verdict["wait_share"] < 1
+    assert 0 <= verdict["padding_waste"] < 0.1
     assert verdict["mfu"] > 0
     assert "give a run more rows" in verdict["advice"]
     assert "Where the time went" in html
