@@ -45,7 +45,7 @@ class Storage:
         except (BaseError, OSError, ValueError) as e:
             raise self._error("reach", "", e) from None
 
-    def put(self, path: str, content: bytes) -> None:
+    def put(self, path: str, content: bytes | memoryview) -> None:
         """Write one object whole: readers see the old content or the new, never a piece.
 
         In one request even where large: a writer that is killed leaves no unfinished upload, which

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import io
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -223,16 +223,16 @@ class Log:
         The part is named after the checksum of its bytes, so that `verify` needs no other record
         of it, and put in one piece, so that a torn write leaves nothing behind.
         """
-        buffer = io.BytesIO()
+        buffer = pa.BufferOutputStream()
         # Dictionaries only grow vectors: 768 kB of them took 1,201 kB with, 689 kB without.
         unlike = (ROW_ID, CONTENT_HASH, *vectors)
         plain = [f.name for f in rows.schema if f.name not in unlike]
         pq.write_table(rows, buffer, compression="zstd", use_dictionary=plain)
-        content = buffer.getbuffer()
+        content = buffer.getvalue()
         checksum = hashlib.blake2b(content, digest_size=16).hexdigest()
         path = f"part-{checksum}.parquet"
-        self.storage.put(path, bytes(content))
-        return Part(path, len(content), rows.num_rows)
+        self.storage.put(path, memoryview(content).cast("B"))
+        return Part(path, content.size, rows.num_rows)
 
     def commit(
         self,
@@ -598,7 +598,7 @@ def write_part(
     started = time.monotonic()
     rows = pa.concat_tables(blocks)
     rows = _reject_duplicates(rows, twice)
-    good = rows.filter(pa.array(accepted(rows)))
+    good = _keep(rows, accepted(rows))
     bad = rows.filter(rows[STAGE].is_valid())
     pieces_are_rows = "piece_units" in rows.schema.names
     keys = keys_of(good[ROW_ID].to_pylist())
@@ -635,6 +635,16 @@ def write_part(
         causes=dict(collections.Counter(bad["_error"].to_pylist())),
         busy_s=time.monotonic() - started,
     )
+
+
+def _keep(rows: pa.Table, mask: npt.NDArray[np.bool_]) -> pa.Table:
+    """Filter, but chunks of which all rows stay are not copied: those are nearly all."""
+    kept, start = [], 0
+    for batch in rows.to_batches():
+        own = mask[start : start + batch.num_rows]
+        start += batch.num_rows
+        kept.append(batch if own.all() else batch.filter(pa.array(own)))
+    return pa.Table.from_batches(kept, rows.schema)
 
 
 def _explode(rows: pa.Table, vectors: Sequence[str]) -> pa.Table:
