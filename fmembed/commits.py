@@ -20,7 +20,7 @@ from fmembed.rows import REJECTED_SCHEMA, RowIds
 from fmembed.spec import OutputSpec, RejectedError
 from fmembed.table import Part, ShardCount, Table, Written, write_part
 
-_MAX_WRITES_IN_FLIGHT = 4
+_MAX_WRITES_IN_FLIGHT = 2
 _MAX_WRITE_RETRIES = 3
 # Below this the fraction says little: one bad row of ten is not yet a bad dataset.
 _MIN_ROWS_TO_STOP = 1000
@@ -82,11 +82,16 @@ class Commits:
         self._shards: dict[int, ShardCount] = {}
         self._pending: list[Any] = []
         self._pending_bytes = 0
-        self._writes: dict[Any, list[Any]] = {}
+        self._writes: dict[Any, tuple[list[Any], int]] = {}
         self._written: list[Written] = []
         # This pass will skip what this run has committed before it, which is not skipped at all.
         self.num_skipped = -(self.num_embedded + self.num_rejected)
         self.num_written = self.num_embedded
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the blocks that wait to be written or are being written."""
+        return self._pending_bytes + sum(size for _, size in self._writes.values())
 
     def add(self, bundle: Any) -> None:
         """Take over a bundle of blocks; write and commit when it is time."""
@@ -187,18 +192,19 @@ class Commits:
 
     def _write_pending(self) -> None:
         if self._pending:
-            self._submit(self._pending, frozenset())
+            self._submit(self._pending, self._pending_bytes, frozenset())
             self._pending, self._pending_bytes = [], 0
 
-    def _submit(self, blocks: list[Any], twice: frozenset[bytes]) -> None:
+    def _submit(self, blocks: list[Any], num_bytes: int, twice: frozenset[bytes]) -> None:
         # No CPU reserved: Ray Data has planned with all of them, and a write is short.
         task = ray.remote(num_cpus=0, max_retries=_MAX_WRITE_RETRIES)(_write_blocks)
-        self._writes[task.remote(self._table.uri, self._vectors, twice, *blocks)] = blocks
+        ref = task.remote(self._table.uri, self._vectors, twice, *blocks)
+        self._writes[ref] = (blocks, num_bytes)
 
     def _collect(self, num_returns: int) -> None:
         done, _ = ray.wait(list(self._writes), num_returns=num_returns)
         for ref in done:
-            blocks = self._writes.pop(ref)
+            blocks, num_bytes = self._writes.pop(ref)
             written: Written = ray.get(ref)
             twice = self._known.contains(written.keys)
             if twice.any():
@@ -207,7 +213,7 @@ class Commits:
                     self._table.rows.remove([written.part.path])
                 if written.rejected is not None:
                     self._table.rejected.remove([written.rejected.path])
-                self._submit(blocks, frozenset(written.keys[twice].tolist()))
+                self._submit(blocks, num_bytes, frozenset(written.keys[twice].tolist()))
                 continue
             self._known.add(written.keys)
             self._written.append(written)

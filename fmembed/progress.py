@@ -43,6 +43,7 @@ class Stages:
             quiet: Draw nothing. Nothing is drawn either where stderr is no terminal.
         """
         self.stages = {name: Stage() for name in (READ, EMBED, WRITE)}
+        self.store_bytes: int | None = None
         self._lock = threading.Lock()
         console = Console(stderr=True)
         self._progress = Progress(
@@ -79,7 +80,14 @@ class Stages:
         context.custom_execution_callback_classes = [_Counter]
 
     def read(self, executor: Any) -> None:
-        """Take the row counts of a running executor's operators."""
+        """Take the row counts of a running executor's operators, and bound its object store.
+
+        Ray Data reads that bound once a second.
+        """
+        if self.store_bytes is not None:
+            options = executor._resource_manager._options
+            limits = options.resource_limits.copy(object_store_memory=self.store_bytes)
+            options.resource_limits = limits
         for operator in executor._topology or ():
             if "Embed" in operator.name:
                 name = EMBED

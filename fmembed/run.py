@@ -362,6 +362,7 @@ class _Run:
     ) -> None:
         assert self._left is not None
         commits.begin(self._left.shards, self._committed)
+        stages.store_bytes = _store_bytes(plan, 0)
         try:
             for bundle in self._line(self._left, plan):
                 if self._num_warm < plan.min_actors:
@@ -371,6 +372,7 @@ class _Run:
                     self._warm = time.monotonic()
                 num_commits = commits.num_commits
                 commits.add(bundle)
+                stages.store_bytes = _store_bytes(plan, commits.held_bytes)
                 stages.set(progress.WRITE, commits.num_written, commits.busy_s)
                 if commits.num_commits != num_commits:
                     self._publish(commits, stages)
@@ -658,16 +660,24 @@ def _choose_window(device: str, modality: Modality, num_actors: int, work: Work)
 
 
 def _bound_memory(plan: Plan) -> None:
-    """Let Ray Data hold no more between the stages than keeps the actors busy.
-
-    By default it fills a half of its object store when reading is faster than the model: the more
-    rows, the more memory, up to that.
-    """
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = _BLOCK_BYTES
     options = context.execution_options
-    budget = plan.max_actors * _BUFFER_BYTES[plan.device]
-    options.resource_limits = options.resource_limits.copy(object_store_memory=budget)
+    options.resource_limits = options.resource_limits.copy(
+        object_store_memory=_store_bytes(plan, 0)
+    )
+
+
+def _store_bytes(plan: Plan, held_bytes: int) -> int:
+    """Let Ray Data hold no more between the stages than keeps the actors busy.
+
+    By default it fills a half of its object store when reading is faster than the model: the more
+    rows, the more memory, up to that. It counts a block against the stage that made it for as long
+    as anybody holds it, and half of the whole is for any stage: without room for twice what waits
+    to be written, the actors were given nothing to do as soon as a part's worth was waiting, until
+    all was read.
+    """
+    return plan.max_actors * _BUFFER_BYTES[plan.device] + 2 * held_bytes
 
 
 # --- ends -----------------------------------------------------------------------------------------

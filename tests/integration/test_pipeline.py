@@ -18,7 +18,8 @@ import ray
 from conftest import SENTENCES, run_cli, write_jsonl
 
 import fmembed
-from fmembed import RejectedError, RunSpec
+from fmembed import RejectedError, RunSpec, progress, run
+from fmembed.bench.ways import EmbedNothing
 
 WORDS = ["river", "market", "engine", "garden"]
 ROWS = [
@@ -237,3 +238,34 @@ def test_whole_files_are_not_read_again_and_rejected_rows_can_be_tried_again(
     # A second retry finds only the twin, which no retry can mend.
     assert fmembed.embed(config, retry_rejected=True).rows_embedded == 0
     assert fmembed.verify(first.table).problems == []
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_waits_to_be_written_takes_no_room_from_the_stages(
+    tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors of 18 MB wait for the end here, nine times what the stages may hold."""
+
+    class Slow(EmbedNothing):  # not of this module, which Ray's workers do not have
+        def __call__(self, rows: Any) -> Any:
+            time.sleep(0.1)
+            return EmbedNothing.__call__(self, rows)
+
+    rows = [{"text": f"{WORDS[i % 4]} {i}", "key": f"{i}"} for i in range(12_000)]
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    limits: list[float] = []
+    step = progress._Counter.on_execution_step
+
+    def watch(self: Any, executor: Any) -> None:
+        step(self, executor)
+        limits.append(executor._resource_manager.get_global_limits().object_store_memory)
+
+    monkeypatch.setattr(progress._Counter, "on_execution_step", watch)
+    monkeypatch.setattr(run, "Embed", Slow)
+    monkeypatch.setitem(run._BUFFER_BYTES, "cpu", 2**20)
+    source = {"label": None}
+    result = fmembed.embed(
+        spec(tmp_path, tiny_bert, source=source, compute={"window_rows": 250}, probes=[])
+    )
+    assert result.rows_embedded == 12_000
+    assert min(limits) <= result.compute["max_actors"] * 2**20 < max(limits) / 4
