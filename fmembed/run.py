@@ -569,10 +569,11 @@ def plan_compute(
     """Split the cluster's CPUs and GPUs between actors and tasks so that both can run.
 
     Actors that reserve every CPU starve the reads that feed them, and Ray then waits for ever. So
-    actors reserve so little that one CPU is left to the tasks wherever Ray puts them, be it all on
-    the one node that is left after the others died (a soak hung in just that way). They are asked
-    to spread, and the model's threads use all CPUs: reading and tokenising text take a few percent
-    of what a model takes.
+    actors reserve so little that two CPUs are left to the tasks wherever Ray puts them, be it all
+    on the one node that is left after the others died (a soak hung in just that way). They are
+    asked to spread, and the model's threads use all CPUs: reading and tokenising text take a few
+    percent of what a model takes. On nodes of two CPUs nothing is left to reserve, and where there
+    is a node without CPUs, which an actor that reserves none might be put on, one task has to do.
 
     On CPUs an actor has one thread, if a node's memory holds so many models, else as few as it
     holds: threads of one process wait for each other at the end of every product, whenever one of
@@ -621,7 +622,9 @@ def plan_compute(
             f"{num_gpus:g} GPUs are enough for {fit}"
         )
     per_node = math.ceil(high / num_nodes)
-    spare = cpus - 1 if cpus > 1 else 0.5
+    has_bare_node = any(n["Alive"] and not n["Resources"].get("CPU", 0) for n in alive)
+    num_tasks = 1 if cpus < 3 and has_bare_node else 2
+    spare = max(cpus - num_tasks, 0) if cpus > 1 else 0.5
     # Ray counts CPUs in steps of 1/10,000.
     per_actor = 0.0 if gpus_per_actor else math.floor(spare / high * 1e4) / 1e4
     per_task = 1.0 if cpus > 1 else 0.5
