@@ -41,12 +41,13 @@ class Preprocess:
         self._spec = spec
 
     def stream(self, rows: pa.Table) -> Iterator[pa.Table]:
-        """The same a slice at a time: pixels take many times the bytes of a picture's file.
+        """The same a slice at a time: pixels take many times the bytes of a picture's file, and
+        token ids, while they are Python's, a hundred times those of a word.
 
         The first row of each says in `_counts` how many seconds it took.
         """
-        step = rows.num_rows if self._checkpoint.modality == "text" else _SLICE_ROWS
-        for start in range(0, rows.num_rows, max(step, 1)):
+        step = _SLICE_ROWS[self._checkpoint.modality]
+        for start in range(0, rows.num_rows, step):
             began = time.perf_counter()
             ready = self(rows.slice(start, step))
             yield with_counts(ready, {f"{SECONDS}preprocess": time.perf_counter() - began})
@@ -94,7 +95,7 @@ class Preprocess:
         )
 
 
-_SLICE_ROWS = 32
+_SLICE_ROWS = {"text": 4096, "image": 32, "audio": 32}
 # dtype.name takes 3 us.
 _NAMES = {np.dtype(name): name for name in ("uint8", "int16", "int32", "float32")}
 _SHAPES = pa.list_(pa.list_(pa.int32()))

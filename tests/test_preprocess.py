@@ -233,3 +233,17 @@ def test_bad_sounds(case: str, tiny_wav2vec2: Path) -> None:
     assert [r["_error"] for r in rows] == [None, cause, None]
     assert rows[1]["_message"]
     assert [r["embedding"] is None for r in rows] == [False, True, False]
+
+
+def test_a_long_table_of_texts_is_handed_on_in_slices(tiny_bert: Path) -> None:
+    texts = [f"number {i}" for i in range(9000)]
+    rows = pa.Table.from_pylist(
+        [{"row_id": str(i), "content_hash": "0", "_input": t} for i, t in enumerate(texts)],
+        schema=row_schema(pa.schema([])),
+    )
+    preprocess = Preprocess(open_checkpoint(ModelSpec(id=str(tiny_bert)), False), PreprocessSpec())
+    slices = list(preprocess.stream(rows))
+    assert [s.num_rows for s in slices] == [4096, 4096, 808]
+    joined = pa.concat_tables(slices).drop_columns(["_counts"])
+    assert joined.combine_chunks().equals(preprocess(rows).combine_chunks())
+    assert all("seconds/preprocess" in s["_counts"][0].as_py() for s in slices)
