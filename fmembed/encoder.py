@@ -304,11 +304,12 @@ def _bound_kernels() -> None:
     """Have oneDNN, and torch's layer above it, keep the kernels of fewer shapes than 1,024 each.
 
     Both are read when the first kernel is made. Sentences have hundreds of shapes: in bfloat16 a
-    process of MiniLM grew from 0.9 to 1.8 GiB over 16,000 of them and went on growing. With 64 it
-    grew from 825 to 876 MiB at 514 rows/s, with 16 from 789 to 814 MiB at 463.
+    process of MiniLM grew from 0.9 to 1.8 GiB over 16,000 of them and went on growing. Over 24,000,
+    with 64 it grew from 893 to 937 MiB at 493 rows/s, with 16 from 856 to 876 MiB at 475, and all
+    of that with the first few thousand.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "64")
+        os.environ.setdefault(name, "16")
 
 
 def _cause(error: Exception) -> tuple[str, str]:
