@@ -18,7 +18,7 @@ import ray
 from conftest import SENTENCES, run_cli, write_jsonl
 
 import fmembed
-from fmembed import RejectedError, RunSpec, progress, run
+from fmembed import RejectedError, RunSpec, plan, progress, run
 from fmembed.bench.ways import EmbedNothing
 
 WORDS = ["river", "market", "engine", "garden"]
@@ -262,7 +262,7 @@ def test_what_waits_to_be_written_takes_no_room_from_the_stages(
 
     monkeypatch.setattr(progress._Counter, "on_execution_step", watch)
     monkeypatch.setattr(run, "Embed", Slow)
-    monkeypatch.setitem(run._BUFFER_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(plan._BUFFER_BYTES, "cpu", 2**20)
     source = {"label": None}
     result = fmembed.embed(
         spec(tmp_path, tiny_bert, source=source, compute={"window_rows": 250}, probes=[])

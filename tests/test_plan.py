@@ -1,0 +1,90 @@
+"""Who gets which CPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import ray
+
+from fmembed.plan import Work, plan_compute
+from fmembed.spec import ComputeSpec, SpecError
+
+GIB = 2.0**30
+
+
+@pytest.mark.parametrize(
+    ("cpus", "memory_gib", "model_gib", "actors", "threads"),
+    [
+        (1, 4, 0.1, 1, 1),
+        (2, 16, 0.1, 2, 1),
+        (64, 256, 0.1, 64, 1),
+        (64, 256, 1.3, 32, 2),  # 35 models fit: 64 CPUs in twos
+        (64, 256, 14, 4, 16),
+        (8, 16, 14, 1, 8),
+        (8, 0, 0.1, 1, 8),
+    ],
+)
+def test_a_cpu_actor_has_as_few_threads_as_memory_allows(
+    monkeypatch: pytest.MonkeyPatch,
+    cpus: int,
+    memory_gib: float,
+    model_gib: float,
+    actors: int,
+    threads: int,
+) -> None:
+    _cluster(monkeypatch, [{"CPU": cpus, "memory": memory_gib * GIB}])
+    plan = plan_compute(ComputeSpec(), "text", int(model_gib * GIB))
+    assert (plan.min_actors, plan.max_actors, plan.num_threads) == (actors, actors, threads)
+    assert plan.device == "cpu"
+    # CPUs are left to the tasks that feed them, two where there are more.
+    left = cpus - plan.max_actors * plan.cpus_per_actor
+    assert left >= plan.cpus_per_task * min(cpus, 2)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "actors", "threads"), [(1e4, 1, 8), (4e6, 4, 2), (1e9, 8, 1)]
+)
+def test_no_actor_is_started_for_less_than_it_costs(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: float, actors: int, threads: int
+) -> None:
+    _cluster(monkeypatch, [{"CPU": 8, "memory": 64 * GIB}])
+    # 4 million tokens of 750,000 operations each: 60 s of a core.
+    plan = plan_compute(ComputeSpec(), "text", 1_500_000, Work(num_tokens))
+    assert (plan.max_actors, plan.num_threads) == (actors, threads)
+
+
+def test_every_node_gets_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    _cluster(monkeypatch, [{"CPU": 4, "memory": 64 * GIB}] * 3)
+    plan = plan_compute(ComputeSpec(), "text", 2**27)
+    assert (plan.max_actors, plan.num_threads) == (12, 1)
+    assert 0 < plan.max_actors * plan.cpus_per_actor <= 2
+    two = plan_compute(ComputeSpec(actors=6))
+    assert (two.max_actors, two.num_threads) == (6, 2)
+
+
+def test_no_actor_is_put_where_there_are_no_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    _cluster(monkeypatch, [{"CPU": 2, "memory": 64 * GIB}])
+    plan = plan_compute(ComputeSpec())
+    assert (plan.max_actors, plan.cpus_per_actor, plan.num_workers) == (2, 0, 2)
+    _cluster(monkeypatch, [{"memory": 64 * GIB}, {"CPU": 2, "memory": 64 * GIB}])
+    plan = plan_compute(ComputeSpec())
+    assert (plan.max_actors, plan.cpus_per_actor, plan.num_workers) == (2, 0.5, 1)
+
+
+def test_a_gpu_has_one_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+    _cluster(monkeypatch, [{"CPU": 8, "memory": 64 * GIB, "GPU": 2}, {"CPU": 8, "memory": GIB}])
+    plan = plan_compute(ComputeSpec(), "text", 2**34)
+    assert (plan.device, plan.max_actors, plan.gpus_per_actor) == ("cuda", 2, 1.0)
+    assert plan.cpus_per_actor == 0
+    assert plan_compute(ComputeSpec(gpus_per_actor=0.5)).max_actors == 4
+    with pytest.raises(SpecError, match=r"compute\.actors: 3 asked with 1 GPU each"):
+        plan_compute(ComputeSpec(actors=3))
+    with pytest.raises(SpecError, match=r"compute\.gpus_per_actor: 4 asked, the cluster has 2"):
+        plan_compute(ComputeSpec(gpus_per_actor=4))
+
+
+def _cluster(monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, Any]]) -> None:
+    alive = [{"Alive": True, "Resources": resources} for resources in nodes]
+    dead = {"Alive": False, "Resources": {"CPU": 1, "GPU": 8}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*alive, dead])
