@@ -47,7 +47,7 @@ def fuse(model: nn.Module) -> None:
 
     float16 stays as it is: oneDNN has it only on CPUs that compute it natively.
     """
-    dtypes = _dtypes()
+    dtypes = fused_dtypes()
     with torch.inference_mode():
         # One after another, so that no more than one layer is held in both layouts.
         for module in model.modules():
@@ -65,7 +65,7 @@ def fuse(model: nn.Module) -> None:
                     setattr(module, followed[name], nn.Identity())
 
 
-def _dtypes() -> tuple[torch.dtype, ...]:
+def fused_dtypes() -> tuple[torch.dtype, ...]:
     """What this build and this CPU have the operators for."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return ()

@@ -20,7 +20,7 @@ ALLOWED = {
     "batching": set(),
     "attention": set(),
     "linear": set(),
-    "meter": {"batching"},
+    "meter": {"batching", "linear"},
     "calibration": set(),
     "verdict": set(),
     "metrics": set(),

@@ -40,7 +40,7 @@ def test_the_same_numbers(activation: str, is_fused: bool, dtype: torch.dtype) -
         plain = model(inputs.to(dtype))
         fuse(model)
         found = model(inputs.to(dtype))
-    is_packed = dtype in linear._dtypes()
+    is_packed = dtype in linear.fused_dtypes()
     assert isinstance(model.dense, FusedLinear) == is_packed
     assert isinstance(model.out, FusedLinear) == is_packed
     assert isinstance(model.intermediate_act_fn, nn.Identity) == (is_packed and is_fused)
