@@ -7,9 +7,13 @@ from the environment or from the cloud's own config files.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import os
 import re
+import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,10 @@ import obstore.fsspec
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from fmembed.spec import FmembedError
+from fmembed.spec import FmembedError, scrub
+
+# What `put` leaves of an object on a local disk when it is killed half way.
+HALF_WRITTEN = re.compile(r"#[0-9a-f]{8}\.tmp$")
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _CLOUDS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
@@ -48,26 +55,51 @@ class Storage:
     def put(self, path: str, content: bytes | memoryview) -> None:
         """Write one object whole: readers see the old content or the new, never a piece.
 
-        In one request even where large: a writer that is killed leaves no unfinished upload, which
-        no listing shows and every bill does.
+        When this returns the object outlives a crash of the machine. In one request even where
+        large: a writer that is killed leaves no unfinished upload, which no listing shows and every
+        bill does.
 
         Raises:
             StorageError: Full, forbidden, out of reach.
         """
         try:
-            obstore.put(self._store, path, content, use_multipart=False)
+            if self.local:
+                _put_local(self.local / path, content, replace=True)
+            else:
+                obstore.put(self._store, path, content, use_multipart=False)
         except (BaseError, OSError) as e:
             raise self._error("write", path, e) from None
 
     def create(self, path: str, content: bytes) -> bool:
         """Write an object unless there is one, in one atomic step; whether it was written."""
         try:
-            obstore.put(self._store, path, content, mode="create", use_multipart=False)
-        except AlreadyExistsError:
+            if self.local:
+                _put_local(self.local / path, content, replace=False)
+            else:
+                obstore.put(self._store, path, content, mode="create", use_multipart=False)
+        except (AlreadyExistsError, FileExistsError):
             return False
         except (BaseError, OSError) as e:
             raise self._error("write", path, e) from None
         return True
+
+    def sync(self, *paths: str) -> None:
+        """Make what others have written to a local disk outlive a crash of the machine.
+
+        Only what is there: nothing happens to the other paths.
+        """
+        if self.local is None:
+            return
+        try:
+            for path in paths:
+                with contextlib.suppress(FileNotFoundError):
+                    _sync(self.local / path)
+            # Each folder's own entry too, up to the one that holds the table.
+            within = {p for path in paths for p in (self.local / path).parents}
+            for folder in sorted(within - set(self.local.parent.parents)):
+                _sync(folder)
+        except OSError as e:
+            raise self._error("write", "", e) from None
 
     def get(self, path: str) -> bytes:
         """Read one object.
@@ -101,21 +133,52 @@ class Storage:
         except (BaseError, OSError) as e:
             raise self._error("list", prefix, e) from None
         folders = [f"{name}/" for name in found["common_prefixes"]]
-        return sorted([*(str(meta["path"]) for meta in found["objects"]), *folders])
+        files = [str(meta["path"]) for meta in found["objects"]]
+        return sorted([*(f for f in files if not HALF_WRITTEN.search(f)), *folders])
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Path to size in bytes of each object directly under a prefix that ends at a slash."""
+        if self.local and not (self.local / prefix).is_dir():
+            return {}
+        try:
+            found = obstore.list_with_delimiter(self._store, prefix)
+        except (BaseError, OSError) as e:
+            raise self._error("list", prefix, e) from None
+        return {str(meta["path"]): int(meta["size"]) for meta in found["objects"]}
 
     def delete(self, path: str) -> None:
         """Remove one object; nothing happens where there is none."""
         try:
-            obstore.delete(self._store, path)
+            if self.local:  # half written ones have names that obstore does not take
+                (self.local / path).unlink()
+            else:
+                obstore.delete(self._store, path)
         except FileNotFoundError:
             pass
         except (BaseError, OSError) as e:
             raise self._error("delete", path, e) from None
 
+    def move(self, path: str, to: str) -> None:
+        """Rename one object, over what is there."""
+        try:
+            if self.local:
+                (self.local / to).parent.mkdir(parents=True, exist_ok=True)
+                (self.local / path).replace(self.local / to)
+                self.sync(to, path)
+            else:
+                obstore.rename(self._store, path, to)
+        except (BaseError, OSError) as e:
+            raise self._error("move", path, e) from None
+
     def open(self, path: str) -> Any:
         """Open an object for reading by ranges, as a binary file."""
         fs, root = filesystem(self.uri)
         return fs.open(f"{root}/{path}", "rb")
+
+    @property
+    def delta_uri(self) -> str:
+        """The folder as `deltalake` takes it."""
+        return self.local.as_uri() if self.local else self.uri
 
     def delta_options(self) -> dict[str, str]:
         """What `deltalake` needs to be told because it does not find it by itself."""
@@ -134,6 +197,43 @@ class Storage:
     def _error(self, verb: str, path: str, error: Exception) -> StorageError:
         where = f"{path} in {self.uri}" if path else self.uri
         return StorageError(f"output.uri: cannot {verb} {where}: {reason(error)}")
+
+
+def tell(text: str) -> None:
+    """Say something in passing, on stderr."""
+    print(f"fmembed: {scrub(text)}", file=sys.stderr)
+
+
+def _put_local(path: Path, content: bytes | memoryview, replace: bool) -> None:
+    """Write a file beside its place, force it to the disk, and move it there."""
+    absent = [p for p in path.parents if not p.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in absent:
+        _sync(folder.parent)
+    half = path.with_name(f"{path.name}#{secrets.token_hex(4)}.tmp")
+    try:
+        with half.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            half.replace(path)
+        else:
+            os.link(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as e:  # file systems that know no such thing of folders
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
