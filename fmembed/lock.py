@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -30,6 +31,11 @@ from fmembed.storage import Storage, StorageError
 
 BEAT_S = 5.0
 EXPIRE_S = 30.0
+
+_GENERATION = re.compile(r"_lock/(\d{8,18})\.json")
+# What an owner writes of itself, and as what; anything else is no lock of this project.
+_OWNER = {"run": str, "host": str, "machine": str, "pid": int, "started": str}
+_MAX_TRIES = 20
 
 
 class LockedError(FmembedError):
@@ -72,8 +78,14 @@ class Lock:
         Raises:
             LockedError: Another run is alive; the message names its host, pid and start.
         """
-        while not self._try():
-            pass
+        for _ in range(_MAX_TRIES):
+            if self._try():
+                break
+        else:
+            raise StorageError(
+                f"output.uri: the lock of {self._storage.uri} can be neither listed nor created; "
+                "nothing was changed, run the same command again"
+            )
         self._thread = threading.Thread(target=self._beat_on, name="fmembed-lock", daemon=True)
         self._thread.start()
         return self
@@ -125,8 +137,9 @@ class Lock:
         Raises:
             LockedError: It is alive.
         """
-        if owner.get("machine") == self._owner["machine"]:
-            if _started(int(owner["pid"])) != owner.get("process_started"):
+        if owner["machine"] == self._owner["machine"]:
+            started = _started(owner["pid"])
+            if started is None or started != owner.get("process_started"):
                 return
             raise self._refuse(owner)
         print(
@@ -150,15 +163,19 @@ class Lock:
         )
 
     def _newest(self) -> tuple[int, dict[str, Any] | None]:
-        generations = _generations(self._storage)
-        if not generations:
-            return 0, None
-        try:
-            return generations[-1], json.loads(self._storage.get(_path(generations[-1])))
-        except FileNotFoundError:
-            return self._newest()  # replaced by the next one between the two calls
-        except ValueError:
-            return generations[-1], {"run": "unreadable", "host": "unknown", "pid": 0}
+        for _ in range(_MAX_TRIES):
+            generations = _generations(self._storage)
+            if not generations:
+                return 0, None
+            try:
+                content = self._storage.get(_path(generations[-1]))
+            except FileNotFoundError:
+                continue  # replaced by the next one between the two calls
+            return generations[-1], _parse_owner(content)
+        raise StorageError(
+            f"output.uri: storage lists a lock in {self._storage.uri} that it does not have; "
+            "nothing was changed, run the same command again"
+        )
 
     def _content(self, released: bool = False) -> bytes:
         beat = {"beats": self._beats, "released": released}
@@ -173,9 +190,20 @@ class Lock:
                 continue  # the commit will say what is wrong with storage
 
 
+def _parse_owner(content: bytes) -> dict[str, Any]:
+    try:
+        owner = json.loads(content)
+    except (ValueError, RecursionError):
+        owner = None
+    if isinstance(owner, dict) and all(isinstance(owner.get(n), k) for n, k in _OWNER.items()):
+        return owner
+    # Not written here: whoever did gets the time of a heartbeat.
+    return dict.fromkeys(_OWNER, "unknown") | {"pid": 0}
+
+
 def _generations(storage: Storage) -> list[int]:
-    names = (path.removeprefix("_lock/").removesuffix(".json") for path in storage.paths("_lock/"))
-    return sorted(int(name) for name in names if name.isdigit())
+    found = (_GENERATION.fullmatch(path) for path in storage.paths("_lock/"))
+    return sorted(int(match[1]) for match in found if match)
 
 
 def _path(generation: int) -> str:
@@ -206,7 +234,7 @@ def _started(pid: int) -> str | None:
     """
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return None
     except PermissionError:
         pass

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from fmembed import lock as lock_module
 from fmembed.lock import Lock, LockedError
-from fmembed.storage import Storage
+from fmembed.storage import Storage, StorageError
 
 QUICK = {"beat_s": 0.05, "expire_s": 0.5}
 
@@ -131,3 +132,44 @@ def test_of_many_at_once_one_wins(tmp_path: Path) -> None:
     assert max(most) == 1
     assert len(most) + len(refused) == 8
     assert held(tmp_path)["released"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b"7", b"{}", b"\xff", b"[" * 100_000,
+        b'{"run": "r", "host": "h", "machine": "m", "pid": "1", "started": "s"}',
+        b'{"run": 5, "host": ["h"], "machine": null, "pid": 1e400, "started": {}}',
+    ],
+)  # fmt: skip
+def test_a_forged_lock_is_waited_for_and_taken_over(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "_lock").mkdir()
+    (tmp_path / "_lock" / "00000004.json").write_bytes(content)
+    with Lock(Storage(str(tmp_path)), "r1", **QUICK) as lock:
+        lock.check()
+        assert held(tmp_path)["run"] == "r1"
+
+
+def test_files_of_other_names_are_no_locks(tmp_path: Path) -> None:
+    (tmp_path / "_lock").mkdir()
+    for name in ("²²²²²²²².json", "9" * 30 + ".json", "x.json", "1.json", "00000001.json.bak"):
+        (tmp_path / "_lock" / name).write_text("{}")
+    with Lock(Storage(str(tmp_path)), "r1", **QUICK):
+        assert (tmp_path / "_lock" / "00000001.json").exists()
+    assert len(list((tmp_path / "_lock").iterdir())) == 6
+
+
+def test_a_pid_that_no_process_can_have_is_dead(tmp_path: Path) -> None:
+    leave(tmp_path, machine=lock_module._machine(), pid=2**70)
+    with Lock(Storage(str(tmp_path)), "r1"):
+        assert held(tmp_path)["run"] == "r1"
+
+
+def test_a_lock_that_storage_does_not_list_ends_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(tmp_path)
+    (tmp_path / "_lock" / "00000004.json").rename(tmp_path / "_lock" / "00000001.json")
+    monkeypatch.setattr(Storage, "paths", lambda *_: [])
+    with pytest.raises(StorageError, match="neither listed nor created"):
+        Lock(Storage(str(tmp_path)), "r1", **QUICK).__enter__()
