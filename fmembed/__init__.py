@@ -29,7 +29,7 @@ from fmembed.spec import (
 if TYPE_CHECKING:
     from fmembed.integrity import verify
     from fmembed.pipeline import embed, probe
-    from fmembed.run import RunResult
+    from fmembed.result import RunResult
     from fmembed.table import read
 
 __version__ = "0.1.0"
@@ -61,7 +61,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Lazy, because ray.data alone costs 1.4 s and a spec needs none of it.
     if name == "RunResult":
-        from fmembed.run import RunResult
+        from fmembed.result import RunResult
 
         return RunResult
     if name in ("embed", "probe"):

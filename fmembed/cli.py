@@ -134,15 +134,28 @@ def _printable(text: str) -> str:
 
 @app.command()
 def verify(
-    table: Annotated[str, typer.Argument(help="A table's folder or URL.")], json_: _Json = False
+    table: Annotated[str, typer.Argument(help="A table's folder or URL.")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="First mend log, parts and records; delete nothing.")
+    ] = False,
+    json_: _Json = False,
 ) -> None:
     """Recount a table from storage; exit 1 when something is off."""
     from fmembed.integrity import verify as verify_table
 
+    repaired = []
+    if repair:
+        from fmembed.repair import repair as repair_table
+
+        repaired = repair_table(table)
     result = verify_table(table)
     if json_:
-        print(json.dumps(asdict(result)))
+        print(json.dumps({**asdict(result), "repaired": repaired}))
     else:
+        for line in repaired:
+            print(f"  mended: {line}")
+        if repaired:
+            print("run the same fmembed embed again for what is missing now")
         print(
             f"{result.table} version {result.version}: {result.rows:,} rows of dimension "
             f"{result.dim} in {result.parts:,} parts, {result.rows_rejected:,} rejected, norms "
@@ -150,6 +163,8 @@ def verify(
         )
         for problem in result.problems:
             print(f"  off: {problem}")
+        for note in result.notes:
+            print(f"  note: {note}")
         print("something is off" if result.problems else "all is well")
     if result.problems:
         raise typer.Exit(1)

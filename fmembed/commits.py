@@ -9,16 +9,20 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyarrow as pa
 import ray
 
+from fmembed.card import Card
 from fmembed.lock import Lock
+from fmembed.parts import REJECTED, ShardCount, Written, write_part
 from fmembed.readers import Shard
+from fmembed.records import Commit, WholeShard
 from fmembed.rows import REJECTED_SCHEMA, RowIds
 from fmembed.spec import OutputSpec, RejectedError
-from fmembed.table import Part, ShardCount, Table, Written, write_part
+from fmembed.table import Table
 
 _MAX_WRITES_IN_FLIGHT = 2
 _MAX_WRITE_RETRIES = 3
@@ -37,8 +41,7 @@ class Commits:
         table: Table,
         lock: Lock,
         run_id: str,
-        configuration: dict[str, str],
-        vectors: tuple[str, ...],
+        card: Card,
     ) -> None:
         """Start a run's commits.
 
@@ -47,19 +50,20 @@ class Commits:
             table: Where to.
             lock: Checked before every commit.
             run_id: Names the transactions.
-            configuration: Metadata of a new table.
-            vectors: The columns of vectors.
+            card: What the table says of itself; each part says it too.
         """
-        self._vectors = vectors
+        self._vectors = tuple(card.outputs)
         self._output = output
         self._table = table
         self._lock = lock
         self._run_id = run_id
-        self._configuration = configuration
+        self._configuration = card.to_configuration()
+        self.last = Commit(run=run_id)
         self.num_commits = 0
+        self._num_writes = 0
         self.is_committing = False
         self._num_known_before: int | None = None
-        self._whole: list[tuple[str, int, int]] = []
+        self._whole: list[WholeShard] = []
         self._began = self._last_commit = time.monotonic()
         self._num_rejected_before = table.num_rejected()
         self.num_embedded = self.num_rejected = self.num_skipped = 0
@@ -78,11 +82,13 @@ class Commits:
         if self._num_known_before is None:
             self._num_known_before = len(committed)
         self._known = committed
+        self._known_parts = self._table.known_parts
         self._shard_keys = [shard.key for shard in shards]
         self._shards: dict[int, ShardCount] = {}
+        self._shard_parts: dict[int, set[str]] = defaultdict(set)
         self._pending: list[Any] = []
         self._pending_bytes = 0
-        self._writes: dict[Any, tuple[list[Any], int]] = {}
+        self._writes: dict[Any, _Write] = {}
         self._written: list[Written] = []
         # This pass will skip what this run has committed before it, which is not skipped at all.
         self.num_skipped = -(self.num_embedded + self.num_rejected)
@@ -91,7 +97,7 @@ class Commits:
     @property
     def held_bytes(self) -> int:
         """Of the blocks that wait to be written or are being written."""
-        return self._pending_bytes + sum(size for _, size in self._writes.values())
+        return self._pending_bytes + sum(write.num_bytes for write in self._writes.values())
 
     def add(self, bundle: Any) -> None:
         """Take over a bundle of blocks; write and commit when it is time."""
@@ -129,13 +135,24 @@ class Commits:
     def _commit(self, written: list[Written]) -> None:
         self._lock.check()
         # A number is used once, whatever becomes of it: committing it again would be a no-op.
-        transaction = (self._run_id, self.num_commits)
+        number = self.num_commits
         self.num_commits += 1
         rejected = [w.rejected for w in written if w.rejected is not None]
         parts = [w.part for w in written if w.part is not None]
+        transaction, made = (self._run_id, number), {}
         # Rejections first: either log may end up ahead of the other, and both ways the next run
         # reads the rows that are in neither, no more and no less.
-        self._commit_log(rejected, parts, written[0], transaction)
+        if rejected:
+            made["rejected"] = number
+            made["rejected_version"] = self._table.rejected.commit(
+                rejected, REJECTED_SCHEMA, self._configuration, transaction
+            )
+        if parts:
+            made["rows"] = number
+            made["rows_version"] = self._table.rows.commit(
+                parts, written[0].schema, self._configuration, transaction
+            )
+        self.last = self.last.model_copy(update=made)
         for w in written:
             self.num_embedded += w.num_rows
             self.num_rejected += w.rejected.num_rows if w.rejected else 0
@@ -147,24 +164,26 @@ class Commits:
         self._record_shards(written)
 
     def _record_shards(self, written: list[Written]) -> None:
-        """Put on record which shards are committed whole; after the commit, never before it."""
-        num_whole = len(self._whole)
-        for index, count in (item for w in written for item in w.shards.items()):
-            total = self._shards[index] = self._shards.get(index, ShardCount()) + count
-            self.num_skipped += count.skipped
-            key = self._shard_keys[index]
-            if total.whole and key is not None:
-                self._whole.append((key, total.rows + total.skipped, total.rejected))
-        if len(self._whole) > num_whole:
-            self._table.put_shards(self._run_id, self._whole)
+        """Put on record which shards are committed whole; after the commit, never before it.
 
-    def _commit_log(
-        self, rejected: list[Part], parts: list[Part], any_: Written, transaction: tuple[str, int]
-    ) -> None:
-        if rejected:
-            self._table.rejected.commit(rejected, REJECTED_SCHEMA, self._configuration, transaction)
-        if parts:
-            self._table.rows.commit(parts, any_.schema, self._configuration, transaction)
+        A shard is tied to the parts that hold its rows, and where some were skipped, to all that
+        were known when it was read.
+        """
+        for w in written:
+            for index, count in w.shards.items():
+                total = self._shards[index] = self._shards.get(index, ShardCount()) + count
+                if w.part is not None and count.rows > count.rejected:
+                    self._shard_parts[index].add(w.part.path)
+                if w.rejected is not None and count.rejected:
+                    self._shard_parts[index].add(REJECTED + w.rejected.path)
+                self.num_skipped += count.skipped
+                key = self._shard_keys[index]
+                if total.whole and key is not None:
+                    held = self._shard_parts.pop(index, set())
+                    held |= self._known_parts if total.skipped else set()
+                    num_rows = total.rows + total.skipped
+                    self._whole.append(WholeShard(key, num_rows, frozenset(held)))
+        self._table.put_shards(self.last, self._whole)
 
     def settle(self) -> None:
         """Wait for writes that nobody will commit, so that their parts can be removed after."""
@@ -192,33 +211,47 @@ class Commits:
 
     def _write_pending(self) -> None:
         if self._pending:
-            self._submit(self._pending, self._pending_bytes, frozenset())
+            self._submit(_Write(self._pending, self._pending_bytes))
             self._pending, self._pending_bytes = [], 0
 
-    def _submit(self, blocks: list[Any], num_bytes: int, twice: frozenset[bytes]) -> None:
+    def _submit(self, write: _Write) -> None:
+        # Counted, so that the same rows twice are two parts: one of them may have to be undone.
+        self._num_writes += 1
+        own = {"fmembed.run": self._run_id, "fmembed.write": str(self._num_writes)}
         # No CPU reserved: Ray Data has planned with all of them, and a write is short.
         task = ray.remote(num_cpus=0, max_retries=_MAX_WRITE_RETRIES)(_write_blocks)
-        ref = task.remote(self._table.uri, self._vectors, twice, *blocks)
-        self._writes[ref] = (blocks, num_bytes)
+        ref = task.remote(
+            self._table.uri, self._vectors, write.twice, {**self._configuration, **own},
+            *write.blocks,
+        )  # fmt: skip
+        self._writes[ref] = write
 
     def _collect(self, num_returns: int) -> None:
         done, _ = ray.wait(list(self._writes), num_returns=num_returns)
         for ref in done:
-            blocks, num_bytes = self._writes.pop(ref)
+            write = self._writes.pop(ref)
             written: Written = ray.get(ref)
             twice = self._known.contains(written.keys)
             if twice.any():
-                # Two parts with one id. Rare, so the later part is simply written once more.
-                if written.part is not None:
-                    self._table.rows.remove([written.part.path])
-                if written.rejected is not None:
-                    self._table.rejected.remove([written.rejected.path])
-                self._submit(blocks, num_bytes, frozenset(written.keys[twice].tolist()))
+                # Two parts with one id. Rare, so the later part is simply written once more, and
+                # the first try left for `remove_strays`. Its twins add up: another part may have
+                # become known since the last try.
+                found = frozenset(written.keys[twice].tolist())
+                self._submit(replace(write, twice=write.twice | found))
                 continue
             self._known.add(written.keys)
             self._written.append(written)
             self.num_written += len(written.keys)
             self.busy_s += written.busy_s
+
+
+@dataclass(frozen=True)
+class _Write:
+    """Blocks on their way to a part; `twice` are keys of rows that other parts hold."""
+
+    blocks: list[Any]
+    num_bytes: int
+    twice: frozenset[bytes] = frozenset()
 
 
 def interval_s(given: float | Literal["auto"], run_s: float) -> float:
@@ -227,6 +260,10 @@ def interval_s(given: float | Literal["auto"], run_s: float) -> float:
 
 
 def _write_blocks(
-    uri: str, vectors: tuple[str, ...], twice: frozenset[bytes], *blocks: pa.Table
+    uri: str,
+    vectors: tuple[str, ...],
+    twice: frozenset[bytes],
+    stamp: dict[str, str],
+    *blocks: pa.Table,
 ) -> Written:
-    return write_part(uri, list(blocks), vectors, twice)
+    return write_part(uri, list(blocks), vectors, twice, stamp)

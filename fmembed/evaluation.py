@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import ray
 from fmembed import probes, report
 from fmembed.checkpoint import list_modalities, open_checkpoint
 from fmembed.endpoint import cost_usd
-from fmembed.outputs import Ranges, dequantize, ranges_from_json
+from fmembed.outputs import Ranges, dequantize, ranges_from_lists
 from fmembed.preprocess import Preprocess
 from fmembed.readers import Source, read_shard
 from fmembed.rows import PARENT_ID, PIECE_START, PIECE_STOP, RowIds, keys_of, row_schema
@@ -41,13 +40,10 @@ class _Stored:
 
     @classmethod
     def of(cls, table: Table) -> _Stored:
-        configuration = table.configuration()
-        return cls(
-            json.loads(configuration["fmembed.identity"]),
-            json.loads(configuration["fmembed.outputs"]),
-            ranges_from_json(configuration.get("fmembed.ranges", "{}")),
-            configuration["fmembed.modality"],  # type: ignore[arg-type]
-        )
+        card = table.card()
+        assert card is not None
+        outputs = {c: output.model_dump() for c, output in card.outputs.items()}
+        return cls(card.identity, outputs, ranges_from_lists(card.ranges), card.modality)
 
     @property
     def pooled(self) -> list[str]:

@@ -5,19 +5,37 @@ Imports neither Ray nor torch, which take three seconds: a mistake in a spec is 
 
 from __future__ import annotations
 
+import os
+import posixpath
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fsspec.utils import glob_translate
+
 from fmembed.checkpoint import Checkpoint, cpu_has_bfloat16, list_modalities, open_checkpoint
 from fmembed.readers import Source
 from fmembed.source import open_source
-from fmembed.spec import ModelError, RunSpec, SpecError
+from fmembed.spec import (
+    ModelError,
+    RunSpec,
+    SourceError,
+    SpecError,
+    TableError,
+    resolve_package,
+)
 from fmembed.table import Table
 
 # What NVIDIA's driver shows on Linux, and under Windows' own Linux.
 _CUDA_SIGNS = (Path("/proc/driver/nvidia"), Path("/dev/dxg"))
+# Of what a table holds, one of each kind that a source's pattern may match.
+_OWN_NAMES = (
+    f"part-{'0' * 32}.parquet",
+    f"_delta_log/{'0' * 20}.json",
+    "_report.html",
+)
 
 
 @dataclass(frozen=True)
@@ -46,10 +64,48 @@ def open_inputs(spec: RunSpec) -> Inputs:
             )
         modalities = (spec.model.modality,)
     source = open_source(spec.source, modalities)
+    _check_apart(spec, source)
     checkpoint = open_checkpoint(spec.model, _native_bfloat16(spec), source.modality)
     _check_preprocess(spec, checkpoint)
     identity = {**checkpoint.identity, **spec.preprocess.identity(checkpoint.modality)}
     return Inputs(spec, source, checkpoint, identity, Table.open_output(spec.output.uri, identity))
+
+
+def _check_apart(spec: RunSpec, source: Source) -> None:
+    """Refuse a source that holds the output, or an output that holds the source.
+
+    The next run would read the table's own parts as rows, or the table would be somebody's dataset.
+
+    Raises:
+        TableError: One lies in the other.
+    """
+    if source.format == "hf":
+        return
+    uri = spec.source.uri
+    if uri.startswith("package:"):
+        uri = resolve_package(uri, "source.uri", SourceError)
+    output, place = _place(spec.output.uri), _place(uri)
+    if any(c in uri for c in "*?[") and not Path(uri).exists():
+        pattern = re.compile(glob_translate(place))
+        holds = any(pattern.fullmatch(f"{output}/{name}") for name in _OWN_NAMES)
+    else:
+        holds = f"{output}/".startswith(f"{place.rstrip('/')}/")
+    scheme = f"{output.partition('://')[0]}://" if "://" in output else ""
+    folders = {posixpath.dirname(f.path) for shard in source.shards for f in shard.files}
+    lies = any(f"{_place(scheme + folder)}/".startswith(f"{output}/") for folder in folders)
+    if holds or lies:
+        raise TableError(
+            f"output.uri: source.uri ({spec.source.stored_name}) "
+            f"{'holds' if holds else 'lies in'} {spec.output.uri}; a table and its source are kept "
+            "apart: give another folder"
+        )
+
+
+def _place(uri: str) -> str:
+    """A path without links and dots, or a URL without its end's slash."""
+    if "://" in uri and not uri.startswith("file://"):
+        return uri.rstrip("/")
+    return os.path.realpath(Path(uri.removeprefix("file://")).expanduser())
 
 
 def _check_preprocess(spec: RunSpec, checkpoint: Checkpoint) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from fmembed.log import ENTRY, FINGERPRINT, PART, DamagedError, Log, Part, what_is_cut
+from fmembed.parts import REJECTED
 from fmembed.rows import DUPLICATE, PARENT_ID, ROW_ID, Keys, RowIds, keys_of
-from fmembed.storage import reason
-from fmembed.table import Log, Part, Table
+from fmembed.table import Table
 
 _UNIT_NORM_TOLERANCE = 1e-3
 
@@ -23,6 +22,7 @@ _UNIT_NORM_TOLERANCE = 1e-3
 class VerifyResult:
     """What `verify` counted in storage; `problems` is empty when all is well.
 
+    `notes` are no problems: what other tools have done to the table, and files of others in it.
     Dimension and norms are those of the first column of vectors; quantised ones have no norms.
     """
 
@@ -36,6 +36,7 @@ class VerifyResult:
     norm_min: float
     norm_max: float
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def verify(uri: str) -> VerifyResult:
@@ -49,18 +50,20 @@ def verify(uri: str) -> VerifyResult:
         TableError: No table there.
     """
     table = Table.open(uri)
+    card = table.card()
+    assert card is not None
     problems: list[str] = []
-    stored = table.configuration()
     keys: list[Keys] = []
     parents: list[Keys] = []
-    outputs: dict[str, Any] = json.loads(stored["fmembed.outputs"])
+    outputs = card.outputs
     dims: dict[str, set[int]] = {}
     norms = {column: [np.empty(0, dtype=np.float32)] for column in outputs}
     parts = table.rows.parts()
     for part in parts:
-        rows = _verify_part(table.rows, part, "", problems)
+        rows = _verify_part(part, "", lambda part: table.read_part(part, None), problems)
         if rows is None:
             continue
+        _verify_stamp(table.rows, part, "", card.fingerprint, problems)
         keys.append(keys_of(rows[ROW_ID].to_pylist()))
         if PARENT_ID in rows.schema.names:
             parents.append(keys_of(rows[PARENT_ID].to_pylist()))
@@ -70,15 +73,16 @@ def verify(uri: str) -> VerifyResult:
             num_bad = int((~np.isfinite(vectors)).any(axis=1).sum()) + rows[column].null_count
             if num_bad:
                 problems.append(f"{part.path}: {num_bad} vectors are null, NaN or infinite")
-            if output["precision"] in ("float32", "float16"):
+            if output.precision in ("float32", "float16"):
                 norms[column].append(np.linalg.norm(vectors.astype(np.float32), axis=1))
     all_keys = np.concatenate([np.empty(0, dtype="S16"), *keys])
     num_rejected = num_both = 0
     known = RowIds(np.concatenate([np.empty(0, dtype="S16"), *(parents or keys)]))
     for part in table.rejected.parts():
-        rows = _verify_part(table.rejected, part, "_rejected/", problems)
+        rows = _verify_part(part, REJECTED, table.rejected.read_whole, problems)
         if rows is None:
             continue
+        _verify_stamp(table.rejected, part, REJECTED, card.fingerprint, problems)
         num_rejected += rows.num_rows
         unlike = rows.filter(pc.not_equal(rows["error"], DUPLICATE))
         num_both += int(known.contains(keys_of(unlike[ROW_ID].to_pylist())).sum())
@@ -89,19 +93,36 @@ def verify(uri: str) -> VerifyResult:
     for column, found in dims.items():
         if len(found) > 1:
             problems.append(f"{column}: vectors of several dimensions: {sorted(found)}")
-        _verify_norms(
-            column, np.concatenate(norms[column]), bool(outputs[column]["normalize"]), problems
-        )
+        _verify_norms(column, np.concatenate(norms[column]), outputs[column].normalize, problems)
     first = next(iter(outputs))
     all_norms = np.concatenate(norms[first])
     for log, path in table.strays():
-        prefix = "_rejected/" if log is table.rejected else ""
+        prefix = REJECTED if log is table.rejected else ""
         problems.append(f"{prefix}{path}: a stray file that no commit names")
-    _verify_counts(table.last_run(), len(all_keys), num_rejected, problems)
+    for log, prefix in ((table.rows, ""), (table.rejected, REJECTED)):
+        _verify_log(log, prefix, problems)
+    problems += [
+        f"the log no longer holds what run {run} has committed; --repair takes its parts back"
+        for run in table.lost_runs()
+    ]
+    notes = [
+        f"version {e['version']}: {e.get('operation')} by {e.get('engineInfo', 'another tool')}"
+        for e in table.rows.history(since=0)
+    ]
+    notes += [
+        f"{p.path}: written by another tool, so it has no checksum of ours"
+        for p in parts
+        if not PART.fullmatch(p.path)
+    ]
+    run = table.last_run()
+    counts: list[str] = []
+    _verify_counts(run, len(all_keys), num_rejected, counts)
+    changed = run is not None and bool(table.rows.history(since=run["version"] or 0))
+    (notes if changed else problems).extend(counts)
     return VerifyResult(
         table=table.uri,
         version=table.version() or 0,
-        fingerprint=stored["fmembed.fingerprint"],
+        fingerprint=card.fingerprint,
         rows=len(all_keys),
         rows_rejected=num_rejected,
         parts=len(parts),
@@ -109,28 +130,30 @@ def verify(uri: str) -> VerifyResult:
         norm_min=float(all_norms.min(initial=np.inf)) if len(all_norms) else 0.0,
         norm_max=float(all_norms.max(initial=0.0)),
         problems=problems,
+        notes=notes,
     )
 
 
-def _verify_part(log: Log, part: Part, prefix: str, problems: list[str]) -> pa.Table | None:
+def _verify_part(
+    part: Part, prefix: str, read: Callable[[Part], pa.Table], problems: list[str]
+) -> pa.Table | None:
     try:
-        content = log.storage.get(part.path)
-    except FileNotFoundError:
-        problems.append(f"{prefix}{part.path}: committed, but missing")
+        return read(part)
+    except DamagedError as e:
+        problems.append(f"{prefix}{e.what}")
         return None
-    checksum = hashlib.blake2b(content, digest_size=16).hexdigest()
-    if part.path != f"part-{checksum}.parquet":
-        problems.append(f"{prefix}{part.path}: its bytes do not match its checksum")
-    try:
-        rows = pq.read_table(pa.BufferReader(content))
-    except (pa.ArrowException, OSError) as e:
-        problems.append(f"{prefix}{part.path}: not readable: {reason(e)}")
-        return None
-    if rows.num_rows != part.num_rows:
-        problems.append(
-            f"{prefix}{part.path}: {rows.num_rows} rows where the log says {part.num_rows}"
-        )
-    return rows
+
+
+def _verify_stamp(log: Log, part: Part, prefix: str, fingerprint: str, problems: list[str]) -> None:
+    stamp = log.read_stamp(part.path)
+    if stamp.get(FINGERPRINT, fingerprint) != fingerprint:
+        problems.append(f"{prefix}{part.path}: made by another model or setting than the table's")
+
+
+def _verify_log(log: Log, prefix: str, problems: list[str]) -> None:
+    entries = filter(ENTRY.fullmatch, sorted(log.storage.sizes("_delta_log/")))
+    cut = ((path, what_is_cut(log.storage.get(path))) for path in entries)
+    problems += [f"{prefix}{path} {why}" for path, why in cut if why]
 
 
 def _flatten(column: pa.ChunkedArray) -> Any:

@@ -6,7 +6,6 @@ Legend: P pieces (chunks of a text, windows of a sound), R rows, L tokens, D dim
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -274,10 +273,11 @@ def dequantize(stored: npt.NDArray[Any], column: str, precision: str, ranges: Ra
     return stored.astype(np.float32)
 
 
-def stored_dim(output: Output, dim: int) -> int:
-    """Length of a stored vector, given the model's own."""
-    dim = min(output.dims or dim, dim)
-    return -(-dim // 8) if output.precision == "binary" else dim
+def delta_field(output: Output) -> pa.Field:
+    """A column of vectors as a table's log describes it, before a vector is made."""
+    value = {"float32": pa.float32(), "float16": pa.float16()}.get(output.precision, pa.int8())
+    vector = pa.list_(value)
+    return pa.field(output.column, pa.list_(vector) if output.pooling == "tokens" else vector)
 
 
 def measure_ranges(vectors: Mapping[str, Floats]) -> Ranges:
@@ -285,14 +285,14 @@ def measure_ranges(vectors: Mapping[str, Floats]) -> Ranges:
     return {c: (v.min(axis=0), v.max(axis=0)) for c, v in vectors.items() if len(v)}
 
 
-def ranges_to_json(ranges: Ranges) -> str:
-    """For the table's metadata."""
-    return json.dumps({c: [low.tolist(), high.tolist()] for c, (low, high) in ranges.items()})
+def ranges_to_lists(ranges: Ranges) -> dict[str, tuple[list[float], list[float]]]:
+    """For the table's card."""
+    return {c: (low.tolist(), high.tolist()) for c, (low, high) in ranges.items()}
 
 
-def ranges_from_json(text: str) -> Ranges:
-    """From the table's metadata."""
+def ranges_from_lists(lists: Mapping[str, tuple[list[float], list[float]]]) -> Ranges:
+    """From the table's card."""
     return {
         c: (np.array(low, np.float32), np.array(high, np.float32))
-        for c, (low, high) in json.loads(text).items()
+        for c, (low, high) in lists.items()
     }

@@ -9,7 +9,7 @@ from fmembed.inputs import open_inputs
 from fmembed.spec import RunSpec
 
 if TYPE_CHECKING:
-    from fmembed.run import RunResult
+    from fmembed.result import RunResult
 
 
 def embed(

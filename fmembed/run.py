@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -12,7 +11,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -27,6 +26,7 @@ from ray.data.exceptions import SystemException
 
 from fmembed import outputs, progress, verdict
 from fmembed import source as source_module
+from fmembed.card import Card, StoredOutput
 from fmembed.checkpoint import Checkpoint
 from fmembed.commits import Commits
 from fmembed.endpoint import Endpoint, EndpointEncoder
@@ -37,7 +37,8 @@ from fmembed.outputs import Ranges
 from fmembed.plan import Plan, estimate_work, plan_compute, store_bytes
 from fmembed.preprocess import Preprocess
 from fmembed.readers import Source
-from fmembed.rows import RowIds, accepted
+from fmembed.result import RunResult
+from fmembed.rows import RowIds, accepted, table_schema
 from fmembed.source import skip_committed
 from fmembed.spec import (
     FmembedError,
@@ -73,40 +74,6 @@ _BLOCK_BYTES = 32 * 2**20
 _CALIBRATION_ROWS, _CALIBRATION_SHARDS = 1024, 16
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What a run did. rows_read = rows_embedded + rows_rejected + rows_skipped.
-
-    `rows_per_s` is over the whole run, start included; `steady_rows_per_s` from when as many
-    windows have come out of the model as there are actors to the last commit, without their rows.
-    """
-
-    run_id: str
-    started: str
-    table: str
-    version: int | None
-    fingerprint: str
-    rows_read: int = 0
-    rows_embedded: int = 0
-    rows_rejected: int = 0
-    rows_skipped: int = 0
-    rows_per_s: float = 0.0
-    seconds: float = 0.0
-    table_rows: int = 0
-    table_rejected: int = 0
-    num_units: int = 0
-    num_truncated: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
-    usd: float | None = None
-    causes: dict[str, int] = field(default_factory=dict)
-    steady_rows_per_s: float | None = None
-    stages: dict[str, Any] = field(default_factory=dict)
-    verdict: dict[str, Any] = field(default_factory=dict)
-    compute: dict[str, Any] = field(default_factory=dict)
-    probes: dict[str, Any] = field(default_factory=dict)
-    report: str | None = None
-
-
 def embed(
     spec: RunSpec, inputs: Inputs | None, *, retry_rejected: bool, verbose: bool, quiet: bool
 ) -> RunResult:
@@ -123,6 +90,8 @@ def embed(
         # A run that finds nothing to do takes no lock and changes no file.
         if run.num_shards or table.strays() or (retry_rejected and table.num_rejected()):
             with Lock(table.storage, run.id) as lock:
+                # Whoever had the lock may have made the table since it was looked at.
+                table.check_usable(inputs.identity)
                 table.remove_strays()
                 if retry_rejected:
                     table.forget_rejected(run.id)
@@ -157,7 +126,9 @@ def embed(
 def probe(uri: str, names: tuple[str, ...] | None, *, verbose: bool) -> RunResult:
     """As `pipeline.probe`."""
     table = Table.open(uri)
-    raw = json.loads(table.configuration()["fmembed.spec"])
+    card = table.card()
+    assert card is not None
+    raw = dict(card.spec)
     if names is not None:
         raw["probes"] = list(names)
     spec = RunSpec.parse(raw)
@@ -256,23 +227,27 @@ class _Run:
         self._num_shards = self.num_shards
         _bound_memory(plan)
         if any(o.precision == "int8" for o in checkpoint.outputs):
-            stored = self._table.configuration().get("fmembed.ranges")
+            known = self._table.card()
+            is_known = known is not None and known.fingerprint == fingerprint(self._identity)
             self._ranges = (
-                outputs.ranges_from_json(stored) if stored else self._calibrate(source, plan)
+                outputs.ranges_from_lists(known.ranges)
+                if known is not None and is_known
+                else self._calibrate(source, plan)
             )
-        identity = self._identity
-        described = {o.column: asdict(o) for o in checkpoint.outputs}
-        configuration = {
-            "fmembed.fingerprint": fingerprint(identity),
-            "fmembed.identity": json.dumps(identity),
-            "fmembed.modality": checkpoint.modality,
-            "fmembed.outputs": json.dumps(described),
-            "fmembed.ranges": outputs.ranges_to_json(self._ranges),
-            "fmembed.spec": json.dumps(self._spec.stored()),
-        }
-        commits = Commits(
-            self._spec.output, self._table, lock, self.id, configuration, tuple(described)
+        card = Card(
+            table=uuid.uuid4().hex,
+            fingerprint=fingerprint(self._identity),
+            identity=self._identity,
+            modality=checkpoint.modality,
+            outputs={o.column: StoredOutput(**asdict(o)) for o in checkpoint.outputs},
+            ranges=outputs.ranges_to_lists(self._ranges),
+            spec=self._spec.stored(),
         )
+        vectors = [outputs.delta_field(o) for o in checkpoint.outputs]
+        pieces_are_rows = self._spec.preprocess.pieces_are_rows(checkpoint.modality)
+        schema = table_schema(self._left.carried, vectors, pieces_are_rows)
+        card = self._table.claim(card, schema, self.id)
+        commits = Commits(self._spec.output, self._table, lock, self.id, card)
         self._commits = commits
         try:
             with progress.Stages(source.num_rows, quiet) as stages, _Signals(commits) as signals:
@@ -476,9 +451,8 @@ class _Run:
             verdict=self._judge(counts),
             compute=self._compute,
         )
-        if num_embedded or num_rejected:
-            stamp = self._started.strftime("%Y%m%dT%H%M%S.%f")
-            self._table.put_run(stamp, self.id, asdict(result))
+        if commits and (num_embedded or num_rejected):
+            self._table.put_run(commits.last, asdict(result))
         return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,10 +12,9 @@ from typing import Any
 import pytest
 import yaml
 from conftest import run_cli, write_jsonl
+from test_table import CARD, SCHEMA, block, write
 
-from fmembed.checkpoint import open_checkpoint
 from fmembed.cli import run
-from fmembed.spec import ModelSpec
 from fmembed.table import Table
 
 
@@ -59,16 +57,12 @@ def unwritable(config: dict[str, Any], tmp_path: Path) -> None:
 
 
 def another_model(config: dict[str, Any], tmp_path: Path) -> None:
-    identity = open_checkpoint(ModelSpec(id=config["model"]["id"]), False).identity
-    identity["model.weights"] = "another"
     table = Table(config["output"]["uri"])
-    import pyarrow as pa
-
-    schema = pa.schema([("row_id", pa.string())])
-    part = table.rows.write(pa.table({"row_id": ["a"]}, schema=schema))
     table.row_ids()
-    configuration = {"fmembed.fingerprint": "f", "fmembed.identity": json.dumps(identity)}
-    table.rows.commit([part], schema, configuration, ("r", 0))
+    table.claim(CARD, SCHEMA, "r")
+    written = write(table.uri, block(["a"]))
+    assert written.part is not None
+    table.rows.commit([written.part], written.schema, CARD.to_configuration(), ("r", 0))
 
 
 def not_a_table(config: dict[str, Any], tmp_path: Path) -> None:

@@ -29,9 +29,15 @@ ALLOWED = {
     "towers": {"attention", "batching", "checkpoint", "linear", "outputs", "spec"},
     "encoder": {"batching", "calibration", "checkpoint", "meter", "outputs", "spec", "towers"},
     "endpoint": {"checkpoint", "outputs", "spec"},
-    "table": {"rows", "spec", "storage"},
-    "integrity": {"rows", "spec", "storage", "table"},
-    "commits": {"lock", "readers", "rows", "spec", "table"},
+    "card": {"spec"},
+    "log": {"rows", "spec", "storage"},
+    "parts": {"card", "log", "rows", "storage"},
+    "records": {"storage"},
+    "result": set(),
+    "table": {"card", "log", "parts", "records", "rows", "spec", "storage"},
+    "integrity": {"log", "parts", "rows", "table"},
+    "repair": {"card", "lock", "log", "parts", "records", "result", "rows", "spec", "table"},
+    "commits": {"card", "lock", "parts", "readers", "records", "rows", "spec", "table"},
     "report": set(),
     "progress": set(),
     "evaluation": {
@@ -41,15 +47,15 @@ ALLOWED = {
     "plan": {"checkpoint", "readers", "rows", "source", "spec"},
     "inputs": {"checkpoint", "readers", "source", "spec", "table"},
     "run": {
-        "checkpoint", "commits", "encoder", "endpoint", "evaluation", "inputs", "lock", "metrics",
-        "outputs", "plan", "preprocess", "progress", "readers", "rows", "source", "spec", "startup",
-        "storage", "table", "verdict",
+        "card", "checkpoint", "commits", "encoder", "endpoint", "evaluation", "inputs", "lock",
+        "metrics", "outputs", "plan", "preprocess", "progress", "readers", "result", "rows",
+        "source", "spec", "startup", "storage", "table", "verdict",
     },
-    "pipeline": {"inputs", "run", "spec"},
+    "pipeline": {"inputs", "result", "run", "spec"},
     "bench": {
         "bench", "checkpoint", "encoder", "meter", "outputs", "pipeline", "run", "spec",
     },
-    "cli": {"bench", "integrity", "pipeline", "spec", "table"},
+    "cli": {"bench", "integrity", "pipeline", "repair", "spec", "table"},
 }  # fmt: skip
 HEAVY = {
     "ray": {

@@ -22,8 +22,8 @@ from fmembed.outputs import (
     dequantize,
     finish,
     measure_ranges,
-    ranges_from_json,
-    ranges_to_json,
+    ranges_from_lists,
+    ranges_to_lists,
 )
 from fmembed.preprocess import Preprocess
 from fmembed.rows import row_schema
@@ -111,7 +111,7 @@ def test_int8_is_as_sentence_transformers_has_it_and_bits_too() -> None:
 
     vectors = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32)
     ranges = measure_ranges({"v": vectors[:100]})
-    assert ranges_from_json(ranges_to_json(ranges))["v"][0].tolist() == ranges["v"][0].tolist()
+    assert ranges_from_lists(ranges_to_lists(ranges))["v"][0].tolist() == ranges["v"][0].tolist()
     output = Output("v", "mean", None, False, None, "int8")
     stored = finish(output, vectors, ranges)
     inside = ((vectors >= ranges["v"][0]) & (vectors <= ranges["v"][1])).all(axis=1)

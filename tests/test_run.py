@@ -1,9 +1,19 @@
-"""What the driver need not import."""
+"""What the driver does before Ray starts, and what it need not import."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_jsonl
+from test_table import CARD, CONFIGURATION, SCHEMA, block, write
+
+import fmembed
+from fmembed import RunSpec, TableError, progress, run
+from fmembed.lock import Lock
+from fmembed.table import Table
 
 
 def test_the_driver_imports_neither_torch_nor_scikit_learn() -> None:
@@ -13,3 +23,33 @@ def test_the_driver_imports_neither_torch_nor_scikit_learn() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_what_was_checked_is_checked_again_under_the_lock(
+    tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run has made the table while this one waited for its lock."""
+
+    class Waited(Lock):
+        def __enter__(self) -> Lock:
+            table = Table(str(tmp_path / "out"))
+            table.row_ids()
+            table.claim(CARD, SCHEMA, "other")
+            written = write(table.uri, block(["a"]))
+            assert written.part is not None
+            table.rows.commit([written.part], written.schema, CONFIGURATION, ("other", 0))
+            return super().__enter__()
+
+    write_jsonl(tmp_path / "in.jsonl", [{"text": "one"}])
+    spec = RunSpec.parse(
+        {
+            "source": {"uri": str(tmp_path / "in.jsonl")},
+            "model": {"id": str(tiny_bert), "dtype": "float32"},
+            "output": {"uri": str(tmp_path / "out")},
+        }
+    )
+    monkeypatch.setattr(run, "Lock", Waited)
+    monkeypatch.setattr(progress, "connect", lambda _: pytest.fail("the model would run"))
+    with pytest.raises(TableError, match="was made by another model or setting"):
+        fmembed.embed(spec)
+    assert fmembed.read(str(tmp_path / "out"))["row_id"].to_pylist() == ["a"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +13,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, TableNotFoundError
 
+from fmembed import log as log_module
+from fmembed.card import Card, StoredOutput
 from fmembed.integrity import verify
-from fmembed.rows import REJECTED_SCHEMA, keys_of, row_schema
+from fmembed.log import DamagedError, Part
+from fmembed.parts import Written, write_part
+from fmembed.records import Commit, WholeShard
+from fmembed.repair import repair
+from fmembed.rows import REJECTED_SCHEMA, keys_of, row_schema, table_schema
 from fmembed.spec import TableError, fingerprint
-from fmembed.table import ConflictError, Table, read, write_part
+from fmembed.storage import Storage, StorageError
+from fmembed.table import ConflictError, Table, read
 
 DIM = 4
 IDENTITY = {"model.weights": "w", "model.normalize": True, "model.dtype": "float32"}
-CONFIGURATION = {
-    "fmembed.fingerprint": fingerprint(IDENTITY),
-    "fmembed.identity": json.dumps(IDENTITY),
-    "fmembed.spec": "{}",
-    "fmembed.outputs": json.dumps(
-        {"embedding": {"pooling": "mean", "normalize": True, "precision": "float32"}}
-    ),
-}
+OUTPUT = StoredOutput(pooling="mean", normalize=True, precision="float32")
+CARD = Card(
+    table="0123abcd", fingerprint=fingerprint(IDENTITY), identity=IDENTITY,
+    outputs={"embedding": OUTPUT}, spec={},
+)  # fmt: skip
+CONFIGURATION = CARD.to_configuration()
 VECTORS = ("embedding",)
 
 
@@ -48,13 +58,27 @@ def block(ids: list[str], bad: tuple[str, ...] = (), seed: int = 0) -> pa.Table:
     return table.append_column("embedding", pa.FixedSizeListArray.from_arrays(flat, DIM, mask=mask))
 
 
+SCHEMA = table_schema(
+    pa.schema([("topic", pa.string())]), [pa.field("embedding", pa.list_(pa.float32()))]
+)
+_WRITES = itertools.count()
+
+
+def write(uri: str, rows: pa.Table, twice: frozenset[bytes] = frozenset()) -> Written:
+    """One write task of a run."""
+    stamp = {**CONFIGURATION, "fmembed.run": "run", "fmembed.write": str(next(_WRITES))}
+    return write_part(uri, [rows], VECTORS, twice, stamp)
+
+
 @pytest.fixture
 def table(tmp_path: Path) -> Table:
     """Two committed parts, five rows, one rejected."""
     table = Table.open_output(str(tmp_path / "t"), IDENTITY)
+    table.row_ids()
+    table.claim(CARD, SCHEMA, "run")
     for number, rows in enumerate((block(["a", "b", "x"], ("x",)), block(["c", "d", "e"]))):
         table.row_ids()
-        written = write_part(table.uri, [rows], VECTORS)
+        written = write(table.uri, rows)
         assert written.part is not None
         if written.rejected:
             table.rejected.commit(
@@ -62,7 +86,8 @@ def table(tmp_path: Path) -> Table:
             )
         table.rows.commit([written.part], written.schema, CONFIGURATION, ("run", number))
     run = {"rows_read": 6, "rows_embedded": 5, "rows_rejected": 1, "rows_skipped": 0}
-    table.put_run("1", "run", run | {"table_rows": 5, "table_rejected": 1})
+    commit = Commit(run="run", rows=1, rejected=0, rows_version=2, rejected_version=1)
+    table.put_run(commit, run | {"table_rows": 5, "table_rejected": 1, "version": 2})
     return table
 
 
@@ -90,7 +115,7 @@ def test_a_commit_on_what_somebody_else_has_changed_is_refused(table: Table) -> 
     slow.row_ids()
     fast.row_ids()
     for name, late in (("f", fast), ("s", slow)):
-        written = write_part(late.uri, [block([name], seed=3)], VECTORS)
+        written = write(late.uri, block([name], seed=3))
         assert written.part is not None
         if late is slow:
             assert slow.has_moved
@@ -109,8 +134,9 @@ def test_strays_are_removed_and_old_versions_stay(table: Table, tmp_path: Path) 
     first, second = table.rows.parts()
     schema = read(table.uri).schema
     table.rows.commit([], schema, CONFIGURATION, ("remove", 0), removed=[first])
-    write_part(table.uri, [block(["f", "g"], ("g",), seed=1)], VECTORS)
-    (folder / "part-0.parquet#1").write_bytes(b"half")  # what a killed put leaves on a local disk
+    write(table.uri, block(["f", "g"], ("g",), seed=1))
+    half = f"part-{'0' * 32}.parquet#0123abcd.tmp"
+    (folder / half).write_bytes(b"half")  # what a killed put leaves on a local disk
     strays = {path for _, path in table.strays()}
     assert len(strays) == 3
     assert not strays & {first.path, second.path}
@@ -121,13 +147,18 @@ def test_strays_are_removed_and_old_versions_stay(table: Table, tmp_path: Path) 
 
 
 def test_rejected_rows_by_cause_and_forgotten(table: Table) -> None:
-    written = write_part(
-        table.uri, [block(["d", "y"], ("y",))], VECTORS, frozenset(keys_of("d").tolist())
-    )
+    written = write(table.uri, block(["d", "y"], ("y",)), frozenset(keys_of("d").tolist()))
     assert written.rejected is not None
     table.row_ids()
     table.rejected.commit([written.rejected], REJECTED_SCHEMA, CONFIGURATION, ("run", 7))
-    table.put_shards("r1", [("clean", 4, 0), ("dirty", 4, 2)])
+    kept, (old, new) = table.rows.parts()[0].path, table.rejected.parts()
+    shards = [WholeShard("clean", 4, frozenset([kept]))]
+    shards += [
+        WholeShard(f"dirty{i}", 4, frozenset([kept, f"_rejected/{part.path}"]))
+        for i, part in enumerate((old, new))
+    ]
+    table.put_shards(Commit(run="r1"), shards)
+    assert len(table.whole_shards()) == 3
     assert [(c["error"], c["rows"]) for c in table.rejected_by_cause(3)] == [
         ("bad JSON", 2), ("duplicate id", 1),
     ]  # fmt: skip
@@ -144,7 +175,7 @@ def test_rejected_rows_by_cause_and_forgotten(table: Table) -> None:
 
 
 def test_uncommitted_is_invisible_and_stray(table: Table) -> None:
-    write_part(table.uri, [block(["f"], seed=1)], VECTORS)
+    write(table.uri, block(["f"], seed=1))
     assert read(table.uri).num_rows == 5
     assert any("stray" in p for p in verify(table.uri).problems)
 
@@ -239,3 +270,430 @@ def test_readable_without_this_project(table: Table) -> None:
         assert vectors.keys() == expected.keys(), reader
         for row_id, vector in vectors.items():
             np.testing.assert_array_equal(np.asarray(vector), expected[row_id], reader)
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def test_no_flipped_bit_is_read_without_a_word(table: Table) -> None:
+    """Neither in the pages nor in the footer, which no checksum of Parquet covers."""
+    expected = {
+        c: read(table.uri, columns=list(c) if c else None).to_pylist()
+        for c in (None, ("embedding",))
+    }
+    (path,) = [Path(table.uri, p.path) for p in table.rows.parts()[:1]]
+    content = path.read_bytes()
+    for at in range(0, len(content), max(len(content) // 300, 1)):
+        spoiled = bytearray(content)
+        spoiled[at] ^= 1 << at % 8
+        path.write_bytes(bytes(spoiled))
+        for columns in expected:
+            with pytest.raises(DamagedError, match="do not match its checksum"):
+                read(table.uri, columns=list(columns) if columns else None)
+    path.write_bytes(content)
+    assert read(table.uri).to_pylist() == expected[None]
+
+
+def test_a_few_columns_of_a_large_part_are_read_with_the_checksums_of_their_pages(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_module, "_WHOLE_BYTES", 0)
+    part = table.rows.parts()[0]
+    path = Path(table.uri, part.path)
+    content = path.read_bytes()
+    column = pq.read_metadata(path).row_group(0).column(2)
+    assert column.path_in_schema.startswith("embedding")
+    start = column.data_page_offset
+    expected = table.read_part(part, ["embedding"])
+    fetched = []
+    monkeypatch.setattr(type(table.rows.storage), "get", lambda *a: fetched.append(a))
+    num_found = 0
+    for at in range(start, start + column.total_compressed_size):
+        spoiled = bytearray(content)
+        spoiled[at] ^= 0x10
+        path.write_bytes(bytes(spoiled))
+        try:
+            found = table.read_part(part, ["embedding"])
+        except DamagedError:
+            num_found += 1
+        else:
+            assert found.equals(expected)
+    # A page's header has no checksum, and some of its bits change nothing.
+    assert num_found > column.total_compressed_size * 0.7
+
+
+def test_ray_reads_with_checksums_too(table: Table, local_ray: None) -> None:
+    assert read(table.uri, engine="ray").count() == 5
+    assert read(table.uri, engine="ray", columns=["row_id"]).schema().names == ["row_id"]
+    break_bytes(Path(table.uri))
+    with pytest.raises(Exception, match="do not match its checksum"):
+        read(table.uri, engine="ray").materialize()
+
+
+def damage_gone(path: Path) -> None:
+    path.unlink()
+
+
+def damage_cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def damage_empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def damage_lines(path: Path) -> None:
+    """Cut at the end of a line: what is left is JSON, and `deltalake` takes it for the whole."""
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:1]))
+
+
+DAMAGES = [damage_gone, damage_cut, damage_empty, damage_lines]
+
+
+def on_record(table: Table) -> None:
+    """A record that says all of the source is in the table."""
+    commit = Commit(run="run", rows=1, rejected=0, rows_version=2, rejected_version=1)
+    parts = {p.path for p in table.rows.parts()}
+    parts |= {f"_rejected/{p.path}" for p in table.rejected.parts()}
+    table.put_shards(commit, [WholeShard("all", 6, frozenset(parts))])
+    assert table.whole_shards() == {"all": 6}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("folder", ["", "_rejected/"])
+def test_a_log_that_lost_its_newest_entry_deletes_nothing_and_skips_nothing(
+    table: Table, damage: Callable[[Path], None], folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_record(table)
+    newest = sorted(Path(table.uri, folder, "_delta_log").glob("*.json"))[-1]
+    before = {p.name for p in Path(table.uri).rglob("part-*")}
+    damage(newest)
+    again = Table(table.uri)
+    if damage is damage_gone:
+        assert again.whole_shards() == {}
+        known = again.row_ids()
+        lost = "x" if folder else "cde"
+        assert not known.contains(keys_of(lost)).any()
+        assert again.remove_strays() == 0
+        assert "no longer holds what run run has committed" in capsys.readouterr().err
+        assert any("--repair" in p for p in verify(table.uri).problems)
+    else:
+        own = again.num_rejected if folder else again.strays
+        for look in (again.row_ids, again.whole_shards, own):
+            with pytest.raises(DamagedError, match="verify --repair"):
+                look()
+    assert {p.name for p in Path(table.uri).rglob("part-*")} == before
+    assert repair(table.uri)
+    assert sorted(read(table.uri)["row_id"].to_pylist()) == ["a", "b", "c", "d", "e"]
+    assert Table(table.uri).num_rejected() == 1
+    assert Table(table.uri).whole_shards() == {"all": 6}
+    assert verify(table.uri).problems == []
+    assert repair(table.uri) == []
+
+
+@pytest.mark.parametrize("folder", ["_delta_log", "_rejected", "_rejected/_delta_log"])
+def test_a_log_that_is_gone_is_not_an_empty_one(table: Table, folder: str) -> None:
+    on_record(table)
+    shutil.rmtree(Path(table.uri, folder))
+    parts = {p.name for p in Path(table.uri).rglob("part-*")}
+    if folder == "_delta_log":
+        with pytest.raises(TableError, match=r"whose log is gone.*verify --repair"):
+            Table.open_output(table.uri, IDENTITY)
+        with pytest.raises(TableError, match="verify --repair"):
+            read(table.uri)
+    else:
+        again = Table.open_output(table.uri, IDENTITY)
+        # The rejected row is read again; the others are in the table.
+        assert again.whole_shards() == {}
+        assert [again.row_ids().contains(keys_of(i))[0] for i in "abcdex"] == [True] * 5 + [False]
+        assert again.remove_strays() == 0
+    assert {p.name for p in Path(table.uri).rglob("part-*")} == parts
+    repair(table.uri)
+    assert sorted(read(table.uri)["row_id"].to_pylist()) == ["a", "b", "c", "d", "e"]
+    assert verify(table.uri).problems == []
+    assert Table(table.uri).num_rejected() == (0 if folder == "_rejected" else 1)
+    card = Table(table.uri).card()
+    assert card == CARD
+
+
+@pytest.mark.parametrize("damage", [damage_gone, damage_cut, damage_empty, break_bytes])
+def test_a_table_with_a_broken_part_has_a_way_back(
+    table: Table, damage: Callable[[Path], None]
+) -> None:
+    on_record(table)
+    first, second = table.rows.parts()
+    ids = table.read_part(first, None)["row_id"].to_pylist()
+    rest = table.read_part(second, None)["row_id"].to_pylist()
+    damage(Path(table.uri) if damage is break_bytes else Path(table.uri, first.path))
+    if damage is break_bytes and read_or_none(table, second) is None:
+        ids, rest = rest, ids
+    with pytest.raises(DamagedError, match="verify --repair"):
+        read(table.uri)
+    done = repair(table.uri)
+    assert any("its rows are embedded again" in line for line in done)
+    assert verify(table.uri).problems == []
+    assert sorted(read(table.uri)["row_id"].to_pylist()) == sorted(rest)
+    again = Table(table.uri)
+    assert again.whole_shards() == {}
+    assert not again.row_ids().contains(keys_of(ids)).any()
+    # What is broken is kept, if there is anything of it.
+    kept = list(Path(table.uri, "_quarantine").rglob("part-*"))
+    assert len(kept) == (0 if damage is damage_gone else 1)
+
+
+def read_or_none(table: Table, part: Part) -> pa.Table | None:
+    try:
+        return table.read_part(part, None)
+    except DamagedError:
+        return None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"commit": 1}', b"\xff", b"[" * 100_000])
+def test_a_record_that_is_none_is_passed_over_with_a_line(
+    table: Table, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_record(table)
+    Path(table.uri, "_shards", "other.json").write_bytes(content)
+    Path(table.uri, "_runs", "9999999999-0000000000-other.json").write_bytes(content)
+    assert table.whole_shards() == {"all": 6}
+    assert table.last_run()["rows_read"] == 6
+    assert capsys.readouterr().err.count("it is passed over") == 2
+    assert verify(table.uri).problems == []
+
+
+def test_an_empty_listing_is_no_empty_table(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {p.name for p in Path(table.uri).rglob("part-*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "paths", lambda *_: [])
+        patch.setattr(Storage, "sizes", lambda *_: {})
+        assert table.strays() == []
+        assert table.whole_shards() == {}
+        assert table.row_ids().contains(keys_of("abcdex")).all()
+
+        def no_table(*_: Any, **__: Any) -> None:
+            raise TableNotFoundError
+
+        patch.setattr(log_module, "DeltaTable", no_table)
+        for look in (table.row_ids, table.strays, lambda: Table.open_output(table.uri, IDENTITY)):
+            with pytest.raises((StorageError, TableError), match="does not list the log"):
+                look()
+    assert {p.name for p in Path(table.uri).rglob("part-*")} == parts
+
+
+def test_restore_by_another_tool_has_its_rows_read_again(table: Table) -> None:
+    on_record(table)
+    DeltaTable(table.uri).restore(1)
+    again = Table(table.uri)
+    assert again.whole_shards() == {}
+    assert [again.row_ids().contains(keys_of(i))[0] for i in "abcdex"] == [
+        True, True, False, False, False, True,
+    ]  # fmt: skip
+    assert again.remove_strays() == 0
+    result = verify(table.uri)
+    assert result.problems == []
+    assert any("RESTORE" in note for note in result.notes)
+    assert read(table.uri, version=2).num_rows == 5
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_delete_by_another_tool_is_understood_and_said(tmp_path: Path, precision: str) -> None:
+    outputs = {"embedding": OUTPUT.model_copy(update={"precision": precision})}
+    card = CARD.model_copy(update={"outputs": outputs})
+    table = Table.open_output(str(tmp_path / "t"), IDENTITY)
+    table.row_ids()
+    table.claim(card, SCHEMA, "run")
+    rows = block(["a", "b", "c"])
+    type_ = pa.list_(pa.type_for_alias(precision), DIM)
+    rows = rows.set_column(
+        rows.schema.get_field_index("embedding"), "embedding", rows["embedding"].cast(type_)
+    )
+    written = write(table.uri, rows)
+    assert written.part is not None
+    table.rows.commit([written.part], written.schema, card.to_configuration(), ("run", 0))
+    before = {r["row_id"]: r for r in read(table.uri).to_pylist()}
+    DeltaTable(table.uri).delete("row_id = 'b'")
+    after = read(table.uri)
+    assert after.schema.equals(written.schema.remove_metadata()) or precision == "float16"
+    assert after.schema.field("embedding").type == type_
+    assert {r["row_id"]: r for r in after.to_pylist()} == {i: before[i] for i in "ac"}
+    result = verify(table.uri)
+    assert (result.rows, result.dim) == (2, DIM)
+    assert any("DELETE" in note for note in result.notes)
+    assert any("written by another tool" in note for note in result.notes)
+    assert [p for p in result.problems if "no run has finished" not in p] == []
+    # What is not in the table is read again.
+    assert not Table(table.uri).row_ids().contains(keys_of("b")).any()
+
+
+def test_what_leads_out_of_the_table_is_not_read(table: Table, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.parquet"
+    outside.write_bytes(Path(table.uri, table.rows.parts()[0].path).read_bytes())
+    entry = Path(table.uri, "_delta_log", f"{2:020d}.json")
+    name = table.rows.parts()[-1].path
+    names = {json.loads(line)["add"]["path"] for line in entry.read_text().splitlines()
+             if '"add"' in line}  # fmt: skip
+    (name,) = names
+    for path in ("../outside.parquet", str(outside), outside.as_uri(), "%2e%2e/outside.parquet",
+                 "a/../../outside.parquet", "..\\\\outside.parquet", "file:outside.parquet",
+                 "s3://bucket/x.parquet", "part\\u001b[31m.parquet"):  # fmt: skip
+        content = entry.read_text()
+        entry.write_text(content.replace(name, path))
+        for look in (
+            read,
+            verify,
+            lambda uri: Table(uri).strays(),
+            lambda uri: Table(uri).row_ids(),
+        ):
+            with pytest.raises(TableError, match="is not in the table's folder"):
+                look(table.uri)
+        entry.write_text(content)
+    assert verify(table.uri).problems == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("identity", "[]"), ("identity", "{"), ("outputs", '{"embedding": 5}'), ("spec", "7"),
+        ("outputs", '{"embedding": {"pooling": "mean"}}'), ("modality", "smell"),
+        ("ranges", '{"embedding": "all"}'), ("spec", "[" * 100_000), ("outputs", None),
+    ],
+)  # fmt: skip
+def test_forged_metadata_are_one_line(table: Table, name: str, value: str | None) -> None:
+    entry = Path(table.uri, "_delta_log", f"{0:020d}.json")
+    lines = [json.loads(line) for line in entry.read_text().splitlines()]
+    for line in lines:
+        stored = line.get("metaData", {}).get("configuration", {})
+        if value is None:
+            stored.pop(f"fmembed.{name}", None)
+        elif stored:
+            stored[f"fmembed.{name}"] = value
+    entry.write_text("\n".join(map(json.dumps, lines)))
+    for look in (read, verify, lambda uri: Table.open_output(uri, IDENTITY)):
+        with pytest.raises(TableError) as refused:
+            look(table.uri)
+        assert "\n" not in str(refused.value)
+        assert len(str(refused.value)) < 500
+
+
+def test_deletion_vectors_are_refused(table: Table) -> None:
+    """A reader that does not know them would bring back the rows that they delete."""
+    entry = Path(table.uri, "_delta_log", f"{0:020d}.json")
+    lines = [json.loads(line) for line in entry.read_text().splitlines()]
+    for line in lines:
+        if "protocol" in line:
+            line["protocol"] = {
+                "minReaderVersion": 3, "minWriterVersion": 7,
+                "readerFeatures": ["deletionVectors"], "writerFeatures": ["deletionVectors"],
+            }  # fmt: skip
+    entry.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(TableError, match="deletionVectors"):
+        read(table.uri)
+
+
+# --- who may write --------------------------------------------------------------------------------
+
+
+def test_of_two_creators_with_other_models_one_has_the_table(tmp_path: Path) -> None:
+    """Both have looked while nothing was there; the later one's rows come to nothing."""
+    uri = str(tmp_path / "t")
+    other_identity = IDENTITY | {"model.dtype": "bfloat16"}
+    other = CARD.model_copy(
+        update={"table": "ffff", "identity": other_identity,
+                "fingerprint": fingerprint(other_identity)}
+    )  # fmt: skip
+    first, second = Table.open_output(uri, IDENTITY), Table.open_output(uri, other_identity)
+    first.row_ids()
+    second.row_ids()
+    first.claim(CARD, SCHEMA, "first")
+    written = write(uri, block(["a"]))
+    assert written.part is not None
+    first.rows.commit([written.part], written.schema, CONFIGURATION, ("first", 0))
+    with pytest.raises(TableError, match=r"model\.dtype was 'float32', is 'bfloat16'"):
+        second.check_usable(other_identity)
+    with pytest.raises(ConflictError):
+        second.claim(other, SCHEMA, "second")
+    # Even on the newest version: the commit itself looks at the fingerprint.
+    second.rows.pin()
+    late = write(uri, block(["b"]))
+    assert late.part is not None
+    with pytest.raises(ConflictError):
+        second.rows.commit([late.part], late.schema, other.to_configuration(), ("second", 0))
+    assert read(uri)["row_id"].to_pylist() == ["a"]
+
+
+def test_a_table_that_never_had_a_row_may_be_another_models(tmp_path: Path) -> None:
+    """A first try that failed early does not bind the folder to its settings."""
+    uri = str(tmp_path / "t")
+    table = Table.open_output(uri, IDENTITY)
+    table.row_ids()
+    table.claim(CARD, SCHEMA, "first")
+    other_identity = IDENTITY | {"model.dtype": "bfloat16"}
+    other = CARD.model_copy(
+        update={"identity": other_identity, "fingerprint": fingerprint(other_identity)}
+    )
+    again = Table.open_output(uri, other_identity)
+    again.row_ids()
+    again.claim(other, SCHEMA, "second")
+    assert Table(uri).card() == other
+    written = write(uri, block(["a"]))
+    assert written.part is not None
+    with pytest.raises(ConflictError):  # the first one wakes up
+        table.rows.commit([written.part], written.schema, CONFIGURATION, ("first", 0))
+    again.row_ids()
+    again.rows.commit([written.part], SCHEMA, other.to_configuration(), ("second", 0))
+    with pytest.raises(TableError, match=r"source\.carry: the table .* has the columns"):
+        again.claim(other, SCHEMA.remove(5), "third")
+
+
+def test_a_lost_answer_to_the_creation_of_a_table_is_no_conflict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = DeltaTable.create
+
+    def lose_answer(*arguments: Any, **options: Any) -> None:
+        create(*arguments, **options)
+        raise DeltaError("a table already exists")
+
+    table = Table.open_output(str(tmp_path / "t"), IDENTITY)
+    table.row_ids()
+    with monkeypatch.context() as patch:
+        patch.setattr(DeltaTable, "create", lose_answer)
+        table.claim(CARD, SCHEMA, "run")
+    written = write(table.uri, block(["a"]))
+    assert written.part is not None
+    table.rows.commit([written.part], written.schema, CONFIGURATION, ("run", 0))
+    assert read(table.uri)["row_id"].to_pylist() == ["a"]
+
+
+def test_identical_rows_written_twice_are_two_parts(tmp_path: Path) -> None:
+    uri = str(tmp_path)
+    one, two = (write(uri, block(["a", "x"], ("x",))) for _ in range(2))
+    assert one.part != two.part
+    assert one.rejected != two.rejected
+
+
+def test_retry_of_a_part_with_twins_alone(table: Table) -> None:
+    """It stays as it is; rewritten, it would have to be added and removed at once."""
+    twin = write(table.uri, block(["d"]), frozenset(keys_of("d").tolist()))
+    assert twin.rejected is not None
+    table.row_ids()
+    table.rejected.commit([twin.rejected], REJECTED_SCHEMA, CONFIGURATION, ("run", 7))
+    table.row_ids()
+    assert table.forget_rejected("r2") == 1
+    assert [p.path for p in table.rejected.parts()] == [twin.rejected.path]
+    table.row_ids()
+    assert table.forget_rejected("r3") == 0
+    # Nothing that was ever committed is deleted.
+    assert Table(table.uri).remove_strays() == 0
+
+
+def test_the_last_run_is_the_last_by_version(table: Table) -> None:
+    """Neither a clock that goes wrong nor a record of lost commits changes that."""
+    counts = {"rows_read": 1, "started": "2001-01-01T00:00:00"}
+    later = Commit(run="late", rows=None, rejected=None, rows_version=5, rejected_version=1)
+    table.put_run(later, counts)
+    assert table.last_run() == counts
+    unknown = Commit(run="lost", rows=3, rows_version=9, rejected_version=1)
+    table.put_run(unknown, counts | {"rows_read": 2})
+    assert table.last_run() == counts
+    assert table.lost_runs() == ["lost"]

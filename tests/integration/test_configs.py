@@ -203,10 +203,12 @@ def test_llm(tmp_path: Path, articles: Path, minilm: Path) -> None:
                 preprocess__chunk_tokens=128, preprocess__chunk_overlap=16)  # fmt: skip
     assert (again.rows_embedded, again.rows_skipped) == (0, 60)
     # The ranges of int8 are in the table, and the values are what they say of the full vectors.
-    from fmembed.outputs import dequantize, ranges_from_json
+    from fmembed.outputs import dequantize, ranges_from_lists
     from fmembed.table import Table
 
-    ranges = ranges_from_json(Table.open(result.table).configuration()["fmembed.ranges"])
+    card = Table.open(result.table).card()
+    assert card is not None
+    ranges = ranges_from_lists(card.ranges)
     full = np.stack(rows["full"].to_pylist()).astype(np.float32)[:, :256]
     full /= np.linalg.norm(full, axis=1, keepdims=True)
     stored = np.stack(rows["short"].to_pylist())

@@ -155,6 +155,28 @@ def test_bad_and_duplicate_rows_are_rejected(tmp_path: Path, tiny_bert: Path) ->
 
 
 @pytest.mark.usefixtures("local_ray")
+def test_identical_files_end(tmp_path: Path, tiny_bert: Path) -> None:
+    """Three files of the same rows, in parts so small that their twins meet in any order."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        write_jsonl(folder / f"{name}.jsonl", [*ROWS[:60], {"text": "", "key": "empty"}])
+    out = {"uri": str(tmp_path / "out"), "max_rejected_fraction": 1, "part_bytes": 1,
+           "commit_every_s": 0.2}  # fmt: skip
+    config = spec(
+        tmp_path, tiny_bert, source={"uri": str(folder), "label": None}, output=out, probes=[],
+        compute={"window_rows": 7},
+    )  # fmt: skip
+    result = fmembed.embed(config)
+    assert (result.rows_read, result.rows_embedded, result.rows_rejected) == (183, 60, 123)
+    assert result.causes == {"duplicate id": 120, "empty input": 3}
+    assert fmembed.verify(result.table).problems == []
+    again = fmembed.embed(config, retry_rejected=True)
+    assert (again.rows_embedded, again.rows_rejected) == (0, 3)
+    assert fmembed.verify(result.table).problems == []
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_too_many_rejections_stop_the_run_and_keep_the_rest(
     tmp_path: Path, tiny_bert: Path
 ) -> None:

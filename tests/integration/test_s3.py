@@ -19,6 +19,7 @@ import pyarrow as pa
 import pytest
 from conftest import SENTENCES, run_cli
 from soak import Bench, Tally, wait_for
+from test_table import CONFIGURATION
 
 import fmembed
 from fmembed.lock import Lock, LockedError
@@ -27,7 +28,6 @@ from fmembed.table import ConflictError, Table
 
 KEY, SECRET = "AKIDCANARY0KEY", "canary-secret-5up3r"
 SCHEMA = pa.schema([pa.field("row_id", pa.string(), nullable=False)])
-STORED = {"fmembed.fingerprint": "f", "fmembed.outputs": "{}"}
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +124,11 @@ def test_of_two_commits_on_one_version_the_second_fails(s3: str) -> None:
     for t in tables:
         t.row_ids()
     part = tables[0].rows.write(pa.table({"row_id": ["a"]}, schema=SCHEMA))
-    tables[0].rows.commit([part], SCHEMA, STORED, ("one", 0))
-    stray = tables[1].rows.write(pa.table({"row_id": ["b"]}, schema=SCHEMA))
+    tables[0].rows.commit([part], SCHEMA, CONFIGURATION, ("one", 0))
+    rows = pa.table({"row_id": ["b"]}, schema=SCHEMA)
+    stray = tables[1].rows.write(rows, (), CONFIGURATION)
     with pytest.raises(ConflictError):
-        tables[1].rows.commit([stray], SCHEMA, {}, ("two", 0))
+        tables[1].rows.commit([stray], SCHEMA, CONFIGURATION, ("two", 0))
     assert tables[0].strays() == [(tables[0].rows, stray.path)]
     assert tables[0].remove_strays() == 1
     assert fmembed.read(f"{s3}/commits")["row_id"].to_pylist() == ["a"]
@@ -209,10 +210,15 @@ def test_a_killed_driver_resumes(s3: str, bench: Bench) -> None:
         run.kill()
         assert run.end() == -signal.SIGKILL
     assert 0 < bench.num_committed(table) < len(bench.ids)
-    # What the dead run was writing when it died.
+    # What the dead run has written and not committed, and what is somebody's.
+    log, rows = Table(table).rows, pa.table({"row_id": ["stray"]}, schema=SCHEMA)
+    stray = log.write(rows, (), log.configuration()).path
     Storage(table).put("part-00.parquet", b"half")
     run = bench.start(table, None)
     assert run.end() == 0, run.messages()
+    paths = Storage(table).paths()
+    assert "part-00.parquet" in paths
+    assert stray not in paths
     tally = Tally()
     assert bench.check(table, tally) == []
     assert (tally.lost, tally.twice) == (0, 0)

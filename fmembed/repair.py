@@ -1,0 +1,212 @@
+"""A way back for a table that was damaged: from what its parts say of themselves.
+
+Nothing is deleted. What cannot be read is moved to `<table>/_quarantine/<run>/`, out of the log
+first; parts that no log names any more are taken back where each row has its place; records that
+speak of commits which are gone are made anew. The rows that are then missing, the next run of the
+same command embeds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+
+import pyarrow.compute as pc
+
+from fmembed import records
+from fmembed.card import Card
+from fmembed.lock import Lock
+from fmembed.log import ENTRY, PART, DamagedError, Log, Part, what_is_cut
+from fmembed.parts import REJECTED
+from fmembed.result import RunResult
+from fmembed.rows import DUPLICATE, PARENT_ID, REJECTED_SCHEMA, ROW_ID, RowIds, keys_of
+from fmembed.spec import TableError
+from fmembed.table import Table
+
+
+def repair(uri: str) -> list[str]:
+    """Mend what is damaged; what was done, a line each, none where nothing was to be done.
+
+    Raises:
+        TableError: Nothing of this project's is there, or of several tables.
+        LockedError: A run is writing the table.
+    """
+    table = Table(uri)
+    if not table.is_own():
+        raise TableError(f"table: {uri} is no fmembed table and holds no part of one")
+    run_id = uuid.uuid4().hex[:12]
+    with Lock(table.storage, run_id):
+        return _Repair(table, run_id).mend()
+
+
+class _Repair:
+    def __init__(self, table: Table, run_id: str) -> None:
+        self._table, self._run_id = table, run_id
+        self._done: list[str] = []
+
+    def mend(self) -> list[str]:
+        """Logs, then parts, then records: each from what comes before it."""
+        table = self._table
+        _mend_log(table.rows, "", self._quarantine)
+        card = table.card() or self._find_card()
+        _mend_log(table.rejected, REJECTED, self._quarantine)
+        known = RowIds()
+        for log, folder in ((table.rows, ""), (table.rejected, REJECTED)):
+            self._mend_parts(log, folder, card, known)
+        self._mend_records(card)
+        return self._done
+
+    def _quarantine(self, path: str, why: str) -> None:
+        self._table.storage.move(path, f"_quarantine/{self._run_id}/{path}")
+        self._done.append(f"{path}: {why}; moved to _quarantine/{self._run_id}")
+
+    def _find_card(self) -> Card:
+        """What the parts say of their table, where its log says nothing any more."""
+        table = self._table
+        found: dict[str, Card] = {}
+        for log in (table.rows, table.rejected):
+            for path in filter(PART.fullmatch, log.storage.paths()):
+                stamp = log.read_stamp(path)
+                own = {k: v for k, v in stamp.items() if k not in ("fmembed.run", "fmembed.write")}
+                card = Card.of(own, table.uri)
+                if card is not None:
+                    found[card.table + card.fingerprint] = card
+        if len(found) != 1:
+            what = "parts of several tables" if found else "no part that can be read"
+            raise TableError(f"table: {table.uri} has no log and {what}; it cannot be mended")
+        return next(iter(found.values()))
+
+    def _mend_parts(self, log: Log, folder: str, card: Card, known: RowIds) -> None:
+        """Take out what cannot be read, and back in what no version names."""
+        is_rows = not folder
+        configuration = card.to_configuration()
+        if log.delta() is None:
+            schema = None if is_rows else REJECTED_SCHEMA
+            for path in filter(PART.fullmatch, log.storage.paths()) if schema is None else ():
+                if log.read_stamp(path).get("fmembed.table") == card.table:
+                    schema = log.read_schema(path)
+                    break
+            if schema is None:
+                raise TableError(
+                    f"table: {self._table.uri} has no log and no part with embedded rows; its "
+                    "source has to be embedded anew, into another folder"
+                )
+            log.create(schema, configuration, self._run_id)
+            self._done.append(f"{folder}_delta_log: made anew")
+        bad: list[tuple[Part, str]] = []
+        for part in log.pin():
+            try:
+                self._take(log, part, is_rows, known)
+            except DamagedError as e:
+                bad.append((part, e.what))
+        taken: list[Part] = []
+        unfit: list[tuple[str, str]] = []
+        for path in [p for p in log.strays(card.table) if PART.fullmatch(p)]:
+            size = log.storage.size_bytes(path) or 0
+            part = Part(path, size, log.num_rows(path))
+            try:
+                self._take(log, part, is_rows, known, is_new=True)
+                taken.append(part)
+            except DamagedError as e:
+                unfit.append((path, e.what))
+        if bad or taken:
+            schema = log.schema() if is_rows else REJECTED_SCHEMA
+            transaction = (f"{self._run_id}-repair", 0)
+            removed = [part for part, _ in bad]
+            log.commit(taken, schema, log.configuration(), transaction, removed)
+        for part, what in bad:
+            self._done.append(f"{folder}{what}; taken out of the log, its rows are embedded again")
+            with contextlib.suppress(FileNotFoundError):
+                if log.storage.size_bytes(part.path) is not None:
+                    self._quarantine(folder + part.path, "damaged")
+        self._done += [f"{folder}{p.path}: {p.num_rows} rows taken back" for p in taken]
+        for path, what in unfit:
+            self._quarantine(folder + path, what)
+
+    def _take(
+        self, log: Log, part: Part, is_rows: bool, known: RowIds, is_new: bool = False
+    ) -> None:
+        """Read a part whole and note its ids.
+
+        Raises:
+            DamagedError: It cannot be read, or, of one to be taken back, it has a row that the
+                table has already.
+        """
+        rows = self._table.read_part(part, None) if is_rows else log.read_whole(part)
+        if not is_rows:
+            rows = rows.filter(pc.not_equal(rows["error"], DUPLICATE))
+        name = PARENT_ID if PARENT_ID in rows.schema.names else ROW_ID
+        keys = keys_of(dict.fromkeys(rows[name].to_pylist()))
+        if is_new and known.contains(keys).any():
+            raise DamagedError(log.uri, f"{part.path}: rows of it are in the table already")
+        known.add(keys)
+
+    def _mend_records(self, card: Card) -> None:
+        table, storage = self._table, self._table.storage
+        for folder, kept in (
+            ("_shards/", {f"_shards/{c.run}.json" for c, _ in records.read_shards(storage)}),
+            ("_runs/", {records.run_path(c) for c, _ in records.read_runs(storage)}),
+        ):
+            for path in storage.paths(folder):
+                if path not in kept:
+                    self._quarantine(path, "no record of a run, or a cut one")
+        lost = set(table.lost_runs())
+        for commit, shards in records.read_shards(storage):
+            if commit.run in lost:  # tied to its parts alone from now on
+                records.put_shards(storage, records.Commit(run=commit.run), shards)
+        for commit, _ in records.read_runs(storage):
+            if commit.run in lost:
+                self._quarantine(records.run_path(commit), "the log does not hold its commits")
+        num_rows = sum(part.num_rows for part in table.rows.parts())
+        num_rejected = table.num_rejected()
+        last = table.last_run()
+        if not self._done and last is not None:
+            return
+        result = RunResult(
+            run_id=self._run_id,
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            table=table.uri,
+            version=table.version(),
+            fingerprint=card.fingerprint,
+            rows_read=num_rows + num_rejected,
+            rows_skipped=num_rows + num_rejected,
+            table_rows=num_rows,
+            table_rejected=num_rejected,
+        )
+        commit = records.Commit(
+            run=self._run_id,
+            rows_version=table.rows.version(),
+            rejected_version=table.rejected.version(),
+        )
+        records.put_run(storage, commit, asdict(result))
+        self._done.append(f"_runs: {num_rows:,} rows and {num_rejected:,} rejected are on record")
+
+
+def _mend_log(log: Log, folder: str, quarantine: Callable[[str, str], None]) -> None:
+    """Take away what keeps a log from being read: cut newest entries, checkpoints, in the end all.
+
+    An entry that is cut was never said to be committed: that is said after it is on the disk.
+    """
+    try:
+        log.delta()
+        return
+    except DamagedError:
+        pass
+    entries = sorted(path for path in log.storage.sizes("_delta_log/") if ENTRY.fullmatch(path))
+    while entries:
+        content = log.storage.get(entries[-1])
+        why = what_is_cut(content) if content else "is empty"
+        if not why:
+            break
+        quarantine(folder + entries.pop(), why)
+    for is_last in (False, True):
+        try:
+            log.delta()
+            return
+        except DamagedError as e:
+            for path in sorted(log.storage.sizes("_delta_log/")):
+                if is_last or not ENTRY.fullmatch(path):
+                    quarantine(folder + path, e.what)
