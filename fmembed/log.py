@@ -173,13 +173,15 @@ class Log:
         delta = self.delta()
         return delta is not None and not self._named(delta)
 
-    def holds(self, run_id: str, number: int | None) -> bool:
-        """Whether a commit of a run is in the log; None for a run without commits."""
-        if number is None:
-            return True
+    def held(self, runs: Sequence[str], numbers: Sequence[int | None]) -> list[bool]:
+        """Whether the log has each of some commits: by run, and its number; None is no commit."""
         delta = self.delta()
-        last = None if delta is None else delta.transaction_version(run_id)
-        return last is not None and last >= number
+
+        def last(run_id: str) -> int:
+            number = None if delta is None else delta.transaction_version(run_id)
+            return -1 if number is None else int(number)
+
+        return [n is None or last(run) >= n for run, n in zip(runs, numbers, strict=True)]
 
     def history(self, since: int) -> list[dict[str, Any]]:
         """What other tools have done to the table after a version, oldest first."""

@@ -14,6 +14,7 @@ of a table is its log: so a folder without one is not a table, and nothing in it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -31,7 +32,7 @@ from fmembed.parts import REJECTED, as_written, write_part
 from fmembed.records import Commit, WholeShard
 from fmembed.rows import CONTENT_HASH, DUPLICATE, REJECTED_SCHEMA, ROW_ID, RowIds, keys_of
 from fmembed.spec import FmembedError, TableError, fingerprint
-from fmembed.storage import Storage, tell
+from fmembed.storage import Storage, StorageError, tell
 
 if TYPE_CHECKING:
     import ray.data
@@ -176,8 +177,9 @@ class Table:
         names = path.strip("/").split("/")
         for i in range(len(names) - 1, 0, -1):
             parent = Storage(f"{scheme}://{'/'.join(names[:i])}")
-            if parent.size_bytes("_delta_log/00000000000000000000.json") is not None:
-                return parent.uri
+            with contextlib.suppress(StorageError):  # not this user's to look at
+                if parent.size_bytes("_delta_log/00000000000000000000.json") is not None:
+                    return parent.uri
         return None
 
     def _is_bare(self) -> bool:
@@ -294,11 +296,15 @@ class Table:
         """Runs with a commit on record that its log does not hold, as after it was cut back."""
         commits = [commit for commit, _ in records.read_shards(self.storage)]
         commits += [commit for commit, _ in records.read_runs(self.storage)]
-        return sorted({c.run for c in commits if not self._holds(c)})
+        held = self._held(commits)
+        return sorted({c.run for c, is_held in zip(commits, held, strict=True) if not is_held})
 
-    def _holds(self, commit: Commit) -> bool:
-        by_rows = self.rows.holds(commit.run, commit.rows)
-        return by_rows and self.rejected.holds(commit.run, commit.rejected)
+    def _held(self, commits: Sequence[Commit]) -> list[bool]:
+        """Whether the logs hold each of some commits."""
+        runs = [c.run for c in commits]
+        by_rows = self.rows.held(runs, [c.rows for c in commits])
+        by_rejected = self.rejected.held(runs, [c.rejected for c in commits])
+        return [rows and rejected for rows, rejected in zip(by_rows, by_rejected, strict=True)]
 
     def read_part(self, part: Part, columns: list[str] | None) -> pa.Table:
         """Read columns of a part, its checksums checked, with the types that runs write.
@@ -391,7 +397,9 @@ class Table:
 
         The last by the versions that it made, of those that the logs hold: clocks differ.
         """
-        known = [result for c, result in records.read_runs(self.storage) if self._holds(c)]
+        runs = records.read_runs(self.storage)
+        held = self._held([commit for commit, _ in runs])
+        known = [result for (_, result), is_held in zip(runs, held, strict=True) if is_held]
         return known[-1] if known else None
 
     def put_probe(self, version: int | None, result: dict[str, Any]) -> None:

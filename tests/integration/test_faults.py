@@ -54,6 +54,12 @@ def test_nothing_is_lost_or_twice_after_kills(bench: Bench, tmp_path: Path) -> N
     assert sum(tally.kills.values()) == 4
 
 
+def test_of_two_runs_with_other_models_one_has_the_table(bench: Bench, tmp_path: Path) -> None:
+    tally = Tally()
+    soak.race_creators(bench, tmp_path / "table", tally)
+    assert (tally.lost, tally.twice, tally.races) == (0, 0, 1)
+
+
 def test_signals_commit_what_is_finished_and_a_second_run_is_refused(
     bench: Bench, tmp_path: Path
 ) -> None:
