@@ -103,7 +103,7 @@ def embed(
                 result = run.finish()
         else:
             result = run.finish()
-        if result.version is None:
+        if not result.table_rows:
             return result
         # Late, because scikit-learn takes a second to import and the model should not wait for it.
         from fmembed import evaluation

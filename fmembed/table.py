@@ -15,6 +15,7 @@ of a table is its log: so a folder without one is not a table, and nothing in it
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -404,11 +405,23 @@ class Table:
 
     def put_probe(self, version: int | None, result: dict[str, Any]) -> None:
         """Record what a probe of a version found."""
-        self._put_json(_probe_path(version, result["probe"], result["column"]), result)
+        path = _probe_path(version, result["probe"], result["column"])
+        self._put_json(path, {**result, "parts": self._digest(version)})
 
     def get_probe(self, version: int | None, name: str, column: str) -> Any:
-        """What a probe of a version's column found, None where it has not been run."""
-        return self._get_json(_probe_path(version, name, column))
+        """What a probe of a version's column found, None where it has not been run.
+
+        Nor where it was run on other rows: a log that was cut back comes to the same number again.
+        """
+        result = self._get_json(_probe_path(version, name, column))
+        if not isinstance(result, dict) or result.pop("parts", "") != self._digest(version):
+            return None
+        return result
+
+    def _digest(self, version: int | None) -> str:
+        """Of the parts of a version, which are named after their bytes."""
+        names = sorted(part.path for part in self.rows.parts(version))
+        return hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest()
 
     def put_report(self, html: str) -> str:
         """Write the report; where it is."""
@@ -427,6 +440,9 @@ class Table:
         try:
             return json.loads(self.storage.get(path))
         except FileNotFoundError:
+            return None
+        except (ValueError, RecursionError):
+            tell(f"{path} in {self.uri} is no JSON; it is passed over")
             return None
 
 

@@ -697,3 +697,20 @@ def test_the_last_run_is_the_last_by_version(table: Table) -> None:
     table.put_run(unknown, counts | {"rows_read": 2})
     assert table.last_run() == counts
     assert table.lost_runs() == ["lost"]
+
+
+def test_what_a_probe_found_is_of_its_version_alone(table: Table) -> None:
+    found = {"probe": "knn", "column": "embedding", "value": 1}
+    table.put_probe(2, found)
+    assert table.get_probe(2, "knn", "embedding") == found
+    # The log is cut back, and another part makes version 2.
+    Path(table.uri, "_delta_log", f"{2:020d}.json").unlink()
+    again = Table(table.uri)
+    again.row_ids()
+    written = write(table.uri, block(["n"], seed=5))
+    assert written.part is not None
+    again.rows.commit([written.part], written.schema, CONFIGURATION, ("next", 0))
+    assert again.version() == 2
+    assert again.get_probe(2, "knn", "embedding") is None
+    Path(table.uri, "_probes", "00000002-knn-embedding.json").write_bytes(b"{")
+    assert again.get_probe(2, "knn", "embedding") is None
