@@ -237,6 +237,8 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and end the process; a user's mistake is one line on stderr, no traceback."""
     code = 1
+    # For the processes that libraries start with -c or -m, which look into the current folder.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:
         code = run(arguments)
         if sys.stdout is not None:

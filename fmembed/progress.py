@@ -11,12 +11,17 @@ import os
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
 import ray.data
+from ray._private import ray_constants
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.job_config import JobConfig
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -137,12 +142,45 @@ def connect(verbose: bool) -> bool:
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    options: dict[str, Any] = {}
-    if not os.environ.get("RAY_ADDRESS"):
+    options: dict[str, Any] = {
+        "job_config": _job_config(),
+        "logging_level": logging.INFO if verbose else logging.ERROR,
+        "log_to_driver": verbose,
+    }
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**options)
+        return True
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with _on_loopback():
         # Named, because without an address ray.init joins any cluster it finds on the machine.
-        options = {"address": "local", "include_dashboard": False}
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose, **options
-    )
+        ray.init("local", include_dashboard=False, **options)
     return True
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have a node started meanwhile listen on loopback alone.
+
+    Its processes listen at the node's address, most of them at all addresses; and Ray (2.60) takes
+    127.0.0.1 for that address only where it is told that there are no clusters, as it is by default
+    on macOS and Windows (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER, read when Ray is imported).
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _job_config() -> JobConfig:
+    """Where this job's workers import from: what is installed, PYTHONPATH, and a job's working dir.
+
+    Ray (2.60) puts the script's folder and the current one before all of these, unless the job has
+    a working dir of its own: data lies there, and a numpy.py among it would be run. Where this
+    package itself is not installed, the folder that holds it is named.
+    """
+    home = str(Path(__file__).resolve().parents[1])
+    config = JobConfig(_py_driver_sys_path=[] if home in sys.path[1:] else [home])
+    config._runtime_env_has_working_dir = lambda: True  # type: ignore[method-assign]
+    return config
