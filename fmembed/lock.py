@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fmembed import terminal
 from fmembed.spec import FmembedError
 from fmembed.storage import Storage, StorageError
 
@@ -129,10 +130,9 @@ class Lock:
             if _started(int(owner["pid"])) != owner.get("process_started"):
                 return
             raise self._refuse(owner)
-        print(
-            f"fmembed: {self._storage.uri} is locked by {_name(owner)}; waiting up to "
-            f"{self._expire_s:g} s for its heartbeat",
-            file=sys.stderr,
+        terminal.say(
+            f"{self._storage.uri} is locked by {_name(owner)}; waiting up to "
+            f"{self._expire_s:g} s for its heartbeat"
         )
         deadline = time.monotonic() + self._expire_s
         while time.monotonic() < deadline:

@@ -13,7 +13,9 @@ ALLOWED = {
     "rows": {"spec"},
     "checkpoint": {"spec"},
     "storage": {"spec"},
-    "lock": {"spec", "storage"},
+    "terminal": set(),
+    "signals": set(),
+    "lock": {"spec", "storage", "terminal"},
     "readers": {"rows", "spec", "storage"},
     "source": {"readers", "rows", "spec", "storage"},
     "preprocess": {"checkpoint", "rows", "spec", "startup"},
@@ -33,7 +35,7 @@ ALLOWED = {
     "integrity": {"rows", "spec", "storage", "table"},
     "commits": {"lock", "readers", "rows", "spec", "table"},
     "report": set(),
-    "progress": set(),
+    "progress": {"signals", "terminal"},
     "evaluation": {
         "checkpoint", "encoder", "endpoint", "outputs", "preprocess", "probes", "readers", "report",
         "rows", "source", "spec", "table",
@@ -42,14 +44,14 @@ ALLOWED = {
     "inputs": {"checkpoint", "readers", "source", "spec", "table"},
     "run": {
         "checkpoint", "commits", "encoder", "endpoint", "evaluation", "inputs", "lock", "metrics",
-        "outputs", "plan", "preprocess", "progress", "readers", "rows", "source", "spec", "startup",
-        "storage", "table", "verdict",
+        "outputs", "plan", "preprocess", "progress", "readers", "rows", "signals", "source", "spec",
+        "startup", "storage", "table", "verdict",
     },
     "pipeline": {"inputs", "run", "spec"},
     "bench": {
         "bench", "checkpoint", "encoder", "meter", "outputs", "pipeline", "run", "spec",
     },
-    "cli": {"bench", "integrity", "pipeline", "spec", "table"},
+    "cli": {"bench", "integrity", "pipeline", "signals", "spec", "table", "terminal"},
 }  # fmt: skip
 HEAVY = {
     "ray": {
