@@ -187,7 +187,7 @@ def _job_config() -> JobConfig:
     a working dir of its own: data lies there, and a numpy.py among it would be run. Where this
     package itself is not installed, the folder that holds it is named.
     """
-    home = str(Path(__file__).resolve().parents[1])
+    home = str(Path(__file__).absolute().parents[1])
     config = JobConfig(_py_driver_sys_path=[] if home in sys.path[1:] else [home])
     config._runtime_env_has_working_dir = lambda: True  # type: ignore[method-assign]
     return config
