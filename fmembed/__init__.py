@@ -7,6 +7,17 @@ table = fmembed.read("out/bbc")
 
 from __future__ import annotations
 
+import sys
+
+# `python -m fmembed.cli` puts the current folder first on the path: data lies there, and a numpy.py
+# among it would be run. While -m looks for the module it stands in for its name.
+if (
+    sys.argv[:1] == ["-m"]
+    and not sys.flags.safe_path
+    and any(a.removeprefix("-m").partition(".")[0] == "fmembed" for a in sys.orig_argv)
+):
+    del sys.path[0]
+
 from typing import TYPE_CHECKING, Any
 
 from fmembed.spec import (

@@ -11,9 +11,12 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fmembed.spec import EndpointSpec, Modality, ModelError, ModelSpec, VectorSpec, resolve_package
@@ -24,8 +27,19 @@ DEFAULT = "embedding"
 # with new vectors.
 _CONTRACT = 2
 # Files that decide a vector; README, training arguments and the like do not.
-_DIGESTED = (".safetensors", ".json", ".txt", ".model", ".py")
-_DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py")
+_DIGESTED = (
+    ".safetensors", ".json", ".txt", ".model", ".py",
+    ".bpe", ".codes", ".spm", ".tiktoken", ".tokenizer",
+)  # fmt: skip
+_DOWNLOADED = tuple(f"*{suffix}" for suffix in _DIGESTED)
+_WEIGHTS, _ADAPTER = "model.safetensors", "adapter_model.safetensors"
+# Far over what any checkpoint's configs and indices take.
+_MAX_JSON_BYTES = 64 * 2**20
+_MAX_LAYERS = 10_000
+# What timm would fetch or unpickle, of the arguments that a config hands to its models.
+_TIMM_LOADS = frozenset(
+    ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
+)
 _POOLINGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -171,7 +185,8 @@ class Checkpoint:
         """What the weights take in memory; 0 for a server's."""
         if self.endpoint is not None:
             return 0
-        return sum(p.stat().st_size for p in (self.folder() / self.weights).glob("*.safetensors"))
+        folder = self.folder() / self.weights
+        return sum(p.stat().st_size for p in _weight_files(folder, read_config(folder)))
 
 
 def list_modalities(spec: ModelSpec) -> tuple[Modality, ...]:
@@ -221,19 +236,19 @@ def open_checkpoint(
     if not (weights / "config.json").is_file():
         _explain_adapter(weights)
     config = read_config(weights)
-    _check_weights(weights)
-    for path in modules.dense:
-        _check_weights(folder / path)
-    if "model_type" not in config:
+    if not isinstance(family := config.get("model_type"), str):
         raise ModelError(f"model.id: {weights}/config.json names no model_type")
-    family = str(config["model_type"])
+    files = _weight_files(weights, config)
+    for path in modules.dense:
+        files += _weight_files(folder / path, {})
+    _check_loads(weights, config, spec.trust_remote_code)
     modalities = list_modalities(spec)
     modality = modality or spec.modality or modalities[0]
     _check_packages(modality)
     if family == "timm_wrapper":
         _check_installed("timm", "timm", "torchvision")
     towers = modalities if len(modalities) > 1 else ()
-    inner = {**config, **(config.get(_TOWER_CONFIG[modality]) or {})}
+    inner = {**config, **_part(config, _TOWER_CONFIG[modality])}
     limit = _position_limit(weights, inner) if modality == "text" else None
     if spec.max_tokens is not None and limit is not None and spec.max_tokens > limit:
         raise ModelError(
@@ -254,7 +269,12 @@ def open_checkpoint(
         uri=uri,
         # A hub snapshot's folder is named after its commit.
         revision=folder.name if folder.parent.name == "snapshots" else None,
-        digest=_digest(folder, [weights, *(folder / path for path in modules.dense)]),
+        digest=_digest(
+            folder,
+            [weights, *(folder / path for path in modules.dense)],
+            # Code may lie deeper than what is its own to name.
+            files + (sorted(folder.rglob("*.py")) if spec.trust_remote_code else []),
+        ),
         family=family,
         weights=modules.transformer,
         outputs=_resolve_outputs(spec, modality, default, modules.normalize, bool(towers)),
@@ -353,13 +373,13 @@ def _resolve_outputs(
 
 
 def _absolute(uri: str) -> str:
-    if not uri.startswith("package:") and Path(uri).exists():
+    if not uri.startswith("package:") and os.path.exists(uri):
         return str(Path(uri).resolve())
     return uri
 
 
 def _explain_adapter(folder: Path) -> None:
-    adapter = _read_json(folder / "adapter_config.json")
+    adapter = _read_object(folder / "adapter_config.json")
     if adapter is not None:
         raise ModelError(
             f"model.id: {folder} is an adapter; name it in model.adapter, and its base "
@@ -371,10 +391,16 @@ def _digest_adapter(uri: str) -> str:
     if importlib.util.find_spec("peft") is None:
         raise ModelError("model.adapter: needs the package peft: pip install 'fmembed[lora]'")
     folder = _locate(uri, None, "model.adapter")
-    if not (folder / "adapter_config.json").is_file():
+    config = _read_object(folder / "adapter_config.json", "model.adapter")
+    if config is None:
         raise ModelError(f"model.adapter: no adapter_config.json in {folder}; give a LoRA adapter")
-    _check_weights(folder, "model.adapter")
-    return _digest(folder, [])
+    if (kind := config.get("peft_type")) != "LORA":
+        raise ModelError(
+            f"model.adapter: {folder} is of the kind {_short(kind)}; give a LoRA adapter"
+        )
+    if config.get("megatron_config"):  # peft imports the module that it names
+        raise ModelError(f"model.adapter: {folder} needs Megatron, which is not supported")
+    return _digest(folder, [], _weight_files(folder, {}, _ADAPTER, "model.adapter"))
 
 
 def adapter_folder(checkpoint: Checkpoint) -> Path:
@@ -385,23 +411,22 @@ def adapter_folder(checkpoint: Checkpoint) -> Path:
 
 def read_processor(folder: Path) -> dict[str, Any]:
     """What the processor saved with a checkpoint says; newer versions save one file for all."""
-    whole = _read_json(folder / "processor_config.json") or {}
-    parts = [whole.get("image_processor") or {}, whole.get("feature_extractor") or {}]
-    single: dict[str, Any] = _read_json(folder / "preprocessor_config.json") or {}
-    return {**parts[0], **parts[1], **single}
+    whole = _read_object(folder / "processor_config.json") or {}
+    single = _read_object(folder / "preprocessor_config.json") or {}
+    return {**_part(whole, "image_processor"), **_part(whole, "feature_extractor"), **single}
 
 
 def _read_sound_limits(folder: Path, family: str) -> tuple[int, int | None]:
     """The rate that sounds are resampled to, and how many samples the model takes at once."""
     processor = read_processor(folder)
-    rate_hz = int(processor.get("sampling_rate") or 16_000)
+    rate_hz = _whole(processor, "sampling_rate") or 16_000
     if family == "whisper":
-        return rate_hz, int(processor.get("chunk_length") or 30) * rate_hz
+        return rate_hz, (_whole(processor, "chunk_length") or 30) * rate_hz
     if family == "clap":  # past this length its extractor takes a random piece
-        return rate_hz, int(processor.get("max_length_s") or 10) * rate_hz
+        return rate_hz, (_whole(processor, "max_length_s") or 10) * rate_hz
     if family == "audio-spectrogram-transformer":
         # Kaldi's frames: 25 ms every 10 ms; past these its extractor cuts without a word.
-        frames = int(processor.get("max_length") or 1024)
+        frames = _whole(processor, "max_length") or 1024
         return rate_hz, (frames - 1) * rate_hz // 100 + rate_hz // 40
     return rate_hz, None
 
@@ -432,15 +457,16 @@ def _default_pooling(modality: Modality, family: str, config: dict[str, Any]) ->
 
 def _unit_size(modality: Modality, family: str, config: dict[str, Any]) -> int:
     if modality == "image":
-        patch = config.get("patch_size") or 32
-        height, width = patch if isinstance(patch, list) else (patch, patch)
-        return int(height) * int(width) * 3
+        height, *width = _wholes(config, "patch_size") or [32]
+        return height * (width[0] if width else height) * 3
     if modality == "audio":
         if family in ("whisper", "clap"):
-            return int(config.get("num_mel_bins") or 64) * 2
+            return (_whole(config, "num_mel_bins") or 64) * 2
         if family == "audio-spectrogram-transformer":
-            return int(config.get("frequency_stride") or 10) * int(config.get("time_stride") or 10)
-        return math.prod(config.get("conv_stride") or [320])
+            return (_whole(config, "frequency_stride") or 10) * (
+                _whole(config, "time_stride") or 10
+            )
+        return math.prod(_wholes(config, "conv_stride") or [320])
     return 1
 
 
@@ -448,11 +474,12 @@ def load_image_processor(checkpoint: Checkpoint) -> Any:
     """The checkpoint's own image processor, on Pillow: torchvision is not needed."""
     from transformers import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-        checkpoint.folder() / checkpoint.weights,
-        trust_remote_code=checkpoint.trust_remote_code,
-        backend="pil",
-    )
+    with loading(checkpoint.id):
+        return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            checkpoint.folder() / checkpoint.weights,
+            trust_remote_code=checkpoint.trust_remote_code,
+            backend="pil",
+        )
 
 
 def process_image(processor: Any, image: Any, is_compact: bool = False) -> Any:
@@ -480,9 +507,26 @@ def load_feature_extractor(checkpoint: Checkpoint) -> Any:
     """The checkpoint's own feature extractor for sounds."""
     from transformers import AutoFeatureExtractor
 
-    return AutoFeatureExtractor.from_pretrained(  # type: ignore[no-untyped-call]
-        checkpoint.folder() / checkpoint.weights, trust_remote_code=checkpoint.trust_remote_code
-    )
+    with loading(checkpoint.id):
+        return AutoFeatureExtractor.from_pretrained(  # type: ignore[no-untyped-call]
+            checkpoint.folder() / checkpoint.weights, trust_remote_code=checkpoint.trust_remote_code
+        )
+
+
+@contextmanager
+def loading(name: str, field: str = "model.id") -> Iterator[None]:
+    """What other libraries raise while they load a checkpoint, as one line.
+
+    Raises:
+        ModelError: Whatever was raised: a config can be wrong in more ways than can be checked.
+    """
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as e:
+        reason = next(filter(None, str(e).splitlines()), type(e).__name__)
+        raise ModelError(f"{field}: {name} cannot be loaded: {reason}") from None
 
 
 def cpu_has_bfloat16() -> bool:
@@ -500,8 +544,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: It is missing or no JSON object.
     """
-    config = _read_json(folder / "config.json")
-    if not isinstance(config, dict):
+    config = _read_object(folder / "config.json")
+    if config is None:
         raise ModelError(f"model.id: no config.json in {folder}; give a transformers checkpoint")
     return config
 
@@ -511,7 +555,7 @@ def _locate(uri: str, revision: str | None, field: str = "model.id") -> Path:
         path = Path(resolve_package(uri, field, ModelError))
     else:
         path = Path(uri)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike path.is_dir(), false of a name that is too long
         return path
     if uri.startswith(("package:", ".", "/", "~")) or uri.count("/") != 1:
         raise ModelError(f"{field}: no such folder: {uri}; give a checkpoint's folder or a hub id")
@@ -546,19 +590,26 @@ def _read_modules(folder: Path) -> _Modules:
     modules = _read_json(folder / "modules.json")
     if modules is None:
         return _Modules()
+    if not isinstance(modules, list) or not all(isinstance(m, dict) for m in modules):
+        raise ModelError(f"model.id: {folder / 'modules.json'} takes a JSON list of objects")
     transformer, pooling, normalize, lower_case = "", None, False, False
     max_tokens = None
     dense: list[str] = []
     for module in modules:
+        path, kind = module.get("path", ""), module.get("type")
+        if not isinstance(path, str) or not isinstance(kind, str):
+            raise ModelError(
+                f"model.id: {folder / 'modules.json'} takes a type and a path for each module, as "
+                "texts"
+            )
         # Only the class name is stable: the package's layout moved between versions 2, 5 and 6.
-        kind, path = str(module["type"]).rsplit(".", 1)[-1], str(module.get("path", ""))
-        if ".." in Path(path).parts or Path(path).is_absolute():
-            raise ModelError(f"model.id: modules.json names a path outside the checkpoint: {path}")
-        config = _read_json(folder / path / "config.json") or {}
+        kind = kind.rsplit(".", 1)[-1]
+        _check_inside(path, "modules.json")
+        config = _read_object(folder / path / "config.json") or {}
         if kind == "Transformer":
             transformer = path
-            settings = _read_json(folder / path / "sentence_bert_config.json") or {}
-            max_tokens = settings.get("max_seq_length")
+            settings = _read_object(folder / path / "sentence_bert_config.json") or {}
+            max_tokens = _whole(settings, "max_seq_length")
             lower_case = bool(settings.get("do_lower_case"))
         elif kind == "Pooling":
             pooling = _read_pooling(config)
@@ -568,7 +619,7 @@ def _read_modules(folder: Path) -> _Modules:
             dense.append(path)
         else:
             raise ModelError(
-                f"model.id: the sentence-transformers module {kind} is not supported "
+                f"model.id: the sentence-transformers module {_short(kind)} is not supported "
                 "at this place; Transformer, Pooling, Dense, Normalize are, in this order"
             )
     return _Modules(transformer, pooling, normalize, max_tokens, lower_case, tuple(dense))
@@ -578,11 +629,11 @@ def _read_pooling(config: dict[str, Any]) -> str:
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [name for key, name in _POOLINGS.items() if config.get(key)] or ["mean"]
-    modes = [modes] if isinstance(modes, str) else list(modes)
-    mode = {"lasttoken": "last"}.get(modes[0], modes[0])
+    modes = modes if isinstance(modes, list) else [modes]
+    mode = "last" if modes[:1] == ["lasttoken"] else modes[0] if modes else None
     if len(modes) != 1 or mode not in ("cls", "mean", "last", "max"):
         raise ModelError(
-            f"model.id: the checkpoint's pooling {'+'.join(map(str, modes))} is not "
+            f"model.id: the checkpoint's pooling {_short(modes)} is not "
             "supported; set model.pooling to cls, mean, last or max"
         )
     if config.get("include_prompt") is False:
@@ -595,34 +646,37 @@ def _read_pooling(config: dict[str, Any]) -> str:
 
 def _resolve_prompt(folder: Path, prompt: str | None) -> str:
     """The prompt's text: a name that the checkpoint defines, or the text itself."""
-    config = _read_json(folder / "config_sentence_transformers.json") or {}
-    prompts = config.get("prompts") or {}
+    config = _read_object(folder / "config_sentence_transformers.json") or {}
+    prompts = _part(config, "prompts")
     if prompt is None:
         prompt = config.get("default_prompt_name")
-        if prompt is not None and prompt not in prompts:
+        if prompt is not None and (not isinstance(prompt, str) or prompt not in prompts):
             raise ModelError(
-                f"model.prompt: the checkpoint's default prompt {prompt!r} is not "
+                f"model.prompt: the checkpoint's default prompt {_short(prompt)} is not "
                 "among its prompts; set model.prompt"
             )
-    return str(prompts.get(prompt, prompt or ""))
+    return str(prompts.get(prompt or "", prompt or ""))
 
 
 def _position_limit(folder: Path, config: dict[str, Any]) -> int | None:
     """The most tokens the model can take, or None where neither config nor tokenizer says."""
     limits = []
-    tokenizer = _read_json(folder / "tokenizer_config.json") or {}
+    tokenizer = _read_object(folder / "tokenizer_config.json") or {}
     # An absent limit is saved as about 1e30.
-    if isinstance(m := tokenizer.get("model_max_length"), int) and m < 10**7:
+    if isinstance(m := tokenizer.get("model_max_length"), int) and 0 < m < 10**7:
         limits.append(m)
     if isinstance(m := config.get("max_position_embeddings"), int) and m > 0:
         family = config.get("model_type")
-        offset = int(config.get("pad_token_id") or 0) + 1 if family in _OFFSET_POSITIONS else 0
+        offset = (_whole(config, "pad_token_id") or 0) + 1 if family in _OFFSET_POSITIONS else 0
         limits.append(m - offset)
     return min(limits, default=None)
 
 
 def _is_decoder_only(family: str, config: dict[str, Any]) -> bool:
-    if any(str(a).endswith("ForCausalLM") for a in config.get("architectures") or ()):
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and any(
+        str(a).endswith("ForCausalLM") for a in architectures
+    ):
         return True
     from transformers.models.auto import modeling_auto
 
@@ -634,25 +688,129 @@ def _is_decoder_only(family: str, config: dict[str, Any]) -> bool:
     )
 
 
-def _check_weights(folder: Path, field: str = "model.id") -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.ckpt")):
+def _weight_files(
+    folder: Path, config: dict[str, Any], name: str = _WEIGHTS, field: str = "model.id"
+) -> list[Path]:
+    """The files that the weights are loaded from: one, or the shards that its index names.
+
+    As transformers chooses: what the config names, else `name`, else the index beside it. A shard
+    may lie in a folder below; in a hub's snapshot all files are links to elsewhere, so that the
+    name alone says whether it is inside.
+
+    Raises:
+        ModelError: There are only pickles, or none; a file is named outside the folder or missing;
+            one is cut or no safetensors file.
+    """
+    index = _read_object(folder / f"{name}.index.json", field)
+    shards = _shards(index, f"{name}.index.json", field) if index is not None else []
+    names = [name] if (folder / name).is_file() or not shards else shards
+    if (given := config.get("transformers_weights")) is not None:
+        names = [_check_weight_name(given, "config.json", field)]
+        if given.endswith(".index.json"):
+            names = _shards(_read_object(folder / given, field) or {}, given, field)
+    files = [folder / n for n in names]
+    if missing := [n for n in names if not os.path.isfile(folder / n)]:
+        if names != [name]:
+            raise ModelError(
+                f"{field}: {folder} lacks {_short(missing[0])}"
+                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+                + f" of its {len(names)} files of weights; fetch the whole checkpoint"
+            )
+        if others := sorted(p.name for p in folder.glob("*.safetensors")):
+            raise ModelError(f"{field}: no {name} in {folder}, where {others[0]} is; rename it")
+        if any(p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl") for p in folder.glob("*")):
+            raise ModelError(
+                f"{field}: {folder} has only pickle weights, which can run code when "
+                f"loaded; convert them: save_pretrained(...) writes {name}"
+            )
+        raise ModelError(f"{field}: no weights ({name}) in {folder}; fetch the whole checkpoint")
+    for file in files:
+        _check_safetensors(file, field)
+    return files
+
+
+def _shards(index: dict[str, Any], name: str, field: str) -> list[str]:
+    """The files that an index names, each once."""
+    files = index.get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ModelError(f"{field}: {name} has no weight_map of files; fetch the whole checkpoint")
+    return sorted({_check_weight_name(file, name, field) for file in files.values()})
+
+
+def _check_weight_name(name: Any, where: str, field: str) -> str:
+    if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise ModelError(f"{field}: {where} names {_short(name)}, which is no safetensors file")
+    _check_inside(name, where, field)
+    return name
+
+
+def _check_inside(name: str, where: str, field: str = "model.id") -> None:
+    path = PurePosixPath(name)
+    if ".." in path.parts or path.is_absolute() or Path(name).is_absolute() or "\0" in name:
+        raise ModelError(f"{field}: {where} names a path outside the checkpoint: {_short(name)}")
+
+
+def _check_safetensors(file: Path, field: str) -> None:
+    from safetensors import safe_open
+
+    try:
+        # Reads the header alone, and compares what it says with the file's size.
+        with safe_open(file, framework="np") as f:
+            f.keys()
+    except Exception as e:  # its own kind, OSError, ValueError, by version
         raise ModelError(
-            f"{field}: {folder} has only pickle weights, which can run code when "
-            "loaded; convert them: save_pretrained(...) writes model.safetensors"
+            f"{field}: {file} is cut or no safetensors file ({e}); fetch it again"
+        ) from None
+
+
+def _check_loads(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    """Refuse a config that would have other libraries fetch, import or build what it should not."""
+    # transformers would load it too, where peft is installed.
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"model.id: {folder} holds an adapter beside the model; move adapter_config.json and "
+            "its weights to a folder of their own, and name that in model.adapter"
         )
-    raise ModelError(f"{field}: no weights (*.safetensors) in {folder}; fetch the whole checkpoint")
+    if config["model_type"] == "timm_wrapper":
+        named = sorted(_part(config, "model_args").keys() & _TIMM_LOADS)
+        if ":" in str(config.get("architecture")):
+            named.append("architecture")
+        if named:
+            raise ModelError(
+                f"model.id: {folder}/config.json has timm load more than the weights beside it; "
+                f"take out {', '.join(named)}"
+            )
+    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+        for name, value in part.items():
+            if name.endswith("layers") and isinstance(value, int) and value > _MAX_LAYERS:
+                raise ModelError(f"model.id: {folder}/config.json has {value:,} {name}")
+    if trust_remote_code:
+        return
+    if "/" in str(config.get("attn_implementation")):
+        raise ModelError(
+            f"model.id: {folder}/config.json has attention fetched from elsewhere "
+            f"({_short(config['attn_implementation'])}); set model.attn_implementation"
+        )
+    if "auto_map" in config:
+        # Late, because it takes seconds: ordinary checkpoints have none.
+        from transformers import CONFIG_MAPPING
+
+        if config["model_type"] not in CONFIG_MAPPING:
+            raise ModelError(
+                f"model.id: {folder} runs code of its own, which is not trusted; look at it, then "
+                "set model.trust_remote_code: true"
+            )
 
 
-def _digest(folder: Path, modules: list[Path]) -> str:
+def _digest(folder: Path, modules: list[Path], files: list[Path]) -> str:
     # Only these folders: a training run keeps its other checkpoints beside the model.
-    files = sorted(
+    found = {
         p
         for directory in {folder, *modules}
         for p in directory.iterdir()
         if p.suffix in _DIGESTED and p.is_file() and not p.name.startswith(".")
-    )
+    }
+    files = sorted(found | set(files))
 
     def digest(path: Path) -> bytes:
         hasher = hashlib.blake2b(digest_size=16)
@@ -668,10 +826,61 @@ def _digest(folder: Path, modules: list[Path]) -> str:
     return total.hexdigest()
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, field: str = "model.id") -> Any:
+    """A JSON file's content, null where there is none.
+
+    Raises:
+        ModelError: It cannot be read, or is no JSON.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as e:
-        raise ModelError(f"model.id: {path} cannot be read: {e}") from None
+        if not path.is_file():
+            return None
+        with path.open("rb") as f:
+            content = f.read(_MAX_JSON_BYTES + 1)
+        if len(content) > _MAX_JSON_BYTES:
+            raise ModelError(f"{field}: {path} is over {_MAX_JSON_BYTES:,} bytes large")
+        return json.loads(content.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ModelError(f"{field}: {path} cannot be read: {e}") from None
+
+
+def _read_object(path: Path, field: str = "model.id") -> dict[str, Any] | None:
+    content = _read_json(path, field)
+    if content is not None and not isinstance(content, dict):
+        raise ModelError(f"{field}: {path} takes a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def _part(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object within a config; empty where there is none."""
+    part = config.get(name) or {}
+    if not isinstance(part, dict):
+        raise ModelError(f"model.id: the checkpoint's {name} is {_short(part)}, and no JSON object")
+    return part
+
+
+def _wholes(config: dict[str, Any], name: str) -> list[int]:
+    """A number of a config, or a list of them; empty where there is none."""
+    given = config.get(name)
+    values = given if isinstance(given, list) else [given] if given else []
+    for value in values:
+        # Not a float, of which there are NaN and infinity; but 30.0 is what some have saved.
+        is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if not is_whole or not 0 < value < 2**31:
+            raise ModelError(
+                f"model.id: the checkpoint's {name} is {_short(given)}; takes whole numbers over 0"
+            )
+    return [int(value) for value in values]
+
+
+def _whole(config: dict[str, Any], name: str) -> int | None:
+    """A number of a config; null where there is none or 0."""
+    values = _wholes(config, name)
+    if len(values) > 1:
+        raise ModelError(f"model.id: the checkpoint's {name} is a list; takes one number")
+    return values[0] if values else None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

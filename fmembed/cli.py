@@ -13,14 +13,17 @@ from typing import Annotated, Any, NoReturn
 
 # Before any import of numpy or torch: torch's OpenMP and Ray's own threads read these once.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Bars are drawn with control characters, of which none is let through.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import typer
 
-from fmembed import __version__
+from fmembed import __version__, signals, terminal
 from fmembed.spec import FmembedError, RunSpec, SpecError
 
 app = typer.Typer(
     add_completion=False,
+    rich_markup_mode=None,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Verified tables of embeddings from a dataset and a pretrained foundation model.",
@@ -116,9 +119,9 @@ def rejected(
         return
     print(f"rows rejected: {_total(causes):,}")
     for cause in causes:
-        print(f"{cause['rows']:,} {cause['error']} (stage {cause['stage']})")
+        _print(f"{cause['rows']:,} {cause['error']} (stage {cause['stage']})")
         for row in cause["samples"]:
-            print(f"  {_printable(row['row_id'])}: {_printable(row['message'])}")
+            _print(f"  {row['row_id']}: {row['message']}")
     if causes:
         print("fmembed embed --retry-rejected, with the same config, tries them again")
 
@@ -127,9 +130,9 @@ def _total(causes: list[dict[str, Any]]) -> int:
     return sum(cause["rows"] for cause in causes)
 
 
-def _printable(text: str) -> str:
-    # Ids and messages quote the dataset, which may hold escape sequences for terminals.
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def _print(line: str) -> None:
+    # One line, whatever ids, labels and messages of the dataset are quoted in it.
+    print(terminal.printable(line))
 
 
 @app.command()
@@ -153,18 +156,18 @@ def verify(
         print(json.dumps({**asdict(result), "repaired": repaired}))
     else:
         for line in repaired:
-            print(f"  mended: {line}")
+            _print(f"  mended: {line}")
         if repaired:
-            print("run the same fmembed embed again for what is missing now")
-        print(
+            _print("run the same fmembed embed again for what is missing now")
+        _print(
             f"{result.table} version {result.version}: {result.rows:,} rows of dimension "
             f"{result.dim} in {result.parts:,} parts, {result.rows_rejected:,} rejected, norms "
             f"{result.norm_min:.4f} to {result.norm_max:.4f}"
         )
         for problem in result.problems:
-            print(f"  off: {problem}")
+            _print(f"  off: {problem}")
         for note in result.notes:
-            print(f"  note: {note}")
+            _print(f"  note: {note}")
         print("something is off" if result.problems else "all is well")
     if result.problems:
         raise typer.Exit(1)
@@ -213,44 +216,58 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(result))
         return
     if result["rows_embedded"] == 0 and result["rows_rejected"] == 0:
-        print(f"nothing to do: all {result['rows_skipped']:,} rows are done")
-    print(
+        _print(f"nothing to do: all {result['rows_skipped']:,} rows are done")
+    _print(
         f"rows      {result['rows_read']:,} read, {result['rows_embedded']:,} embedded, "
         f"{result['rows_rejected']:,} rejected, {result['rows_skipped']:,} skipped"
     )
     if result["rows_embedded"]:
-        print(f"rate      {result['rows_per_s']:,.1f} rows/s over {result['seconds']:,.1f} s")
+        _print(f"rate      {result['rows_per_s']:,.1f} rows/s over {result['seconds']:,.1f} s")
     if verdict := result["verdict"]:
         steady = result["steady_rows_per_s"]
         if steady:
-            print(f"steady    {steady:,.1f} rows/s once the model was at work")
+            _print(f"steady    {steady:,.1f} rows/s once the model was at work")
         spent = ", ".join(f"{name} {s:,.1f}" for name, s in verdict["seconds"].items())
-        print(f"seconds   {spent}")
+        _print(f"seconds   {spent}")
         mfu = verdict["mfu"]
-        print(
+        _print(
             f"model     waited {verdict['wait_share']:.1%}, "
             f"padding {verdict['padding_waste']:.1%}, {verdict['tokens_per_s']:,.0f} tokens/s"
             + (f", {mfu:.0%} of a matrix product's rate" if mfu is not None else "")
         )
         if budgets := verdict.get("batch_tokens"):
-            print(f"batches   tokens: {', '.join(budgets)}")
-        print(f"advice    {verdict['advice']}")
+            _print(f"batches   tokens: {', '.join(budgets)}")
+        _print(f"advice    {verdict['advice']}")
     for cause, count in result["causes"].items():
-        print(f"rejected  {count:,} {cause}")
+        _print(f"rejected  {count:,} {cause}")
     for name, p in result["probes"].items():
         if "skipped" in p:
-            print(f"{name:<9} skipped: {p['skipped']}")
+            _print(f"{name:<9} skipped: {p['skipped']}")
             continue
         metric = p["metric"] + (f" (k = {p['k']})" if "k" in p else "")
         baselines = ", ".join(f"{n} {v:.3f}" for n, v in p["baselines"].items())
-        print(f"{name:<9} {metric} {p['value']:.3f} [{p['low']:.3f}, {p['high']:.3f}]; {baselines}")
-    print(f"table     {result['table']} version {result['version']}")
+        _print(
+            f"{name:<9} {metric} {p['value']:.3f} [{p['low']:.3f}, {p['high']:.3f}]; {baselines}"
+        )
+    _print(f"table     {result['table']} version {result['version']}")
     if result["report"]:
-        print(f"report    {result['report']}")
+        _print(f"report    {result['report']}")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and end the process; a user's mistake is one line on stderr, no traceback."""
+    # For the processes that libraries start with -c or -m, which look into the current folder.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+    with signals.raise_stopped(), terminal.clean_output():
+        code = _finish(arguments)
+    # Not through the interpreter's teardown: a thread of the object store's client that answers
+    # meanwhile aborts the process, one run in 80 that read from S3
+    # (https://github.com/PyO3/pyo3-async-runtimes/issues/40). What has to be closed is registered.
+    atexit._run_exitfuncs()
+    os._exit(code)
+
+
+def _finish(arguments: list[str] | None) -> int:
     code = 1
     try:
         code = run(arguments)
@@ -263,31 +280,28 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if e.errno != errno.ENOSPC:
             traceback.print_exc()
         else:
-            print(f"fmembed: cannot write the output: {e.strerror}", file=sys.stderr)
+            terminal.say(f"cannot write the output: {e.strerror}")
     except Exception:
         traceback.print_exc()
-    # Not through the interpreter's teardown: a thread of the object store's client that answers
-    # meanwhile aborts the process, one run in 80 that read from S3
-    # (https://github.com/PyO3/pyo3-async-runtimes/issues/40). What has to be closed is registered.
-    atexit._run_exitfuncs()
-    os._exit(code)
+    return code
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run a command, and return the exit code."""
-    try:
-        app(arguments)
-    except SystemExit as e:
-        if isinstance(e.code, str):
-            print(f"fmembed: {e.code}", file=sys.stderr)
-            return 1
-        return e.code or 0
-    except FmembedError as e:
-        print(f"fmembed: {' '.join(str(e).split())}", file=sys.stderr)
-        return e.exit_code
-    except KeyboardInterrupt:
-        print("fmembed: interrupted before anything was embedded", file=sys.stderr)
-        return 130
+    with terminal.clean_output():
+        try:
+            app(arguments)
+        except SystemExit as e:
+            if isinstance(e.code, str):
+                terminal.say(e.code)
+                return 1
+            return e.code or 0
+        except FmembedError as e:
+            terminal.say(" ".join(str(e).split()))
+            return e.exit_code
+        except (KeyboardInterrupt, signals.Stopped) as e:
+            terminal.say("interrupted; what is committed stays, the same command resumes")
+            return getattr(e, "exit_code", 130)
     return 0
 
 

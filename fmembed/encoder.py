@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fmembed import calibration
 from fmembed.batching import Ints, plan_batches
-from fmembed.checkpoint import Checkpoint
+from fmembed.checkpoint import Checkpoint, loading
 from fmembed.meter import Meter, measure_cost, peak_flops, synchronize
 from fmembed.outputs import Causes, Piece, Ranges, Stage, Vectors
 from fmembed.spec import ModelError
@@ -65,7 +65,7 @@ class Encoder:
         self._checkpoint = checkpoint
         self._tower = Tower(checkpoint, self._device)
         self._dense = load_dense(checkpoint, self._device)
-        with torch.inference_mode():
+        with loading(checkpoint.id), torch.inference_mode():
             first = self._forward([self._tower.example()])
         self._dims = {column: int(rows[0].shape[-1]) for column, rows in first.items()}
         self._stage = Stage(checkpoint.outputs, self._dims, ranges or {}, pieces_are_rows)

@@ -26,6 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fmembed import terminal
 from fmembed.spec import FmembedError
 from fmembed.storage import Storage, StorageError
 
@@ -142,10 +143,9 @@ class Lock:
             if started is None or started != owner.get("process_started"):
                 return
             raise self._refuse(owner)
-        print(
-            f"fmembed: {self._storage.uri} is locked by {_name(owner)}; waiting up to "
-            f"{self._expire_s:g} s for its heartbeat",
-            file=sys.stderr,
+        terminal.say(
+            f"{self._storage.uri} is locked by {_name(owner)}; waiting up to "
+            f"{self._expire_s:g} s for its heartbeat"
         )
         deadline = time.monotonic() + self._expire_s
         while time.monotonic() < deadline:

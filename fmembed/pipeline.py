@@ -29,7 +29,7 @@ def embed(
     Raises:
         UserError: The spec, the source, the checkpoint or the output is wrong; nothing was written.
         RejectedError: Too many rows were rejected; what was embedded is committed.
-        Interrupted: SIGINT or SIGTERM; what was finished is committed.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; what was finished is committed.
         LockedError: Another run is writing the table.
         FmembedError: Anything else; what was committed stays.
     """

@@ -26,6 +26,7 @@ from fmembed.checkpoint import (
     Checkpoint,
     load_feature_extractor,
     load_image_processor,
+    loading,
     process_image,
 )
 from fmembed.rows import INPUT, SECONDS, accepted, reject, with_counts
@@ -133,6 +134,7 @@ def _tokenize(
     """
     if not texts:
         return []
+    _load_tokenizer(checkpoint)  # what is wrong with the checkpoint is no row's fault
     try:
         encoded = _encode(checkpoint, spec, texts)
     # A tokenizer raises whatever its Rust or Python code raises; find the row that did it.
@@ -248,9 +250,10 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(
-        checkpoint.folder() / checkpoint.weights, trust_remote_code=checkpoint.trust_remote_code
-    )
+    with loading(checkpoint.id):
+        return AutoTokenizer.from_pretrained(
+            checkpoint.folder() / checkpoint.weights, trust_remote_code=checkpoint.trust_remote_code
+        )
 
 
 # --- images ---------------------------------------------------------------------------------------

@@ -11,15 +11,22 @@ import os
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
 import ray.data
+from ray._private import ray_constants
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.job_config import JobConfig
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from fmembed import signals, terminal
 
 READ, EMBED, WRITE = "read, preprocess", "embed", "write, commit"
 
@@ -45,15 +52,18 @@ class Stages:
         self.stages = {name: Stage() for name in (READ, EMBED, WRITE)}
         self.store_bytes: int | None = None
         self._lock = threading.Lock()
-        console = Console(stderr=True)
+        stream = terminal.stderr_to_draw_on()
         self._progress = Progress(
             TextColumn("{task.description:<17}"),
             BarColumn(),
             TextColumn("{task.completed:>10,.0f} rows"),
             _Rate(),
             TimeRemainingColumn(),
-            console=console,
-            disable=quiet or not sys.stderr.isatty(),
+            console=Console(file=stream),
+            disable=quiet or not stream.isatty(),
+            # What others print would come back as they wrote it.
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         self._tasks = {name: self._progress.add_task(name, total=num_rows) for name in self.stages}
 
@@ -66,7 +76,8 @@ class Stages:
 
     def say(self, text: str) -> None:
         """Print a line on stderr, above what is drawn."""
-        self._progress.console.print(f"fmembed: {text}", markup=False, highlight=False)
+        line = f"fmembed: {terminal.printable(text)}"
+        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def set(self, name: str, rows: int, busy_s: float) -> None:
         """Set a stage's totals."""
@@ -126,23 +137,57 @@ def connect(verbose: bool) -> bool:
         Whether Ray was started or joined here, and so is this run's to leave.
     """
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = verbose
+    context.enable_progress_bars = False  # ours are drawn
     context.print_on_execution_start = verbose
     if not verbose:
         # Its errors too: it logs tracebacks of what the driver is told and handles.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore", module=r"ray\.data\.")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     if ray.is_initialized():
         return False
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    options: dict[str, Any] = {}
-    if not os.environ.get("RAY_ADDRESS"):
+    options: dict[str, Any] = {
+        "job_config": _job_config(),
+        "logging_level": logging.INFO if verbose else logging.ERROR,
+        "log_to_driver": verbose,
+    }
+    if os.environ.get("RAY_ADDRESS"):
+        with signals.kept_from_ray():
+            ray.init(**options)
+        return True
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with signals.kept_from_ray(), _on_loopback():
         # Named, because without an address ray.init joins any cluster it finds on the machine.
-        options = {"address": "local", "include_dashboard": False}
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose, **options
-    )
+        ray.init("local", include_dashboard=False, **options)
     return True
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have a node started meanwhile listen on loopback alone.
+
+    Its processes listen at the node's address, most of them at all addresses; and Ray (2.60) takes
+    127.0.0.1 for that address only where it is told that there are no clusters, as it is by default
+    on macOS and Windows (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER, read when Ray is imported).
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _job_config() -> JobConfig:
+    """Where this job's workers import from: what is installed, PYTHONPATH, and a job's working dir.
+
+    Ray (2.60) puts the script's folder and the current one before all of these, unless the job has
+    a working dir of its own: data lies there, and a numpy.py among it would be run. Where this
+    package itself is not installed, the folder that holds it is named.
+    """
+    home = str(Path(__file__).absolute().parents[1])
+    config = JobConfig(_py_driver_sys_path=[] if home in sys.path[1:] else [home])
+    config._runtime_env_has_working_dir = lambda: True  # type: ignore[method-assign]
+    return config

@@ -39,6 +39,7 @@ from fmembed.preprocess import Preprocess
 from fmembed.readers import Source
 from fmembed.result import RunResult
 from fmembed.rows import RowIds, accepted, table_schema
+from fmembed.signals import stop_signals
 from fmembed.source import skip_committed
 from fmembed.spec import (
     FmembedError,
@@ -468,7 +469,9 @@ def _bound_memory(plan: Plan) -> None:
 
 
 class _Signals:
-    """SIGINT and SIGTERM (preemption, `ray job stop`) as `Interrupted` in the driver's main thread.
+    """What stops a run (preemption, `ray job stop`, a terminal that goes), as `Interrupted`.
+
+    Raised in the driver's main thread.
 
     An exception that a handler raises is lost where it strikes inside a destructor or a callback,
     of which Ray has many (a run in the tests went on after Ctrl-C). So the signal is sent again
@@ -482,8 +485,7 @@ class _Signals:
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
-            signals = (signal.SIGINT, signal.SIGTERM)
-            self._before = {s: signal.signal(s, self._stop) for s in signals}
+            self._before = {s: signal.signal(s, self._stop) for s in stop_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -5,7 +5,7 @@ FmembedError            exit 1: the run failed
 ├── StorageError        exit 1: storage is full, forbidden or out of reach (storage.py)
 ├── LockedError         exit 1: another run is writing the table (lock.py)
 ├── ConflictError       exit 1: somebody else has changed the table (table.py)
-├── Interrupted         exit 130 or 143: stopped by a signal, resumable
+├── Interrupted         exit 129, 130 or 143: stopped by a signal
 └── UserError           exit 2: the user's input; nothing was written
     ├── SpecError       a field of the config
     ├── SourceError     the dataset

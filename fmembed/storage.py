@@ -13,7 +13,6 @@ import functools
 import os
 import re
 import secrets
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from fmembed.spec import FmembedError, scrub
+from fmembed.terminal import say
 
 # What `put` leaves of an object on a local disk when it is killed half way.
 HALF_WRITTEN = re.compile(r"#[0-9a-f]{8}\.tmp$")
@@ -201,7 +201,7 @@ class Storage:
 
 def tell(text: str) -> None:
     """Say something in passing, on stderr."""
-    print(f"fmembed: {scrub(text)}", file=sys.stderr)
+    say(scrub(text))
 
 
 def _put_local(path: Path, content: bytes | memoryview, replace: bool) -> None:

@@ -25,6 +25,7 @@ from fmembed.checkpoint import (
     adapter_folder,
     load_feature_extractor,
     load_image_processor,
+    loading,
     process_image,
     read_config,
 )
@@ -396,15 +397,18 @@ def load_dense(checkpoint: Checkpoint, device: torch.device) -> list[nn.Sequenti
     for path in checkpoint.dense:
         folder: Path = checkpoint.folder() / path
         config = read_config(folder)
-        dense = nn.Linear(config["in_features"], config["out_features"], config.get("bias", True))
-        weights = load_file(folder / "model.safetensors")
-        dense.load_state_dict({k.removeprefix("linear."): v for k, v in weights.items()})
-        name = str(config.get("activation_function", "torch.nn.Tanh")).rsplit(".", 1)[-1]
-        activation = getattr(nn, name, None)
-        if activation is None:
-            raise ModelError(f"model.id: {path}: unknown activation {name!r}")
-        # float32, as pooling is: the projection is a few thousandths of the work.
-        modules.append(nn.Sequential(dense, activation()).eval().to(device))
+        with loading(f"{checkpoint.id}: {path}"):
+            dense = nn.Linear(
+                config["in_features"], config["out_features"], config.get("bias", True)
+            )
+            weights = load_file(folder / "model.safetensors")
+            dense.load_state_dict({k.removeprefix("linear."): v for k, v in weights.items()})
+            name = str(config.get("activation_function", "torch.nn.Tanh")).rsplit(".", 1)[-1]
+            activation = getattr(nn, name, None)
+            if activation is None:
+                raise ModelError(f"model.id: {path}: unknown activation {name!r}")
+            # float32, as pooling is: the projection is a few thousandths of the work.
+            modules.append(nn.Sequential(dense, activation()).eval().to(device))
     return modules
 
 
@@ -451,8 +455,8 @@ def _load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
         options["attn_implementation"] = attn
     if checkpoint.family == "vit_mae":
         options["mask_ratio"] = 0.0
-    try:
-        model, loading = auto.from_pretrained(
+    with loading(checkpoint.id):
+        model, report = auto.from_pretrained(
             checkpoint.folder() / checkpoint.weights,
             dtype=getattr(torch, checkpoint.dtype),
             use_safetensors=True,
@@ -460,12 +464,9 @@ def _load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as e:
-        reason = next(filter(None, str(e).splitlines()), type(e).__name__)
-        raise ModelError(f"model.id: {checkpoint.id} cannot be loaded: {reason}") from None
     # A pooler head is optional where it is not asked for; anything else would be random weights.
     needs_pooler = any(o.pooling == "pooler" for o in checkpoint.outputs)
-    missing = sorted(k for k in loading["missing_keys"] if needs_pooler or "pooler" not in k)
+    missing = sorted(k for k in report["missing_keys"] if needs_pooler or "pooler" not in k)
     if missing:
         raise ModelError(
             f"model.id: {checkpoint.id} lacks {len(missing)} weights, {missing[0]} first; "
@@ -484,14 +485,9 @@ def _load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
 def _merge_adapter(model: Any, checkpoint: Checkpoint) -> Any:
     from peft import PeftModel
 
-    try:
+    with loading(f"{checkpoint.adapter}, for {checkpoint.id},", "model.adapter"):
         adapted = PeftModel.from_pretrained(model, str(adapter_folder(checkpoint)))
         return adapted.merge_and_unload(safe_merge=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as e:
-        reason = next(filter(None, str(e).splitlines()), type(e).__name__)
-        raise ModelError(
-            f"model.adapter: {checkpoint.adapter} does not fit {checkpoint.id}: {reason}"
-        ) from None
 
 
 def lengths(pieces: Sequence[Piece], positions: Ints, unit_size: int) -> Ints:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from conftest import run_cli, write_jsonl
 from test_table import CARD, SCHEMA, block, write
 
 from fmembed.cli import run
+from fmembed.integrity import VerifyResult
+from fmembed.result import RunResult
+from fmembed.spec import FmembedError
 from fmembed.table import Table
 
 
@@ -194,3 +198,76 @@ def test_verify_of_no_table(tmp_path: Path) -> None:
 
 def test_version() -> None:
     assert run_cli("--version").stdout.startswith("fmembed 0.")
+
+
+HOSTILE = "\x1b[2J\x9b1A\u202e\r\nfmembed: all is well\udcff"
+
+
+def hostile_causes(*_: Any) -> list[dict[str, Any]]:
+    row = {"row_id": HOSTILE, "message": HOSTILE}
+    return [{"rows": 1, "error": HOSTILE, "stage": HOSTILE, "samples": [row]}]
+
+
+def hostile_verification(*_: Any) -> VerifyResult:
+    return VerifyResult(HOSTILE, 1, "", 1, 0, 1, 1, 1.0, 1.0, [HOSTILE])
+
+
+def hostile_result(*_: Any, **__: Any) -> RunResult:
+    score = {"metric": HOSTILE, "value": 0.1, "low": 0, "high": 1, "baselines": {HOSTILE: 0.1}}
+    return RunResult(
+        run_id="r", started="", table=HOSTILE, version=1, fingerprint="", rows_embedded=1,
+        causes={HOSTILE: 1}, probes={HOSTILE: score, "a": {"skipped": HOSTILE}}, report=HOSTILE,
+    )  # fmt: skip
+
+
+def hostile_error(*_: Any, **__: Any) -> None:
+    raise FmembedError(f"source.uri: no such file: {HOSTILE}")
+
+
+def hostile_warning(*_: Any, **__: Any) -> None:
+    print(HOSTILE, file=sys.stderr)
+    raise SystemExit(HOSTILE)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "command"),
+    [
+        ("fmembed.table.Table.open", lambda _: SimpleNamespace(rejected_by_cause=hostile_causes),
+         "rejected"),
+        ("fmembed.integrity.verify", hostile_verification, "verify"),
+        ("fmembed.pipeline.probe", hostile_result, "probe"),
+        ("fmembed.pipeline.probe", hostile_error, "probe"),
+        ("fmembed.pipeline.probe", hostile_warning, "probe"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("as_json", [False, True])
+def test_nothing_of_the_data_is_obeyed_by_a_terminal(
+    name: str,
+    answer: Callable[..., Any],
+    command: str,
+    as_json: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(name, answer)
+    run([command, "table", *(["--json"] if as_json else [])])
+    said = "".join(capsys.readouterr())
+    assert said
+    for line in said.splitlines():
+        assert line.isprintable(), ascii(line)
+    # The forged line has begun no line.
+    if answer is not hostile_warning:
+        assert "\nfmembed: all is well" not in said
+
+
+def test_arguments_are_not_obeyed_either(tmp_path: Path) -> None:
+    option = f"--{HOSTILE}"
+    for arguments in (["verify", HOSTILE], ["embed", HOSTILE], [HOSTILE], ["embed", option]):
+        encoded = [a.encode("utf-8", "surrogateescape") for a in arguments]
+        done = subprocess.run(
+            [sys.executable, "-m", "fmembed.cli", *encoded],
+            capture_output=True, text=True, cwd=tmp_path, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert all(line.isprintable() for line in done.stderr.split("\n"))

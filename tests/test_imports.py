@@ -12,8 +12,10 @@ ALLOWED = {
     "spec": set(),
     "rows": {"spec"},
     "checkpoint": {"spec"},
-    "storage": {"spec"},
-    "lock": {"spec", "storage"},
+    "storage": {"spec", "terminal"},
+    "terminal": set(),
+    "signals": set(),
+    "lock": {"spec", "storage", "terminal"},
     "readers": {"rows", "spec", "storage"},
     "source": {"readers", "rows", "spec", "storage"},
     "preprocess": {"checkpoint", "rows", "spec", "startup"},
@@ -39,7 +41,7 @@ ALLOWED = {
     "repair": {"card", "lock", "log", "parts", "records", "result", "rows", "spec", "table"},
     "commits": {"card", "lock", "parts", "readers", "records", "rows", "spec", "table"},
     "report": set(),
-    "progress": set(),
+    "progress": {"signals", "terminal"},
     "evaluation": {
         "checkpoint", "encoder", "endpoint", "outputs", "preprocess", "probes", "readers", "report",
         "rows", "source", "spec", "table",
@@ -49,13 +51,13 @@ ALLOWED = {
     "run": {
         "card", "checkpoint", "commits", "encoder", "endpoint", "evaluation", "inputs", "lock",
         "metrics", "outputs", "plan", "preprocess", "progress", "readers", "result", "rows",
-        "source", "spec", "startup", "storage", "table", "verdict",
+        "signals", "source", "spec", "startup", "storage", "table", "verdict",
     },
     "pipeline": {"inputs", "result", "run", "spec"},
     "bench": {
         "bench", "checkpoint", "encoder", "meter", "outputs", "pipeline", "run", "spec",
     },
-    "cli": {"bench", "integrity", "pipeline", "repair", "spec", "table"},
+    "cli": {"bench", "integrity", "pipeline", "repair", "signals", "spec", "table", "terminal"},
 }  # fmt: skip
 HEAVY = {
     "ray": {

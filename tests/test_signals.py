@@ -1,20 +1,40 @@
-"""The parts of the pipeline that need no Ray."""
+"""What a signal does: within the embed stage, outside of it, and around Ray."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fmembed.run import _Signals
+from fmembed.signals import Stopped, kept_from_ray, raise_stopped, stop_signals
 from fmembed.spec import Interrupted
 
+ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+
+def receive(signum: signal.Signals) -> None:
+    os.kill(os.getpid(), signum)
+    time.sleep(30)
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = {signum: signal.getsignal(signum) for signum in ALL}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.parametrize("signum", ALL)
 def test_a_signal_waits_for_a_commit_and_is_sent_again_until_it_is_heard(
     signum: signal.Signals,
 ) -> None:
@@ -30,3 +50,86 @@ def test_a_signal_waits_for_a_commit_and_is_sent_again_until_it_is_heard(
         assert interrupted.value.exit_code == 128 + signum
         time.sleep(1.2)  # and no more after it was heard
     assert signal.getsignal(signum) == before
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    """As nohup does."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert stop_signals() == (signal.SIGINT, signal.SIGTERM)
+    commits: Any = SimpleNamespace(is_committing=False)
+    with raise_stopped(), _Signals(commits):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("signum", ALL)
+def test_a_signal_outside_of_the_embed_stage(signum: signal.Signals) -> None:
+    with raise_stopped():
+        with pytest.raises(Stopped) as stopped:
+            receive(signum)
+        assert stopped.value.exit_code == 128 + signum
+        assert signal.getsignal(signum) == signal.SIG_DFL  # a second one ends the process
+
+
+def test_ray_takes_no_signal() -> None:
+    """Ray's handler for SIGTERM ends the process with 15, while it starts and for ever after."""
+
+    @kept_from_ray()
+    def start(is_stopped: bool) -> None:
+        signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(signum))
+        if is_stopped:
+            receive(signal.SIGTERM)
+
+    with raise_stopped():
+        handler = signal.getsignal(signal.SIGTERM)
+        start(False)
+        assert signal.getsignal(signal.SIGTERM) == handler
+        with pytest.raises(Stopped):
+            start(True)
+
+
+def test_what_ray_starts_outlives_a_terminal_that_goes() -> None:
+    child = [sys.executable, "-c", "import signal; print(signal.pthread_sigmask(0, []))"]
+    said = []
+
+    @kept_from_ray()
+    def start() -> None:
+        said.append(subprocess.run(child, capture_output=True, text=True, check=True).stdout)
+        os.kill(os.getpid(), signal.SIGHUP)  # comes afterwards, and is not lost
+        said.append("started")
+
+    with raise_stopped(), pytest.raises(Stopped) as stopped:
+        start()
+    assert stopped.value.exit_code == 129
+    assert "SIGHUP" in said[0]
+    assert said[1] == "started"
+
+
+SLOW = """
+import time, fmembed.integrity
+from fmembed.cli import main
+def verify(_):
+    print("begun", flush=True)
+    try:
+        time.sleep(60)
+    except Exception:  # as libraries do
+        pass
+fmembed.integrity.verify = verify
+main(["verify", "somewhere"])
+"""
+
+
+@pytest.mark.parametrize("signum", ALL)
+def test_a_command_that_is_stopped_says_so_in_one_line(
+    signum: signal.Signals, tmp_path: Path
+) -> None:
+    run = subprocess.Popen(
+        [sys.executable, "-c", SLOW],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert run.stdout
+    assert run.stdout.readline() == "begun\n"
+    run.send_signal(signum)
+    _, said = run.communicate(timeout=30)
+    expected = "fmembed: interrupted; what is committed stays, the same command resumes\n"
+    assert (run.returncode, said) == (128 + signum, expected)

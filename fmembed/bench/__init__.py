@@ -35,7 +35,11 @@ _GROWTH_BARS = (
     Bar("x16", "x1", "worker_mib", most=1.10),
 )
 # Daft and Ray send usage statistics unless told not to.
-_QUIET = {"DO_NOT_TRACK": "1", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
+_QUIET = {
+    "DO_NOT_TRACK": "1", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1",
+    # Ray's nodes on loopback: there is no cluster here.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}  # fmt: skip
 
 
 def list_suites(device: str) -> list[str]:

@@ -65,14 +65,15 @@ def test_signals_commit_what_is_finished_and_a_second_run_is_refused(
 ) -> None:
     table = tmp_path / "table"
     num_before = 0
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         with bench.held(table) as run:
             second = bench.start(table, None)
             assert second.end() == 1
             assert second.messages().count("\n") == 1
             assert f"pid {run.pid}, started " in last_line(second)
-            # As a terminal's Ctrl-C does: to every process of the group, Ray's among them.
-            os.killpg(run.pid, signum) if signum == signal.SIGINT else run.send_signal(signum)
+            # As a terminal's Ctrl-C and its end do: to every process of the group, Ray's too.
+            is_alone = signum == signal.SIGTERM
+            run.send_signal(signum) if is_alone else os.killpg(run.pid, signum)
             assert run.end() == 128 + signum
         assert "interrupted; " in last_line(run)
         assert "the same command resumes" in last_line(run)
