@@ -25,7 +25,7 @@ import ray.util.annotations
 from ray.data import ActorPoolStrategy
 from ray.data.exceptions import SystemException
 
-from fmembed import outputs, progress, verdict
+from fmembed import outputs, progress, records, verdict
 from fmembed import source as source_module
 from fmembed.checkpoint import Checkpoint
 from fmembed.commits import Commits
@@ -43,8 +43,12 @@ from fmembed.spec import (
     FmembedError,
     Interrupted,
     ModelError,
+    ModelSpec,
     RunSpec,
     SourceError,
+    SourceSpec,
+    SpecError,
+    TableError,
     fingerprint,
 )
 from fmembed.startup import uncollected
@@ -71,6 +75,8 @@ _KNOCK_S = 1.0
 _BLOCK_BYTES = 32 * 2**20
 # Rows from which the ranges of int8 are taken, spread over so many shards.
 _CALIBRATION_ROWS, _CALIBRATION_SHARDS = 1024, 16
+# Of a stored source, what names the table's own columns: all that a probe takes of it.
+_COLUMNS = ("input", "id", "label", "split", "caption", "carry")
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,7 @@ def embed(
         if found is None:
             if spec.probes:
                 leave = progress.connect(verbose) or leave
-            found = evaluation.evaluate(table, spec, asdict(result))
+            found = evaluation.evaluate(table, spec, asdict(result), spec.source, spec.model)
         return RunResult(**found)
     except ray.exceptions.RayError as e:
         raise _explain(e) from e
@@ -154,26 +160,78 @@ def embed(
             ray.shutdown()
 
 
-def probe(uri: str, names: tuple[str, ...] | None, *, verbose: bool) -> RunResult:
+def probe(
+    uri: str,
+    names: tuple[str, ...] | None,
+    spec: RunSpec | None,
+    overrides: dict[str, Any],
+    *,
+    verbose: bool,
+) -> RunResult:
     """As `pipeline.probe`."""
+    from fmembed import evaluation
+
     table = Table.open(uri)
-    raw = json.loads(table.configuration()["fmembed.spec"])
     if names is not None:
-        raw["probes"] = list(names)
-    spec = RunSpec.parse(raw)
-    last = table.last_run()
+        overrides = {**overrides, "probes": list(names)}
+    if spec is None:
+        spec, source, model = _stored_spec(table, overrides)
+    else:
+        spec = RunSpec.from_yaml(None, {**spec.model_dump(mode="json"), **overrides})
+        evaluation.check_made_by(table, spec)
+        source, model = spec.source, spec.model
+    leave = False
+    try:
+        last = table.last_run()
+    except (ValueError, RecursionError):  # no JSON
+        last = {}
     if last is None or table.version() is None:
         raise FmembedError(f"table: no run has finished on {uri}; run fmembed embed again first")
-    leave = progress.connect(verbose)
+    run = {**records.check_run(last, uri), "table": table.uri}
     try:
-        from fmembed import evaluation
-
-        return RunResult(**evaluation.evaluate(table, spec, last))
+        leave = progress.connect(verbose)
+        return RunResult(**evaluation.evaluate(table, spec, run, source, model))
     except ray.exceptions.RayError as e:
         raise _explain(e) from e
     finally:
         if leave:
             ray.shutdown()
+
+
+def _stored_spec(
+    table: Table, overrides: dict[str, Any]
+) -> tuple[RunSpec, SourceSpec | None, ModelSpec | None]:
+    """The spec in a table's metadata, with flags over it; anybody may have written it.
+
+    So it is words: it names columns and probes, and is shown. A source or a model that it names is
+    never opened.
+
+    Returns:
+        The spec; and of source and model what the flags name, None where they do not.
+
+    Raises:
+        TableError: It is none.
+        SpecError: A flag is wrong, or says more of a source or a model that no flag names.
+    """
+    try:
+        told = RunSpec.parse(json.loads(table.configuration()["fmembed.spec"]))
+    except (KeyError, ValueError, RecursionError, SpecError) as e:
+        raise TableError(
+            f"table: {table.uri}: the spec in its metadata is damaged ({str(e)[:200]}); "
+            "give --from-config CONFIG"
+        ) from None
+    raw = told.model_dump(mode="json")
+    for part, address in (("source", "source.uri"), ("model", "model.id")):
+        if address in overrides:
+            raw[part] = {k: v for k, v in raw[part].items() if part == "source" and k in _COLUMNS}
+            continue
+        columns = [f"source.{c}" for c in _COLUMNS] if part == "source" else []
+        for name in overrides:
+            if name.split(".")[0] == part and name not in columns:
+                raise SpecError(f"{name}: of which {part}? give --{part} too, or --from-config")
+    spec = RunSpec.from_yaml(None, {**raw, **overrides})
+    source = spec.source if "source.uri" in overrides else None
+    return spec, source, spec.model if "model.id" in overrides else None
 
 
 class Embed:

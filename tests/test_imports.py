@@ -33,17 +33,18 @@ ALLOWED = {
     "integrity": {"rows", "spec", "storage", "table"},
     "commits": {"lock", "readers", "rows", "spec", "table"},
     "report": set(),
+    "records": {"spec"},
     "progress": set(),
     "evaluation": {
-        "checkpoint", "encoder", "endpoint", "outputs", "preprocess", "probes", "readers", "report",
-        "rows", "source", "spec", "table",
+        "checkpoint", "encoder", "endpoint", "outputs", "preprocess", "probes", "readers",
+        "records", "report", "rows", "source", "spec", "storage", "table",
     },
     "plan": {"checkpoint", "readers", "rows", "source", "spec"},
     "inputs": {"checkpoint", "readers", "source", "spec", "table"},
     "run": {
         "checkpoint", "commits", "encoder", "endpoint", "evaluation", "inputs", "lock", "metrics",
-        "outputs", "plan", "preprocess", "progress", "readers", "rows", "source", "spec", "startup",
-        "storage", "table", "verdict",
+        "outputs", "plan", "preprocess", "progress", "readers", "records", "rows", "source",
+        "spec", "startup", "storage", "table", "verdict",
     },
     "pipeline": {"inputs", "run", "spec"},
     "bench": {
