@@ -5,6 +5,7 @@ Anybody may have written them. They are checked here, once, before anything is c
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -131,7 +132,8 @@ def check_run(raw: Any, uri: str) -> dict[str, Any]:
         TableError: It is none.
     """
     try:
-        return _Run.model_validate(raw).model_dump()
+        # As JSON once more: there half of a surrogate pair, which is no UTF-8, is no text.
+        return _Run.model_validate_json(json.dumps(raw)).model_dump()
     except ValidationError as e:
         field = ".".join(str(key) for key in e.errors(include_url=False)[0]["loc"])[:80]
         raise TableError(
@@ -143,7 +145,7 @@ def check_run(raw: Any, uri: str) -> dict[str, Any]:
 def check_probe(raw: Any, name: str, column: str) -> dict[str, Any] | None:
     """The record of a probe, as `table.Table.get_probe` has read it; None where it is none."""
     try:
-        found = _Probe.model_validate(raw).model_dump(exclude_unset=True)
+        found = _Probe.model_validate_json(json.dumps(raw)).model_dump(exclude_unset=True)
     except ValidationError:
         return None
     return found if (found["probe"], found["column"]) == (name, column) else None

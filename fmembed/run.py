@@ -22,6 +22,7 @@ import ray
 import ray.data
 import ray.exceptions
 import ray.util.annotations
+from pydantic import ValidationError
 from ray.data import ActorPoolStrategy
 from ray.data.exceptions import SystemException
 
@@ -214,10 +215,13 @@ def _stored_spec(
         SpecError: A flag is wrong, or says more of a source or a model that no flag names.
     """
     try:
-        told = RunSpec.parse(json.loads(table.configuration()["fmembed.spec"]))
-    except (KeyError, ValueError, RecursionError, SpecError) as e:
+        told = RunSpec.model_validate_json(table.configuration().get("fmembed.spec", ""))
+    except ValidationError as e:
+        # Not the value, which is as long as somebody pleased.
+        first = e.errors(include_url=False)[0]
+        where = ": ".join([".".join(map(str, first["loc"])) or "spec", first["msg"]])
         raise TableError(
-            f"table: {table.uri}: the spec in its metadata is damaged ({str(e)[:200]}); "
+            f"table: {table.uri}: the spec in its metadata is damaged ({where[:200]}); "
             "give --from-config CONFIG"
         ) from None
     raw = told.model_dump(mode="json")

@@ -34,7 +34,9 @@ SPEC = {
 RUN = {
     "run_id": "r", "started": "2026-01-01T00:00:00+00:00", "version": 1, "fingerprint": "f",
     "table": "elsewhere", "rows_read": NUM_ROWS, "rows_embedded": NUM_ROWS, "rows_rejected": 0,
-    "rows_skipped": 0, "table_rows": NUM_ROWS, "table_rejected": 0,
+    "rows_skipped": 0, "rows_per_s": 1.0, "seconds": 1.0, "table_rows": NUM_ROWS,
+    "table_rejected": 0, "num_units": 0, "num_truncated": 0, "counts": {}, "causes": {},
+    "stages": {}, "verdict": {}, "compute": {},
 }  # fmt: skip
 
 
