@@ -76,7 +76,9 @@ class _Stored:
                 # A name of an output is in the names of files.
                 if not column.isidentifier() or output["precision"] not in get_args(Precision):
                     missing.add(column)
-                missing |= {"pooling", "layer", "dims", "normalize"} - output.keys()
+                missing |= {"layer", "dims", "normalize"} - output.keys()
+                if not isinstance(output["pooling"], str):
+                    missing.add(column)
             if missing or stored.modality not in get_args(Modality):
                 raise ValueError(f"{stored.modality[:20]}, {sorted(missing)}")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -174,13 +176,18 @@ def _check_columns(table: Table, spec: RunSpec, stored: _Stored) -> pa.Schema:
         raise TableError(f"table: {table.uri}: cannot read its parts: {reason(e)}") from None
     if not schema.names:
         return schema
+    if stored.identity["preprocess.pieces_are_rows"] and PARENT_ID not in schema.names:
+        raise TableError(f"table: {table.uri}: its metadata are damaged: no pieces; embed it anew")
     for column in stored.pooled:
         type_ = schema.field(column).type if column in schema.names else pa.null()
-        sizes = [len(ends) for ends in stored.ranges.get(column, ())]
+        shapes = [ends.shape for ends in stored.ranges.get(column, ())]
         if (
             not pa.types.is_fixed_size_list(type_)
             or not (pa.types.is_floating(type_.value_type) or pa.types.is_int8(type_.value_type))
-            or (stored.outputs[column]["precision"] == "int8" and sizes != [type_.list_size] * 2)
+            or not type_.list_size
+            or (
+                stored.outputs[column]["precision"] == "int8" and shapes != [(type_.list_size,)] * 2
+            )
         ):
             raise TableError(
                 f"table: {table.uri}: its column {column} does not hold the vectors that its "

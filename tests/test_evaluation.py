@@ -84,6 +84,18 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         },
         "embedding does not hold the vectors",
     ),
+    "ranges: a number": (
+        {
+            "outputs": {"embedding": {**OUTPUT, "precision": "int8"}},
+            "ranges": {"embedding": [0.0, 1.0]},
+        },
+        "embedding does not hold the vectors",
+    ),
+    "identity: pieces": ({"identity": {"preprocess.pieces_are_rows": True}}, "no pieces"),
+    "outputs: no pooling": (
+        {"outputs": {"embedding": {**OUTPUT, "pooling": {"x": "y"}}}},
+        "its metadata are damaged",
+    ),
     "ranges: no numbers": ({"ranges": {"embedding": [["x"], ["y"]]}}, "metadata are damaged"),
     "ranges: deep": ({"ranges": DEEP}, "its metadata are damaged"),
     "run: a list": ({"run": []}, "the record of its last run"),

@@ -258,6 +258,16 @@ def test_columns_by_flags(tmp_path: Path) -> None:
     assert fmembed.probe(uri, overrides={"source.label": "topic"}).probes["knn"]["value"] > 0.9
     with pytest.raises(SpecError, match=r"^source\.label: no column 'topik' in the table; it has "):
         fmembed.probe(uri, overrides={"source.label": "topik"})
+    # Another name than the text's in the table, so that it has to be read from the source again.
+    rows = [{"id": f"r{i}", "body": f"{WORDS[i % 3]} number {i}", "topic": ""} for i in range(60)]
+    own = {"source.uri": str(write_jsonl(tmp_path / "in.jsonl", rows)), "source.input": "body",
+           "source.id": "id", "source.label": "topic"}  # fmt: skip
+    knn = fmembed.probe(uri, overrides=own).probes["knn"]
+    assert "TF-IDF + logistic regression" in knn["baselines"]
+    rows[7]["body"] = "changed"
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    knn = fmembed.probe(uri, overrides=own).probes["knn"]
+    assert knn["missing"] == "the source has changed since"
     with pytest.raises(SpecError, match=r"^source\.root: of which source\? give --source"):
         fmembed.probe(uri, overrides={"source.root": "x"})
     with pytest.raises(SpecError, match=r"^model\.trust_remote_code: of which model\?"):
