@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from fmembed.spec import Modality, Precision, TableError
 
@@ -66,13 +66,18 @@ class Card(BaseModel):
             raw = {n: _load(n, configuration[f"{_PREFIX}{n}"]) for n in names}
             return cls.model_validate(raw)
         except ValidationError as e:
-            field = ".".join(str(key) for key in e.errors(include_url=False)[0]["loc"][:2])
+            field = ".".join(str(key) for key in e.errors(include_url=False)[0]["loc"][:2])[:80]
         except (ValueError, RecursionError):
-            field = "a field"
-        raise TableError(
-            f"table: the metadata of {uri} are not this project's ({field} is not as it writes "
-            "it); was the table forged or damaged?"
-        )
+            field = "one of them is no JSON"
+        raise TableError(f"table: {uri}: its metadata are damaged ({field}); embed it anew")
+
+    @field_validator("outputs")
+    @classmethod
+    def _check_outputs(cls, value: dict[str, StoredOutput]) -> dict[str, StoredOutput]:
+        for column in value:  # it is in the names of files
+            if not column.isidentifier():
+                raise ValueError("takes names of columns")
+        return value
 
     def to_configuration(self) -> dict[str, str]:
         """As texts by name, for a log's metadata and a part's footer."""

@@ -31,6 +31,10 @@ app = typer.Typer(
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 _Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's own output.")]
+_Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Any other field, e.g. compute.actors=2."),
+]
 
 
 @app.command()
@@ -48,12 +52,7 @@ def embed(
     dtype: Annotated[str | None, typer.Option(help="model.dtype")] = None,
     prompt: Annotated[str | None, typer.Option(help="model.prompt")] = None,
     output: Annotated[str | None, typer.Option(help="output.uri")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="FIELD=VALUE", help="Any other field, e.g. compute.actors=2."
-        ),
-    ] = None,
+    set_: _Set = None,
     retry_rejected: Annotated[
         bool, typer.Option("--retry-rejected", help="Try rejected rows again.")
     ] = False,
@@ -61,9 +60,7 @@ def embed(
     verbose: _Verbose = False,
 ) -> None:
     """Embed a dataset; run the same command again to resume."""
-    import yaml
-
-    overrides: dict[str, Any] = {
+    fields = {
         "source.uri": source,
         "source.format": format_,
         "source.input": input_,
@@ -77,11 +74,7 @@ def embed(
         "model.prompt": prompt,
         "output.uri": output,
     }
-    overrides = {field: value for field, value in overrides.items() if value is not None}
-    for assignment in set_ or ():
-        name, _, value = assignment.partition("=")
-        overrides[name] = yaml.safe_load(value)
-    spec = RunSpec.from_yaml(config, overrides)
+    spec = RunSpec.from_yaml(config, _overrides(fields, set_))
     from fmembed import pipeline
 
     result = pipeline.embed(spec, retry_rejected=retry_rejected, verbose=verbose, quiet=json_)
@@ -94,14 +87,45 @@ def probe(
     probes: Annotated[
         list[str] | None, typer.Option("--probe", help="Which; default: those of its config.")
     ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option("--from-config", metavar="CONFIG", help="The YAML config that made it."),
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="source.uri")] = None,
+    label: Annotated[str | None, typer.Option(help="source.label")] = None,
+    split: Annotated[str | None, typer.Option(help="source.split")] = None,
+    model: Annotated[str | None, typer.Option(help="model.id")] = None,
+    set_: _Set = None,
     json_: _Json = False,
     verbose: _Verbose = False,
 ) -> None:
-    """Probe an existing table anew and write its report."""
+    """Probe an existing table anew and write its report.
+
+    Whoever made it: the source and the model that it names are opened only if named here.
+    """
+    fields = {
+        "source.uri": source,
+        "source.label": label,
+        "source.split": split,
+        "model.id": model,
+    }
+    overrides = _overrides(fields, set_)
     from fmembed import pipeline
 
-    result = pipeline.probe(table, tuple(probes) if probes else None, verbose=verbose)
+    names = tuple(probes) if probes else None
+    result = pipeline.probe(table, names, spec=config, overrides=overrides, verbose=verbose)
     _print_result(asdict(result), json_)
+
+
+def _overrides(fields: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:
+    """What flags name, by dotted field."""
+    import yaml
+
+    overrides = {field: value for field, value in fields.items() if value is not None}
+    for assignment in assignments or ():
+        name, _, value = assignment.partition("=")
+        overrides[name] = yaml.safe_load(value)
+    return overrides
 
 
 @app.command()
@@ -246,6 +270,8 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
             continue
         metric = p["metric"] + (f" (k = {p['k']})" if "k" in p else "")
         baselines = ", ".join(f"{n} {v:.3f}" for n, v in p["baselines"].items())
+        if "missing" in p:
+            baselines += f"; no cheap competitor: {p['missing']}"
         _print(
             f"{name:<9} {metric} {p['value']:.3f} [{p['low']:.3f}, {p['high']:.3f}]; {baselines}"
         )

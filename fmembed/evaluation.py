@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from fmembed import probes, report
@@ -18,13 +19,34 @@ from fmembed.endpoint import cost_usd
 from fmembed.outputs import Ranges, dequantize, ranges_from_lists
 from fmembed.preprocess import Preprocess
 from fmembed.readers import Source, read_shard
+from fmembed.result import check_probe
 from fmembed.rows import PARENT_ID, PIECE_START, PIECE_STOP, RowIds, keys_of, row_schema
 from fmembed.source import open_source
-from fmembed.spec import FmembedError, Modality, ModelSpec, PreprocessSpec, RunSpec
+from fmembed.spec import (
+    FmembedError,
+    Modality,
+    ModelError,
+    ModelSpec,
+    PreprocessSpec,
+    RunSpec,
+    SourceSpec,
+    SpecError,
+    TableError,
+)
+from fmembed.storage import reason
 from fmembed.table import Table, sample
 
 _UNITS = {"text": "tokens", "image": "patches", "audio": "samples"}
 _MAX_FETCH_BYTES = 10 * 2**30
+# Why a probe, or its cheap competitor, is left out where nobody but the table names what it needs.
+_NO_MODEL = "needs the model: give --from-config CONFIG"
+_NO_SOURCE = "needs the source: give --from-config CONFIG"
+# What is read of an identity.
+_NAMED = (
+    "model.adapter", "model.dtype", "model.max_tokens", "model.prompt", "model.revision",
+    "model.weights", "preprocess.pieces_are_rows",
+)  # fmt: skip
+_DAMAGED = "the record of it is damaged; probe the table again"
 
 Floats = npt.NDArray[np.float32]
 
@@ -42,6 +64,10 @@ class _Stored:
     def of(cls, table: Table) -> _Stored:
         card = table.card()
         assert card is not None
+        if missing := sorted(set(_NAMED) - card.identity.keys()):
+            raise TableError(
+                f"table: {table.uri}: its metadata are damaged (no {missing[0]}); embed it anew"
+            )
         outputs = {c: output.model_dump() for c, output in card.outputs.items()}
         return cls(card.identity, outputs, ranges_from_lists(card.ranges), card.modality)
 
@@ -51,29 +77,46 @@ class _Stored:
         return [c for c, output in self.outputs.items() if output["pooling"] != "tokens"]
 
 
-def evaluate(table: Table, spec: RunSpec, run: dict[str, Any]) -> dict[str, Any]:
+def evaluate(
+    table: Table,
+    spec: RunSpec,
+    run: dict[str, Any],
+    source: SourceSpec | None,
+    model: ModelSpec | None,
+) -> dict[str, Any]:
     """Probe the newest version and write the report.
 
     Args:
         table: Where.
-        spec: Which probes, and what of the source they need; with none the vectors are not looked
-            at, and the report has no map either.
+        spec: Which probes, of which columns, in which words; with no probe the vectors are not
+            looked at, and the report has no map either. It may be the table's own, which anybody
+            may have written: nothing that it names is opened.
         run: The last run's counts, for the report.
+        source: What the user says the rows came from, to read inputs from; None to do without.
+        model: What the user says embedded them, for its text tower; None to do without.
 
     Returns:
         `run` with `probes` and `report` filled in.
+
+    Raises:
+        TableError: It is not what its metadata say.
+        SpecError: A column is named that the table has not.
     """
     stored = _Stored.of(table)
     version = run["version"]
-    map_ = _look(table, spec, stored, version) if spec.probes else None
-    results = _stored_probes(table, version, stored, tuple(probes.PROBES))
+    schema = _check_columns(table, spec, stored)
+    map_: dict[str, Any] | None = None
+    left_out: list[dict[str, Any]] = []
+    if spec.probes and schema.names:
+        map_, left_out = _look(table, schema, spec, stored, version, source, model)
+    found = [*_stored_probes(table, version, stored, tuple(probes.PROBES)), *left_out]
+    results = list({(r["probe"], r["column"]): r for r in found}.values())
     run = {
         **run,
         "probes": _headlines(results, stored),
         "report": f"{table.uri}/_report.html",
         "usd": _usd(spec, run),
     }
-    schema = table.schema()
     dims = {c: schema.field(c).type.list_size for c in stored.pooled if c in schema.names}
     why = "no probe is named" if spec.source.label is not None else "no source.label names labels"
     if not dims:
@@ -85,55 +128,162 @@ def evaluate(table: Table, spec: RunSpec, run: dict[str, Any]) -> dict[str, Any]
     return run
 
 
+def check_made_by(table: Table, spec: RunSpec) -> None:
+    """Refuse a config of another model or setting than the table's.
+
+    Raises:
+        SpecError: It is one.
+        ModelError: Its checkpoint cannot be found or understood.
+    """
+    stored = _Stored.of(table)
+    modality, dtype = stored.modality, stored.identity["model.dtype"]
+    if modality not in list_modalities(spec.model):
+        raise ModelError(f"model.id: {spec.model.id} does not embed {modality}, as the table does")
+    # `dtype: auto` goes by the device, and the table may have been made on another one.
+    checkpoint = open_checkpoint(spec.model, dtype == "bfloat16", modality)
+    identity = {**checkpoint.identity, **spec.preprocess.identity(modality)}
+    names = identity.keys() | stored.identity.keys()
+    differ = sorted(n for n in names if identity.get(n) != stored.identity.get(n))
+    if differ:
+        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise SpecError(
+            f"--from-config: it did not make the table at {table.uri}, which has another "
+            f"{', '.join(n[:80] for n in differ[:5])}{more}; give the config that did"
+        )
+
+
+def _check_columns(table: Table, spec: RunSpec, stored: _Stored) -> pa.Schema:
+    """The table's columns: vectors where its metadata say so, and all that the spec names."""
+    try:
+        schema = table.schema()
+    except (pa.ArrowException, OSError) as e:
+        raise TableError(f"table: {table.uri}: cannot read its parts: {reason(e)}") from None
+    if not schema.names:
+        return schema
+    if stored.identity["preprocess.pieces_are_rows"] and PARENT_ID not in schema.names:
+        raise TableError(f"table: {table.uri}: its metadata are damaged: no pieces; embed it anew")
+    for column in stored.pooled:
+        type_ = schema.field(column).type if column in schema.names else pa.null()
+        shapes = [ends.shape for ends in stored.ranges.get(column, ())]
+        if (
+            not pa.types.is_fixed_size_list(type_)
+            or not (pa.types.is_floating(type_.value_type) or pa.types.is_int8(type_.value_type))
+            or not type_.list_size
+            or (
+                stored.outputs[column]["precision"] == "int8" and shapes != [(type_.list_size,)] * 2
+            )
+        ):
+            raise TableError(
+                f"table: {table.uri}: its column {column} does not hold the vectors that its "
+                "metadata promise; embed it anew"
+            )
+    for field in ("label", "split", "caption"):
+        column = getattr(spec.source, field)
+        if column is not None and column not in schema.names:
+            has = ", ".join(name[:80] for name in schema.names[:20])
+            raise SpecError(f"source.{field}: no column {column[:80]!r} in the table; it has {has}")
+    return schema
+
+
 def _look(
-    table: Table, spec: RunSpec, stored: _Stored, version: int | None
-) -> dict[str, Any] | None:
-    """Run the probes and put their results beside the table; the map, where there is a vector."""
+    table: Table,
+    schema: pa.Schema,
+    spec: RunSpec,
+    stored: _Stored,
+    version: int | None,
+    source: SourceSpec | None,
+    model: ModelSpec | None,
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """Run the probes and put their results beside the table.
+
+    Returns:
+        The map, where there is a vector; and the results of probes that were left out for want of
+        a model, which replace none that an earlier look has found.
+    """
     named = [c for c in (spec.source.label, spec.source.split, spec.source.caption) if c]
-    has_texts = stored.modality == "text" and spec.source.input in spec.source.columns
+    by_piece = stored.identity["preprocess.pieces_are_rows"]
+    has_texts = stored.modality == "text" and spec.source.input in schema.names
+    has_texts = has_texts and pa.types.is_string(schema.field(spec.source.input).type)
     if has_texts:
         named.append(spec.source.input)
-    if stored.identity["preprocess.pieces_are_rows"]:
+    if by_piece:
         named += [PARENT_ID, PIECE_START, PIECE_STOP]
     task = ray.remote(num_cpus=1)
     rows: pa.Table = ray.get(
         task(sample).remote(table.uri, [*named, *stored.pooled], probes.MAX_ROWS, spec.source.label)
     )
-    texts, cheap = None, None
-    if has_texts and not stored.identity["preprocess.pieces_are_rows"]:
+    _check_sample(table, rows, stored)
+    texts, cheap, missing = None, None, None
+    if has_texts:
         texts = rows[spec.source.input].to_pylist()
+        if by_piece:
+            texts = _cut(texts, rows)
+    elif source is None:
+        missing = _NO_SOURCE
     else:
-        texts, cheap = _fetch_inputs(spec, stored, rows)
+        texts, cheap, missing = _fetch_inputs(source, stored, rows)
     vectors = {column: _matrix(rows, column, stored) for column in stored.pooled}
     flat = None
     step = max(math.ceil(rows.num_rows / probes.MAX_MAP_ROWS), 1)
     if vectors:
         flat = task(probes.project).remote(next(iter(vectors.values()))[::step])
-    results = ray.get(
+    results: list[dict[str, Any]] = ray.get(
         [
             future
             for column in stored.pooled
-            for future in _probe(spec, stored, rows, column, vectors[column], texts, cheap)
+            for future in _probe(spec, stored, model, rows, column, vectors[column], texts, cheap)
         ]
     )
+    left_out = [r for r in results if r.get("skipped") == _NO_MODEL]
     for r in results:
-        table.put_probe(version, r)
+        if None in r.get("baselines", {}).values():
+            r["missing"] = missing or "no text has a word"
+        if r not in left_out:
+            table.put_probe(version, r)
     if flat is None or not rows.num_rows:
-        return None
-    return _map(
+        return None, left_out
+    map_ = _map(
         spec,
         ray.get(flat),
         rows.take(list(range(0, rows.num_rows, step))),
         texts[::step] if texts else None,
     )
+    return map_, left_out
+
+
+def _check_sample(table: Table, rows: pa.Table, stored: _Stored) -> None:
+    """Refuse rows that no run has written: parts are files, which anybody may have made.
+
+    Raises:
+        TableError: Texts that are no UTF-8, hashes that are none, rows without id or vector.
+    """
+    try:
+        rows.validate(full=True)
+        is_hash = pc.match_substring_regex(rows["content_hash"], "^[0-9a-f]{32}$")
+        whole = pc.all(is_hash).as_py() is not False and not rows["row_id"].null_count
+        for column in stored.pooled:
+            values = rows[column].combine_chunks()
+            whole &= not values.null_count and not values.flatten().null_count
+        keys_of(rows["row_id"].to_pylist())
+    except (pa.ArrowException, AttributeError, TypeError, KeyError) as e:
+        raise TableError(f"table: {table.uri}: its rows are damaged: {reason(e)}") from None
+    if not whole:
+        raise TableError(
+            f"table: {table.uri}: its rows are damaged: an id, a content hash or a vector is none"
+        )
 
 
 def stored_results(table: Table, spec: RunSpec, run: dict[str, Any]) -> dict[str, Any] | None:
-    """`run` with what earlier probes of this version found; None where some have not been run."""
+    """`run` with what earlier probes of this version found; None where some have not been run.
+
+    Or not with all that this spec gives them.
+    """
     stored = _Stored.of(table)
     names = _runnable(spec)
     results = _stored_probes(table, run["version"], stored, names)
     if not table.has_report or len(results) < len(names) * len(stored.pooled):
+        return None
+    if any(r.get("skipped") == _DAMAGED or r.get("missing") == _NO_SOURCE for r in results):
         return None
     found = {"probes": _headlines(results, stored), "report": f"{table.uri}/_report.html"}
     return {**run, **found}
@@ -148,13 +298,25 @@ def _runnable(spec: RunSpec) -> tuple[str, ...]:
 def _stored_probes(
     table: Table, version: int | None, stored: _Stored, names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    found = [table.get_probe(version, name, column) for column in stored.pooled for name in names]
-    return [r for r in found if r is not None]
+    found = []
+    for column in stored.pooled:
+        for name in names:
+            raw = table.get_probe(version, name, column)
+            if raw is not None:
+                probe = check_probe(raw, name, column)
+                found.append(probe or _skip(name, column, _DAMAGED))
+    return found
+
+
+def _skip(name: str, column: str, why: str) -> dict[str, Any]:
+    result = {"probe": name, "version": probes.PROBES[name].VERSION, "column": column}
+    return {**result, "num_train": 0, "num_test": 0, "seconds": 0.0, "skipped": why}
 
 
 def _probe(
     spec: RunSpec,
     stored: _Stored,
+    model: ModelSpec | None,
     rows: pa.Table,
     column: str,
     vectors: Floats,
@@ -176,13 +338,13 @@ def _probe(
         competitor = task(probes.cheap_accuracy).remote(data)
         for name in names:
             if name == "zeroshot":
-                prompts = task(_embed_prompts).remote(spec, stored, column, made.classes)
+                prompts = task(_embed_prompts).remote(spec, model, stored, column, made.classes)
                 started.append(task(_run).remote(name, column, data, prompts))
             elif name != "crossmodal":
                 started.append(task(_run).remote(name, column, data, competitor))
     if "crossmodal" in names:
         captions = rows[spec.source.caption].to_pylist()
-        pairs = task(_embed_captions).remote(spec, stored, column, vectors, captions, hashes)
+        pairs = task(_embed_captions).remote(model, stored, column, vectors, captions, hashes)
         started.append(task(_run).remote("crossmodal", column, pairs))
     return started
 
@@ -190,10 +352,7 @@ def _probe(
 def _run(name: str, column: str, data: Any, *more: Any) -> dict[str, Any]:
     if isinstance(data, str) or (more and isinstance(more[0], str)):
         # Instead of vectors the reason why there are none.
-        why = data if isinstance(data, str) else more[0]
-        version = probes.PROBES[name].VERSION
-        result = {"probe": name, "version": version, "num_train": 0, "num_test": 0, "seconds": 0.0}
-        return {**result, "skipped": why, "column": column}
+        return _skip(name, column, data if isinstance(data, str) else more[0])
     return {**probes.run_probe(name, data, *more), "column": column}
 
 
@@ -207,17 +366,19 @@ def _matrix(rows: pa.Table, column: str, stored: _Stored) -> Floats:
 # --- the text tower -------------------------------------------------------------------------------
 
 
-def _embed_prompts(spec: RunSpec, stored: _Stored, column: str, classes: list[str]) -> Floats | str:
+def _embed_prompts(
+    spec: RunSpec, model: ModelSpec | None, stored: _Stored, column: str, classes: list[str]
+) -> Floats | str:
     """Every template with every class, shape (classes, templates, dim), or why there is none."""
     templates = spec.zeroshot.templates or probes.TEMPLATES[stored.modality]
     words = [spec.zeroshot.classes.get(c, c) for c in classes]
     texts = [t.replace("{}", w) for w in words for t in templates]
-    found = _embed_texts(spec.model, stored, column, texts)
+    found = _embed_texts(model, stored, column, texts)
     return found if isinstance(found, str) else found.reshape(len(words), len(templates), -1)
 
 
 def _embed_captions(
-    spec: RunSpec,
+    model: ModelSpec | None,
     stored: _Stored,
     column: str,
     vectors: Floats,
@@ -227,15 +388,19 @@ def _embed_captions(
     given = [i for i, caption in enumerate(captions) if caption]
     kept = [str(captions[i]) for i in given]
     distinct, at = np.unique(np.array(kept, dtype=object).astype(str), return_inverse=True)
-    found = _embed_texts(spec.model, stored, column, distinct.tolist())
+    found = _embed_texts(model, stored, column, distinct.tolist())
     if isinstance(found, str):
         return found
     codes = np.unique([hashes[i] for i in given], return_inverse=True)[1]
     return probes.PairData(vectors[given], found[at], codes, np.asarray(at, dtype=np.int64))
 
 
-def _embed_texts(model: ModelSpec, stored: _Stored, column: str, texts: list[str]) -> Floats | str:
+def _embed_texts(
+    model: ModelSpec | None, stored: _Stored, column: str, texts: list[str]
+) -> Floats | str:
     """Embed texts by the tower that shares the column's space, or say why that cannot be."""
+    if model is None:
+        return _NO_MODEL
     from fmembed.encoder import Encoder  # with torch, which the driver does without
 
     output = stored.outputs[column]
@@ -248,7 +413,8 @@ def _embed_texts(model: ModelSpec, stored: _Stored, column: str, texts: list[str
             "dtype": stored.identity["model.dtype"],
         }  # fmt: skip
         checkpoint = open_checkpoint(model.model_copy(update=same_space), False, "text")
-        if checkpoint.digest != stored.identity["model.weights"]:
+        digests = (stored.identity["model.weights"], stored.identity["model.adapter"])
+        if (checkpoint.digest, checkpoint.adapter_digest) != digests:
             return "the checkpoint has changed since the table was made"
         encoder = Encoder(checkpoint)
     except FmembedError as e:
@@ -267,21 +433,22 @@ def _embed_texts(model: ModelSpec, stored: _Stored, column: str, texts: list[str
 
 
 def _fetch_inputs(
-    spec: RunSpec, stored: _Stored, rows: pa.Table
-) -> tuple[list[str | None] | None, tuple[str, Floats] | None]:
+    spec: SourceSpec, stored: _Stored, rows: pa.Table
+) -> tuple[list[str | None] | None, tuple[str, Floats] | None, str | None]:
     """Texts of the sample, or cheap features of its pictures or sounds, from the source again.
 
-    None where the source is gone, too large to read twice, or has changed since.
+    Returns:
+        The texts, or the features, or why there is neither.
     """
     by_piece = stored.identity["preprocess.pieces_are_rows"]
     if by_piece and stored.modality != "text":
-        return None, None
+        return None, None, f"pieces of {stored.modality} have no cheap features"
     try:
-        source = open_source(spec.source, (stored.modality,))
-    except FmembedError:
-        return None, None
+        source = open_source(spec, (stored.modality,))
+    except FmembedError as e:
+        return None, None, f"the source cannot be read again: {e}"
     if sum(f.size for shard in source.shards for f in shard.files) > _MAX_FETCH_BYTES:
-        return None, None
+        return None, None, "the source is too large to be read again"
     ids = rows[PARENT_ID if by_piece else "row_id"].to_pylist()
     wanted = ray.put(RowIds(keys_of(dict.fromkeys(ids))))
     fetch = ray.remote(num_cpus=1)(_fetch_shard)
@@ -292,16 +459,19 @@ def _fetch_inputs(
     for row_id, content_hash in zip(ids, rows["content_hash"].to_pylist(), strict=True):
         known_hash, value = found.get(row_id, ("", None))
         if known_hash != content_hash:
-            return None, None
+            return None, None, "the source has changed since"
         inputs.append(value)
     if stored.modality == "text":
-        if by_piece:
-            spans = zip(rows[PIECE_START].to_pylist(), rows[PIECE_STOP].to_pylist(), strict=True)
-            inputs = [t[start:stop] for t, (start, stop) in zip(inputs, spans, strict=True)]
-        return inputs, None
+        return _cut(inputs, rows) if by_piece else inputs, None, None
     if not inputs:
-        return None, None
-    return None, (inputs[0][0], np.stack([features for _, features in inputs]))
+        return None, None, "there is no row"
+    return None, (inputs[0][0], np.stack([features for _, features in inputs])), None
+
+
+def _cut(texts: list[str | None], rows: pa.Table) -> list[str | None]:
+    """The pieces that are rows, of the texts that they are pieces of."""
+    spans = zip(rows[PIECE_START].to_pylist(), rows[PIECE_STOP].to_pylist(), strict=True)
+    return [(t or "")[start:stop] for t, (start, stop) in zip(texts, spans, strict=True)]
 
 
 def _fetch_shard(source: Source, index: int, wanted: RowIds) -> dict[str, tuple[str, Any]]:
@@ -344,6 +514,7 @@ def _headlines(results: list[dict[str, Any]], stored: _Stored) -> dict[str, Any]
         else {
             **r["headline"],
             "baselines": {n: b["value"] for n, b in r["baselines"].items() if b is not None},
+            **({"missing": r["missing"]} if "missing" in r else {}),
         }
         for r in results
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fmembed.inputs import open_inputs
 from fmembed.spec import RunSpec
@@ -40,18 +41,34 @@ def embed(
     return run.embed(spec, inputs, retry_rejected=retry_rejected, verbose=verbose, quiet=quiet)
 
 
-def probe(uri: str, names: tuple[str, ...] | None = None, *, verbose: bool = False) -> RunResult:
+def probe(
+    uri: str,
+    names: tuple[str, ...] | None = None,
+    *,
+    spec: RunSpec | str | Path | None = None,
+    overrides: dict[str, Any] | None = None,
+    verbose: bool = False,
+) -> RunResult:
     """Probe an existing table anew and write its report.
+
+    A table may be anybody's: the source and the model that its metadata name are never opened. What
+    needs them is left out, and says so, unless they are named here.
 
     Args:
         uri: The table.
-        names: Which probes; None for those its spec names.
+        names: Which probes; None for those the spec names.
+        spec: What made the table, or a YAML file of it: its source and model are the user's own.
+        overrides: Dotted field names to values, laid over `spec`, or else over the words of the
+            table's own spec; `source.uri` and `model.id` are then opened.
         verbose: Show Ray's own output.
 
     Raises:
-        TableError: No table there.
-        SpecError: Another probe than there is.
+        TableError: No table there, or not one as a run leaves it.
+        SpecError: Another probe or column than there is, or a spec of another table.
+        ModelError: The checkpoint that `spec` names cannot be found.
     """
+    if isinstance(spec, str | Path):
+        spec = RunSpec.from_yaml(str(spec))
     from fmembed import run
 
-    return run.probe(uri, names, verbose=verbose)
+    return run.probe(uri, names, spec, overrides or {}, verbose=verbose)

@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fmembed.files import RefusedError, check_regular, open_root, read_whole
 from fmembed.rows import (
     ERROR,
     MESSAGE,
@@ -146,6 +147,8 @@ def _read_to_the_end(source: Source, shard: Shard) -> Iterator[RawRow]:
     """
     num_rows = 0
     try:
+        for file in () if source.file_is_row else shard.files:
+            check_regular(source.fs, file.path)
         for row in _READERS[source.format](source, shard):
             yield row
             num_rows += 1
@@ -176,7 +179,7 @@ def _chunks(source: Source, rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
 
 def _fetch(source: Source, rows: Iterator[RawRow], root: tuple[Any, str]) -> Iterator[RawRow]:
     """Put the content in place of the paths; a file that cannot be read is its own row's fate."""
-    fs, folder = root
+    read_below = open_root(*root)
     column = source.spec.input
 
     def fetch(item: RawRow) -> RawRow:
@@ -192,7 +195,7 @@ def _fetch(source: Source, rows: Iterator[RawRow], root: tuple[Any, str]) -> Ite
             message = f"column {column!r}: {given[:200]!a} does not lie below source.root"
             return row_id, {**row, _FETCHED: _BadRow("outside the root", message)}
         try:
-            content = fs.cat_file(f"{folder.rstrip('/')}/{given}")
+            content = read_below(given)
         except Exception as e:  # by filesystem: OSError, obstore's own, aiohttp's own
             return row_id, {**row, _FETCHED: _BadRow(*_unreadable(e))}
         return row_id, {**row, _FETCHED: content}
@@ -316,7 +319,7 @@ def _read_folder(source: Source, shard: Shard) -> Iterator[RawRow]:
     for file in shard.files:
         row: dict[str, Any] | tuple[str, str]
         try:
-            row = {source.spec.input: source.fs.cat_file(file.path)}
+            row = {source.spec.input: read_whole(source.fs, file.path)}
         except Exception as e:  # by filesystem: OSError, obstore's own, aiohttp's own
             row = _unreadable(e)
         else:
@@ -500,13 +503,15 @@ _READERS: dict[str, Callable[[Source, Shard], Iterator[RawRow]]] = {
 
 
 def _unreadable(error: Exception) -> tuple[str, str]:
-    return "unreadable file", reason(error)
+    cause = error.cause if isinstance(error, RefusedError) else "unreadable file"
+    return cause, reason(error)
 
 
 # --- what a file holds --------------------------------------------------------------------------
 
 
 def file_schema(source: Source, file: File) -> pa.Schema:
+    check_regular(source.fs, file.path)
     if source.format == "parquet":
         with source.fs.open(file.path, "rb") as handle:
             return pq.read_schema(handle)

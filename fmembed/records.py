@@ -57,7 +57,7 @@ class _ShardRecord(BaseModel):
 
 class _RunRecord(BaseModel):
     commit: Commit
-    result: dict[str, Any]
+    result: Any
 
 
 def put_shards(storage: Storage, commit: Commit, shards: Iterable[WholeShard]) -> None:
@@ -101,7 +101,7 @@ def run_path(commit: Commit) -> str:
     return f"_runs/{versions[0]:010d}-{versions[1]:010d}-{commit.run}.json"
 
 
-def read_runs(storage: Storage) -> list[tuple[Commit, dict[str, Any]]]:
+def read_runs(storage: Storage) -> list[tuple[Commit, Any]]:
     """What runs have counted, in the order of the versions that they made."""
     records = [_read(storage, path, _RunRecord) for path in storage.paths("_runs/")]
     known = [(r.commit, r.result) for r in records if r is not None]

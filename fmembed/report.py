@@ -46,7 +46,7 @@ def render(
         loader=jinja2.PackageLoader("fmembed", "."), autoescape=True, trim_blocks=True
     )
     linear = next((p for p in probes if p["probe"] == "linear"), {})
-    return environment.get_template("report.html.j2").render(
+    html = environment.get_template("report.html.j2").render(
         title=title,
         run=run,
         facts=facts,
@@ -58,6 +58,8 @@ def render(
         suspicious=linear.get("suspicious"),
         score=_score,
     )
+    # A file's name may be no text: Python then holds its bytes as halves of surrogate pairs.
+    return html.encode(errors="replace").decode()
 
 
 def make_map(

@@ -1,9 +1,18 @@
-"""What a run did, as it is returned, printed, put on record and reported."""
+"""What a run did and what a probe found: as returned, and as read back from beside a table.
+
+Anybody may have written what lies there: it is checked here, once, before anything is counted on or
+shown.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fmembed.spec import TableError
 
 
 @dataclass(frozen=True)
@@ -38,3 +47,141 @@ class RunResult:
     compute: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)
     report: str | None = None
+
+
+class _Record(BaseModel):
+    # A later version may say more.
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+
+class _Stage(_Record):
+    rows: int
+    busy_s: float
+
+
+class _Actor(_Record):
+    load_s: float
+    wait_s: float
+    busy_s: float
+    forward_s: float
+    copy_s: float
+    tokens: float
+
+
+class _Verdict(_Record):
+    seconds: dict[str, float]
+    actors: dict[str, _Actor]
+    wait_share: float
+    padding_waste: float
+    tokens_per_s: float
+    mfu: float | None
+    batch_tokens: dict[str, int]
+    advice: str
+
+
+class _Run(_Record):
+    """The fields of `RunResult`, but for what probing adds."""
+
+    run_id: str
+    started: str
+    version: int | None = Field(ge=0)
+    fingerprint: str
+    rows_read: int = 0
+    rows_embedded: int = 0
+    rows_rejected: int = 0
+    rows_skipped: int = 0
+    rows_per_s: float = 0.0
+    seconds: float = 0.0
+    table_rows: int = 0
+    table_rejected: int = 0
+    num_units: int = 0
+    num_truncated: int = 0
+    counts: dict[str, int] = {}
+    causes: dict[str, int] = {}
+    steady_rows_per_s: float | None = None
+    stages: dict[str, _Stage] = {}
+    verdict: _Verdict | Annotated[dict[str, Any], Field(max_length=0)] = {}
+    compute: dict[str, Any] = {}
+
+
+class _Interval(_Record):
+    value: float
+    low: float
+    high: float
+
+
+class _Score(_Interval):
+    metric: str
+    k: int | None = None
+
+
+class _Confusion(_Record):
+    classes: list[str]
+    counts: list[list[int]]
+
+    @model_validator(mode="after")
+    def _check_square(self) -> _Confusion:
+        n = len(self.classes)
+        if [len(row) for row in self.counts] != [n] * n:
+            raise ValueError("takes as many counts as classes, both ways")
+        return self
+
+
+class _Suspicious(_Record):
+    row_id: str
+    label: str
+    predicted: str
+    probability: float
+    text: str | None = None
+
+
+class _Probe(_Record):
+    """What `probes.run_probe` gives, and the column: a headline with all it needs, or a reason."""
+
+    probe: str
+    version: int
+    column: str
+    num_train: int
+    num_test: int
+    seconds: float
+    num_classes: int | None = None
+    C: float | None = None
+    skipped: str | None = None
+    scores: list[_Score] = []
+    headline: _Score | None = None
+    baselines: dict[str, _Interval | None] = {}
+    missing: str | None = None
+    confusion: _Confusion | None = None
+    suspicious: list[_Suspicious] | None = None
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> _Probe:
+        if (self.skipped is None) == (self.headline is None):
+            raise ValueError("takes a headline, or why it was skipped")
+        return self
+
+
+def check_run(raw: Any, uri: str) -> dict[str, Any]:
+    """The record of a run, as `table.Table.last_run` has read it.
+
+    Raises:
+        TableError: It is none.
+    """
+    try:
+        # As JSON once more: there half of a surrogate pair, which is no UTF-8, is no text.
+        return _Run.model_validate_json(json.dumps(raw)).model_dump()
+    except ValidationError as e:
+        field = ".".join(str(key) for key in e.errors(include_url=False)[0]["loc"])[:80]
+        raise TableError(
+            f"table: {uri}: the record of its last run in _runs/ is damaged "
+            f"({field or 'no object'}); run fmembed embed again, with the config that made it"
+        ) from None
+
+
+def check_probe(raw: Any, name: str, column: str) -> dict[str, Any] | None:
+    """The record of a probe, as `table.Table.get_probe` has read it; None where it is none."""
+    try:
+        found = _Probe.model_validate_json(json.dumps(raw)).model_dump(exclude_unset=True)
+    except ValidationError:
+        return None
+    return found if (found["probe"], found["column"]) == (name, column) else None

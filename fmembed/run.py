@@ -21,6 +21,7 @@ import ray
 import ray.data
 import ray.exceptions
 import ray.util.annotations
+from pydantic import ValidationError
 from ray.data import ActorPoolStrategy
 from ray.data.exceptions import SystemException
 
@@ -37,7 +38,7 @@ from fmembed.outputs import Ranges
 from fmembed.plan import Plan, estimate_work, plan_compute, store_bytes
 from fmembed.preprocess import Preprocess
 from fmembed.readers import Source
-from fmembed.result import RunResult
+from fmembed.result import RunResult, check_run
 from fmembed.rows import RowIds, accepted, table_schema
 from fmembed.signals import stop_signals
 from fmembed.source import skip_committed
@@ -45,8 +46,12 @@ from fmembed.spec import (
     FmembedError,
     Interrupted,
     ModelError,
+    ModelSpec,
     RunSpec,
     SourceError,
+    SourceSpec,
+    SpecError,
+    TableError,
     fingerprint,
 )
 from fmembed.startup import uncollected
@@ -73,6 +78,8 @@ _KNOCK_S = 1.0
 _BLOCK_BYTES = 32 * 2**20
 # Rows from which the ranges of int8 are taken, spread over so many shards.
 _CALIBRATION_ROWS, _CALIBRATION_SHARDS = 1024, 16
+# Of a stored source, what names the table's own columns: all that a probe takes of it.
+_COLUMNS = ("input", "id", "label", "split", "caption", "carry")
 
 
 def embed(
@@ -115,7 +122,7 @@ def embed(
         if found is None:
             if spec.probes:
                 leave = progress.connect(verbose) or leave
-            found = evaluation.evaluate(table, spec, asdict(result))
+            found = evaluation.evaluate(table, spec, asdict(result), spec.source, spec.model)
         return RunResult(**found)
     except ray.exceptions.RayError as e:
         raise _explain(e) from e
@@ -124,28 +131,80 @@ def embed(
             ray.shutdown()
 
 
-def probe(uri: str, names: tuple[str, ...] | None, *, verbose: bool) -> RunResult:
+def probe(
+    uri: str,
+    names: tuple[str, ...] | None,
+    spec: RunSpec | None,
+    overrides: dict[str, Any],
+    *,
+    verbose: bool,
+) -> RunResult:
     """As `pipeline.probe`."""
-    table = Table.open(uri)
-    card = table.card()
-    assert card is not None
-    raw = dict(card.spec)
-    if names is not None:
-        raw["probes"] = list(names)
-    spec = RunSpec.parse(raw)
-    last = table.last_run()
-    if last is None or table.version() is None:
-        raise FmembedError(f"table: no run has finished on {uri}; run fmembed embed again first")
-    leave = progress.connect(verbose)
-    try:
-        from fmembed import evaluation
+    from fmembed import evaluation
 
-        return RunResult(**evaluation.evaluate(table, spec, last))
+    table = Table.open(uri)
+    if names is not None:
+        overrides = {**overrides, "probes": list(names)}
+    if spec is None:
+        spec, source, model = _stored_spec(table, overrides)
+    else:
+        spec = RunSpec.from_yaml(None, {**spec.model_dump(mode="json"), **overrides})
+        evaluation.check_made_by(table, spec)
+        source, model = spec.source, spec.model
+    leave = False
+    last = table.last_run()
+    if last is None or not table.rows.parts():
+        raise FmembedError(f"table: no run has finished on {uri}; run fmembed embed again first")
+    run = {**check_run(last, uri), "table": table.uri}
+    try:
+        leave = progress.connect(verbose)
+        return RunResult(**evaluation.evaluate(table, spec, run, source, model))
     except ray.exceptions.RayError as e:
         raise _explain(e) from e
     finally:
         if leave:
             ray.shutdown()
+
+
+def _stored_spec(
+    table: Table, overrides: dict[str, Any]
+) -> tuple[RunSpec, SourceSpec | None, ModelSpec | None]:
+    """The spec in a table's metadata, with flags over it; anybody may have written it.
+
+    So it is words: it names columns and probes, and is shown. A source or a model that it names is
+    never opened.
+
+    Returns:
+        The spec; and of source and model what the flags name, None where they do not.
+
+    Raises:
+        TableError: It is none.
+        SpecError: A flag is wrong, or says more of a source or a model that no flag names.
+    """
+    card = table.card()
+    assert card is not None
+    try:
+        told = RunSpec.model_validate(card.spec)
+    except ValidationError as e:
+        # Not the value, which is as long as somebody pleased.
+        first = e.errors(include_url=False)[0]
+        where = ": ".join([".".join(map(str, first["loc"])) or "spec", first["msg"]])
+        raise TableError(
+            f"table: {table.uri}: the spec in its metadata is damaged ({where[:200]}); "
+            "give --from-config CONFIG"
+        ) from None
+    raw = told.model_dump(mode="json")
+    for part, address in (("source", "source.uri"), ("model", "model.id")):
+        if address in overrides:
+            raw[part] = {k: v for k, v in raw[part].items() if part == "source" and k in _COLUMNS}
+            continue
+        columns = [f"source.{c}" for c in _COLUMNS] if part == "source" else []
+        for name in overrides:
+            if name.split(".")[0] == part and name not in columns:
+                raise SpecError(f"{name}: of which {part}? give --{part} too, or --from-config")
+    spec = RunSpec.from_yaml(None, {**raw, **overrides})
+    source = spec.source if "source.uri" in overrides else None
+    return spec, source, spec.model if "model.id" in overrides else None
 
 
 class Embed:

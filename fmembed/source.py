@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import posixpath
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fmembed.files import check_regular, is_local
 from fmembed.readers import (
     FOLDERS,
     SAVED_DATASET,
@@ -129,7 +133,11 @@ def _open_root(spec: SourceSpec) -> tuple[Any, str] | None:
     if "://" not in spec.root and not Path(spec.root).is_dir():
         raise SourceError(f"source.root: no such folder: {spec.root}")
     try:
-        return filesystem(spec.root)
+        fs, folder = filesystem(spec.root)
+        if isinstance(getattr(fs, "fs", None), fsspec.AbstractFileSystem):
+            # The checks are of the inner one's links and redirects, which the outer one hides.
+            raise ValueError("a root is a folder or one URL, not a cache or folder of another")
+        return fs, folder
     except (OSError, ValueError, ImportError) as e:
         raise SourceError(f"source.root: cannot read {spec.root}: {reason(e)}") from None
 
@@ -241,15 +249,29 @@ def _list_files(spec: SourceSpec) -> tuple[Any, str, list[File]]:
         raise SourceError(f"source.uri: {spec.uri}: {e}") from None
     except (OSError, ValueError) as e:
         raise SourceError(f"source.uri: cannot read {spec.uri}: {reason(e)}") from None
+    # A pipe or a link to nothing is listed too: its row is rejected, with its cause.
     files = [
         File(path, posixpath.relpath(path, root), int(info.get("size") or 0), _revision(info))
-        for path, info in sorted(found.items())
-        if info.get("type") == "file"
+        for path, info in sorted((path, _follow(fs, path, found[path])) for path in found)
+        if info.get("type") != "directory"
     ]
     files = [f for f in files if not any(p.startswith((".", "_")) for p in f.name.split("/"))]
     if not files:
         raise SourceError(f"source.uri: no file in {spec.uri}")
     return fs, root, files
+
+
+def _follow(fs: Any, path: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a local link leads to, as snapshots of the hub are made of them; fsspec says "other"."""
+    if not info.get("islink") or not is_local(fs):
+        return info
+    try:
+        target = os.stat(path)
+    except OSError:  # to nothing, or round in circles: reading says which
+        return info
+    is_folder = stat.S_ISDIR(target.st_mode)
+    return {"type": "directory" if is_folder else "file", "size": target.st_size,
+            "mtime": target.st_mtime}  # fmt: skip
 
 
 def _revision(info: Mapping[str, Any]) -> str:
@@ -371,6 +393,7 @@ def _plan_shards(format_: Format, fs: Any, files: list[File]) -> Iterator[Shard]
 def _plan_row_groups(fs: Any, file: File) -> list[Shard]:
     """Cut a Parquet file at row groups, about 64 MiB or 50,000 rows a shard."""
     try:
+        check_regular(fs, file.path)
         with fs.open(file.path, "rb") as handle:
             metadata = pq.read_metadata(handle)
     except (OSError, pa.ArrowException):

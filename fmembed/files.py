@@ -1,0 +1,131 @@
+"""Files that a dataset names: no link or redirect leads out of a root, and no pipe is waited for.
+
+Of other filesystems than local ones and HTTP (S3, zip, ...) paths lead nowhere but to themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote
+
+import fsspec.asyn
+
+_REDIRECTS = (301, 302, 303, 307, 308)
+_MAX_REDIRECTS = 10
+# Regular files by their mode, but made by the kernel as they are read.
+_OF_THE_KERNEL = ("/proc/", "/sys/")
+
+
+class RefusedError(OSError):
+    """A file that is not opened: `cause` is the row's, the message tells more."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+def is_local(fs: Any) -> bool:
+    """Whether a filesystem is this machine's own."""
+    return "local" in _protocols(fs)
+
+
+def read_whole(fs: Any, path: str) -> bytes:
+    """Read a file.
+
+    Raises:
+        RefusedError: A local one that is no regular file.
+    """
+    if not is_local(fs):
+        return bytes(fs.cat_file(path))
+    check_regular(fs, path)
+    # It may have become a pipe since: opened so, that is not waited for either.
+    with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise _not_regular(path)
+        return file.read()
+
+
+def check_regular(fs: Any, path: str) -> None:
+    """Refuse what is no file: opening a pipe waits for ever, and a device may do anything.
+
+    Raises:
+        RefusedError: A local pipe, socket, device, folder, or page of the kernel.
+    """
+    if is_local(fs):
+        of_kernel = os.path.realpath(path).startswith(_OF_THE_KERNEL)
+        if of_kernel or not stat.S_ISREG(os.stat(path).st_mode):
+            raise _not_regular(path)
+
+
+def open_root(fs: Any, folder: str) -> Callable[[str], bytes]:
+    """How to read what lies below a folder or URL, and nothing outside it.
+
+    Local links are followed as long as they stay inside; so are redirects. The root may be a link.
+
+    Returns:
+        A function from a path below the root to the file's content. It raises RefusedError where
+        that is outside, or no regular file.
+    """
+    folder = folder.rstrip("/")
+    if is_local(fs):
+        root = os.path.join(os.path.realpath(folder or "/"), "")
+
+        def read_local(path: str) -> bytes:
+            real = os.path.realpath(f"{folder}/{path}")
+            if not real.startswith(root):
+                raise RefusedError("outside the root", "a link leads out of source.root")
+            return read_whole(fs, real)
+
+        return read_local
+    if "https" in _protocols(fs):
+        return lambda path: bytes(fsspec.asyn.sync(fs.loop, _get_below, fs, folder, path))
+    return lambda path: bytes(fs.cat_file(f"{folder}/{path}"))
+
+
+async def _get_below(fs: Any, folder: str, path: str) -> bytes:
+    """Get a page, following redirects by hand: aiohttp would ask whomever they name."""
+    session = await fs.set_session()
+    root, url = fs.encode_url(folder), fs.encode_url(f"{folder}/{path}")
+    for _ in range(_MAX_REDIRECTS):
+        if not _is_below(url, root):
+            raise RefusedError("outside the root", "its URL or a redirect leads out of source.root")
+        async with session.get(url, **{**fs.kwargs, "allow_redirects": False}) as answer:
+            target = answer.headers.get("Location")
+            if answer.status not in _REDIRECTS or target is None:
+                if answer.status == 404:
+                    raise FileNotFoundError(f"no such file: {path}")
+                answer.raise_for_status()
+                return bytes(await answer.read())
+            url = answer.url.join(fs.encode_url(target))
+            if root.user is not None:
+                url = url.with_user(root.user).with_password(root.password)
+    raise RefusedError("unreadable file", f"more than {_MAX_REDIRECTS} redirects")
+
+
+def _is_below(url: Any, root: Any) -> bool:
+    """Whether a URL is below another, by every way in which a server may read its path."""
+    same = (url.scheme, url.host, url.port) == (root.scheme, root.host, root.port)
+    if (root.scheme, url.scheme, url.host) == ("http", "https", root.host):
+        same = root.is_default_port() and url.is_default_port()
+    path, base = _plain(url.raw_path), _plain(root.raw_path).rstrip("/") + "/"
+    # Some servers take what follows a semicolon off each step.
+    steps = [step.partition(";")[0].strip() for step in re.split(r"[/\\]", path)]
+    return same and path.startswith(base) and ".." not in steps
+
+
+def _plain(path: str) -> str:
+    while (plain := unquote(path)) != path:
+        path = plain
+    return path
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _not_regular(path: str) -> RefusedError:
+    return RefusedError("not a regular file", f"{os.path.basename(path)} is no regular file")
