@@ -1,0 +1,274 @@
+"""Sources on a web server: logins and signatures are used, and never kept."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from fmembed.readers import read_shard
+from fmembed.rows import RowIds
+from fmembed.source import open_source, skip_committed
+from fmembed.spec import SourceError, SourceSpec
+
+LINES = b"".join(json.dumps({"text": f"text {i}"}).encode() + b"\n" for i in range(3))
+PASSWORD, SIGNATURE = "Zq81/canary p@ss", "Xk92canary%2Fsig%3D"
+LOGIN = "me:Zq81%2Fcanary%20p%40ss"
+QUERY = f"X-Amz-Signature={SIGNATURE}&flag"
+
+
+class Server(ThreadingHTTPServer):
+    """Files by path; what is not there or not asked for as it should be is refused."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files: dict[str, bytes] = {}
+        self.moved: dict[str, str] = {}
+        self.login: str | None = None
+        self.signatures: set[str] = set()
+        self.missing = 404
+        self.takes_head = True
+        self.asked: list[tuple[str, str, str | None]] = []
+
+    @property
+    def origin(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, *_: Any) -> None:
+        pass  # a client that has gone
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, with_body: bool) -> None:
+        server = self.server
+        path, _, query = self.path.partition("?")
+        server.asked.append((self.command, self.path, self.headers["Authorization"]))
+        if not (with_body or server.takes_head):
+            return self._send(405, b"", with_body)
+        if server.login is not None:
+            wanted = "Basic " + base64.b64encode(server.login.encode()).decode()
+            if self.headers["Authorization"] != wanted:
+                return self._send(401, b"", with_body)
+        if server.signatures and not server.signatures & set(query.split("&")):
+            return self._send(403, b"", with_body)
+        if path in server.moved:
+            self.send_response(302)
+            self.send_header("Location", server.moved[path])
+            self.end_headers()
+            return None
+        if path in server.files:
+            content, headers, status = server.files[path], {"ETag": '"1"'}, 200
+            if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or ""):
+                start, last = int(part[1]), min(int(part[2]), len(content) - 1)
+                headers["Content-Range"] = f"bytes {start}-{last}/{len(content)}"
+                content, status = content[start : last + 1], 206
+            return self._send(status, content, with_body, headers)
+        return self._send(server.missing, b"", with_body)
+
+    def _send(
+        self, status: int, content: bytes, with_body: bool, headers: dict[str, str] | None = None
+    ) -> None:
+        self.send_response(status)
+        is_page = content.startswith(b"<")
+        self.send_header("Content-Type", "text/html" if is_page else "application/octet-stream")
+        self.send_header("Content-Length", str(len(content)))
+        for name, text in (headers or {}).items():
+            self.send_header(name, text)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def rows_of(spec: SourceSpec) -> list[dict[str, Any]]:
+    source = open_source(spec)
+    tables = [rows for i in range(len(source.shards)) for rows in read_shard(source, i)]
+    return [row for row in pa.concat_tables(tables).to_pylist() if row["row_id"] is not None]
+
+
+def texts_by_id(spec: SourceSpec) -> dict[str, str]:
+    return {row["row_id"]: row["_input"] for row in rows_of(spec)}
+
+
+@pytest.mark.parametrize("missing", [403, 404, 500])
+@pytest.mark.parametrize("takes_head", [True, False])
+def test_one_file_where_nothing_can_be_listed(
+    server: Server, missing: int, takes_head: bool
+) -> None:
+    server.files["/data/a.jsonl"] = LINES
+    server.files["/data/b.txt"] = b"a text"
+    server.missing, server.takes_head = missing, takes_head
+    ids = [f"a.jsonl#{i}" for i in range(3)]
+    assert list(texts_by_id(SourceSpec(uri=f"{server.origin}/data/a.jsonl"))) == ids
+    # Nor is a file without a known suffix looked for in a list.
+    server.files["/data/export"] = LINES
+    spec = SourceSpec(uri=f"{server.origin}/data/export", format="jsonl")
+    assert list(texts_by_id(spec)) == [f"export#{i}" for i in range(3)]
+    assert texts_by_id(SourceSpec(uri=f"{server.origin}/data/b.txt")) == {"b.txt": "a text"}
+
+
+def test_a_login_and_a_signature_are_used_and_not_kept(server: Server) -> None:
+    server.login, server.signatures = f"me:{PASSWORD}", {f"X-Amz-Signature={SIGNATURE}"}
+    server.files["/data/a.jsonl.gz"] = gzip.compress(LINES)
+    host = server.origin.removeprefix("http://")
+    # What yarl takes for a delimiter no more than a %-code need be sent as one.
+    server.signatures = {"X-Amz-Signature=Xk92canary/sig%3D"}
+    source = open_source(SourceSpec(uri=f"http://{LOGIN}@{host}/data/a.jsonl.gz?{QUERY}#top"))
+    (shard,) = source.shards
+    assert shard.files[0].path == f"{server.origin}/data/a.jsonl.gz"
+    assert "canary" not in repr(source)
+    (rows, _) = list(read_shard(source, 0))
+    assert rows["row_id"].to_pylist() == [f"a.jsonl.gz#{i}" for i in range(3)]
+    assert rows["_input"].to_pylist() == ["text 0", "text 1", "text 2"]
+    assert all(path.endswith("&flag") for _, path, _ in server.asked)
+
+
+def test_ids_and_shards_stay_when_the_signature_is_another(server: Server) -> None:
+    server.files["/data/a.jsonl"] = LINES
+    found = []
+    for query in ("sig=one&se=2026", "sig=t@wo&se=2027", ""):
+        spec = SourceSpec(uri=f"{server.origin}/data/a.jsonl?{query}".rstrip("?"))
+        found.append((list(texts_by_id(spec)), [s.key for s in open_source(spec).shards]))
+    assert found[0] == found[1] == found[2]
+    assert found[0][1][0]
+    assert skip_committed(open_source(spec), RowIds(), {found[0][1][0]: 3})[1] == 3
+
+
+@pytest.mark.parametrize("uri", ["/data/", "/data", "/data/*.jsonl"])
+def test_folders_and_globs_take_a_login_and_a_signature(server: Server, uri: str) -> None:
+    server.login, server.signatures = "me:pw", {"sig=Xk92canary"}
+    page = b"<a href='a.jsonl'>a</a><a href='/data/b%20c.jsonl'>b</a><a href='?C=N;O=D'>Name</a>"
+    server.files |= {"/data/": page, "/data": page}
+    server.files |= {"/data/a.jsonl": LINES, "/data/b%20c.jsonl": LINES}
+    host = server.origin.removeprefix("http://")
+    found = list(texts_by_id(SourceSpec(uri=f"http://me:pw@{host}{uri}?sig=Xk92canary")))
+    assert found == [f"{name}#{i}" for name in ("a.jsonl", "b%20c.jsonl") for i in range(3)]
+
+
+def test_no_other_host_is_sent_them(server: Server) -> None:
+    with Server() as other:
+        thread = threading.Thread(target=other.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        server.moved["/a.jsonl"] = f"{other.origin}/moved.jsonl"
+        other.files["/moved.jsonl"] = LINES
+        host = server.origin.removeprefix("http://")
+        found = texts_by_id(SourceSpec(uri=f"http://me:Zq81canary@{host}/a.jsonl?sig=Xk92canary"))
+        other.shutdown()
+        thread.join()
+    assert list(found) == [f"a.jsonl#{i}" for i in range(3)]
+    assert {(path, login) for _, path, login in other.asked} == {("/moved.jsonl", None)}
+
+
+@pytest.mark.parametrize("chain", ["simplecache::", "zip://inner/a.jsonl::"])
+def test_chains_keep_no_secret_either(server: Server, chain: str) -> None:
+    packed = BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("inner/a.jsonl", LINES)
+    is_zip = chain.startswith("zip")
+    path = "/data/a.zip" if is_zip else "/data/a.jsonl"
+    server.files[path] = packed.getvalue() if is_zip else LINES
+    server.login, server.signatures = "me:Zq81canary", {"sig=Xk92canary"}
+    host = server.origin.removeprefix("http://")
+    spec = SourceSpec(uri=f"{chain}http://me:Zq81canary@{host}{path}?sig=Xk92canary")
+    assert list(texts_by_id(spec)) == [f"a.jsonl#{i}" for i in range(3)]
+
+
+def test_a_root_takes_a_login_and_a_signature(server: Server, tmp_path: Any) -> None:
+    server.login, server.signatures = "me:Zq81canary", {"sig=Xk92canary"}
+    server.files["/files/a.png"] = b"picture"
+    host = server.origin.removeprefix("http://")
+    (tmp_path / "in.jsonl").write_text('{"path": "a.png"}\n{"path": "none.png"}\n')
+    root = f"http://me:Zq81canary@{host}/files?sig=Xk92canary"
+    spec = SourceSpec(uri=str(tmp_path / "in.jsonl"), input="path", root=root)
+    (table, _) = list(read_shard(open_source(spec, ("image",)), 0))
+    assert table["_input"].to_pylist() == [b"picture", None]
+    assert "canary" not in str(table.to_pylist())
+
+
+def refused(server: Server) -> str:
+    host = server.origin.removeprefix("http://")
+    return f"http://me:Zq81canary@{host}/a.jsonl?sig=Xk92canary"
+
+
+def slash_in_password(server: Server) -> str:
+    return "http://me:Zq81/canary@host/a.jsonl"
+
+
+def unreachable(_: Server) -> str:
+    return "http://me:Zq81canary@127.0.0.1:9/a.jsonl?sig=Xk92canary"
+
+
+def no_host(_: Server) -> str:
+    return "http://me:Zq81canary@/a.jsonl?sig=Xk92canary"
+
+
+def nothing_in_it(server: Server) -> str:
+    server.login, server.files["/a.jsonl"] = "me:Zq81canary", b""
+    return refused(server)
+
+
+def broken(server: Server) -> str:
+    server.login, server.files["/a.jsonl.gz"] = "me:Zq81canary", b"no gzip"
+    return refused(server).replace(".jsonl", ".jsonl.gz")
+
+
+def unknown_protocol(_: Server) -> str:
+    return "nosuch+x://me:Zq81canary@host/a.jsonl?sig=Xk92canary"
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (refused, "(the server answers 401)"),
+        (slash_in_password, "write / as %2F"),
+        (unreachable, "a.jsonl"),
+        (no_host, "no host can be told"),
+        (nothing_in_it, "no readable jsonl file"),
+        (broken, "no readable jsonl file"),
+        (unknown_protocol, "rotocol not known"),
+    ],
+)
+def test_what_cannot_be_read_is_said_without_them(
+    server: Server, make: Callable[[Server], str], says: str
+) -> None:
+    server.login = "nobody:else"
+    with pytest.raises(SourceError) as e:
+        open_source(SourceSpec(uri=make(server)))
+    said = str(e.value)
+    assert said.startswith("source.uri: ")
+    assert says in said
+    assert "\n" not in said
+    for piece in ("Zq81", "canary", "Xk92"):
+        assert piece not in said
