@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fmembed.redaction import scrub
+
 READ, EMBED, WRITE = "read, preprocess", "embed", "write, commit"
 
 
@@ -137,6 +139,10 @@ def connect(verbose: bool) -> bool:
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    shown = [scrub(argument) for argument in sys.orig_argv]
+    if shown != sys.orig_argv:
+        # Ray keeps the command of each job, and tells it to all who ask.
+        ray._raylet.setproctitle(" ".join(shown))
     options: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
         # Named, because without an address ray.init joins any cluster it finds on the machine.

@@ -35,7 +35,7 @@ ALLOWED = {
     "integrity": {"rows", "spec", "storage", "table"},
     "commits": {"lock", "readers", "rows", "spec", "table"},
     "report": set(),
-    "progress": set(),
+    "progress": {"redaction"},
     "evaluation": {
         "checkpoint", "encoder", "endpoint", "outputs", "preprocess", "probes", "readers", "report",
         "rows", "source", "spec", "table",

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import gzip
 import json
-import re
-import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from web_server import Server, serve
 
 from fmembed.readers import read_shard
 from fmembed.rows import RowIds
@@ -22,94 +19,14 @@ from fmembed.source import open_source, skip_committed
 from fmembed.spec import SourceError, SourceSpec
 
 LINES = b"".join(json.dumps({"text": f"text {i}"}).encode() + b"\n" for i in range(3))
-PASSWORD, SIGNATURE = "Zq81/canary p@ss", "Xk92canary%2Fsig%3D"
 LOGIN = "me:Zq81%2Fcanary%20p%40ss"
-QUERY = f"X-Amz-Signature={SIGNATURE}&flag"
-
-
-class Server(ThreadingHTTPServer):
-    """Files by path; what is not there or not asked for as it should be is refused."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.files: dict[str, bytes] = {}
-        self.moved: dict[str, str] = {}
-        self.login: str | None = None
-        self.signatures: set[str] = set()
-        self.missing = 404
-        self.takes_head = True
-        self.asked: list[tuple[str, str, str | None]] = []
-
-    @property
-    def origin(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def handle_error(self, *_: Any) -> None:
-        pass  # a client that has gone
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def _answer(self, with_body: bool) -> None:
-        server = self.server
-        path, _, query = self.path.partition("?")
-        server.asked.append((self.command, self.path, self.headers["Authorization"]))
-        if not (with_body or server.takes_head):
-            return self._send(405, b"", with_body)
-        if server.login is not None:
-            wanted = "Basic " + base64.b64encode(server.login.encode()).decode()
-            if self.headers["Authorization"] != wanted:
-                return self._send(401, b"", with_body)
-        if server.signatures and not server.signatures & set(query.split("&")):
-            return self._send(403, b"", with_body)
-        if path in server.moved:
-            self.send_response(302)
-            self.send_header("Location", server.moved[path])
-            self.end_headers()
-            return None
-        if path in server.files:
-            content, headers, status = server.files[path], {"ETag": '"1"'}, 200
-            if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or ""):
-                start, last = int(part[1]), min(int(part[2]), len(content) - 1)
-                headers["Content-Range"] = f"bytes {start}-{last}/{len(content)}"
-                content, status = content[start : last + 1], 206
-            return self._send(status, content, with_body, headers)
-        return self._send(server.missing, b"", with_body)
-
-    def _send(
-        self, status: int, content: bytes, with_body: bool, headers: dict[str, str] | None = None
-    ) -> None:
-        self.send_response(status)
-        is_page = content.startswith(b"<")
-        self.send_header("Content-Type", "text/html" if is_page else "application/octet-stream")
-        self.send_header("Content-Length", str(len(content)))
-        for name, text in (headers or {}).items():
-            self.send_header(name, text)
-        self.end_headers()
-        if with_body:
-            self.wfile.write(content)
+QUERY = "X-Amz-Signature=Xk92canary%2Fsig%3D&flag"
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serve() as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 def rows_of(spec: SourceSpec) -> list[dict[str, Any]]:
@@ -140,11 +57,9 @@ def test_one_file_where_nothing_can_be_listed(
 
 
 def test_a_login_and_a_signature_are_used_and_not_kept(server: Server) -> None:
-    server.login, server.signatures = f"me:{PASSWORD}", {f"X-Amz-Signature={SIGNATURE}"}
+    server.login, server.signatures = "me:Zq81/canary p@ss", {"X-Amz-Signature=Xk92canary/sig="}
     server.files["/data/a.jsonl.gz"] = gzip.compress(LINES)
     host = server.origin.removeprefix("http://")
-    # What yarl takes for a delimiter no more than a %-code need be sent as one.
-    server.signatures = {"X-Amz-Signature=Xk92canary/sig%3D"}
     source = open_source(SourceSpec(uri=f"http://{LOGIN}@{host}/data/a.jsonl.gz?{QUERY}#top"))
     (shard,) = source.shards
     assert shard.files[0].path == f"{server.origin}/data/a.jsonl.gz"
@@ -178,15 +93,11 @@ def test_folders_and_globs_take_a_login_and_a_signature(server: Server, uri: str
 
 
 def test_no_other_host_is_sent_them(server: Server) -> None:
-    with Server() as other:
-        thread = threading.Thread(target=other.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serve() as other:
         server.moved["/a.jsonl"] = f"{other.origin}/moved.jsonl"
         other.files["/moved.jsonl"] = LINES
         host = server.origin.removeprefix("http://")
         found = texts_by_id(SourceSpec(uri=f"http://me:Zq81canary@{host}/a.jsonl?sig=Xk92canary"))
-        other.shutdown()
-        thread.join()
     assert list(found) == [f"a.jsonl#{i}" for i in range(3)]
     assert {(path, login) for _, path, login in other.asked} == {("/moved.jsonl", None)}
 
