@@ -142,7 +142,7 @@ def connect(verbose: bool) -> bool:
     shown = [scrub(argument) for argument in sys.orig_argv]
     if shown != sys.orig_argv:
         # Ray keeps the command of each job, and tells it to all who ask.
-        ray._raylet.setproctitle(" ".join(shown))
+        ray._raylet.setproctitle(" ".join(shown))  # type: ignore[attr-defined]
     options: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
         # Named, because without an address ray.init joins any cluster it finds on the machine.
