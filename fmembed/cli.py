@@ -17,9 +17,22 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import typer
 
 from fmembed import __version__
-from fmembed.spec import FmembedError, RunSpec, SpecError
+from fmembed.spec import FmembedError, RunSpec, SpecError, read_yaml, scrub
+
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as e:
+            # What a wrong command line is told quotes it; the exceptions' class is not exported.
+            if isinstance(getattr(e, "message", None), str):
+                e.message = scrub(e.message)  # type: ignore[attr-defined]
+            raise
+
 
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -58,8 +71,6 @@ def embed(
     verbose: _Verbose = False,
 ) -> None:
     """Embed a dataset; run the same command again to resume."""
-    import yaml
-
     overrides: dict[str, Any] = {
         "source.uri": source,
         "source.format": format_,
@@ -77,7 +88,7 @@ def embed(
     overrides = {field: value for field, value in overrides.items() if value is not None}
     for assignment in set_ or ():
         name, _, value = assignment.partition("=")
-        overrides[name] = yaml.safe_load(value)
+        overrides[name] = read_yaml(value, f"--set {name}")
     spec = RunSpec.from_yaml(config, overrides)
     from fmembed import pipeline
 
@@ -246,16 +257,20 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except OSError as e:
         code = code or 1
         if e.errno != errno.ENOSPC:
-            traceback.print_exc()
+            _print_traceback()
         else:
             print(f"fmembed: cannot write the output: {e.strerror}", file=sys.stderr)
     except Exception:
-        traceback.print_exc()
+        _print_traceback()
     # Not through the interpreter's teardown: a thread of the object store's client that answers
     # meanwhile aborts the process, one run in 80 that read from S3
     # (https://github.com/PyO3/pyo3-async-runtimes/issues/40). What has to be closed is registered.
     atexit._run_exitfuncs()
     os._exit(code)
+
+
+def _print_traceback() -> None:
+    print(scrub(traceback.format_exc()), end="", file=sys.stderr)
 
 
 def run(arguments: list[str] | None = None) -> int:

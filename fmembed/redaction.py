@@ -130,7 +130,10 @@ def scrub(text: str) -> str:
     while url := _URL.search(text, i):
         end = _url_end(text, url)
         cleaned += [re.sub(r"\S+", _scrub_word, text[i : url.start()])]
-        cleaned += [redact(text[url.start() : end])]
+        shown = redact(text[url.start() : end])
+        if text[end - 1] in ".,;:" and shown[-1] not in ".,;:/":
+            shown += text[end - 1]  # the sentence's
+        cleaned += [shown]
         i = end
     cleaned += [re.sub(r"\S+", _scrub_word, text[i:])]
     return _AUTHORIZATION.sub(r"\1...", "".join(cleaned))

@@ -21,6 +21,7 @@ import importlib.util
 import json
 import os
 import re
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -35,6 +36,11 @@ from fmembed.redaction import scrub as scrub
 _SECRET_FIELD = re.compile(
     r"(?i)(?:^|[_-])(?:key|token|secret|passw(?:or)?d|credentials?|auth)(?:$|[_-])"
 )
+# What a message quotes of a value.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+# What PyYAML quotes of a document, for want of the name that it takes it for.
+_YAML_NAME = re.compile(r"((?:alias|anchor|tag|handle) )['\"].*['\"]", re.DOTALL)
 # A name that the environment need not hold yet: words of letters, a small number after each.
 _VARIABLE = re.compile(r"_?[A-Z]{1,20}\d{0,2}(?:_(?:[A-Z]{1,20}\d{0,2}|\d{1,2}))*")
 
@@ -172,7 +178,7 @@ class EndpointSpec(_Part):
     field, so that it is never stored.
     """
 
-    base_url: str = Field(pattern=r"^https?://[^\s@?#]+$")
+    base_url: str
     api_key_env: str = "OPENAI_API_KEY"
     dimensions: int | None = Field(default=None, ge=1)
     batch_rows: int = Field(default=64, ge=1)
@@ -180,6 +186,16 @@ class EndpointSpec(_Part):
     max_retries: int = Field(default=6, ge=0)
     timeout_s: float = Field(default=60.0, gt=0)
     usd_per_million_tokens: float | None = Field(default=None, ge=0)
+
+    @field_validator("base_url")
+    @classmethod
+    def _check_base_url(cls, value: str) -> str:
+        if not re.fullmatch(r"https?://[^\s@?#]+", value) or redact(value) != value:
+            raise ValueError(
+                "takes http(s)://host/path, without user, password, query and fragment; the key "
+                "comes from the environment variable that api_key_env names"
+            )
+        return value
 
     @field_validator("api_key_env")
     @classmethod
@@ -367,15 +383,11 @@ class RunSpec(_Part):
         raw: Any = {}
         if path is not None:
             try:
-                raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+                text = Path(path).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as e:
                 reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
                 raise SpecError(f"config {path}: {reason}; give the path of a YAML file") from None
-            except yaml.YAMLError as e:
-                mark = getattr(e, "problem_mark", None)
-                where = f" line {mark.line + 1}" if mark else ""
-                problem = getattr(e, "problem", None) or "cannot be parsed"
-                raise SpecError(f"config {path}{where}: not valid YAML: {problem}") from None
+            raw = read_yaml(text, f"config {path}")
             if not isinstance(raw, dict):
                 raise SpecError(f"config {path}: takes a mapping with source, model and output")
         for dotted, value in (overrides or {}).items():
@@ -394,6 +406,21 @@ class RunSpec(_Part):
             return cls.model_validate(raw)
         except ValidationError as e:
             raise SpecError(_one_line(e)) from None
+
+
+def read_yaml(text: str, what: str) -> Any:
+    """Read a document; `what` it is begins the message.
+
+    Raises:
+        SpecError: It is no YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = _YAML_NAME.sub(r"\1'...'", getattr(e, "problem", None) or "cannot be parsed")
+        raise SpecError(f"{what}{where}: not valid YAML: {problem}") from None
 
 
 def _set(raw: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -435,18 +462,21 @@ def _one_line(error: ValidationError) -> str:
 def _shown(field: str, value: Any) -> str:
     """What a message tells of a wrong value: nothing of what may be or hold a secret."""
     if isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value):
-        return f", got {list(value)!r}"
+        return f", got {_SHORT.repr(list(value))}"
     if isinstance(value, dict | list | tuple):
         return f", got {'a mapping' if isinstance(value, dict) else 'a list'}"
     if isinstance(value, str):
         if _SECRET_FIELD.search(field) or any(looks_like_key(word) for word in value.split()):
             return ""
         value = redact(value) if is_url(value) else scrub(value)
-    return f", got {value!r}"
+    return f", got {_SHORT.repr(value)}"
 
 
 def _shown_name(name: str) -> str:
-    return "..." if looks_like_key(name) else scrub(name)
+    if looks_like_key(name):
+        return "..."
+    name = scrub(name)
+    return name if len(name) <= 200 else f"{name[:200]}..."
 
 
 def _field_names(model: type[BaseModel], path: list[str]) -> set[str]:

@@ -6,6 +6,8 @@ import base64
 import itertools
 import json
 import re
+import subprocess
+import sys
 import time
 from typing import Any
 from urllib.parse import quote
@@ -14,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fmembed.cli import run
 from fmembed.redaction import conceal, redact, scrub
 from fmembed.spec import FmembedError, RunSpec, SourceSpec, SpecError
 
@@ -270,3 +273,49 @@ def test_a_flag_on_a_wrong_config_shows_no_secret(tmp_path: Any) -> None:
     with pytest.raises(SpecError, match=r"^source: takes a mapping of fields") as e:
         RunSpec.from_yaml(str(path), {"source.format": "csv"})
     assert "canary" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("embed", "c.yaml", "https://me:Zq81canary@host/x?sig=Xk92canary"),
+        ("https://me:Zq81canary@host/x?sig=Xk92canary",),
+        ("embed", "--nothing=https://me:Zq81canary@host/x"),
+        ("embed", "--set", "source.uri=*Zq81canary"),
+        ("embed", "--set", "source.uri=!Zq81canary x"),
+        ("embed", "--set", "source.uri={https://me:Zq81canary@host/x"),
+        ("embed", "--set", "https://me:Zq81canary@host/x?sig=Xk92canary"),
+        ("embed", "https://me:Zq81canary@host/x?sig=Xk92canary"),
+        ("rejected", "t", "--samples", "https://me:Zq81canary@host/x"),
+    ],
+)
+def test_a_wrong_command_line_shows_no_secret(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(list(arguments)) == 2
+    said = capsys.readouterr()
+    for piece in ("Zq81", "Xk92", "canary"):
+        assert piece not in said.out + said.err
+
+
+def test_a_traceback_shows_no_secret() -> None:
+    code = (
+        "import sys; from fmembed import cli\n"
+        "def fail(*_): raise KeyError('https://me:Zq81canary@host/x?sig=Zq81canary')\n"
+        "cli.run = fail; cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 1
+    assert "KeyError: 'https://host/x" in done.stderr
+    assert "canary" not in done.stderr
+
+
+def test_a_broken_config_shows_no_secret(tmp_path: Any) -> None:
+    path = tmp_path / "c.yaml"
+    for text in ("a: *Zq81canary", "a: !Zq81canary b", "a: &Zq81canary 1\nb: &Zq81canary 2\nc: *x"):
+        path.write_text(text)
+        with pytest.raises(SpecError, match="not valid YAML") as e:
+            RunSpec.from_yaml(str(path))
+        assert "canary" not in str(e.value)
