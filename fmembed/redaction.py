@@ -95,7 +95,7 @@ def _cut(link: str, has_next: bool) -> tuple[str, list[str]]:
     query = _QUERY.search(rest)
     at = rest.rfind("@")
     if at >= 0 and _names_user(link, scheme, rest, at):
-        if "[" in rest[:at] or (query and query.start() < at):
+        if "[" in rest[:at] or _QUERY.search(rest, 0, at):
             return hidden
         cut, rest = [rest[:at]], rest[at + 1 :]
         query = _QUERY.search(rest)
@@ -114,10 +114,12 @@ def _names_user(link: str, scheme: str, rest: str, at: int) -> bool:
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     if _CONTAINER.match(link) and at < len(authority):
         return False
-    if "@" in authority or ":" in authority:
+    if at < len(authority) or ":" in rest[:at]:
         return True
-    # https://cdn.host/package@2/x is a path; https://to/ken@host is none.
-    return scheme.lower() not in _PATHS and ("." not in authority or ":" in rest[:at])
+    # https://cdn.host/package@2/x is a path; https://to/ken@host and s3://to?ken@bucket are none.
+    if scheme.lower() in _PATHS:
+        return re.search("[?#]", rest[:at]) is not None
+    return "." not in authority or rest[len(authority)] != "/"
 
 
 def scrub(text: str) -> str:
