@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.cached import CachingFileSystem
 
 from fmembed.readers import (
     FOLDERS,
@@ -30,6 +31,7 @@ from fmembed.readers import (
     load_hf,
     read_shard,
 )
+from fmembed.redaction import split_chain
 from fmembed.rows import (
     RESERVED,
     RowIds,
@@ -234,15 +236,17 @@ def _list_files(spec: SourceSpec) -> tuple[Any, str, list[File], bool]:
         uri = resolve_package(uri, "source.uri", SourceError)
     try:
         fs, root = _open(uri)
+        # A cache looks for a file in its parent's list, which a web server need not show.
+        inner = fs.fs if isinstance(fs, CachingFileSystem) else fs
         is_file = False
-        if _is_glob(fs, root):
-            found = fs.glob(root, detail=True)
+        if _is_glob(inner, root):
+            found = inner.glob(root, detail=True)
             root = posixpath.dirname(root[: min(root.find(c) for c in "*?[" if c in root)] + "x")
-        elif not (_is_web(root) and root.lower().endswith(_ALL_SUFFIXES)) and fs.isdir(root):
-            found = fs.find(root, detail=True)
+        elif not (_is_web(root) and root.lower().endswith(_ALL_SUFFIXES)) and inner.isdir(root):
+            found = inner.find(root, detail=True)
         else:
             is_file = True
-            found = {root: fs.info(root)}
+            found = {root: inner.info(root)}
             root = posixpath.dirname(root)
     except FileNotFoundError as e:
         status = getattr(e.__cause__, "status", None)
@@ -267,10 +271,14 @@ def _open(uri: str) -> tuple[Any, str]:
     """As `storage.filesystem`, but a path that is there is opened as it is named, and what a web
     server's URL holds of secrets is in the filesystem alone.
     """
-    if _is_web(uri):
+    *caches, inner = split_chain(uri)
+    if _is_web(inner) and set(caches) <= {"simplecache", "filecache", "blockcache"}:
         from fmembed.web import open_web
 
-        return open_web(uri)
+        fs, url = open_web(inner)
+        for cache in reversed(caches):  # which keep lists of what they hold
+            fs = fsspec.filesystem(cache, fs=fs)
+        return fs, url
     path = Path(uri.removeprefix("file://")).expanduser()
     if path.exists():
         return fsspec.filesystem("file"), str(path.absolute())

@@ -17,7 +17,7 @@ ALLOWED = {
     "web": set(),
     "lock": {"spec", "storage"},
     "readers": {"rows", "spec", "storage"},
-    "source": {"readers", "rows", "spec", "storage", "web"},
+    "source": {"readers", "redaction", "rows", "spec", "storage", "web"},
     "preprocess": {"checkpoint", "rows", "spec", "startup"},
     "batching": set(),
     "attention": set(),
