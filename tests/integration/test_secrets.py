@@ -91,7 +91,7 @@ def test_a_run_leaves_no_trace_of_them(
         # The command's own line holds them until Ray, which would keep it, is started.
         is_hidden = is_hidden or (bool(own) and not any(t in own for t in TRACES))
         shown |= {line for line in lines.values() if any(t in line for t in TRACES)}
-        time.sleep(0.1)
+        time.sleep(0.5)
     for stream in streams:
         stream.close()
     said = (tmp_path / "stderr").read_text()
