@@ -19,9 +19,22 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import typer
 
 from fmembed import __version__, signals, terminal
-from fmembed.spec import FmembedError, RunSpec, SpecError
+from fmembed.spec import FmembedError, RunSpec, SpecError, read_yaml, scrub
+
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as e:
+            # What a wrong command line is told quotes it; the exceptions' class is not exported.
+            if isinstance(getattr(e, "message", None), str):
+                e.message = scrub(e.message)  # type: ignore[attr-defined]
+            raise
+
 
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     rich_markup_mode=None,
     no_args_is_help=True,
@@ -119,12 +132,10 @@ def probe(
 
 def _overrides(fields: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:
     """What flags name, by dotted field."""
-    import yaml
-
     overrides = {field: value for field, value in fields.items() if value is not None}
     for assignment in assignments or ():
         name, _, value = assignment.partition("=")
-        overrides[name] = yaml.safe_load(value)
+        overrides[name] = read_yaml(value, f"--set {name}")
     return overrides
 
 
@@ -304,12 +315,16 @@ def _finish(arguments: list[str] | None) -> int:
     except OSError as e:
         code = code or 1
         if e.errno != errno.ENOSPC:
-            traceback.print_exc()
+            _print_traceback()
         else:
             terminal.say(f"cannot write the output: {e.strerror}")
     except Exception:
-        traceback.print_exc()
+        _print_traceback()
     return code
+
+
+def _print_traceback() -> None:
+    print(scrub(traceback.format_exc()), end="", file=sys.stderr)
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from fmembed import signals, terminal
+from fmembed.redaction import scrub
 
 READ, EMBED, WRITE = "read, preprocess", "embed", "write, commit"
 
@@ -148,6 +149,10 @@ def connect(verbose: bool) -> bool:
         return False
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    shown = [scrub(argument) for argument in sys.orig_argv]
+    if shown != sys.orig_argv:
+        # Ray keeps the command of each job, and tells it to all who ask.
+        ray._raylet.setproctitle(" ".join(shown))  # type: ignore[attr-defined]
     options: dict[str, Any] = {
         "job_config": _job_config(),
         "logging_level": logging.INFO if verbose else logging.ERROR,

@@ -21,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.utils import infer_compression
 
 from fmembed.files import RefusedError, check_regular, open_root, read_whole
 from fmembed.rows import (
@@ -35,7 +36,7 @@ from fmembed.rows import (
     keys_of,
     row_schema,
 )
-from fmembed.spec import Format, Modality, SourceError, SourceSpec
+from fmembed.spec import Format, Modality, SourceError, SourceSpec, redact
 from fmembed.storage import reason
 
 # Formats where each file is a row.
@@ -229,7 +230,7 @@ def _canonical(source: Source, chunk: list[RawRow], shard: int, schema: pa.Schem
             row["content_hash"] = hashlib.blake2b(content, digest_size=16).hexdigest()
         except _BadRow as e:
             row = {"row_id": row["row_id"], STAGE: "read", ERROR: e.error}
-            row[MESSAGE] = clean_message(e.message)
+            row[MESSAGE] = clean_message(spec.conceal(e.message))
         row[SHARD] = shard
         for name, values in columns.items():
             values.append(row.get(name))
@@ -330,7 +331,7 @@ def _read_folder(source: Source, shard: Shard) -> Iterator[RawRow]:
 
 def _read_jsonl(source: Source, shard: Shard) -> Iterator[RawRow]:
     (file,) = shard.files
-    with source.fs.open(file.path, "rb", compression="infer") as lines:
+    with source.fs.open(file.path, "rb", compression=infer_compression(file.name)) as lines:
         for i, line in enumerate(lines):
             if i == 0:
                 line = line.removeprefix(codecs.BOM_UTF8)
@@ -381,12 +382,13 @@ def _open_csv(source: Source, file: File) -> Any:
     chosen = source.spec.encoding_errors
     errors = "surrogateescape" if chosen == "strict" else chosen
     return source.fs.open(
-        file.path, "rt", compression="infer", encoding="utf-8-sig", errors=errors, newline=""
-    )
+        file.path, "rt", compression=infer_compression(file.name), encoding="utf-8-sig",
+        errors=errors, newline="",
+    )  # fmt: skip
 
 
 def _delimiter(file: File) -> str:
-    return "\t" if ".tsv" in file.path.lower() else ","
+    return "\t" if ".tsv" in file.name.lower() else ","
 
 
 def _read_parquet(source: Source, shard: Shard) -> Iterator[RawRow]:
@@ -567,7 +569,8 @@ def load_hf(spec: SourceSpec) -> Any:
                 spec.uri, hf.name, split=hf.split, revision=hf.revision, streaming=hf.streaming
             )
     except (OSError, ValueError, RuntimeError) as e:
-        raise SourceError(f"source.uri: cannot load dataset {spec.uri}: {reason(e)}") from None
+        why = spec.conceal(reason(e))
+        raise SourceError(f"source.uri: cannot load dataset {redact(spec.uri)}: {why}") from None
     if isinstance(dataset, dict):
         raise SourceError(f"source.hf.split: name one of {', '.join(dataset)}")
     wanted = {c for c in (spec.id, spec.input, *spec.columns) if c}

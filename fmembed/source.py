@@ -16,10 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.cached import CachingFileSystem
 
 from fmembed.files import check_regular, is_local
 from fmembed.readers import (
@@ -32,6 +34,7 @@ from fmembed.readers import (
     load_hf,
     read_shard,
 )
+from fmembed.redaction import split_chain
 from fmembed.rows import (
     RESERVED,
     RowIds,
@@ -52,6 +55,7 @@ _SUFFIXES: dict[str, tuple[str, ...]] = {
     "audio_folder": (".wav", ".flac", ".ogg", ".mp3"),
     "webdataset": (".tar", ".tar.gz", ".tgz"),
 }
+_ALL_SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
 _MAX_SAMPLED_FILES = 100
 _SHARD_BYTES = 64 * 2**20
 _SHARD_FILES = 512
@@ -78,20 +82,20 @@ def open_source(spec: SourceSpec, modalities: Sequence[Modality] = ("text",)) ->
             )
     if spec.format == "hf":
         return _open_hf(spec, modalities)
-    fs, root, files = _list_files(spec)
+    fs, root, files, is_file = _list_files(spec)
     format_ = spec.format if spec.format != "auto" else _detect_format(spec, fs, root, files)
     if format_ == "hf":
         return _open_hf(spec, modalities)
     if format_ in FOLDERS and format_.removesuffix("_folder") not in modalities:
         raise SourceError(
-            f"source.uri: {spec.uri} is a folder of another kind ({format_}) than the model takes, "
-            f"which embeds {' or '.join(modalities)}"
+            f"source.uri: {redact(spec.uri)} is a folder of another kind ({format_}) than "
+            f"the model takes, which embeds {' or '.join(modalities)}"
         )
-    if len(files) > 1 or fs.isdir(root):
-        files = [f for f in files if f.path.lower().endswith(_SUFFIXES[format_])]
+    if not is_file:
+        files = [f for f in files if f.name.lower().endswith(_SUFFIXES[format_])]
     if not files:
         raise SourceError(
-            f"source.uri: no {format_} file ({', '.join(_SUFFIXES[format_])}) in {spec.uri}"
+            f"source.uri: no {format_} file ({', '.join(_SUFFIXES[format_])}) in {redact(spec.uri)}"
         )
     source = Source(spec, format_, fs, (), pa.schema([]), modalities[0], _open_root(spec))
     if format_ in FOLDERS:
@@ -133,13 +137,14 @@ def _open_root(spec: SourceSpec) -> tuple[Any, str] | None:
     if "://" not in spec.root and not Path(spec.root).is_dir():
         raise SourceError(f"source.root: no such folder: {spec.root}")
     try:
-        fs, folder = filesystem(spec.root)
+        fs, folder = _open(spec.root)
         if isinstance(getattr(fs, "fs", None), fsspec.AbstractFileSystem):
             # The checks are of the inner one's links and redirects, which the outer one hides.
             raise ValueError("a root is a folder or one URL, not a cache or folder of another")
         return fs, folder
-    except (OSError, ValueError, ImportError) as e:
-        raise SourceError(f"source.root: cannot read {spec.root}: {reason(e)}") from None
+    except Exception as e:  # by filesystem
+        why = spec.conceal(reason(e))
+        raise SourceError(f"source.root: cannot read {redact(spec.root)}: {why}") from None
 
 
 def skip_committed(
@@ -229,36 +234,88 @@ def read(
 # --- listing --------------------------------------------------------------------------------------
 
 
-def _list_files(spec: SourceSpec) -> tuple[Any, str, list[File]]:
-    uri = spec.uri
+def _list_files(spec: SourceSpec) -> tuple[Any, str, list[File], bool]:
+    """The filesystem, the folder that names are relative to, the files, and whether several could
+    be meant: a folder or a glob.
+    """
+    uri, shown = spec.uri, redact(spec.uri)
     if uri.startswith("package:"):
         uri = resolve_package(uri, "source.uri", SourceError)
     try:
-        fs, root = filesystem(uri)
-        if any(c in root for c in "*?["):
-            found = fs.glob(root, detail=True)
+        fs, root = _open(uri)
+        # A cache looks for a file in its parent's list, which a web server need not show.
+        inner = fs.fs if isinstance(fs, CachingFileSystem) else fs
+        is_file = False
+        if _is_glob(inner, root):
+            found = inner.glob(root, detail=True)
             root = posixpath.dirname(root[: min(root.find(c) for c in "*?[" if c in root)] + "x")
-        elif fs.isdir(root):
-            found = fs.find(root, detail=True)
+        elif not (_is_web(root) and root.lower().endswith(_ALL_SUFFIXES)) and inner.isdir(root):
+            found = inner.find(root, detail=True)
         else:
-            found = {root: fs.info(root)}
+            is_file = True
+            found = {root: inner.info(root)}
             root = posixpath.dirname(root)
-    except FileNotFoundError:
-        raise SourceError(f"source.uri: no such file or folder: {spec.uri}") from None
+    except FileNotFoundError as e:
+        status = getattr(e.__cause__, "status", None)
+        why = f" (the server answers {status})" if status is not None else ""
+        raise SourceError(f"source.uri: no such file or folder: {shown}{why}") from None
     except ImportError as e:
-        raise SourceError(f"source.uri: {spec.uri}: {e}") from None
-    except (OSError, ValueError) as e:
-        raise SourceError(f"source.uri: cannot read {spec.uri}: {reason(e)}") from None
+        raise SourceError(f"source.uri: {shown}: {e}") from None
+    except Exception as e:  # by filesystem: OSError, obstore's own, aiohttp's own
+        raise SourceError(f"source.uri: cannot read {shown}: {spec.conceal(reason(e))}") from None
     # A pipe or a link to nothing is listed too: its row is rejected, with its cause.
     files = [
-        File(path, posixpath.relpath(path, root), int(info.get("size") or 0), _revision(info))
+        File(path, _name(path, root), int(info.get("size") or 0), _revision(info))
         for path, info in sorted((path, _follow(fs, path, found[path])) for path in found)
         if info.get("type") != "directory"
     ]
     files = [f for f in files if not any(p.startswith((".", "_")) for p in f.name.split("/"))]
     if not files:
-        raise SourceError(f"source.uri: no file in {spec.uri}")
-    return fs, root, files
+        raise SourceError(f"source.uri: no file in {shown}")
+    return fs, root, files, is_file
+
+
+def _open(uri: str) -> tuple[Any, str]:
+    """As `storage.filesystem`, but a path that is there is opened as it is named, and what a web
+    server's URL holds of secrets is in the filesystem alone.
+    """
+    *caches, inner = split_chain(uri)
+    if _is_web(inner) and set(caches) <= {"simplecache", "filecache", "blockcache"}:
+        from fmembed.web import open_web
+
+        fs, url = open_web(inner)
+        for cache in reversed(caches):  # which keep lists of what they hold
+            fs = fsspec.filesystem(cache, fs=fs)
+        return fs, url
+    path = Path(uri.removeprefix("file://")).expanduser()
+    if path.exists():
+        return fsspec.filesystem("file"), str(path.absolute())
+    return filesystem(uri)
+
+
+def _is_web(uri: str) -> bool:
+    return uri.lower().startswith(("http://", "https://"))
+
+
+def _unsigned(uri: str) -> str:
+    """A URL that stays the same when its signature is another."""
+    if not _is_web(uri):
+        return redact(uri)
+    parts = urlsplit(uri)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _is_glob(fs: Any, root: str) -> bool:
+    if _is_web(root):  # where brackets may be a host's
+        return any(c in urlsplit(root).path for c in "*[")
+    return any(c in root for c in "*?[") and not fs.exists(root)
+
+
+def _name(path: str, root: str) -> str:
+    """What row ids call a file; of a cached web server's, nothing of its URL's secrets."""
+    if _is_web(path):
+        path, root = urlsplit(path).path, urlsplit(root).path
+    return posixpath.relpath(path, root or "/")
 
 
 def _follow(fs: Any, path: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -276,7 +333,10 @@ def _follow(fs: Any, path: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _revision(info: Mapping[str, Any]) -> str:
     # By the names that local files, obstore, and other fsspec filesystems use.
-    for name in ("e_tag", "ETag", "etag", "mtime", "last_modified", "LastModified", "updated"):
+    for name in (
+        "e_tag", "ETag", "etag", "mtime", "last_modified", "LastModified", "Last-Modified",
+        "updated",
+    ):  # fmt: skip
         if info.get(name) is not None:
             return str(info[name])
     return ""
@@ -285,8 +345,8 @@ def _revision(info: Mapping[str, Any]) -> str:
 def _with_keys(spec: SourceSpec, shards: Iterable[Shard], revision: str = "") -> tuple[Shard, ...]:
     """Name each shard after all that decides which rows it yields."""
     settings = spec.model_dump(mode="json", exclude={"label", "split", "carry", "caption"})
-    settings["uri"] = redact(spec.uri)
-    settings["root"] = redact(spec.root) if spec.root else None
+    settings["uri"] = _unsigned(spec.uri)
+    settings["root"] = _unsigned(spec.root) if spec.root else None
 
     def key(shard: Shard) -> str | None:
         revisions = [f.revision for f in shard.files] or [revision]
@@ -303,13 +363,13 @@ def _detect_format(spec: SourceSpec, fs: Any, root: str, files: list[File]) -> F
     if any(f.name in SAVED_DATASET for f in files) and fs.isdir(root):
         return "hf"
     counts = {
-        name: sum(f.path.lower().endswith(suffixes) for f in files)
+        name: sum(f.name.lower().endswith(suffixes) for f in files)
         for name, suffixes in _SUFFIXES.items()
     }
     best = max(counts, key=lambda name: counts[name])
     if not counts[best]:
         raise SourceError(
-            f"source.format: cannot tell the format of {spec.uri}; "
+            f"source.format: cannot tell the format of {redact(spec.uri)}; "
             f"name one of {', '.join([*_SUFFIXES, 'hf'])}"
         )
     return best  # type: ignore[return-value]
@@ -323,7 +383,8 @@ def _check_columns(spec: SourceSpec, available: set[str]) -> None:
     for field, column in named.items():
         if column is not None and column not in available:
             has = ", ".join(sorted(available)) or "none"
-            raise SourceError(f"{field}: no column {column!r} in {spec.uri}; it has {has}")
+            where = redact(spec.uri)
+            raise SourceError(f"{field}: no column {column!r} in {where}; it has {has}")
 
 
 def _carried_schema(spec: SourceSpec, types: pa.Schema) -> pa.Schema:
@@ -359,7 +420,7 @@ def _sample_schema(source: Source, files: list[File]) -> pa.Schema:
         try:
             types = file_schema(source, file)
         except Exception as e:  # what decompressors and parsers raise, by format
-            problem = f"{file.name}: {reason(e)}"
+            problem = f"{file.name}: {source.spec.conceal(reason(e))}"
             continue
         if named <= set(types.names):
             return types
@@ -367,7 +428,7 @@ def _sample_schema(source: Source, files: list[File]) -> pa.Schema:
         problem = problem or f"{file.name} has no row"
     if first is None or not first.names:
         raise SourceError(
-            f"source.uri: no readable {source.format} file in {source.spec.uri}: {problem}"
+            f"source.uri: no readable {source.format} file in {redact(source.spec.uri)}: {problem}"
         )
     return first
 

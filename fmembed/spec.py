@@ -19,15 +19,30 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import os
 import re
+import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
+from fmembed.redaction import conceal, is_url, looks_like_key, without_secrets
+from fmembed.redaction import redact as redact
+from fmembed.redaction import scrub as scrub
+
+_SECRET_FIELD = re.compile(
+    r"(?i)(?:^|[_-])(?:key|token|secret|passw(?:or)?d|credentials?|auth)(?:$|[_-])"
+)
+# What a message quotes of a value.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+# What PyYAML quotes of a document, for want of the name that it takes it for.
+_YAML_NAME = re.compile(r"((?:alias|anchor|tag|handle) )['\"].*['\"]", re.DOTALL)
+# A name that the environment need not hold yet: words of letters, a small number after each.
+_VARIABLE = re.compile(r"_?[A-Z]{1,20}\d{0,2}(?:_(?:[A-Z]{1,20}\d{0,2}|\d{1,2}))*")
 
 
 class FmembedError(Exception):
@@ -79,6 +94,10 @@ class TableError(UserError):
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        # Ray and others log what they are given; a URL may hold secrets.
+        return ((name, without_secrets(value)) for name, value in super().__repr_args__())
+
 
 Format = Literal[
     "auto", "parquet", "jsonl", "csv", "text_folder", "image_folder", "audio_folder",
@@ -125,6 +144,10 @@ class SourceSpec(_Part):
         """What to call this source in a report's title."""
         return redact(self.uri).rstrip("/")
 
+    def conceal(self, text: str) -> str:
+        """Text without what this source's URLs hold of secrets, however they are quoted in it."""
+        return conceal(text, *(uri for uri in (self.uri, self.root) if uri is not None))
+
     @property
     def columns(self) -> tuple[str, ...]:
         """The carried columns, each once: label, split, caption, then `carry`, in that order."""
@@ -155,14 +178,36 @@ class EndpointSpec(_Part):
     field, so that it is never stored.
     """
 
-    base_url: str = Field(pattern=r"^https?://[^\s@?#]+$")
-    api_key_env: str = Field(default="OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    base_url: str
+    api_key_env: str = "OPENAI_API_KEY"
     dimensions: int | None = Field(default=None, ge=1)
     batch_rows: int = Field(default=64, ge=1)
     concurrency: int = Field(default=8, ge=1)
     max_retries: int = Field(default=6, ge=0)
     timeout_s: float = Field(default=60.0, gt=0)
     usd_per_million_tokens: float | None = Field(default=None, ge=0)
+
+    @field_validator("base_url")
+    @classmethod
+    def _check_base_url(cls, value: str) -> str:
+        if not re.fullmatch(r"https?://[^\s@?#]+", value) or redact(value) != value:
+            raise ValueError(
+                "takes http(s)://host/path, without user, password, query and fragment; the key "
+                "comes from the environment variable that api_key_env names"
+            )
+        return value
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        # A key may have the form of a name; but a name is set, or reads like one.
+        is_set = value in os.environ and value.isidentifier()
+        if not is_set and (not _VARIABLE.fullmatch(value) or looks_like_key(value)):
+            raise ValueError(
+                "takes the name of an environment variable, and no key; what is given is not set "
+                "here and does not read like OPENAI_API_KEY; put the key into one and give its name"
+            )
+        return value
 
 
 class ModelSpec(VectorSpec):
@@ -294,6 +339,17 @@ class OutputSpec(_Part):
     part_bytes: int = Field(default=256 * 2**20, ge=1)
     max_rejected_fraction: float = Field(default=0.01, ge=0, le=1)
 
+    @field_validator("uri")
+    @classmethod
+    def _check_uri(cls, value: str) -> str:
+        # file:///a?b is a path, whose every character is the folder's name.
+        if "://" in value and not value.startswith("file:///") and redact(value) != value:
+            raise ValueError(
+                "takes a URL without user, password, query and fragment, which would be kept in "
+                "the table; credentials come from the environment"
+            )
+        return value
+
     @field_validator("commit_every_s")
     @classmethod
     def _check_positive(cls, value: Any) -> Any:
@@ -327,15 +383,11 @@ class RunSpec(_Part):
         raw: Any = {}
         if path is not None:
             try:
-                raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+                text = Path(path).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as e:
                 reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
                 raise SpecError(f"config {path}: {reason}; give the path of a YAML file") from None
-            except yaml.YAMLError as e:
-                mark = getattr(e, "problem_mark", None)
-                where = f" line {mark.line + 1}" if mark else ""
-                problem = getattr(e, "problem", None) or "cannot be parsed"
-                raise SpecError(f"config {path}{where}: not valid YAML: {problem}") from None
+            raw = read_yaml(text, f"config {path}")
             if not isinstance(raw, dict):
                 raise SpecError(f"config {path}: takes a mapping with source, model and output")
         for dotted, value in (overrides or {}).items():
@@ -344,13 +396,7 @@ class RunSpec(_Part):
 
     def stored(self) -> dict[str, Any]:
         """The spec as JSON, without what a URL may hold of secrets: user, password and query."""
-        raw = self.model_dump(mode="json")
-        for part, key in (
-            ("source", "uri"), ("source", "root"), ("output", "uri"), ("model", "id"),
-            ("model", "adapter"),
-        ):  # fmt: skip
-            if raw[part][key] is not None:
-                raw[part][key] = redact(raw[part][key])
+        raw: dict[str, Any] = without_secrets(self.model_dump(mode="json"))
         return raw
 
     @classmethod
@@ -362,11 +408,26 @@ class RunSpec(_Part):
             raise SpecError(_one_line(e)) from None
 
 
+def read_yaml(text: str, what: str) -> Any:
+    """Read a document; `what` it is begins the message.
+
+    Raises:
+        SpecError: It is no YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = _YAML_NAME.sub(r"\1'...'", getattr(e, "problem", None) or "cannot be parsed")
+        raise SpecError(f"{what}{where}: not valid YAML: {problem}") from None
+
+
 def _set(raw: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         nested = raw.setdefault(key, {})
         if not isinstance(nested, dict):
-            raise SpecError(f"{key}: takes a mapping of fields, not {nested!r}")
+            raise SpecError(f"{_shown_name(key)}: takes a mapping of fields{_shown(key, nested)}")
         raw = nested
     raw[keys[-1]] = value
 
@@ -382,7 +443,7 @@ def _one_line(error: ValidationError) -> str:
         if isinstance(key, int) or key in fields or first["type"] == "extra_forbidden":
             names.append(str(key))
             fields = _field_names(RunSpec, names)
-    field = ".".join(names) or "config"
+    field = ".".join(map(_shown_name, names)) or "config"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         known = sorted(_field_names(RunSpec, names[:-1]))
@@ -395,7 +456,27 @@ def _one_line(error: ValidationError) -> str:
             return f"{field}: missing; {'.'.join(names[:-1])} takes {', '.join(known)}{more}"
         return f"{field}: missing; every config names source.uri, model.id and output.uri{more}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{field}: {message}, got {first['input']!r}{more}"
+    return f"{field}: {message}{_shown(names[-1] if names else '', first['input'])}{more}"
+
+
+def _shown(field: str, value: Any) -> str:
+    """What a message tells of a wrong value: nothing of what may be or hold a secret."""
+    if isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value):
+        return f", got {_SHORT.repr(list(value))}"
+    if isinstance(value, dict | list | tuple):
+        return f", got {'a mapping' if isinstance(value, dict) else 'a list'}"
+    if isinstance(value, str):
+        if _SECRET_FIELD.search(field) or any(looks_like_key(word) for word in value.split()):
+            return ""
+        value = redact(value) if is_url(value) else scrub(value)
+    return f", got {_SHORT.repr(value)}"
+
+
+def _shown_name(name: str) -> str:
+    if looks_like_key(name):
+        return "..."
+    name = scrub(name)
+    return name if len(name) <= 200 else f"{name[:200]}..."
 
 
 def _field_names(model: type[BaseModel], path: list[str]) -> set[str]:
@@ -408,22 +489,6 @@ def _field_names(model: type[BaseModel], path: list[str]) -> set[str]:
             return set()
         model = parts[0]
     return set(model.model_fields)
-
-
-def redact(uri: str) -> str:
-    """A URL without user, password, query and fragment; anything else as it is."""
-    if "://" not in uri:
-        return uri
-    try:
-        url = urlsplit(uri)
-    except ValueError:
-        return uri.partition("://")[0] + "://..."
-    return urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))
-
-
-def scrub(text: str) -> str:
-    """Text with every URL in it redacted: user, password and query may be secrets."""
-    return _URL.sub(lambda match: redact(match[0]), text)
 
 
 def resolve_package(uri: str, field: str, error: type[UserError]) -> str:

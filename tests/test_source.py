@@ -102,6 +102,40 @@ def test_text_folder_label_is_the_folder(tmp_path: Path) -> None:
     assert [f.name for shard in left.shards for f in shard.files] == ["b/1.txt"]
 
 
+NAMES = ("a%2Fb", "c%20d", "e f", "g#h", "i?j", "ü", "k::l", "m@n:o", "p+q&r=s", "http:", "t*u")
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_path_that_is_there_is_opened_as_it_is_named(scheme: str, tmp_path: Path) -> None:
+    for name in NAMES:
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / f"{name}.jsonl", [{"text": f"in {name}"}])
+        (tmp_path / name / f"{name}.txt").write_text(name, encoding="utf-8")
+    for name in NAMES:
+        folder = f"{scheme}{tmp_path}/{name}"
+        for uri in (f"{folder}/{name}.jsonl", folder):
+            (row,) = rows_of(SourceSpec(uri=uri, format="jsonl"))
+            assert (row["row_id"], row["_input"]) == (f"{name}.jsonl#0", f"in {name}")
+        (row,) = rows_of(SourceSpec(uri=f"{folder}/{name}.txt"))
+        assert (row["row_id"], row["_input"]) == (f"{name}.txt", name)
+    rows = rows_of(SourceSpec(uri=f"{scheme}{tmp_path}", format="text_folder", label="topic"))
+    assert sorted(r["row_id"] for r in rows) == sorted(f"{n}/{n}.txt" for n in NAMES)
+    assert {r["topic"] for r in rows} == set(NAMES)
+    # What is not there may still be a pattern.
+    assert len(rows_of(SourceSpec(uri=f"{scheme}{tmp_path}/?/*.jsonl"))) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_root_is_opened_as_it_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / f"{name}.png").write_bytes(b"picture")
+    write_jsonl(tmp_path / "in.jsonl", [{"path": f"{name}.png"}])
+    root = str(tmp_path / name)
+    spec = SourceSpec(uri=str(tmp_path / "in.jsonl"), input="path", root=root)
+    (table, _) = list(read_shard(open_source(spec, ("image",)), 0))
+    assert table["_input"].to_pylist() == [b"picture"]
+
+
 def test_bad_lines_are_rejected_and_nothing_around_them_is_lost(tmp_path: Path) -> None:
     lines = [
         b'{"text": "good 0"}',

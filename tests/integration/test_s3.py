@@ -23,6 +23,9 @@ from test_table import CONFIGURATION
 
 import fmembed
 from fmembed.lock import Lock, LockedError
+from fmembed.readers import read_shard
+from fmembed.source import open_source
+from fmembed.spec import SourceSpec
 from fmembed.storage import Storage, StorageError
 from fmembed.table import ConflictError, Table
 
@@ -223,3 +226,15 @@ def test_a_killed_driver_resumes(s3: str, bench: Bench) -> None:
     assert bench.check(table, tally) == []
     assert (tally.lost, tally.twice) == (0, 0)
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in run.messages()
+
+
+def test_objects_are_read_as_they_are_named(s3: str) -> None:
+    names = ["a%2Fb", "c d", "e#f", "g?h", "\u00fc", "i%20j", "k*l", "m@n:o"]
+    for name in names:
+        body = json.dumps({"text": name}).encode()
+        boto3.client("s3").put_object(Bucket="bucket", Key=f"named/{name}/{name}.jsonl", Body=body)
+    for name in names:
+        for uri in (f"{s3}/named/{name}/{name}.jsonl", f"{s3}/named/{name}"):
+            ((rows, _),) = [list(read_shard(open_source(SourceSpec(uri=uri)), 0))]
+            assert rows["row_id"].to_pylist() == [f"{name}.jsonl#0"]
+            assert rows["_input"].to_pylist() == [name]
