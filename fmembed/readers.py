@@ -191,7 +191,9 @@ def _fetch(source: Source, rows: Iterator[RawRow], root: tuple[Any, str]) -> Ite
         if not isinstance(path, str):
             message = f"column {column!r}: takes a path, got {type(path).__name__}"
             return row_id, {**row, _FETCHED: _BadRow("wrong type", message)}
+        # As the config names the root, or without its login and signature.
         given = path.removeprefix((source.spec.root or "").rstrip("/") + "/")
+        given = given.removeprefix(root[1].rstrip("/") + "/")
         if given.startswith("/") or "://" in given or ".." in given.split("/") or "\\" in given:
             message = f"column {column!r}: {given[:200]!a} does not lie below source.root"
             return row_id, {**row, _FETCHED: _BadRow("outside the root", message)}
