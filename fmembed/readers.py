@@ -15,7 +15,7 @@ import posixpath
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ _FETCHED: Any = object()
 RawRow = tuple[str, dict[str, Any] | tuple[str, str]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class File:
     """A file: where it is, and the name that row ids carry (relative to the source's root).
 
@@ -68,9 +68,9 @@ class File:
     revision: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
-    """What one read task reads: files, or one file's part.
+    """What one read task reads: files, one file's part, or a saved dataset's part.
 
     `start` and `stop` are row groups of a Parquet file, rows of a saved dataset, or shards of a
     streamed one; None means all. `first_row` numbers the first row of a Parquet shard. `num_rows`
@@ -92,7 +92,8 @@ class Shard:
 class Source:
     """A source that was found, listed and checked.
 
-    `root` is the filesystem, and the folder in it, below which the input column's paths are.
+    The shards stay on the driver: a task gets its own one, and the rest `without_shards`. `root` is
+    the filesystem, and the folder in it, below which the input column's paths are.
     """
 
     spec: SourceSpec
@@ -102,6 +103,16 @@ class Source:
     carried: pa.Schema
     modality: Modality = "text"
     root: tuple[Any, str] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the files, as they are stored."""
+        return sum(f.size for shard in self.shards for f in shard.files)
+
+    @property
+    def without_shards(self) -> Source:
+        """What reading a shard takes besides the shard."""
+        return replace(self, shards=())
 
     @property
     def num_rows(self) -> int | None:
@@ -115,13 +126,20 @@ class Source:
         return self.format in FOLDERS
 
 
-def read_shard(source: Source, index: int, committed: RowIds | None = None) -> Iterator[pa.Table]:
+def read_shard(
+    source: Source, shard: Shard, index: int, committed: RowIds | None = None
+) -> Iterator[pa.Table]:
     """Read one shard: tables of up to 1,000 canonical rows, rejected ones among them, and the
     marker row that ends it.
+
+    Args:
+        source: What the shard belongs to; its own shards are not looked at.
+        shard: What to read.
+        index: Which of the source's shards it is, for the rows to say.
+        committed: Rows to leave out.
     """
     schema = row_schema(source.carried, source.modality)
     num_rows = num_skipped = 0
-    shard = source.shards[index]
     rows: Iterator[RawRow] = itertools.islice(_read_to_the_end(source, shard), shard.max_rows)
     if source.root is not None:
         rows = _fetch(source, rows, source.root)
@@ -144,17 +162,21 @@ def _read_to_the_end(source: Source, shard: Shard) -> Iterator[RawRow]:
     Decompressors and parsers raise what they like (zlib.error, zipfile.BadZipFile, ...), so there
     is no list of what to expect.
     """
-    num_rows = 0
-    try:
-        for row in _READERS[source.format](source, shard):
-            yield row
-            num_rows += 1
-    except Exception as e:
-        name = shard.files[0].name if shard.files else (source.spec.hf.split or "data")
-        error, message = _unreadable(e)
-        # Two dots: lines that were left blank have numbers too, so a plain one may be taken.
-        row_id = f"{name}#{shard.first_row + num_rows}.." if num_rows or shard.start else name
-        yield row_id, (error, f"from row {num_rows} on: {message}" if num_rows else message)
+    if source.format == "hf":
+        parts = [(source.spec.hf.split or "data", _read_hf(source, shard))]
+    else:
+        parts = [(f.name, _READERS[source.format](source, shard, f)) for f in shard.files]
+    for name, rows in parts:
+        num_rows = 0
+        try:
+            for row in rows:
+                yield row
+                num_rows += 1
+        except Exception as e:
+            error, message = _unreadable(e)
+            # Two dots: lines that were left blank have numbers too, so a plain one may be taken.
+            row_id = f"{name}#{shard.first_row + num_rows}.." if num_rows or shard.start else name
+            yield row_id, (error, f"from row {num_rows} on: {message}" if num_rows else message)
 
 
 def _chunks(source: Source, rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
@@ -312,21 +334,14 @@ def _cast(value: Any, field: pa.Field) -> Any:
 # --- formats --------------------------------------------------------------------------------------
 
 
-def _read_folder(source: Source, shard: Shard) -> Iterator[RawRow]:
-    for file in shard.files:
-        row: dict[str, Any] | tuple[str, str]
-        try:
-            row = {source.spec.input: source.fs.cat_file(file.path)}
-        except Exception as e:  # by filesystem: OSError, obstore's own, aiohttp's own
-            row = _unreadable(e)
-        else:
-            if source.spec.label:
-                row[source.spec.label] = posixpath.basename(posixpath.dirname(file.name)) or None
-        yield file.name, row
+def _read_folder(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
+    row = {source.spec.input: source.fs.cat_file(file.path)}
+    if source.spec.label:
+        row[source.spec.label] = posixpath.basename(posixpath.dirname(file.name)) or None
+    yield file.name, row
 
 
-def _read_jsonl(source: Source, shard: Shard) -> Iterator[RawRow]:
-    (file,) = shard.files
+def _read_jsonl(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
     with source.fs.open(file.path, "rb", compression="infer") as lines:
         for i, line in enumerate(lines):
             if i == 0:
@@ -347,8 +362,7 @@ def _parse_json(line: bytes, encoding_errors: str) -> dict[str, Any] | tuple[str
     return value
 
 
-def _read_csv(source: Source, shard: Shard) -> Iterator[RawRow]:
-    (file,) = shard.files
+def _read_csv(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
     with _open_csv(source, file) as lines:
         reader = csv.reader(lines, delimiter=_delimiter(file), strict=True)
         header = next(reader, [])
@@ -386,8 +400,7 @@ def _delimiter(file: File) -> str:
     return "\t" if ".tsv" in file.path.lower() else ","
 
 
-def _read_parquet(source: Source, shard: Shard) -> Iterator[RawRow]:
-    (file,) = shard.files
+def _read_parquet(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
     spec = source.spec
     wanted = list(dict.fromkeys([c for c in (spec.id, spec.input) if c] + list(spec.columns)))
     with source.fs.open(file.path, "rb") as handle:
@@ -426,13 +439,12 @@ def _batch_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     ]
 
 
-def _read_webdataset(source: Source, shard: Shard) -> Iterator[RawRow]:
+def _read_webdataset(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
     """Samples of a tar file: members of one name, a column for each extension.
 
     Read as a stream: nothing is extracted, so that a member's name is never a path, and a link
     never leads anywhere.
     """
-    (file,) = shard.files
     for i, (key, members) in enumerate(_samples(source, file)):
         row: dict[str, Any] | tuple[str, str] = {"__key__": key, **members}
         for name, value in members.items():
@@ -487,7 +499,7 @@ def _read_hf(source: Source, shard: Shard) -> Iterator[RawRow]:
             yield f"{prefix}#{start + i}", dict(zip(batch, values, strict=True))
 
 
-_READERS: dict[str, Callable[[Source, Shard], Iterator[RawRow]]] = {
+_READERS: dict[str, Callable[[Source, Shard, File], Iterator[RawRow]]] = {
     "text_folder": _read_folder,
     "image_folder": _read_folder,
     "audio_folder": _read_folder,
@@ -495,7 +507,6 @@ _READERS: dict[str, Callable[[Source, Shard], Iterator[RawRow]]] = {
     "jsonl": _read_jsonl,
     "csv": _read_csv,
     "parquet": _read_parquet,
-    "hf": _read_hf,
 }
 
 
@@ -520,7 +531,7 @@ def file_schema(source: Source, file: File) -> pa.Schema:
         names = dict.fromkeys(name for _, members in samples for name in members)
         # What is carried beside the input (cls, txt, json) is text.
         return pa.schema([pa.field(c, pa.string()) for c in ("__key__", *names)])
-    rows = itertools.islice(_read_jsonl(source, Shard((file,))), _SAMPLE_ROWS)
+    rows = itertools.islice(_read_jsonl(source, Shard(), file), _SAMPLE_ROWS)
     objects = []
     try:
         for _, row in rows:
