@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import typer
 
 from fmembed import __version__
-from fmembed.spec import FmembedError, RunSpec, SpecError
+from fmembed.spec import FmembedError, RunSpec, SpecError, read_yaml
 
 app = typer.Typer(
     add_completion=False,
@@ -58,8 +58,6 @@ def embed(
     verbose: _Verbose = False,
 ) -> None:
     """Embed a dataset; run the same command again to resume."""
-    import yaml
-
     overrides: dict[str, Any] = {
         "source.uri": source,
         "source.format": format_,
@@ -77,7 +75,7 @@ def embed(
     overrides = {field: value for field, value in overrides.items() if value is not None}
     for assignment in set_ or ():
         name, _, value = assignment.partition("=")
-        overrides[name] = yaml.safe_load(value)
+        overrides[name] = read_yaml(value, f"--set {name}")
     spec = RunSpec.from_yaml(config, overrides)
     from fmembed import pipeline
 

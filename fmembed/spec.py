@@ -20,6 +20,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import reprlib
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit, urlunsplit
@@ -28,6 +29,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
+# Of a config: its text, what it unfolds to, and the digits of a number in it.
+_MAX_CONFIG_BYTES, _MAX_NODES, _MAX_DIGITS = 2**20, 100_000, 100
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+# What a message quotes of a value.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 class FmembedError(Exception):
@@ -327,15 +334,15 @@ class RunSpec(_Part):
         raw: Any = {}
         if path is not None:
             try:
-                raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+                with Path(path).open("rb") as file:
+                    content = file.read(_MAX_CONFIG_BYTES + 1)
+                # What is too long may be cut within a character; it is refused below.
+                is_whole = len(content) <= _MAX_CONFIG_BYTES
+                text = content.decode(errors="strict" if is_whole else "replace")
             except (OSError, UnicodeDecodeError) as e:
                 reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
                 raise SpecError(f"config {path}: {reason}; give the path of a YAML file") from None
-            except yaml.YAMLError as e:
-                mark = getattr(e, "problem_mark", None)
-                where = f" line {mark.line + 1}" if mark else ""
-                problem = getattr(e, "problem", None) or "cannot be parsed"
-                raise SpecError(f"config {path}{where}: not valid YAML: {problem}") from None
+            raw = read_yaml(text, f"config {path}")
             if not isinstance(raw, dict):
                 raise SpecError(f"config {path}: takes a mapping with source, model and output")
         for dotted, value in (overrides or {}).items():
@@ -362,11 +369,83 @@ class RunSpec(_Part):
             raise SpecError(_one_line(e)) from None
 
 
+def read_yaml(text: str, what: str) -> Any:
+    """Read YAML that may come from anywhere, in bounded time and memory.
+
+    A few lines whose aliases name each other unfold to billions of values, and a number of a
+    million digits takes minutes: what was parsed is counted before anything is made of it.
+
+    Args:
+        text: A document.
+        what: What it is, for the message.
+
+    Raises:
+        SpecError: It is no YAML, or unfolds to more than a config holds.
+    """
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise SpecError(f"{what}: takes at most {_MAX_CONFIG_BYTES:,} bytes")
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_nodes(node, {})
+        return loader.construct_document(node)
+    except _Unfolded as e:
+        raise SpecError(f"{what}: {e}") from None
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(e, "problem", None) or "cannot be parsed"
+        raise SpecError(f"{what}{where}: not valid YAML: {problem[:200]}") from None
+    except RecursionError:
+        raise SpecError(f"{what}: not valid YAML: it is nested too deeply") from None
+    except ValueError as e:  # of a date that is none, a number that is none
+        raise SpecError(f"{what}: not valid YAML: {str(e)[:200]}") from None
+
+
+class _Unfolded(Exception):  # noqa: N818 - what is too much of it is the message
+    pass
+
+
+class _Loader(yaml.SafeLoader):
+    """Stops at too many values: a megabyte of commas takes ten seconds."""
+
+    num_nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.num_nodes += 1
+        if self.num_nodes > _MAX_NODES:
+            raise _Unfolded(f"holds more than {_MAX_NODES:,} values")
+        return super().compose_node(parent, index)
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """Nodes when every alias is unfolded; each is visited once, and `known` holds its count."""
+    if id(node) in known:
+        if not known[id(node)]:
+            raise _Unfolded("an alias stands inside of what it names")
+        return known[id(node)]
+    known[id(node)] = 0
+    inner: Any = node.value
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in _NUMBERS and len(inner) > _MAX_DIGITS:
+            raise _Unfolded(f"a number of {len(inner):,} characters")
+        inner = []
+    elif isinstance(node, yaml.MappingNode):
+        inner = [part for pair in inner for part in pair]
+    count = 1 + sum(_count_nodes(part, known) for part in inner)
+    if count > _MAX_NODES:
+        raise _Unfolded(f"unfolds to more than {_MAX_NODES:,} values")
+    known[id(node)] = count
+    return count
+
+
 def _set(raw: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         nested = raw.setdefault(key, {})
         if not isinstance(nested, dict):
-            raise SpecError(f"{key}: takes a mapping of fields, not {nested!r}")
+            raise SpecError(f"{key}: takes a mapping of fields, not {_SHORT.repr(nested)}")
         raw = nested
     raw[keys[-1]] = value
 
@@ -382,7 +461,7 @@ def _one_line(error: ValidationError) -> str:
         if isinstance(key, int) or key in fields or first["type"] == "extra_forbidden":
             names.append(str(key))
             fields = _field_names(RunSpec, names)
-    field = ".".join(names) or "config"
+    field = ".".join(n if len(n) <= 200 else f"{n[:200]}..." for n in names) or "config"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         known = sorted(_field_names(RunSpec, names[:-1]))
@@ -395,7 +474,7 @@ def _one_line(error: ValidationError) -> str:
             return f"{field}: missing; {'.'.join(names[:-1])} takes {', '.join(known)}{more}"
         return f"{field}: missing; every config names source.uri, model.id and output.uri{more}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{field}: {message}, got {first['input']!r}{more}"
+    return f"{field}: {message}, got {_SHORT.repr(first['input'])}{more}"
 
 
 def _field_names(model: type[BaseModel], path: list[str]) -> set[str]:

@@ -200,3 +200,11 @@ def test_verify_of_no_table(tmp_path: Path) -> None:
 
 def test_version() -> None:
     assert run_cli("--version").stdout.startswith("fmembed 0.")
+
+
+def test_a_flag_that_unfolds_is_one_line() -> None:
+    nested = "[" * 50_000
+    run = run_cli("embed", "--source", "a", "--model", "b", "--output", "c", "--set", f"x={nested}")
+    assert run.returncode == 2
+    assert run.stderr.endswith("--set x: not valid YAML: it is nested too deeply\n")
+    assert run.stderr.count("\n") == 1
