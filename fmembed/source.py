@@ -29,6 +29,7 @@ from fmembed.readers import (
     Shard,
     Source,
     file_schema,
+    is_bounded,
     load_hf,
     read_shard,
 )
@@ -63,6 +64,7 @@ _MANY_FILES = 1000
 _GROUP_BYTES = 4 * 2**20
 # One file in so many ends its group by its name, so that a new file moves no other group's ends.
 _GROUP_FILES = 256
+_SHOWN_NAMES, _SHOWN_CHARACTERS = 20, 40
 _SHARD_ROWS = 50_000
 
 
@@ -298,7 +300,9 @@ def _revision(info: Mapping[str, Any]) -> str:
 
 def _with_keys(spec: SourceSpec, shards: Iterable[Shard], revision: str = "") -> tuple[Shard, ...]:
     """Name each shard after all that decides which rows it yields."""
-    settings = spec.model_dump(mode="json", exclude={"label", "split", "carry", "caption"})
+    # The limits only reject, and what was rejected is on record as such.
+    limits = {"max_text_bytes", "max_media_bytes"}
+    settings = spec.model_dump(mode="json", exclude={"label", "split", "carry", "caption", *limits})
     settings["uri"] = redact(spec.uri)
     settings["root"] = redact(spec.root) if spec.root else None
 
@@ -336,12 +340,19 @@ def _check_columns(spec: SourceSpec, available: set[str]) -> None:
     named |= {f"source.carry[{i}]": c for i, c in enumerate(spec.carry)}
     for field, column in named.items():
         if column is not None and column not in available:
-            has = ", ".join(sorted(available)) or "none"
+            has = _some(sorted(available)) or "none"
             raise SourceError(f"{field}: no column {column!r} in {spec.uri}; it has {has}")
 
 
+def _some(names: Sequence[str]) -> str:
+    """Names for a message: of a million the first few, each cut."""
+    shown = [n if len(n) <= _SHOWN_CHARACTERS else f"{n[:_SHOWN_CHARACTERS]}..." for n in names]
+    more = len(names) - _SHOWN_NAMES
+    return ", ".join(shown[:_SHOWN_NAMES]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def _carried_schema(spec: SourceSpec, types: pa.Schema) -> pa.Schema:
-    """The carried columns' types, as near as Delta Lake can store them."""
+    """The carried columns' types, as near as Delta Lake can store them; else JSON's text."""
     fields = []
     for column in spec.columns:
         type_ = types.field(column).type
@@ -355,7 +366,7 @@ def _carried_schema(spec: SourceSpec, types: pa.Schema) -> pa.Schema:
             type_ = pa.timestamp("us", type_.tz)
         elif pa.types.is_date(type_):
             type_ = pa.date32()
-        elif pa.types.is_null(type_) or pa.types.is_large_string(type_):
+        elif pa.types.is_null(type_) or pa.types.is_large_string(type_) or not is_bounded(type_):
             type_ = pa.string()
         fields.append(pa.field(column, type_))
     return pa.schema(fields)
@@ -366,7 +377,7 @@ def _sample_schema(source: Source, files: list[File]) -> pa.Schema:
 
     Of the first readable one where none has, so that the message can say what there is.
     """
-    named = {source.spec.input, source.spec.id, *source.spec.columns} - {None}
+    named = set(source.spec.wanted)
     first: pa.Schema | None = None
     problem = ""
     for file in files[:_MAX_SAMPLED_FILES]:

@@ -113,6 +113,10 @@ class SourceSpec(_Part):
     `format: hf`, a dataset saved to disk or a hub id. `root` says that the input column holds paths
     below this folder or URL instead of content; nothing outside it is ever opened. `caption` is a
     column of texts that belong to pictures or sounds, for the probe crossmodal.
+
+    A small file can unfold to more than memory holds, so a row has limits, and one over them is
+    rejected: `max_text_bytes` for a text, a line of JSON, a row of CSV, and what is carried beside;
+    `max_media_bytes` for a picture's or sound's file. Both hold wherever the row comes from.
     """
 
     uri: str = Field(min_length=1)
@@ -125,6 +129,8 @@ class SourceSpec(_Part):
     caption: str | None = None
     root: str | None = None
     encoding_errors: Literal["strict", "replace", "ignore"] = "strict"
+    max_text_bytes: int = Field(default=64 * 2**20, ge=1, le=2**30)
+    max_media_bytes: int = Field(default=512 * 2**20, ge=1, le=2**30)
     hf: HubDataset = HubDataset()
 
     @property
@@ -136,6 +142,12 @@ class SourceSpec(_Part):
     def columns(self) -> tuple[str, ...]:
         """The carried columns, each once: label, split, caption, then `carry`, in that order."""
         named = (self.label, self.split, self.caption, *self.carry)
+        return tuple(dict.fromkeys(c for c in named if c is not None))
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """All columns that are read, each once."""
+        named = (self.id, self.input, *self.columns)
         return tuple(dict.fromkeys(c for c in named if c is not None))
 
 
@@ -207,7 +219,9 @@ _NO_OUTPUT = frozenset(("row_id", "content_hash", "num_units", "truncated", "par
 class PreprocessSpec(_Part):
     """What is made of a row before the model sees it, and what no row may exceed.
 
-    A small file can hold a picture that fills the memory: hence the limits. `chunk_tokens` cuts
+    A small file can hold a picture that fills the memory: hence the limits, of pixels, of seconds
+    and of samples (those of all channels, four bytes each; ten minutes of stereo at 96 kHz are 115
+    million). What a row's bytes may be before they are decoded is in `source`. `chunk_tokens` cuts
     texts, and `window_s` sounds, into pieces that overlap; `pieces: rows` gives each its own row in
     the table (the default for texts), `mean` their average, each weighted by its tokens or samples
     (the default for sounds, whose model may take no more than a few seconds).
@@ -215,6 +229,7 @@ class PreprocessSpec(_Part):
 
     max_image_px: int = Field(default=100_000_000, ge=1)
     max_audio_s: float = Field(default=600.0, gt=0)
+    max_audio_samples: int = Field(default=120_000_000, ge=1)
     chunk_tokens: int | None = Field(default=None, ge=8)
     chunk_overlap: int = Field(default=0, ge=0)
     window_s: float | None = Field(default=None, gt=0)
