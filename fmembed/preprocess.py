@@ -311,22 +311,17 @@ def _decode_image(content: bytes, max_px: int) -> npt.NDArray[np.uint8]:
     """
     from PIL import Image, ImageOps
 
-    # Ours is a limit with a cause; Pillow's own warns at one size and raises at another.
-    Image.MAX_IMAGE_PIXELS = None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata; the pixels decide
-        with Image.open(io.BytesIO(content)) as image:
-            width, height = image.size
-            if width * height > max_px:
-                raise _TooLarge(
-                    f"{width:,} x {height:,} pixels, more than preprocess.max_image_px = {max_px:,}"
-                )
-            # Pillow raises at twice this number, where a picture is inside of another (icons).
-            Image.MAX_IMAGE_PIXELS = max(max_px // 2, 1)
-            try:
+    # Pillow warns at this many pixels and raises at twice as many, wherever it learns of a size: in
+    # the header, or of a picture inside of another, which opening an icon unfolds.
+    Image.MAX_IMAGE_PIXELS = max_px / 2  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata; the pixels decide
+            with Image.open(io.BytesIO(content)) as image:
                 return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-            except Image.DecompressionBombError as e:
-                raise _TooLarge(f"{e}; preprocess.max_image_px = {max_px:,}") from None
+    except Image.DecompressionBombError as e:
+        size = str(e).partition(" exceeds")[0]
+        raise _TooLarge(f"{size} is over preprocess.max_image_px = {max_px:,}") from None
 
 
 @functools.lru_cache(maxsize=2)

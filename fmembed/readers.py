@@ -214,11 +214,13 @@ def _read_to_the_end(source: Source, shard: Shard) -> Iterator[RawRow]:
 
 def _chunks(source: Source, rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
     chunk: list[RawRow] = []
-    num_bytes = 0
+    num_bytes, most = 0, source.most_bytes
     for row_id, row in rows:
         if isinstance(row, dict):
-            size = sum(_num_bytes(value) for value in row.values())
-            if size > source.most_bytes:
+            size = 0
+            for value in row.values():
+                size += len(value) if isinstance(value, str | bytes) else _num_bytes(value)
+            if size > most:
                 row = _too_large_row(source, row, size)
             num_bytes += size
         chunk.append((row_id, row))
@@ -231,8 +233,6 @@ def _chunks(source: Source, rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
 
 def _num_bytes(value: Any) -> int:
     """About what a value holds, nested ones too, however deep."""
-    if isinstance(value, str | bytes):
-        return len(value)
     num_bytes, left = 0, [value]
     while left:
         value = left.pop()
@@ -675,6 +675,10 @@ def _page_bytes(handle: Any, offset: int) -> int:
 
 def _batch_rows(batch: pa.RecordBatch, source: Source) -> Iterator[dict[Any, Any]]:
     """Rows as Python's values, few at a time where they are large."""
+    is_plain = not any(pa.types.is_dictionary(t) or t.num_fields for t in batch.schema.types)
+    if is_plain and batch.nbytes <= min(_CHUNK_BYTES, source.most_bytes):
+        yield from _values(batch)
+        return
     sizes = sum((_lengths(column) for column in batch.columns), np.zeros(batch.num_rows, np.int64))
     is_good = sizes <= source.most_bytes
     steps = (np.cumsum(np.where(is_good, sizes, _CHUNK_BYTES)) - 1) // _CHUNK_BYTES
