@@ -18,7 +18,7 @@ from fmembed.checkpoint import list_modalities, open_checkpoint
 from fmembed.endpoint import cost_usd
 from fmembed.outputs import Ranges, dequantize, ranges_from_lists
 from fmembed.preprocess import Preprocess
-from fmembed.readers import Source, read_shard
+from fmembed.readers import Shard, Source, read_shard
 from fmembed.result import check_probe
 from fmembed.rows import PARENT_ID, PIECE_START, PIECE_STOP, RowIds, keys_of, row_schema
 from fmembed.source import open_source
@@ -447,13 +447,14 @@ def _fetch_inputs(
         source = open_source(spec, (stored.modality,))
     except FmembedError as e:
         return None, None, f"the source cannot be read again: {e}"
-    if sum(f.size for shard in source.shards for f in shard.files) > _MAX_FETCH_BYTES:
+    if source.num_bytes > _MAX_FETCH_BYTES:
         return None, None, "the source is too large to be read again"
     ids = rows[PARENT_ID if by_piece else "row_id"].to_pylist()
     wanted = ray.put(RowIds(keys_of(dict.fromkeys(ids))))
     fetch = ray.remote(num_cpus=1)(_fetch_shard)
     found: dict[str, tuple[str, Any]] = {}
-    for pairs in ray.get([fetch.remote(source, i, wanted) for i in range(len(source.shards))]):
+    described = ray.put(source.without_shards)
+    for pairs in ray.get([fetch.remote(described, shard, wanted) for shard in source.shards]):
         found.update(pairs)
     inputs = []
     for row_id, content_hash in zip(ids, rows["content_hash"].to_pylist(), strict=True):
@@ -474,9 +475,9 @@ def _cut(texts: list[str | None], rows: pa.Table) -> list[str | None]:
     return [(t or "")[start:stop] for t, (start, stop) in zip(texts, spans, strict=True)]
 
 
-def _fetch_shard(source: Source, index: int, wanted: RowIds) -> dict[str, tuple[str, Any]]:
+def _fetch_shard(source: Source, shard: Shard, wanted: RowIds) -> dict[str, tuple[str, Any]]:
     found = {}
-    for rows in read_shard(source, index):
+    for rows in read_shard(source, shard, 0):
         rows = rows.filter(rows["_input"].is_valid())
         ids = rows["row_id"].to_pylist()
         here = np.flatnonzero(wanted.contains(keys_of(ids)))

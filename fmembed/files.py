@@ -16,6 +16,7 @@ import fsspec.asyn
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 10
+_READ_BYTES = 2**20
 # Regular files by their mode, but made by the kernel as they are read.
 _OF_THE_KERNEL = ("/proc/", "/sys/")
 
@@ -33,20 +34,54 @@ def is_local(fs: Any) -> bool:
     return "local" in _protocols(fs)
 
 
-def read_whole(fs: Any, path: str) -> bytes:
-    """Read a file.
+class TooLargeError(Exception):
+    """A file holds more than a row may: `num_bytes` at least."""
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__(f"{num_bytes:,} bytes")
+        self.num_bytes = num_bytes
+
+
+def read_whole(fs: Any, path: str, most: int, size: int = 0) -> bytes:
+    """Read a file, and no more of it than a row may hold.
+
+    Args:
+        fs: Where.
+        path: Which.
+        most: Bytes that it may have.
+        size: What a listing says of it, 0 where it says nothing.
 
     Raises:
         RefusedError: A local one that is no regular file.
+        TooLargeError: It holds more.
     """
-    if not is_local(fs):
+    if size > most:
+        raise TooLargeError(size)
+    if is_local(fs):
+        check_regular(fs, path)
+        # It may have become a pipe since: opened so, that is not waited for either.
+        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise _not_regular(path)
+            return _read_up_to(file, most, facts.st_size)
+    # One request where the listing tells the size; a web server's word for it is not taken.
+    if size and "https" not in _protocols(fs):
         return bytes(fs.cat_file(path))
-    check_regular(fs, path)
-    # It may have become a pipe since: opened so, that is not waited for either.
-    with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise _not_regular(path)
-        return file.read()
+    with fs.open(path, "rb") as file:
+        return _read_up_to(file, most, getattr(file, "size", None) or 0)
+
+
+def _read_up_to(file: Any, most: int, stated: int) -> bytes:
+    if stated > most:
+        raise TooLargeError(stated)
+    pieces, num_bytes = [], 0
+    while piece := bytes(file.read(_READ_BYTES)):
+        pieces.append(piece)
+        num_bytes += len(piece)
+        if num_bytes > most:
+            raise TooLargeError(num_bytes)
+    return b"".join(pieces)
 
 
 def check_regular(fs: Any, path: str) -> None:
@@ -61,14 +96,14 @@ def check_regular(fs: Any, path: str) -> None:
             raise _not_regular(path)
 
 
-def open_root(fs: Any, folder: str) -> Callable[[str], bytes]:
+def open_root(fs: Any, folder: str, most: int) -> Callable[[str], bytes]:
     """How to read what lies below a folder or URL, and nothing outside it.
 
     Local links are followed as long as they stay inside; so are redirects. The root may be a link.
 
     Returns:
         A function from a path below the root to the file's content. It raises RefusedError where
-        that is outside, or no regular file.
+        that is outside, or no regular file, TooLargeError where it has more than `most` bytes.
     """
     folder = folder.rstrip("/")
     if is_local(fs):
@@ -78,15 +113,15 @@ def open_root(fs: Any, folder: str) -> Callable[[str], bytes]:
             real = os.path.realpath(f"{folder}/{path}")
             if not real.startswith(root):
                 raise RefusedError("outside the root", "a link leads out of source.root")
-            return read_whole(fs, real)
+            return read_whole(fs, real, most)
 
         return read_local
     if "https" in _protocols(fs):
-        return lambda path: bytes(fsspec.asyn.sync(fs.loop, _get_below, fs, folder, path))
-    return lambda path: bytes(fs.cat_file(f"{folder}/{path}"))
+        return lambda path: bytes(fsspec.asyn.sync(fs.loop, _get_below, fs, folder, path, most))
+    return lambda path: read_whole(fs, f"{folder}/{path}", most)
 
 
-async def _get_below(fs: Any, folder: str, path: str) -> bytes:
+async def _get_below(fs: Any, folder: str, path: str, most: int) -> bytes:
     """Get a page, following redirects by hand: aiohttp would ask whomever they name."""
     session = await fs.set_session()
     root, url = fs.encode_url(folder), fs.encode_url(f"{folder}/{path}")
@@ -99,7 +134,13 @@ async def _get_below(fs: Any, folder: str, path: str) -> bytes:
                 if answer.status == 404:
                     raise FileNotFoundError(f"no such file: {path}")
                 answer.raise_for_status()
-                return bytes(await answer.read())
+                pieces, num_bytes = [], 0
+                async for piece in answer.content.iter_chunked(_READ_BYTES):
+                    pieces.append(piece)
+                    num_bytes += len(piece)
+                    if num_bytes > most:
+                        raise TooLargeError(num_bytes)
+                return b"".join(pieces)
             url = answer.url.join(fs.encode_url(target))
             if root.user is not None:
                 url = url.with_user(root.user).with_password(root.password)

@@ -91,8 +91,7 @@ def estimate_work(source: Source, checkpoint: Checkpoint, in_chunks: bool) -> Wo
         return Work(num_rows=source.num_rows)
     if source.num_rows is not None:
         return Work(row_tokens * source.num_rows, row_tokens, source.num_rows)
-    num_bytes = sum(f.size for shard in source.shards for f in shard.files)
-    return Work(num_bytes / _CHARACTERS_PER_TOKEN or math.inf, row_tokens)
+    return Work(source.num_bytes / _CHARACTERS_PER_TOKEN or math.inf, row_tokens)
 
 
 def plan_compute(

@@ -98,6 +98,8 @@ class Preprocess:
 
 
 _SLICE_ROWS = {"text": 4096, "image": 32, "audio": 32}
+# Characters, from which only a part of a text is shown to the tokenizer.
+_LONG = 2**17
 # dtype.name takes 3 us.
 _NAMES = {np.dtype(name): name for name in ("uint8", "int16", "int32", "float32")}
 _SHAPES = pa.list_(pa.list_(pa.int32()))
@@ -167,6 +169,7 @@ def _encode(checkpoint: Checkpoint, spec: PreprocessSpec, texts: list[str]) -> l
     limit = checkpoint.max_tokens
     if spec.chunk_tokens is not None:
         return [_chunk(checkpoint, spec, text) for text in texts]
+    prepared = [t if len(t) <= _LONG else _seen_part(tokenizer, t, limit) for t in prepared]
     options = {
         "truncation": True,
         "max_length": limit,
@@ -191,6 +194,21 @@ def _encode(checkpoint: Checkpoint, spec: PreprocessSpec, texts: list[str]) -> l
         ([(ids, (0, len(text)))], is_cut)
         for ids, is_cut, text in zip(ids_of_rows, cut, texts, strict=True)
     ]
+
+
+def _seen_part(tokenizer: Any, text: str, limit: int) -> str:
+    """The part of a very long text that holds twice the tokens that the model sees.
+
+    A tokenizer goes through all of a text before it cuts it, and takes some hundred bytes for each
+    character: 64 MB of text made a process of gigabytes for the first 256 tokens.
+    """
+    size = _LONG
+    while size < len(text):
+        part = text[:size] if tokenizer.truncation_side == "right" else text[-size:]
+        if len(tokenizer(part, truncation=False, verbose=False)["input_ids"]) > 2 * limit:
+            return part
+        size *= 4
+    return text
 
 
 def _chunk(checkpoint: Checkpoint, spec: PreprocessSpec, text: str) -> _Encoded:
@@ -296,17 +314,17 @@ def _decode_image(content: bytes, max_px: int) -> npt.NDArray[np.uint8]:
     """
     from PIL import Image, ImageOps
 
-    # Ours is a limit with a cause; Pillow's own warns at one size and raises at another.
-    Image.MAX_IMAGE_PIXELS = None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata; the pixels decide
-        with Image.open(io.BytesIO(content)) as image:
-            width, height = image.size
-            if width * height > max_px:
-                raise _TooLarge(
-                    f"{width:,} x {height:,} pixels, more than preprocess.max_image_px = {max_px:,}"
-                )
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    # Pillow warns at this many pixels and raises at twice as many, wherever it learns of a size: in
+    # the header, or of a picture inside of another, which opening an icon unfolds.
+    Image.MAX_IMAGE_PIXELS = max_px / 2  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata; the pixels decide
+            with Image.open(io.BytesIO(content)) as image:
+                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except Image.DecompressionBombError as e:
+        size = str(e).partition(" exceeds")[0]
+        raise _TooLarge(f"{size} is over preprocess.max_image_px = {max_px:,}") from None
 
 
 @functools.lru_cache(maxsize=2)
@@ -347,7 +365,7 @@ def _prepare_sound(
     checkpoint: Checkpoint, spec: PreprocessSpec, content: bytes
 ) -> _Prepared | _BadInput:
     try:
-        samples = _decode_sound(content, checkpoint.rate_hz, spec.max_audio_s)
+        samples = _decode_sound(content, checkpoint.rate_hz, spec)
     except _TooLarge as e:
         return _BadInput("audio too long", str(e))
     except Exception as e:  # soundfile.LibsndfileError, and what a bad header leads to
@@ -398,7 +416,7 @@ def _spectrogram(
     return np.asarray(batch[extractor.model_input_names[0]][0], dtype=np.float32)
 
 
-def _decode_sound(content: bytes, rate_hz: int, max_s: float) -> npt.NDArray[Any]:
+def _decode_sound(content: bytes, rate_hz: int, spec: PreprocessSpec) -> npt.NDArray[Any]:
     """Decode to one channel at the model's rate, shape (samples,).
 
     int16 where the sound is stored so and nothing is to be computed on it, else float32.
@@ -408,11 +426,18 @@ def _decode_sound(content: bytes, rate_hz: int, max_s: float) -> npt.NDArray[Any
 
     with soundfile.SoundFile(io.BytesIO(content)) as sound:
         is_raw = (sound.subtype, sound.channels, sound.samplerate) == ("PCM_16", 1, rate_hz)
+        most_s = int(spec.max_audio_s * sound.samplerate)
+        most = min(most_s, spec.max_audio_samples // sound.channels)
         # One more than allowed: a header's length may be a lie, what is read is not.
-        most = int(max_s * sound.samplerate)
-        samples = sound.read(most + 1, dtype="int16" if is_raw else "float32", always_2d=True)
+        dtype = "int16" if is_raw else "float32"
+        samples = sound.read(most + 1, dtype=dtype, always_2d=True)
+        if len(samples) > most_s:
+            raise _TooLarge(f"longer than preprocess.max_audio_s = {spec.max_audio_s:g}")
         if len(samples) > most:
-            raise _TooLarge(f"longer than preprocess.max_audio_s = {max_s:g}")
+            raise _TooLarge(
+                f"{sound.channels} channels at {sound.samplerate:,} Hz hold more samples than "
+                f"preprocess.max_audio_samples = {spec.max_audio_samples:,}"
+            )
         if is_raw:
             return np.asarray(samples[:, 0])
         mono = samples.mean(axis=1)

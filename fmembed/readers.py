@@ -6,24 +6,32 @@ becomes a rejected row and everything around it is kept.
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import csv
+import gzip
 import hashlib
+import io
 import itertools
 import json
+import lzma
 import posixpath
+import reprlib
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.utils import infer_compression
 
-from fmembed.files import RefusedError, check_regular, open_root, read_whole
+from fmembed.files import RefusedError, TooLargeError, check_regular, open_root, read_whole
 from fmembed.rows import (
     ERROR,
     MESSAGE,
@@ -46,8 +54,19 @@ _CHUNK_ROWS = 1000
 # A table of this size is handed on, however few its rows: a sound may be a hundred megabytes.
 _CHUNK_BYTES = 16 * 2**20
 _SAMPLE_ROWS = 10_000
-_SAMPLED_TAR_ROWS = 10
-_MAX_MEMBER_BYTES = 2**30
+_SAMPLE_BYTES = 32 * 2**20
+_SAMPLED_TAR_ROWS, _SAMPLED_TAR_MEMBERS = 10, 10_000
+_READ_BYTES = 2**20
+_MAX_ID_BYTES = 4096
+# Of a line: Python holds an empty object of two bytes in 72.
+_MAX_VALUES = 4_000_000
+# Leaves and levels of a carried column's type; what has more is kept as JSON.
+_MAX_LEAVES, _MAX_LEVELS = 1000, 16
+# What a batch of Parquet rows may unfold to, and rows that are told one by one as lost.
+_BATCH_BYTES = 64 * 2**20
+_MAX_LOST_ROWS = 1_000_000
+# Of a tar member's long name or extended header.
+_MAX_HEADER_BYTES = 2**20
 _FETCH_THREADS = 16
 
 # Where a fetched file's content stands in its row, beside the path it was found by.
@@ -57,7 +76,7 @@ _FETCHED: Any = object()
 RawRow = tuple[str, dict[str, Any] | tuple[str, str]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class File:
     """A file: where it is, and the name that row ids carry (relative to the source's root).
 
@@ -70,9 +89,9 @@ class File:
     revision: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
-    """What one read task reads: files, or one file's part.
+    """What one read task reads: files, one file's part, or a saved dataset's part.
 
     `start` and `stop` are row groups of a Parquet file, rows of a saved dataset, or shards of a
     streamed one; None means all. `first_row` numbers the first row of a Parquet shard. `num_rows`
@@ -94,7 +113,8 @@ class Shard:
 class Source:
     """A source that was found, listed and checked.
 
-    `root` is the filesystem, and the folder in it, below which the input column's paths are.
+    The shards stay on the driver: a task gets its own one, and the rest `without_shards`. `root` is
+    the filesystem, and the folder in it, below which the input column's paths are.
     """
 
     spec: SourceSpec
@@ -106,10 +126,31 @@ class Source:
     root: tuple[Any, str] | None = None
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of the files, as they are stored."""
+        return sum(f.size for shard in self.shards for f in shard.files)
+
+    @property
+    def without_shards(self) -> Source:
+        """What reading a shard takes besides the shard."""
+        return replace(self, shards=())
+
+    @property
     def num_rows(self) -> int | None:
         """Rows in the shards where that is known without reading them, else None."""
         counts = [shard.num_rows for shard in self.shards]
         return None if None in counts else sum(c for c in counts if c is not None)
+
+    @property
+    def limit(self) -> str:
+        """The field that bounds a row's content."""
+        return f"source.max_{'text' if self.modality == 'text' else 'media'}_bytes"
+
+    @property
+    def most_bytes(self) -> int:
+        """What a row's content may hold, in bytes."""
+        spec = self.spec
+        return spec.max_text_bytes if self.modality == "text" else spec.max_media_bytes
 
     @property
     def file_is_row(self) -> bool:
@@ -117,13 +158,20 @@ class Source:
         return self.format in FOLDERS
 
 
-def read_shard(source: Source, index: int, committed: RowIds | None = None) -> Iterator[pa.Table]:
+def read_shard(
+    source: Source, shard: Shard, index: int, committed: RowIds | None = None
+) -> Iterator[pa.Table]:
     """Read one shard: tables of up to 1,000 canonical rows, rejected ones among them, and the
     marker row that ends it.
+
+    Args:
+        source: What the shard belongs to; its own shards are not looked at.
+        shard: What to read.
+        index: Which of the source's shards it is, for the rows to say.
+        committed: Rows to leave out.
     """
     schema = row_schema(source.carried, source.modality)
     num_rows = num_skipped = 0
-    shard = source.shards[index]
     rows: Iterator[RawRow] = itertools.islice(_read_to_the_end(source, shard), shard.max_rows)
     if source.root is not None:
         rows = _fetch(source, rows, source.root)
@@ -146,31 +194,44 @@ def _read_to_the_end(source: Source, shard: Shard) -> Iterator[RawRow]:
     Decompressors and parsers raise what they like (zlib.error, zipfile.BadZipFile, ...), so there
     is no list of what to expect.
     """
-    num_rows = 0
-    try:
-        for file in () if source.file_is_row else shard.files:
-            check_regular(source.fs, file.path)
-        for row in _READERS[source.format](source, shard):
-            yield row
-            num_rows += 1
-    except Exception as e:
-        name = shard.files[0].name if shard.files else (source.spec.hf.split or "data")
-        error, message = _unreadable(e)
-        # Two dots: lines that were left blank have numbers too, so a plain one may be taken.
-        row_id = f"{name}#{shard.first_row + num_rows}.." if num_rows or shard.start else name
-        yield row_id, (error, f"from row {num_rows} on: {message}" if num_rows else message)
+    if source.format == "hf":
+        parts = [(source.spec.hf.split or "data", _read_hf(source, shard))]
+    else:
+        parts = [(f.name, _read_file(source, shard, f)) for f in shard.files]
+    for name, rows in parts:
+        num_rows = 0
+        try:
+            for row in rows:
+                yield row
+                num_rows += 1
+        except TooLargeError as e:  # a file that is one row
+            bad = _too_large(e.num_bytes, source)
+            yield name, (bad.error, bad.message)
+        except Exception as e:
+            error, message = _unreadable(e)
+            # Two dots: lines that were left blank have numbers too, so a plain one may be taken.
+            row_id = f"{name}#{shard.first_row + num_rows}.." if num_rows or shard.start else name
+            yield row_id, (error, f"from row {num_rows} on: {message}" if num_rows else message)
+
+
+def _read_file(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
+    if not source.file_is_row:
+        check_regular(source.fs, file.path)
+    yield from _READERS[source.format](source, shard, file)
 
 
 def _chunks(source: Source, rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
     chunk: list[RawRow] = []
-    num_bytes = 0
+    num_bytes, most = 0, source.most_bytes
     for row_id, row in rows:
-        chunk.append((row_id, row))
         if isinstance(row, dict):
-            value = row.get(_FETCHED, row.get(source.spec.input))
-            if isinstance(value, dict):  # a `datasets` Image or Audio
-                value = value.get("bytes")
-            num_bytes += len(value) if isinstance(value, str | bytes) else 0
+            size = 0
+            for value in row.values():
+                size += len(value) if isinstance(value, str | bytes) else _num_bytes(value)
+            if size > most:
+                row = _too_large_row(source, row, size)
+            num_bytes += size
+        chunk.append((row_id, row))
         if len(chunk) == _CHUNK_ROWS or num_bytes >= _CHUNK_BYTES:
             yield chunk
             chunk, num_bytes = [], 0
@@ -178,9 +239,28 @@ def _chunks(source: Source, rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
         yield chunk
 
 
+def _num_bytes(value: Any) -> int:
+    """About what a value holds, nested ones too, however deep."""
+    num_bytes, left = 0, [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict | list):
+            num_bytes += 64 * len(value)
+            left.extend(value.values() if isinstance(value, dict) else value)
+        else:
+            num_bytes += len(value) if isinstance(value, str | bytes) else 8
+    return num_bytes
+
+
+def _too_large_row(source: Source, row: dict[Any, Any], num_bytes: int) -> dict[Any, Any]:
+    """Its id, and instead of the input why it is not embedded."""
+    named = {source.spec.id: row.get(source.spec.id)} if source.spec.id else {}
+    return {**named, _FETCHED: _too_large(num_bytes, source)}
+
+
 def _fetch(source: Source, rows: Iterator[RawRow], root: tuple[Any, str]) -> Iterator[RawRow]:
     """Put the content in place of the paths; a file that cannot be read is its own row's fate."""
-    read_below = open_root(*root)
+    read_below = open_root(*root, source.most_bytes)
     column = source.spec.input
 
     def fetch(item: RawRow) -> RawRow:
@@ -199,6 +279,8 @@ def _fetch(source: Source, rows: Iterator[RawRow], root: tuple[Any, str]) -> Ite
             return row_id, {**row, _FETCHED: _BadRow("outside the root", message)}
         try:
             content = read_below(given)
+        except TooLargeError as e:
+            return row_id, {**row, _FETCHED: _too_large(e.num_bytes, source)}
         except Exception as e:  # by filesystem: OSError, obstore's own, aiohttp's own
             return row_id, {**row, _FETCHED: _BadRow(*_unreadable(e))}
         return row_id, {**row, _FETCHED: content}
@@ -243,7 +325,15 @@ def _canonical(source: Source, chunk: list[RawRow], shard: int, schema: pa.Schem
 
 class _BadRow(Exception):  # noqa: N818 - a row's fate, not a failure of the run
     def __init__(self, error: str, message: str) -> None:
+        super().__init__(message)
         self.error, self.message = error, message
+
+
+def _too_large(num_bytes: int, source: Source) -> _BadRow:
+    return _BadRow(
+        "row too large",
+        f"{num_bytes:,} bytes, more than {source.limit} = {source.most_bytes:,}",
+    )
 
 
 def _row_id(value: Any, column: str) -> str:
@@ -255,9 +345,15 @@ def _row_id(value: Any, column: str) -> str:
             f"column {column!r}: takes text or an integer as id, got {type(value).__name__}",
         )
     try:
-        return str(value).encode().decode()
+        row_id = str(value).encode()
     except UnicodeError:
         raise _BadRow("not UTF-8", f"column {column!r}") from None
+    except ValueError:  # Python's own limit of 4,300 digits
+        raise _BadRow("id too long", f"column {column!r}: an integer of too many digits") from None
+    if len(row_id) > _MAX_ID_BYTES:
+        message = f"column {column!r}: {len(row_id):,} bytes, more than {_MAX_ID_BYTES:,}"
+        raise _BadRow("id too long", message)
+    return row_id.decode()
 
 
 def _text(value: Any, spec: SourceSpec) -> tuple[str, bytes]:
@@ -305,45 +401,86 @@ def _bytes(value: Any, spec: SourceSpec) -> bytes:
 def _cast(value: Any, field: pa.Field) -> Any:
     if isinstance(value, bytes) and pa.types.is_string(field.type):
         value = value.decode(errors="replace").strip()
-    if value is not None and pa.types.is_string(field.type) and not isinstance(value, str):
-        value = json.dumps(value, default=str)
     try:
+        if value is not None and pa.types.is_string(field.type) and not isinstance(value, str):
+            value = json.dumps(value, default=str)
         return pa.scalar(value, field.type).as_py() if value is not None else None
+    except RecursionError:
+        raise _BadRow("wrong type", f"column {field.name!r}: is nested too deeply") from None
     except (pa.ArrowException, UnicodeError, TypeError, ValueError, OverflowError):
-        raise _BadRow(
-            "wrong type", f"column {field.name!r}: {str(value)[:80]!a} is no {field.type}"
-        ) from None
+        shown = ascii(value[:80]) if isinstance(value, str | bytes) else reprlib.repr(value)
+        raise _BadRow("wrong type", f"column {field.name!r}: {shown} is no {field.type}") from None
 
 
 # --- formats --------------------------------------------------------------------------------------
 
 
-def _read_folder(source: Source, shard: Shard) -> Iterator[RawRow]:
-    for file in shard.files:
-        row: dict[str, Any] | tuple[str, str]
-        try:
-            row = {source.spec.input: read_whole(source.fs, file.path)}
-        except Exception as e:  # by filesystem: OSError, obstore's own, aiohttp's own
-            row = _unreadable(e)
-        else:
-            if source.spec.label:
-                row[source.spec.label] = posixpath.basename(posixpath.dirname(file.name)) or None
-        yield file.name, row
+def _lines(handle: Any, most: int) -> Iterator[bytes | int]:
+    """A file's lines, without their ends; of one longer than `most` bytes only its length.
+
+    A megabyte of gzip may hold a line of a gigabyte: no more of it is kept than is allowed.
+    """
+    # Decompressors give what they have before they fail on what follows.
+    read = getattr(handle, "read1", handle.read)
+    kept: list[bytes] = []
+    length = 0
+
+    def line() -> bytes | int:
+        return length if length > most else b"".join(kept)
+
+    while chunk := bytes(read(_READ_BYTES)):
+        for is_rest, piece in zip(
+            itertools.chain(itertools.repeat(False, chunk.count(b"\n")), [True]),
+            chunk.split(b"\n"),
+            strict=True,
+        ):
+            length += len(piece)
+            if length > most:
+                kept = []
+            else:
+                kept.append(piece)
+            if not is_rest:
+                yield line()
+                kept, length = [], 0
+    if length:
+        yield line()
 
 
-def _read_jsonl(source: Source, shard: Shard) -> Iterator[RawRow]:
-    (file,) = shard.files
-    with source.fs.open(file.path, "rb", compression=infer_compression(file.name)) as lines:
-        for i, line in enumerate(lines):
-            if i == 0:
+def _read_folder(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
+    content = read_whole(source.fs, file.path, source.most_bytes, file.size)
+    row: dict[str, Any] = {source.spec.input: content}
+    if source.spec.label:
+        row[source.spec.label] = posixpath.basename(posixpath.dirname(file.name)) or None
+    yield file.name, row
+
+
+def _read_jsonl(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
+    wanted = source.spec.wanted
+    for i, line in _json_lines(source, file):
+        row = _parse_json(line, source)
+        if isinstance(row, dict):
+            row = {c: row[c] for c in wanted if c in row}
+        yield f"{file.name}#{i}", row
+
+
+def _json_lines(source: Source, file: File) -> Iterator[tuple[int, bytes | int]]:
+    """Number and content of each line that is not blank; its length, where it is too long."""
+    with source.fs.open(file.path, "rb", compression=infer_compression(file.name)) as handle:
+        for i, line in enumerate(_lines(handle, source.spec.max_text_bytes)):
+            if i == 0 and isinstance(line, bytes):
                 line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                yield f"{file.name}#{i}", _parse_json(line, source.spec.encoding_errors)
+            if isinstance(line, int) or (line and not line.isspace()):
+                yield i, line
 
 
-def _parse_json(line: bytes, encoding_errors: str) -> dict[str, Any] | tuple[str, str]:
+def _parse_json(line: bytes | int, source: Source) -> dict[str, Any] | tuple[str, str]:
+    most = source.spec.max_text_bytes
+    if isinstance(line, int):
+        return "row too large", f"{line:,} bytes, more than source.max_text_bytes = {most:,}"
+    if len(line) > _MAX_VALUES and sum(map(line.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        return "row too large", f"more than {_MAX_VALUES:,} values in {len(line):,} bytes"
     try:
-        value = json.loads(line.decode("utf-8", errors=encoding_errors))
+        value = json.loads(line.decode("utf-8", errors=source.spec.encoding_errors))
     except UnicodeDecodeError as e:
         return "not UTF-8", f"byte {e.object[e.start]:#04x} at position {e.start} of the line"
     except (ValueError, RecursionError) as e:
@@ -353,20 +490,26 @@ def _parse_json(line: bytes, encoding_errors: str) -> dict[str, Any] | tuple[str
     return value
 
 
-def _read_csv(source: Source, shard: Shard) -> Iterator[RawRow]:
-    (file,) = shard.files
-    with _open_csv(source, file) as lines:
+def _read_csv(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
+    with _open_csv(source, file) as handle:
+        lines = _CsvLines(handle, source.spec.max_text_bytes, _delimiter(file))
         reader = csv.reader(lines, delimiter=_delimiter(file), strict=True)
         header = next(reader, [])
-        missing = [c for c in (source.spec.input, source.spec.id) if c and c not in header]
+        # Of a million columns only these are kept of each row.
+        wanted = {name: i for i, name in enumerate(header) if name in source.spec.wanted}
+        missing = [c for c in (source.spec.input, source.spec.id) if c and c not in wanted]
         if missing:
             yield file.name, ("unreadable file", f"it has no column {missing[0]!r}")
             return
         for i in itertools.count():
+            lines.begin_row()
             try:
                 values = next(reader)
             except StopIteration:
                 break
+            except _BadRow as e:
+                yield f"{file.name}#{i}", (e.error, e.message)
+                continue
             except csv.Error as e:
                 yield f"{file.name}#{i}", ("bad CSV", f"{e}, near line {reader.line_num}")
                 continue
@@ -374,7 +517,51 @@ def _read_csv(source: Source, shard: Shard) -> Iterator[RawRow]:
                 message = f"{len(values)} fields where the header has {len(header)}"
                 yield f"{file.name}#{i}", ("bad CSV", message)
             elif values:
-                yield f"{file.name}#{i}", dict(zip(header, values, strict=True))
+                yield f"{file.name}#{i}", {name: values[at] for name, at in wanted.items()}
+
+
+class _CsvLines:
+    """Lines for csv.reader, that end a row which grows too large.
+
+    A field in quotes may go over any number of lines, and csv.reader holds it all.
+    """
+
+    def __init__(self, handle: Any, most: int, delimiter: str) -> None:
+        self._handle, self._most, self._delimiter = handle, most, delimiter
+        self.begin_row()
+
+    def begin_row(self) -> None:
+        """What is read from here on is the next row."""
+        self._length = self._num_values = self._num_quotes = 0
+
+    def __iter__(self) -> _CsvLines:
+        return self
+
+    def __next__(self) -> str:
+        """The next line.
+
+        Raises:
+            _BadRow: The row is too large; what comes after it is the next row.
+        """
+        line = self._read(self._most - self._length + 1)
+        if not line:
+            raise StopIteration
+        if self._length > self._most:
+            # Its end is where a line ends and all quotes are closed.
+            while line and (line[-1] not in "\r\n" or self._num_quotes % 2):
+                line = self._read(_READ_BYTES)
+            most = f"source.max_text_bytes = {self._most:,}"
+            raise _BadRow("row too large", f"{self._length:,} characters, more than {most}")
+        if self._num_values > _MAX_VALUES:
+            raise _BadRow("row too large", f"more than {_MAX_VALUES:,} values")
+        return line
+
+    def _read(self, most: int) -> str:
+        line: str = self._handle.readline(most)
+        self._length += len(line)
+        self._num_quotes += line.count('"')
+        self._num_values += line.count(self._delimiter)
+        return line
 
 
 def _open_csv(source: Source, file: File) -> Any:
@@ -393,33 +580,132 @@ def _delimiter(file: File) -> str:
     return "\t" if ".tsv" in file.name.lower() else ","
 
 
-def _read_parquet(source: Source, shard: Shard) -> Iterator[RawRow]:
-    (file,) = shard.files
-    spec = source.spec
-    wanted = list(dict.fromkeys([c for c in (spec.id, spec.input) if c] + list(spec.columns)))
+def _read_parquet(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
+    wanted = source.spec.wanted
     with source.fs.open(file.path, "rb") as handle:
         parquet = pq.ParquetFile(handle)
         missing = [c for c in wanted if c not in parquet.schema_arrow.names]
         if missing:
             yield file.name, ("unreadable file", f"it has no column {missing[0]!r}")
             return
+        leaves = _leaves(parquet.metadata, wanted)
         first = shard.first_row
         stop = shard.stop if shard.stop is not None else parquet.num_row_groups
         for group in range(shard.start or 0, stop):
-            num_rows = parquet.metadata.row_group(group).num_rows
+            metadata = parquet.metadata.row_group(group)
+            num_rows = metadata.num_rows
             i = 0
             try:
-                for batch in parquet.iter_batches(_CHUNK_ROWS, row_groups=[group], columns=wanted):
-                    for row in _batch_rows(batch):
+                rows = _batch_size(handle, metadata, leaves, source)
+                for batch in parquet.iter_batches(rows, row_groups=[group], columns=wanted):
+                    for row in _batch_rows(batch, source):
                         yield f"{file.name}#{first + i}", row
                         i += 1
-            except (OSError, pa.ArrowException) as e:
-                for lost in range(i, num_rows):
-                    yield f"{file.name}#{first + lost}", _unreadable(e)
+            except (OSError, pa.ArrowException, _BadRow) as e:
+                fate = (e.error, e.message) if isinstance(e, _BadRow) else _unreadable(e)
+                for lost in range(i, min(num_rows, i + _MAX_LOST_ROWS)):
+                    yield f"{file.name}#{first + lost}", fate
             first += num_rows
 
 
-def _batch_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+def _leaves(metadata: pq.FileMetaData, columns: Sequence[str]) -> list[int]:
+    """The Parquet columns that these columns are made of."""
+    paths = (metadata.schema.column(i).path for i in range(metadata.num_columns))
+    return [i for i, path in enumerate(paths) if path.partition(".")[0] in columns]
+
+
+def _batch_size(
+    handle: Any, group: pq.RowGroupMetaData, leaves: Sequence[int], source: Source
+) -> int:
+    """So many rows of a row group at a time that they do not unfold to more than is bearable.
+
+    Raises:
+        _BadRow: Its rows are too large, by what the file itself says; nothing was unfolded.
+    """
+    columns = [group.column(i) for i in leaves]
+    row_bytes = sum(c.total_uncompressed_size for c in columns) // max(group.num_rows, 1)
+    # Twice, because small values stand in the pages' statistics too; `_batch_rows` looks closer.
+    if row_bytes > 2 * source.most_bytes:
+        raise _too_large(row_bytes, source)
+    largest = row_bytes
+    for column in columns:
+        if column.physical_type != "BYTE_ARRAY":
+            continue
+        if column.has_dictionary_page:
+            # A value that is there once may stand in every row, and more than once in a list.
+            times = -(-column.num_values // max(group.num_rows, 1))
+            largest = max(largest, times * _page_bytes(handle, column.dictionary_page_offset))
+        if "DELTA_BYTE_ARRAY" in column.encodings:
+            # Each value may be nearly all of the one before it; never less than four rows, because
+            # most such files are harmless. Arrow takes some three times what comes out.
+            largest = max(largest, min(4 * column.total_uncompressed_size, _BATCH_BYTES // 4))
+    return int(min(max(_BATCH_BYTES // max(largest, 1), 1), _CHUNK_ROWS))
+
+
+def _page_bytes(handle: Any, offset: int) -> int:
+    """What the page at this place unfolds to: the second number of its header, in Thrift's way."""
+    handle.seek(offset)
+    head = bytes(handle.read(16))
+    at = 1
+    while at < len(head) and head[at] & 0x80:  # the first number: the kind of page
+        at += 1
+    at += 2
+    value = shift = 0
+    for byte in head[at:]:
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if not byte & 0x80:
+            break
+    return value >> 1
+
+
+def _batch_rows(batch: pa.RecordBatch, source: Source) -> Iterator[dict[Any, Any]]:
+    """Rows as Python's values, few at a time where they are large."""
+    is_plain = not any(pa.types.is_dictionary(t) or t.num_fields for t in batch.schema.types)
+    if is_plain and batch.nbytes <= min(_CHUNK_BYTES, source.most_bytes):
+        yield from _values(batch)
+        return
+    sizes = sum((_lengths(column) for column in batch.columns), np.zeros(batch.num_rows, np.int64))
+    is_good = sizes <= source.most_bytes
+    steps = (np.cumsum(np.where(is_good, sizes, _CHUNK_BYTES)) - 1) // _CHUNK_BYTES
+    cuts = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), batch.num_rows]
+    for start, stop in itertools.pairwise(cuts):
+        for i in np.flatnonzero(~is_good[start:stop]).tolist():
+            # Alone in its piece, or first of it: only its id is taken.
+            assert i == 0
+            ids = [c for c in (source.spec.id,) if c in batch.schema.names]
+            (row,) = _values(batch.slice(start, 1).select(ids)) if ids else ({},)
+            yield _too_large_row(source, row, int(sizes[start]))
+            start += 1
+        yield from _values(batch.slice(start, stop - start))
+
+
+def _lengths(column: pa.Array) -> npt.NDArray[np.int64]:
+    """Bytes of each value, shape (rows,), without looking at them."""
+    type_ = column.type
+    none: npt.NDArray[np.int64] = np.zeros(len(column), np.int64)
+    if pa.types.is_dictionary(type_):
+        known = _lengths(column.dictionary)
+        return known[column.indices.fill_null(0).to_numpy(False)] if len(known) else none
+    if pa.types.is_struct(type_):
+        return sum(map(_lengths, column.flatten()), none)
+    if pa.types.is_list(type_) or pa.types.is_large_list(type_):
+        ends = np.cumsum(pc.list_value_length(column).fill_null(0).to_numpy(False))
+        sums = np.concatenate([[0], np.cumsum(_lengths(column.flatten()) + 8)])
+        inside: npt.NDArray[np.int64] = np.diff(sums[np.concatenate([[0], ends])])
+        return inside
+    if any(is_(type_) for is_ in _HAS_LENGTH):
+        lengths: npt.NDArray[np.int64] = pc.binary_length(column).fill_null(0).to_numpy(False)
+        return lengths.astype(np.int64)
+    return np.full(len(column), 8, np.int64)
+
+
+_HAS_LENGTH = (
+    pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary,
+)  # fmt: skip
+
+
+def _values(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     # A string column may hold bytes that are no UTF-8; as binary each row is judged on its own.
     columns = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
@@ -433,49 +719,74 @@ def _batch_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     ]
 
 
-def _read_webdataset(source: Source, shard: Shard) -> Iterator[RawRow]:
+def _read_webdataset(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
     """Samples of a tar file: members of one name, a column for each extension.
 
     Read as a stream: nothing is extracted, so that a member's name is never a path, and a link
     never leads anywhere.
     """
-    (file,) = shard.files
-    for i, (key, members) in enumerate(_samples(source, file)):
-        row: dict[str, Any] | tuple[str, str] = {"__key__": key, **members}
-        for name, value in members.items():
-            if isinstance(value, str):
-                row = ("unreadable file", f"member {key}.{name}: {value}")
-        yield f"{file.name}#{i}", row
-
-
-def _samples(source: Source, file: File) -> Iterator[tuple[str, dict[str, bytes | str]]]:
-    """Key and columns of each sample; a member that cannot be taken is text, saying why."""
-    sample: dict[str, bytes | str] = {}
-    last = ""
-    with (
-        source.fs.open(file.path, "rb") as raw,
-        tarfile.open(fileobj=raw, mode="r|*") as archive,
-    ):
-        for member in archive:
-            if member.isdir():
+    wanted = frozenset(source.spec.wanted)
+    samples = itertools.groupby(_members(source, file), key=lambda found: found[0])
+    for i, (key, members) in enumerate(samples):
+        row: dict[Any, Any] = {"__key__": key}
+        fate: tuple[str, str] | None = None
+        for _key, name, member, archive in members:
+            if name not in wanted:
                 continue
-            folder, _, base = member.name.rpartition("/")
-            stem, _, name = base.partition(".")
-            key = f"{folder}/{stem}" if folder else stem
-            if key != last and sample:
-                yield last, sample
-                sample = {}
-            last = key
+            most = source.most_bytes if name == source.spec.input else source.spec.max_text_bytes
             if not member.isreg():
-                sample[name] = "neither a file nor a folder"
-            elif member.size > _MAX_MEMBER_BYTES:
-                sample[name] = f"{member.size:,} bytes, more than {_MAX_MEMBER_BYTES:,}"
+                fate = "unreadable file", f"member {key}.{name}: neither a file nor a folder"
+            elif member.size > most:
+                message = f"member {key}.{name}: {member.size:,} bytes, more than {most:,}"
+                fate = "row too large", message
             else:
                 content = archive.extractfile(member)
                 assert content is not None
-                sample[name] = content.read()
-    if sample:
-        yield last, sample
+                row[name] = content.read()
+        yield f"{file.name}#{i}", fate or row
+
+
+def _members(
+    source: Source, file: File
+) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.TarFile]]:
+    """Key and extension of each member, and where to read it before the next one is asked for."""
+    with source.fs.open(file.path, "rb") as raw:
+        buffered = io.BufferedReader(raw)
+        start = buffered.peek(2)
+        # By us, a little at a time: ten kilobytes, which tarfile unfolds at once, may be gigabytes.
+        unfold = next((open_ for magic, open_ in _UNFOLD.items() if start.startswith(magic)), None)
+        stream: Any = unfold(buffered) if unfold else buffered
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as archive:
+            while (member := archive.next()) is not None:
+                # It would keep them all.
+                archive.members = []  # type: ignore[attr-defined]
+                archive.pax_headers = {}
+                if not member.isdir():
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, name = base.partition(".")
+                    yield f"{folder}/{stem}" if folder else stem, name, member, archive
+
+
+_UNFOLD: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open,
+}  # fmt: skip
+
+
+class _Header(tarfile.TarInfo):
+    """A tar header; of one that is followed by its own extension the length is looked at first."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTENSIONS and header.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {header.size:,} bytes")
+        return header
+
+
+_EXTENSIONS = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
 
 
 def _read_hf(source: Source, shard: Shard) -> Iterator[RawRow]:
@@ -487,14 +798,18 @@ def _read_hf(source: Source, shard: Shard) -> Iterator[RawRow]:
             for i, row in enumerate(piece):
                 yield f"{prefix}/{s}#{i}", row
         return
-    for start in range(shard.start or 0, shard.stop or 0, _CHUNK_ROWS):
-        stop = min(start + _CHUNK_ROWS, shard.stop or 0)
-        batch = dataset[start:stop]
-        for i, values in enumerate(zip(*batch.values(), strict=True)):
-            yield f"{prefix}#{start + i}", dict(zip(batch, values, strict=True))
+    # As Arrow holds it, on disk: a row is looked at before it becomes Python's.
+    stored = dataset.with_format("arrow")
+    i = shard.start or 0
+    for start in range(i, shard.stop or 0, _CHUNK_ROWS):
+        table: pa.Table = stored[start : min(start + _CHUNK_ROWS, shard.stop or 0)]
+        for batch in table.to_batches():
+            for row in _batch_rows(batch, source):
+                yield f"{prefix}#{i}", row
+                i += 1
 
 
-_READERS: dict[str, Callable[[Source, Shard], Iterator[RawRow]]] = {
+_READERS: dict[str, Callable[[Source, Shard, File], Iterator[RawRow]]] = {
     "text_folder": _read_folder,
     "image_folder": _read_folder,
     "audio_folder": _read_folder,
@@ -502,7 +817,6 @@ _READERS: dict[str, Callable[[Source, Shard], Iterator[RawRow]]] = {
     "jsonl": _read_jsonl,
     "csv": _read_csv,
     "parquet": _read_parquet,
-    "hf": _read_hf,
 }
 
 
@@ -521,37 +835,70 @@ def file_schema(source: Source, file: File) -> pa.Schema:
             return pq.read_schema(handle)
     if source.format == "csv":
         # Text as it stands: a guessed integer would turn 01234 into 1234.
-        with _open_csv(source, file) as lines:
+        with _open_csv(source, file) as handle:
+            lines = _CsvLines(handle, source.spec.max_text_bytes, _delimiter(file))
             header = next(csv.reader(lines, delimiter=_delimiter(file)), [])
         return pa.schema([pa.field(c, pa.string()) for c in header])
     if source.format == "webdataset":
-        samples = itertools.islice(_samples(source, file), _SAMPLED_TAR_ROWS)
-        names = dict.fromkeys(name for _, members in samples for name in members)
+        members = itertools.islice(_members(source, file), _SAMPLED_TAR_MEMBERS)
+        samples = itertools.groupby(members, key=lambda found: found[0])
+        names: dict[str, None] = {}
+        try:
+            for _, sample in itertools.islice(samples, _SAMPLED_TAR_ROWS):
+                names.update((name, None) for _, name, *_ in sample)
+        except Exception:  # as below
+            if not names:
+                raise
         # What is carried beside the input (cls, txt, json) is text.
         return pa.schema([pa.field(c, pa.string()) for c in ("__key__", *names)])
-    rows = itertools.islice(_read_jsonl(source, Shard((file,))), _SAMPLE_ROWS)
-    objects = []
+    objects: list[dict[str, Any]] = []
+    num_bytes = 0
     try:
-        for _, row in rows:
+        for _, line in itertools.islice(_json_lines(source, file), _SAMPLE_ROWS):
+            row = _parse_json(line, source)
             if isinstance(row, dict):
                 objects.append(row)
+                num_bytes += len(line) if isinstance(line, bytes) else 0
+            if num_bytes > _SAMPLE_BYTES:
+                break
     except Exception:  # the rest of the file is broken; its rows will be rejected with the cause
         if not objects:
             raise
     if not objects:
         raise ValueError("no JSON object in it")
-    return _infer(objects)
+    return _infer(objects, source.spec.wanted)
 
 
-def _infer(objects: list[dict[str, Any]]) -> pa.Schema:
-    fields = []
-    for name in dict.fromkeys(itertools.chain.from_iterable(objects)):
-        try:
-            type_ = pa.array([o.get(name) for o in objects]).type
-        except (pa.ArrowException, UnicodeError, OverflowError):
-            type_ = pa.string()
-        fields.append(pa.field(name, pa.string() if pa.types.is_null(type_) else type_))
-    return pa.schema(fields)
+def _infer(objects: list[dict[str, Any]], wanted: Sequence[str]) -> pa.Schema:
+    """The columns, with the types of those that are wanted: there may be a million others."""
+    fields = {n: pa.string() for n in dict.fromkeys(itertools.chain.from_iterable(objects))}
+    for name in wanted:
+        if name in fields:
+            fields[name] = _infer_type([o.get(name) for o in objects])
+    return pa.schema(list(fields.items()))
+
+
+def _infer_type(values: list[Any]) -> pa.DataType:
+    """The type of all values; JSON's text where they have none, or one without bounds."""
+    try:
+        type_ = pa.infer_type(values)
+        if pa.types.is_null(type_) or not is_bounded(type_):
+            return pa.string()
+        return pa.array(values).type
+    except (pa.ArrowException, UnicodeError, OverflowError, RecursionError):
+        return pa.string()
+
+
+def is_bounded(type_: pa.DataType) -> bool:
+    """Whether a nested type has few enough levels and leaves to be a column's type."""
+    left, num_leaves = [(type_, 1)], 0
+    while left:
+        inner, level = left.pop()
+        num_leaves += 1
+        if level > _MAX_LEVELS or num_leaves > _MAX_LEAVES:
+            return False
+        left.extend((inner.field(i).type, level + 1) for i in range(inner.num_fields))
+    return True
 
 
 def load_hf(spec: SourceSpec) -> Any:
@@ -575,7 +922,7 @@ def load_hf(spec: SourceSpec) -> Any:
         raise SourceError(f"source.uri: cannot load dataset {redact(spec.uri)}: {why}") from None
     if isinstance(dataset, dict):
         raise SourceError(f"source.hf.split: name one of {', '.join(dataset)}")
-    wanted = {c for c in (spec.id, spec.input, *spec.columns) if c}
+    wanted = set(spec.wanted)
     if dataset.features and wanted <= set(dataset.features):
         dataset = dataset.select_columns(sorted(wanted))
     for name, feature in (dataset.features or {}).items():

@@ -36,6 +36,9 @@ from fmembed.redaction import scrub as scrub
 _SECRET_FIELD = re.compile(
     r"(?i)(?:^|[_-])(?:key|token|secret|passw(?:or)?d|credentials?|auth)(?:$|[_-])"
 )
+# Of a config: its text, what it unfolds to, and the digits of a number in it.
+_MAX_CONFIG_BYTES, _MAX_NODES, _MAX_DIGITS = 2**20, 100_000, 100
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 # What a message quotes of a value.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
@@ -125,6 +128,10 @@ class SourceSpec(_Part):
     `format: hf`, a dataset saved to disk or a hub id. `root` says that the input column holds paths
     below this folder or URL instead of content; nothing outside it is ever opened. `caption` is a
     column of texts that belong to pictures or sounds, for the probe crossmodal.
+
+    A small file can unfold to more than memory holds, so a row has limits, and one over them is
+    rejected: `max_text_bytes` for a text, a line of JSON, a row of CSV, and what is carried beside;
+    `max_media_bytes` for a picture's or sound's file. Both hold wherever the row comes from.
     """
 
     uri: str = Field(min_length=1)
@@ -137,6 +144,8 @@ class SourceSpec(_Part):
     caption: str | None = None
     root: str | None = None
     encoding_errors: Literal["strict", "replace", "ignore"] = "strict"
+    max_text_bytes: int = Field(default=64 * 2**20, ge=1, le=2**30)
+    max_media_bytes: int = Field(default=512 * 2**20, ge=1, le=2**30)
     hf: HubDataset = HubDataset()
 
     @property
@@ -152,6 +161,12 @@ class SourceSpec(_Part):
     def columns(self) -> tuple[str, ...]:
         """The carried columns, each once: label, split, caption, then `carry`, in that order."""
         named = (self.label, self.split, self.caption, *self.carry)
+        return tuple(dict.fromkeys(c for c in named if c is not None))
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """All columns that are read, each once."""
+        named = (self.id, self.input, *self.columns)
         return tuple(dict.fromkeys(c for c in named if c is not None))
 
 
@@ -245,7 +260,9 @@ _NO_OUTPUT = frozenset(("row_id", "content_hash", "num_units", "truncated", "par
 class PreprocessSpec(_Part):
     """What is made of a row before the model sees it, and what no row may exceed.
 
-    A small file can hold a picture that fills the memory: hence the limits. `chunk_tokens` cuts
+    A small file can hold a picture that fills the memory: hence the limits, of pixels, of seconds
+    and of samples (those of all channels, four bytes each; ten minutes of stereo at 96 kHz are 115
+    million). What a row's bytes may be before they are decoded is in `source`. `chunk_tokens` cuts
     texts, and `window_s` sounds, into pieces that overlap; `pieces: rows` gives each its own row in
     the table (the default for texts), `mean` their average, each weighted by its tokens or samples
     (the default for sounds, whose model may take no more than a few seconds).
@@ -253,6 +270,7 @@ class PreprocessSpec(_Part):
 
     max_image_px: int = Field(default=100_000_000, ge=1)
     max_audio_s: float = Field(default=600.0, gt=0)
+    max_audio_samples: int = Field(default=120_000_000, ge=1)
     chunk_tokens: int | None = Field(default=None, ge=8)
     chunk_overlap: int = Field(default=0, ge=0)
     window_s: float | None = Field(default=None, gt=0)
@@ -383,7 +401,11 @@ class RunSpec(_Part):
         raw: Any = {}
         if path is not None:
             try:
-                text = Path(path).read_text(encoding="utf-8")
+                with Path(path).open("rb") as file:
+                    content = file.read(_MAX_CONFIG_BYTES + 1)
+                # What is too long may be cut within a character; it is refused below.
+                is_whole = len(content) <= _MAX_CONFIG_BYTES
+                text = content.decode(errors="strict" if is_whole else "replace")
             except (OSError, UnicodeDecodeError) as e:
                 reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
                 raise SpecError(f"config {path}: {reason}; give the path of a YAML file") from None
@@ -409,18 +431,75 @@ class RunSpec(_Part):
 
 
 def read_yaml(text: str, what: str) -> Any:
-    """Read a document; `what` it is begins the message.
+    """Read YAML that may come from anywhere, in bounded time and memory.
+
+    A few lines whose aliases name each other unfold to billions of values, and a number of a
+    million digits takes minutes: what was parsed is counted before anything is made of it.
+
+    Args:
+        text: A document.
+        what: What it is, for the message.
 
     Raises:
-        SpecError: It is no YAML.
+        SpecError: It is no YAML, or unfolds to more than a config holds.
     """
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise SpecError(f"{what}: takes at most {_MAX_CONFIG_BYTES:,} bytes")
     try:
-        return yaml.safe_load(text)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_nodes(node, {})
+        return loader.construct_document(node)
+    except _Unfolded as e:
+        raise SpecError(f"{what}: {e}") from None
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = _YAML_NAME.sub(r"\1'...'", getattr(e, "problem", None) or "cannot be parsed")
-        raise SpecError(f"{what}{where}: not valid YAML: {problem}") from None
+        raise SpecError(f"{what}{where}: not valid YAML: {problem[:200]}") from None
+    except RecursionError:
+        raise SpecError(f"{what}: not valid YAML: it is nested too deeply") from None
+    except ValueError:  # which quotes it
+        raise SpecError(f"{what}: not valid YAML: a date or a number that is none") from None
+
+
+class _Unfolded(Exception):  # noqa: N818 - what is too much of it is the message
+    pass
+
+
+class _Loader(yaml.SafeLoader):
+    """Stops at too many values: a megabyte of commas takes ten seconds."""
+
+    num_nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.num_nodes += 1
+        if self.num_nodes > _MAX_NODES:
+            raise _Unfolded(f"holds more than {_MAX_NODES:,} values")
+        return super().compose_node(parent, index)
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """Nodes when every alias is unfolded; each is visited once, and `known` holds its count."""
+    if id(node) in known:
+        if not known[id(node)]:
+            raise _Unfolded("an alias stands inside of what it names")
+        return known[id(node)]
+    known[id(node)] = 0
+    inner: Any = node.value
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in _NUMBERS and len(inner) > _MAX_DIGITS:
+            raise _Unfolded(f"a number of {len(inner):,} characters")
+        inner = []
+    elif isinstance(node, yaml.MappingNode):
+        inner = [part for pair in inner for part in pair]
+    count = 1 + sum(_count_nodes(part, known) for part in inner)
+    if count > _MAX_NODES:
+        raise _Unfolded(f"unfolds to more than {_MAX_NODES:,} values")
+    known[id(node)] = count
+    return count
 
 
 def _set(raw: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -53,7 +53,7 @@ def main() -> None:
         assert num_skipped == NUM_ROWS
         print(f"a file that is committed whole: {time.monotonic() - started:.3f} s")
         started = time.monotonic()
-        (marker,) = [t.to_pylist()[-1] for t in read_shard(source, 0, ids)]
+        (marker,) = [t.to_pylist()[-1] for t in read_shard(source, source.shards[0], 0, ids)]
         assert marker["_skipped"] == NUM_ROWS
         print(
             f"a file that has changed, row by row: {time.monotonic() - started:.1f} s on one core"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +142,29 @@ def test_what_is_missing_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(SpecError, match="torch finds no CUDA device"):
             bench.check_peers("cuda")
+
+
+def test_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the suite gives the command, and its bars over what the command gives."""
+
+    def run(task: dict[str, Any]) -> dict[str, Any]:
+        files = list(Path(task["data"]).rglob("*.txt"))
+        assert all(60 < f.stat().st_size < 120 for f in files)
+        assert (Path(task["model"]) / "model.safetensors").exists()
+        log = Path(task["out"]) / "_delta_log"
+        log.mkdir(parents=True)
+        (log / f"{0:020}.json").write_text('{"metaData": {}}')
+        (log / f"{1:020}.json").write_text('{"add": {}}')
+        os.utime(log / f"{0:020}.json", (0, 0))
+        os.utime(log / f"{1:020}.json", (time.time() + 7, time.time() + 7))
+        return {"rows": len(files), STEADY: 900.0 + len(files), "driver_rss_mib": 500}
+
+    monkeypatch.setattr(bench, "_run", run)
+    (found,) = bench._files(tmp_path, 0.002, 1)
+    assert [way["rows"] for way in found["ways"].values()] == [40, 400]
+    bars = {bar["figure"]: bar for bar in found["bars"]}
+    assert bars["first_s"]["value"] == pytest.approx(7, abs=0.5)
+    assert bars["driver_rss_mib"]["value"] == 500
+    assert bars[STEADY]["value"] == pytest.approx(1300 / 940, abs=0.001)
+    assert [bar["met"] for bar in bars.values()] == [True, True, False]
+    assert bars["first_s"]["what"] == "x10, seconds to the first rows committed"

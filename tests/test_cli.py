@@ -271,3 +271,11 @@ def test_arguments_are_not_obeyed_either(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
         assert all(line.isprintable() for line in done.stderr.split("\n"))
+
+
+def test_a_flag_that_unfolds_is_one_line() -> None:
+    nested = "[" * 50_000
+    run = run_cli("embed", "--source", "a", "--model", "b", "--output", "c", "--set", f"x={nested}")
+    assert run.returncode == 2
+    assert run.stderr.endswith("--set x: not valid YAML: it is nested too deeply\n")
+    assert run.stderr.count("\n") == 1

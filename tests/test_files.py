@@ -27,7 +27,7 @@ def read(source: Any) -> list[dict[str, Any]]:
     return [
         row
         for i in range(len(source.shards))
-        for table in read_shard(source, i)
+        for table in read_shard(source, source.shards[i], i)
         for row in table.to_pylist()
         if row["row_id"]
     ]
@@ -99,7 +99,7 @@ def test_links_that_stay_inside_are_followed(tmp_path: Path) -> None:
 
 def test_the_whole_disk_may_be_the_root(tmp_path: Path) -> None:
     root = tree(tmp_path)
-    read_below = open_root(*filesystem("/"))
+    read_below = open_root(*filesystem("/"), 2**20)
     assert read_below(str(root / "file")[1:]) == b"secret"
     with pytest.raises(RefusedError, match="no regular file"):
         read_below("proc/self/environ")
@@ -172,7 +172,7 @@ def test_a_file_that_becomes_a_pipe_is_not_waited_for(
     os.mkfifo(tmp_path / "a.txt")
     monkeypatch.setattr("fmembed.files.check_regular", lambda *_: None)
     with pytest.raises(RefusedError, match="no regular file"):
-        read_whole(filesystem(str(tmp_path))[0], str(tmp_path / "a.txt"))
+        read_whole(filesystem(str(tmp_path))[0], str(tmp_path / "a.txt"), 2**20)
 
 
 def test_a_changed_target_of_a_link_is_another_shard(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from fmembed.checkpoint import open_checkpoint
 from fmembed.preprocess import Preprocess
 from fmembed.readers import read_shard
-from fmembed.source import open_source
+from fmembed.source import open_source, read_here
 from fmembed.spec import ModelSpec, PreprocessSpec, SourceError, SourceSpec
 
 GOOD = [{"id": f"g{i}", "text": f"good {i}"} for i in range(4)]
@@ -186,8 +186,8 @@ def test_malformed(case: str, tmp_path: Path, tiny_bert: Path) -> None:
     source = open_source(SourceSpec(uri=uri, id="id" if with_ids else None))
     tokenize = Preprocess(open_checkpoint(ModelSpec(id=str(tiny_bert)), False), PreprocessSpec())
     rows = []
-    for i in range(len(source.shards)):
-        read = pa.concat_tables(read_shard(source, i))
+    for i, shard in enumerate(source.shards):
+        read = pa.concat_tables(read_shard(source, shard, i))
         total = read["_total"].to_pylist()[-1]
         assert read.num_rows == total + 1
         rows += tokenize(read).to_pylist()[:-1]
@@ -220,10 +220,8 @@ def test_refused(case: str, tmp_path: Path) -> None:
 def test_what_breaks_off_has_an_id_that_no_row_has(tmp_path: Path) -> None:
     lines = b'{"text": "a"}\n\n\n{"text": "b"}\n' * 300
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines)[:-12])
-    (rows,) = [
-        pa.concat_tables(read_shard(source, 0)).to_pylist()[:-1]
-        for source in [open_source(SourceSpec(uri=str(tmp_path)))]
-    ]
+    source = open_source(SourceSpec(uri=str(tmp_path)))
+    rows = pa.concat_tables(read_here(source)).to_pylist()[:-1]
     ids = [r["row_id"] for r in rows]
     assert len(ids) == len(set(ids)) > 10
     assert rows[-1]["_error"] == "unreadable file"
@@ -237,7 +235,7 @@ def test_the_corpus_is_large_enough() -> None:
 def test_a_gzip_bomb_is_one_long_row(tmp_path: Path) -> None:
     """50 MB in 49 kB: read as what it is, a line, without a second copy of the file on disk."""
     source = open_source(SourceSpec(uri=file("bomb.jsonl.gz", BOMB)(tmp_path), id="id"))
-    rows = [t for i in range(len(source.shards)) for t in read_shard(source, i)]
-    lengths = {r["row_id"]: len(r["_input"]) for t in rows for r in t.to_pylist() if r["row_id"]}
+    rows = [r for t in read_here(source) for r in t.to_pylist() if r["row_id"]]
+    lengths = {r["row_id"]: len(r["_input"]) for r in rows}
     assert lengths["bomb"] == 50_000_000
     assert len(lengths) == 5

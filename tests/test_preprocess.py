@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +19,7 @@ import soundfile
 import torch
 from PIL import Image
 
+from fmembed import preprocess
 from fmembed.checkpoint import open_checkpoint
 from fmembed.encoder import Encoder
 from fmembed.preprocess import Preprocess
@@ -247,3 +251,69 @@ def test_a_long_table_of_texts_is_handed_on_in_slices(tiny_bert: Path) -> None:
     joined = pa.concat_tables(slices).drop_columns(["_counts"])
     assert joined.combine_chunks().equals(preprocess(rows).combine_chunks())
     assert all("seconds/preprocess" in s["_counts"][0].as_py() for s in slices)
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return (
+        struct.pack(">I", len(content)) + name + content
+        + struct.pack(">I", zlib.crc32(name + content))
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [b"zTXt", b"iCCP", b"iTXt"])
+def test_what_stands_beside_the_pixels_is_not_unfolded(name: bytes, tiny_vit: Path) -> None:
+    """200 MB of text or colour profile in 200 kB: rejected or passed over, never held."""
+    head, rest = picture()[:33], picture()[33:]
+    zeros = zlib.compress(b"\0" * 200_000_000, 1)
+    content = {b"zTXt": b"a\0\0", b"iCCP": b"a\0\0", b"iTXt": b"a\0\1\0\0\0"}[name] + zeros
+    tracemalloc.start()
+    rows = embed(tiny_vit, [picture(), head + chunk(name, content) + rest])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows["_error"].to_pylist()[0] is None
+    assert rows["_error"].to_pylist()[1] in (None, "corrupt image")
+    assert peak < 50_000_000
+
+
+def test_a_picture_inside_of_an_icon_has_the_same_limit(tiny_vit: Path) -> None:
+    inner = bomb_png(30_000, 30_000)
+    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22)
+    icon = struct.pack("<HHH", 0, 1, 1) + entry + inner
+    rows = embed(tiny_vit, [picture(), icon], max_image_px=20_000)
+    assert rows["_error"].to_pylist() == [None, "image too large"]
+    assert "preprocess.max_image_px = 20,000" in rows["_message"].to_pylist()[1]
+
+
+def test_many_channels_count(tiny_wav2vec2: Path) -> None:
+    contents = [sound(16_000), sound(16_000, channels=8), sound(12_000, channels=8)]
+    rows = embed(tiny_wav2vec2, contents, max_audio_s=2, max_audio_samples=100_000)
+    assert rows["_error"].to_pylist() == [None, "audio too long", None]
+    assert "8 channels at 16,000 Hz" in rows["_message"].to_pylist()[1]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_of_a_long_text_only_what_the_model_sees_is_tokenised(
+    side: str, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_bert, folder)
+    raw = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**raw, "truncation_side": side}))
+    words = " ".join(f"word{i % 977} of {i}" for i in range(3000))
+    texts = [words, " " * 40_000 + words, "short", words[:5000]]
+    checkpoint = open_checkpoint(ModelSpec(id=str(folder)), False)
+    rows = pa.Table.from_pylist([{"_input": t} for t in texts], row_schema(pa.schema([])))
+    whole = Preprocess(checkpoint, PreprocessSpec())(rows)
+    monkeypatch.setattr(preprocess, "_LONG", 2000)
+    seen: list[int] = []
+    part_of = preprocess._seen_part
+
+    def spy(*arguments: Any) -> str:
+        seen.append(len(part_of(*arguments)))
+        return part_of(*arguments)
+
+    monkeypatch.setattr(preprocess, "_seen_part", spy)
+    assert Preprocess(checkpoint, PreprocessSpec())(rows).equals(whole)
+    assert whole["truncated"].to_pylist() == [True, True, False, True]
+    assert seen[0] == seen[2] == 2000
+    assert seen[1] == (len(texts[1]) if side == "right" else 2000)

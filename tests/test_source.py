@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data
 from conftest import write_jsonl
 
-from fmembed.readers import read_shard
+from fmembed import source as source_module
+from fmembed.readers import File, Source, read_shard
 from fmembed.rows import RowIds, keys_of
-from fmembed.source import open_source, skip_committed
-from fmembed.spec import HubDataset, SourceError, SourceSpec
+from fmembed.source import open_source, read, read_here, skip_committed
+from fmembed.spec import Format, HubDataset, SourceError, SourceSpec
 
 ROWS = [{"text": f"text {i}, with a comma", "topic": "ab"[i % 2], "n": i} for i in range(20)]
 
@@ -28,8 +33,8 @@ def rows_of(spec: SourceSpec, committed: RowIds | None = None) -> list[dict[str,
     """The rows of all shards, without their markers, which are checked."""
     source = open_source(spec)
     rows = []
-    for i in range(len(source.shards)):
-        *read, marker = pa.concat_tables(read_shard(source, i, committed)).to_pylist()
+    for i, shard in enumerate(source.shards):
+        *read, marker = pa.concat_tables(read_shard(source, shard, i, committed)).to_pylist()
         assert all(r["_shard"] == i and r["row_id"] for r in read)
         assert (marker["_shard"], marker["row_id"]) == (i, None)
         assert marker["_total"] == len(read) + marker["_skipped"]
@@ -132,7 +137,8 @@ def test_a_root_is_opened_as_it_is_named(name: str, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "in.jsonl", [{"path": f"{name}.png"}])
     root = str(tmp_path / name)
     spec = SourceSpec(uri=str(tmp_path / "in.jsonl"), input="path", root=root)
-    (table, _) = list(read_shard(open_source(spec, ("image",)), 0))
+    source = open_source(spec, ("image",))
+    (table, _) = list(read_shard(source, source.shards[0], 0))
     assert table["_input"].to_pylist() == [b"picture"]
 
 
@@ -239,7 +245,7 @@ def rooted(tmp_path: Path, paths: list[Any]) -> list[dict[str, Any]]:
     write_jsonl(tmp_path / "in.jsonl", rows)
     spec = SourceSpec(uri=str(tmp_path / "in.jsonl"), input="path", root=str(root), carry=("path",))
     source = open_source(spec, ("image",))
-    (table, _) = list(read_shard(source, 0))
+    (table, _) = read_here(source)
     return table.to_pylist()
 
 
@@ -278,7 +284,7 @@ def test_a_root_may_be_a_web_server(tmp_path: Path) -> None:
         paths = ["a%20b.png", f"{root}/a%20b.png", "none.png", "http://127.0.0.1:9/a.png"]
         write_jsonl(tmp_path / "in.jsonl", [{"url": p} for p in paths])
         spec = SourceSpec(uri=str(tmp_path / "in.jsonl"), input="url", root=root)
-        (table, _) = list(read_shard(open_source(spec, ("image",)), 0))
+        (table, _) = read_here(open_source(spec, ("image",)))
         server.shutdown()
     assert table["_input"].to_pylist() == [b"picture", b"picture", None, None]
     assert table["_error"].to_pylist()[2:] == ["unreadable file", "outside the root"]
@@ -293,3 +299,127 @@ def test_a_two_tower_model_goes_by_the_source(tmp_path: Path) -> None:
         assert open_source(SourceSpec(uri=uri, input=column), both).modality == modality
     named = SourceSpec(uri=uri, input="text", root=str(tmp_path))
     assert open_source(named, both).modality == "image"
+
+
+def test_a_read_task_carries_its_own_shard_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_module, "_SHARD_FILES", 5)
+    for i in range(200):
+        (tmp_path / f"{i:03}.txt").write_text("words")
+    source = open_source(SourceSpec(uri=str(tmp_path)))
+    assert len(source.shards) == 40
+    few = replace(source, shards=source.shards[:1])
+    sizes = []
+    for some in (few, source):
+        tasks = read_tasks(some)
+        assert len(tasks) == len(some.shards)
+        sizes.append(len(cloudpickle.dumps(tasks[0].read_fn)))
+    # A byte here or there: numbers of another length.
+    assert sizes[1] == pytest.approx(sizes[0], abs=32)
+    last = pa.concat_tables(tasks[-1].read_fn()).to_pylist()
+    assert [r["row_id"] for r in last] == [*(f"{i:03}.txt" for i in range(195, 200)), None]
+    assert {r["_shard"] for r in last} == {39}
+
+
+def read_tasks(source: Source) -> list[Any]:
+    """What `read` hands to Ray."""
+    handed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray.data, "read_datasource", lambda shards, **_: handed.append(shards))
+        read(source)
+    tasks: list[Any] = handed[0].get_read_tasks(1)
+    return tasks
+
+
+class Sized(int):
+    """A file's size that counts how often it is looked at."""
+
+    looks = 0
+
+    def __radd__(self, other: int) -> int:
+        Sized.looks += 1
+        return other + int(self)
+
+
+@pytest.mark.parametrize("format_", ["text_folder", "jsonl"])
+def test_planning_looks_at_each_file_once(format_: Format) -> None:
+    files = [File(f"/x/{i:06}", f"{i:06}", Sized(100)) for i in range(20_000)]
+    Sized.looks = 0
+    shards = list(source_module._plan_shards(format_, None, files))
+    assert Sized.looks == len(files)
+    assert [f for s in shards for f in s.files] == files
+    assert max(len(s.files) for s in shards) <= 512
+    assert len(shards) < len(files) / 100
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_small_files_share_a_task(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_module, "_MANY_FILES", 10)
+    monkeypatch.setattr(source_module, "_GROUP_FILES", 4)
+    for i in range(40):
+        path = tmp_path / f"{i:02}.{suffix}"
+        if suffix == "parquet":
+            pq.write_table(pa.table({"text": [f"{i} a", f"{i} b"]}), path, row_group_size=1)
+        elif suffix == "csv":
+            path.write_text(f"text\n{i} a\n{i} b\n")
+        else:
+            write_jsonl(path, [{"text": f"{i} a"}, {"text": f"{i} b"}])
+    (tmp_path / f"20.{suffix}").write_bytes(b"\xffnone")
+    spec = SourceSpec(uri=str(tmp_path))
+    source = open_source(spec)
+    assert 4 < len(source.shards) < 25
+    # A bad file among them is its own row's fate.
+    rows = rows_of(spec)
+    good = {r["row_id"]: r["_input"] for r in rows if not r["_error"]}
+    names = [i for i in range(40) if i != 20]
+    assert good == {f"{i:02}.{suffix}#{n}": f"{i} {'ab'[n]}" for i in names for n in (0, 1)}
+    assert [r["row_id"].partition("#")[0] for r in rows if r["_error"]] == [f"20.{suffix}"]
+    # What is whole stays on record, but for the group of a file that is new or has changed.
+    whole = {shard.key: 2 * len(shard.files) for shard in source.shards if shard.key}
+    assert len(whole) == len(source.shards)
+    assert skip_committed(open_source(spec), RowIds(), whole)[0].shards == ()
+    for name in (f"07b.{suffix}", f"30.{suffix}"):
+        shutil.copyfile(tmp_path / f"00.{suffix}", tmp_path / name)
+        left, _ = skip_committed(open_source(spec), RowIds(), whole)
+        assert name in {f.name for shard in left.shards for f in shard.files}
+    assert len(left.shards) <= 3
+
+
+def test_what_lies_below_a_folder_is_found_as_it_is(tmp_path: Path) -> None:
+    """Links to files are read; to folders not; what is no file is listed, to be rejected."""
+    folder = tmp_path / "in"
+    (folder / "a" / "b").mkdir(parents=True)
+    for name in ("one.txt", "a/two.txt", "a/b/three.txt"):
+        (folder / name).write_text(name)
+    (tmp_path / "blob").write_text("of a snapshot")
+    (folder / "link.txt").symlink_to(tmp_path / "blob")
+    (folder / "out").symlink_to(tmp_path)
+    (folder / "a" / "gone.txt").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.txt")
+    source = open_source(SourceSpec(uri=str(folder)))
+    (shard,) = source.shards
+    assert {f.name: f.size for f in shard.files} == {
+        "a/b/three.txt": 13, "a/gone.txt": 0, "a/two.txt": 9, "link.txt": 13, "one.txt": 7,
+        "pipe.txt": 0,
+    }  # fmt: skip
+    assert [f.name for f in shard.files if not f.revision] == ["a/gone.txt"]
+
+
+def test_a_folder_that_cannot_be_listed_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shut").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if path.endswith("shut"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(SourceError, match=r"source\.uri: cannot read .*: Permission denied"):
+        open_source(SourceSpec(uri=str(tmp_path)))

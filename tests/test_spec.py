@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,3 +61,43 @@ def test_secrets_are_not_stored() -> None:
     spec = RunSpec.parse({**GOOD, "source": {"uri": "https://me:pw@host/a.csv?sig=1"}})
     assert "pw" not in str(spec.stored())
     assert "sig" not in str(spec.stored())
+
+
+LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 10)}]\n"
+    for before, name in zip("abcdefghi", "bcdefghij", strict=True)
+)
+CONFIGS = {
+    "laughs": (LAUGHS, "unfolds to more than 100,000 values"),
+    "merged": (LAUGHS.replace("[x", "{x: [x").replace("x]", "x]}").replace("[*", "<<: [*"), ""),
+    "cycle": ("source: &a [*a]", "an alias stands inside of what it names"),
+    "deep": ("[" * 300_000, "nested too deeply"),
+    "deep blocks": ("- " * 300_000, "nested too deeply"),
+    "digits": ("source: 1" + ":1" * 100_000, "a number of 200,001 characters"),
+    "flat": ("[" + "a," * 150_000 + "]", "holds more than 100,000 values"),
+    "huge": ("source: " + "x" * 2**20, "takes at most 1,048,576 bytes"),
+    "no date": ("source: 2001-99-99", "a date or a number that is none"),
+    "binary": ("source: a\0b", "not valid YAML"),
+}
+
+
+@pytest.mark.parametrize("case", list(CONFIGS))
+def test_configs_that_unfold(case: str, tmp_path: Path) -> None:
+    text, message = CONFIGS[case]
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError) as e:
+        RunSpec.from_yaml(str(path))
+    assert str(e.value).startswith(f"config {path}")
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+    assert len(str(e.value)) < 500
+
+
+def test_what_a_config_says_is_quoted_in_part() -> None:
+    given = {"source.uri": "a", "model.id": "b", "output.uri": "c"}
+    for field in ("compute.actors", "compute." + "x" * 100_000):
+        for value in ("y" * 100_000, [["y"] * 1000] * 1000, {"y" * 100_000: 1}):
+            with pytest.raises(SpecError) as e:
+                RunSpec.from_yaml(None, {**given, field: value})
+            assert len(str(e.value)) < 1500

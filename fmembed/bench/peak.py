@@ -24,7 +24,8 @@ def run_measured(command: list[str], environment: Mapping[str, str]) -> tuple[st
     Returns:
         What it printed, and peaks in bytes: `total` of all its processes at once (driver, Ray's
         own, workers, actors), `driver` of the first one, `worker` of the largest other one. Memory
-        is the proportional set size: shared pages count once.
+        is the proportional set size: shared pages count once. `driver_rss` is the first one's own
+        account of its peak (VmHWM), in which they count whole.
 
     Raises:
         SystemExit: It failed.
@@ -34,7 +35,7 @@ def run_measured(command: list[str], environment: Mapping[str, str]) -> tuple[st
         command, env={**os.environ, **environment, _MARK: mark}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    peaks = {"total": 0, "driver": 0, "worker": 0}
+    peaks = {"total": 0, "driver": 0, "worker": 0, "driver_rss": 0}
     ended = threading.Event()
 
     def watch() -> None:
@@ -42,6 +43,7 @@ def run_measured(command: list[str], environment: Mapping[str, str]) -> tuple[st
             held = {int(p.name): _pss_bytes(p) for p in _processes(mark)}
             peaks["total"] = max(peaks["total"], sum(held.values()))
             peaks["driver"] = max(peaks["driver"], held.pop(run.pid, 0))
+            peaks["driver_rss"] = max(peaks["driver_rss"], _high_water_bytes(run.pid))
             peaks["worker"] = max(peaks["worker"], *held.values(), 0)
 
     watcher = threading.Thread(target=watch)
@@ -76,3 +78,11 @@ def _pss_bytes(process: Path) -> int:
     except OSError:
         return 0
     return 1024 * next((int(x.split()[1]) for x in lines if x.startswith("Pss:")), 0)
+
+
+def _high_water_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return 1024 * next((int(x.split()[1]) for x in lines if x.startswith("VmHWM:")), 0)

@@ -17,7 +17,9 @@ _FIGURES = {
     "mfu": "share of a matrix product's rate",
     "wait_share": "share of the time that the model waited",
     "us_a_row": "us a row, start included",
+    "first_s": "seconds to the first rows committed",
     "driver_mib": "the driver's peak memory",
+    "driver_rss_mib": "the driver's peak memory, shared pages too, MiB",
     "worker_mib": "a worker's peak memory",
 }
 

@@ -17,8 +17,7 @@ from test_preprocess import bomb_png, picture, sound
 import fmembed
 from fmembed import RunSpec
 from fmembed.cli import run
-from fmembed.readers import read_shard
-from fmembed.source import open_source
+from fmembed.source import open_source, read_here
 from fmembed.spec import SourceSpec
 
 GOOD = {f"{'ab'[i % 2]}/{i:02}": picture(20 + i, 30) for i in range(24)}
@@ -149,7 +148,7 @@ def test_a_hostile_archive_is_only_read(tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     spec = SourceSpec(uri=str(path), input="png", id="__key__")
     source = open_source(spec, "image")
-    rows = pa.concat_tables(read_shard(source, 0)).to_pylist()[:-1]
+    rows = pa.concat_tables(read_here(source)).to_pylist()[:-1]
     assert [(r["row_id"], r["_error"]) for r in rows] == [
         ("good", None), ("../../climb", None), ("abs", None),
         ("evil.tar#3", "unreadable file"), ("evil.tar#4", "unreadable file"),
@@ -173,9 +172,7 @@ def test_broken_archives(spoil: str, tmp_path: Path) -> None:
     }[spoil]
     (tmp_path / name).write_bytes(content)
     source = open_source(SourceSpec(uri=str(tmp_path), input="png"), "image")
-    rows = [
-        r for i in range(2) for t in read_shard(source, i) for r in t.to_pylist() if r["row_id"]
-    ]
+    rows = [r for t in read_here(source) for r in t.to_pylist() if r["row_id"]]
     assert [r["_error"] for r in rows[:5]] == [None] * 5
     rest = [(r["row_id"].partition("#")[0], r["_error"]) for r in rows[5:] if r["_error"]]
     assert rest == [(name, "unreadable file")]

@@ -235,6 +235,7 @@ def test_objects_are_read_as_they_are_named(s3: str) -> None:
         boto3.client("s3").put_object(Bucket="bucket", Key=f"named/{name}/{name}.jsonl", Body=body)
     for name in names:
         for uri in (f"{s3}/named/{name}/{name}.jsonl", f"{s3}/named/{name}"):
-            ((rows, _),) = [list(read_shard(open_source(SourceSpec(uri=uri)), 0))]
+            source = open_source(SourceSpec(uri=uri))
+            rows, _ = list(read_shard(source, source.shards[0], 0))
             assert rows["row_id"].to_pylist() == [f"{name}.jsonl#0"]
             assert rows["_input"].to_pylist() == [name]
