@@ -836,7 +836,8 @@ def _read_json(path: Path, field: str = "model.id") -> Any:
         if not path.is_file():
             return None
         with path.open("rb") as f:
-            content = f.read(_MAX_JSON_BYTES + 1)
+            # Not the limit: Python makes room for what is asked for.
+            content = f.read(min(path.stat().st_size, _MAX_JSON_BYTES) + 1)
         if len(content) > _MAX_JSON_BYTES:
             raise ModelError(f"{field}: {path} is over {_MAX_JSON_BYTES:,} bytes large")
         return json.loads(content.decode("utf-8"))

@@ -42,6 +42,7 @@ app = typer.Typer(
     help="Verified tables of embeddings from a dataset and a pretrained foundation model.",
 )
 
+_INTERRUPTED = "interrupted; what is committed stays, the same command resumes"
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 _Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's own output.")]
 _Set = Annotated[
@@ -320,6 +321,9 @@ def _finish(arguments: list[str] | None) -> int:
             terminal.say(f"cannot write the output: {e.strerror}")
     except Exception:
         _print_traceback()
+    except signals.Stopped as e:  # once more, while it was ending
+        e.heard()
+        code = e.exit_code
     return code
 
 
@@ -340,9 +344,13 @@ def run(arguments: list[str] | None = None) -> int:
         except FmembedError as e:
             terminal.say(" ".join(str(e).split()))
             return e.exit_code
-        except (KeyboardInterrupt, signals.Stopped) as e:
-            terminal.say("interrupted; what is committed stays, the same command resumes")
-            return getattr(e, "exit_code", 130)
+        except signals.Stopped as e:
+            e.heard()
+            terminal.say(_INTERRUPTED)
+            return e.exit_code
+        except KeyboardInterrupt:  # where the signals are not ours
+            terminal.say(_INTERRUPTED)
+            return 130
     return 0
 
 

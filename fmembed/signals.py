@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
+
+# Time enough to leave Ray, which takes 1.4 s.
+_KNOCK_S = 5.0
 
 
 class Stopped(BaseException):
     """A signal has stopped the command, outside of the embed stage.
 
-    No `Exception`, so that nobody takes it for a failure of what it strikes in.
+    No `Exception`, so that nobody takes it for a failure of what it strikes in. Where it strikes in
+    a destructor or a callback it is lost all the same: until it is heard the signal is sent again.
     """
+
+    _knock: ClassVar[threading.Timer | None] = None
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.exit_code = 128 + signum
+        self.heard()
+        Stopped._knock = threading.Timer(_KNOCK_S, os.kill, (os.getpid(), signum))
+        Stopped._knock.daemon = True
+        Stopped._knock.start()
+
+    @staticmethod
+    def heard() -> None:
+        """Stop sending the signal again."""
+        if Stopped._knock is not None:
+            Stopped._knock.cancel()
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -29,13 +46,9 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 
 @contextmanager
 def raise_stopped() -> Iterator[None]:
-    """Have these signals raise `Stopped` in the main thread meanwhile, and end the process after.
-
-    A second one ends it at once.
-    """
+    """Have these signals raise `Stopped` in the main thread, and end the process afterwards."""
 
     def stop(signum: int, _: Any) -> None:
-        signal.signal(signum, signal.SIG_DFL)
         raise Stopped(signum)
 
     caught = stop_signals()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -68,7 +69,26 @@ def test_a_signal_outside_of_the_embed_stage(signum: signal.Signals) -> None:
         with pytest.raises(Stopped) as stopped:
             receive(signum)
         assert stopped.value.exit_code == 128 + signum
-        assert signal.getsignal(signum) == signal.SIG_DFL  # a second one ends the process
+        stopped.value.heard()
+    assert signal.getsignal(signum) == signal.SIG_DFL
+
+
+def test_a_signal_that_is_lost_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fmembed.signals._KNOCK_S", 0.1)
+
+    def lose() -> None:  # as a destructor does
+        with contextlib.suppress(BaseException):
+            receive(signal.SIGTERM)
+
+    def wait() -> None:
+        time.sleep(30)
+
+    with raise_stopped():
+        lose()
+        with pytest.raises(Stopped) as stopped:
+            wait()
+        stopped.value.heard()
+        time.sleep(0.3)  # and no more after it was heard
 
 
 def test_ray_takes_no_signal() -> None:
@@ -84,8 +104,9 @@ def test_ray_takes_no_signal() -> None:
         handler = signal.getsignal(signal.SIGTERM)
         start(False)
         assert signal.getsignal(signal.SIGTERM) == handler
-        with pytest.raises(Stopped):
+        with pytest.raises(Stopped) as stopped:
             start(True)
+        stopped.value.heard()
 
 
 def test_what_ray_starts_outlives_a_terminal_that_goes() -> None:
@@ -98,8 +119,10 @@ def test_what_ray_starts_outlives_a_terminal_that_goes() -> None:
         os.kill(os.getpid(), signal.SIGHUP)  # comes afterwards, and is not lost
         said.append("started")
 
-    with raise_stopped(), pytest.raises(Stopped) as stopped:
-        start()
+    with raise_stopped():
+        with pytest.raises(Stopped) as stopped:
+            start()
+        stopped.value.heard()
     assert stopped.value.exit_code == 129
     assert "SIGHUP" in said[0]
     assert said[1] == "started"
