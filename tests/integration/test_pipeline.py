@@ -225,7 +225,7 @@ def test_whole_files_are_not_read_again_and_rejected_rows_can_be_tried_again(
     assert listed.stdout.splitlines() == [
         "rows rejected: 3",
         "1 bad JSON (stage read)",
-        "  b.jsonl#32: Invalid control character at: line 1 column 14 (char 13)",
+        "  b.jsonl#32: Unterminated string starting at: line 1 column 10 (char 9)",
         "1 null input (stage read)",
         "  late: column 'text' is null",
         "1 duplicate id (stage write)",
