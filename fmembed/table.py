@@ -230,10 +230,6 @@ class Table:
         """
         return Card.of(self.rows.configuration(), self.uri)
 
-    def configuration(self) -> dict[str, str]:
-        """The metadata of the log; empty without one."""
-        return self.rows.configuration()
-
     def version(self) -> int | None:
         """The newest version, None where nothing was ever committed."""
         version = self.rows.version()

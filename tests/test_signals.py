@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,7 +117,8 @@ def test_what_ray_starts_outlives_a_terminal_that_goes() -> None:
     @kept_from_ray()
     def start() -> None:
         said.append(subprocess.run(child, capture_output=True, text=True, check=True).stdout)
-        os.kill(os.getpid(), signal.SIGHUP)  # comes afterwards, and is not lost
+        # To this thread: another one, as libraries have, would take what was sent to the process.
+        signal.pthread_kill(threading.get_ident(), signal.SIGHUP)  # comes afterwards, is not lost
         said.append("started")
 
     with raise_stopped():
