@@ -328,7 +328,9 @@ def _name(path: str, root: str) -> str:
     """What row ids call a file; of a cached web server's, nothing of its URL's secrets."""
     if _is_web(path):
         path, root = urlsplit(path).path, urlsplit(root).path
-    return posixpath.relpath(path, root or "/")
+    below = root.rstrip("/") + "/"
+    # For 200,000 files relpath takes 3 s.
+    return path[len(below) :] if path.startswith(below) else posixpath.relpath(path, root or "/")
 
 
 def _follow(fs: Any, path: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
