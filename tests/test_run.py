@@ -16,12 +16,16 @@ from fmembed.lock import Lock
 from fmembed.table import Table
 
 
-def test_the_driver_imports_neither_torch_nor_scikit_learn() -> None:
+def test_the_driver_imports_neither_torch_nor_scikit_learn(tiny_bert: Path) -> None:
     program = (
         "import sys; import fmembed.run, fmembed.evaluation; "
+        "from fmembed.checkpoint import open_checkpoint; from fmembed.spec import ModelSpec; "
+        "open_checkpoint(ModelSpec(id=sys.argv[1]), False); "
         "print(sorted({'torch', 'transformers', 'sklearn'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tiny_bert)], capture_output=True, text=True
+    )
     assert done.stdout.strip() == "[]", done.stderr
 
 
