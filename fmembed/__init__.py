@@ -7,6 +7,7 @@ table = fmembed.read("out/bbc")
 
 from __future__ import annotations
 
+import os
 import sys
 
 # `python -m fmembed.cli` puts the current folder first on the path: data lies there, and a numpy.py
@@ -17,6 +18,12 @@ if (
     and any(a.removeprefix("-m").partition(".")[0] == "fmembed" for a in sys.orig_argv)
 ):
     del sys.path[0]
+# An empty entry means the current folder: `PYTHONPATH=$PYTHONPATH:/x`, where it was unset.
+if os.environ.get("PYTHONPATH") and "" in os.environ["PYTHONPATH"].split(os.pathsep):
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, os.environ["PYTHONPATH"].split(os.pathsep))
+    )
+    sys.path[1:] = [p for p in sys.path[1:] if p not in ("", os.getcwd())]
 
 from typing import TYPE_CHECKING, Any
 

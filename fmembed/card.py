@@ -74,6 +74,8 @@ class Card(BaseModel):
     @field_validator("outputs")
     @classmethod
     def _check_outputs(cls, value: dict[str, StoredOutput]) -> dict[str, StoredOutput]:
+        if not value:
+            raise ValueError("takes at least one column")
         for column in value:  # it is in the names of files
             if not column.isidentifier():
                 raise ValueError("takes names of columns")

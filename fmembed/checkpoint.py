@@ -776,13 +776,23 @@ def _check_loads(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
             f"model.id: {folder} holds an adapter beside the model; move adapter_config.json and "
             "its weights to a folder of their own, and name that in model.adapter"
         )
-    if config["model_type"] == "timm_wrapper":
-        named = sorted(_part(config, "model_args").keys() & _TIMM_LOADS)
-        if ":" in str(config.get("architecture")):
-            named.append("architecture")
+    for part in _parts(config):
+        named = []
+        if part.get("model_type") == "timm_wrapper":
+            named = sorted(_part(part, "model_args").keys() & _TIMM_LOADS)
+            if ":" in str(part.get("architecture")):
+                named.append("architecture")
+        backbone = part.get("backbone")
+        # transformers has its config, at least, fetched from the hub; or timm's.
+        if isinstance(backbone, str) and (
+            "/" in backbone
+            or ":" in backbone
+            or not (part.get("use_timm_backbone") or part.get("model_type") == "timm_backbone")
+        ):
+            named.append("backbone")
         if named:
             raise ModelError(
-                f"model.id: {folder}/config.json has timm load more than the weights beside it; "
+                f"model.id: {folder}/config.json has more loaded than the weights beside it; "
                 f"take out {', '.join(named)}"
             )
     for part in (config, *(v for v in config.values() if isinstance(v, dict))):
@@ -791,11 +801,13 @@ def _check_loads(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
                 raise ModelError(f"model.id: {folder}/config.json has {value:,} {name}")
     if trust_remote_code:
         return
-    if "/" in str(config.get("attn_implementation")):
-        raise ModelError(
-            f"model.id: {folder}/config.json has attention fetched from elsewhere "
-            f"({_short(config['attn_implementation'])}); set model.attn_implementation"
-        )
+    for part in _parts(config):
+        for name, value in part.items():
+            if name.lstrip("_").startswith("attn_implementation") and "/" in str(value):
+                raise ModelError(
+                    f"model.id: {folder}/config.json has attention fetched from elsewhere "
+                    f"({_short(value)}); set model.attn_implementation"
+                )
     if "auto_map" in config:
         # Late, because it takes seconds: ordinary checkpoints have none.
         from transformers import CONFIG_MAPPING
@@ -805,6 +817,18 @@ def _check_loads(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
                 f"model.id: {folder} runs code of its own, which is not trusted; look at it, then "
                 "set model.trust_remote_code: true"
             )
+
+
+def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A config and all that are in it, however deep."""
+    left: list[Any] = [config]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            yield value
+            left.extend(value.values())
+        elif isinstance(value, list):
+            left.extend(value)
 
 
 def _digest(folder: Path, modules: list[Path], files: list[Path]) -> str:

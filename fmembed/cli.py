@@ -8,6 +8,8 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated, Any, NoReturn
 
@@ -23,14 +25,25 @@ from fmembed.spec import FmembedError, RunSpec, SpecError, read_yaml, scrub
 
 
 class _Commands(typer.core.TyperGroup):
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _scrubbed():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _scrubbed():
             return super().invoke(ctx)
-        except Exception as e:
-            # What a wrong command line is told quotes it; the exceptions' class is not exported.
-            if isinstance(getattr(e, "message", None), str):
-                e.message = scrub(e.message)  # type: ignore[attr-defined]
-            raise
+
+
+@contextmanager
+def _scrubbed() -> Iterator[None]:
+    """What a wrong command line is told quotes it."""
+    try:
+        yield
+    except Exception as e:
+        # The exceptions' class is not exported.
+        if isinstance(getattr(e, "message", None), str):
+            e.message = scrub(e.message)  # type: ignore[attr-defined]
+        raise
 
 
 app = typer.Typer(

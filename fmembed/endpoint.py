@@ -140,7 +140,7 @@ class Endpoint:
                 break
             except openai.OpenAIError as e:
                 raise self._failed(e) from None
-            except ValueError:
+            except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError):
                 answer = {}  # no JSON, or not of this shape
             if len(answer) == len(batch):
                 finite = {i: v for i, v in answer.items() if np.isfinite(v).all()}
@@ -187,7 +187,7 @@ class Endpoint:
                 return {}
             try:
                 vector = np.array(values, dtype=np.float32)
-            except (TypeError, ValueError):
+            except (OverflowError, TypeError, ValueError):
                 continue
             with self._lock:
                 self._dim = self._dim or vector.size

@@ -17,6 +17,7 @@ from fsspec.utils import glob_translate
 
 from fmembed.checkpoint import Checkpoint, cpu_has_bfloat16, list_modalities, open_checkpoint
 from fmembed.readers import Source
+from fmembed.redaction import split_chain
 from fmembed.source import open_source
 from fmembed.spec import (
     ModelError,
@@ -79,9 +80,9 @@ def _check_apart(spec: RunSpec, source: Source) -> None:
     Raises:
         TableError: One lies in the other.
     """
-    if source.format == "hf":
-        return
     uri = spec.source.uri
+    if source.format == "hf" and not Path(uri).expanduser().exists():
+        return
     if uri.startswith("package:"):
         uri = resolve_package(uri, "source.uri", SourceError)
     output, place = _place(spec.output.uri), _place(uri)
@@ -92,6 +93,7 @@ def _check_apart(spec: RunSpec, source: Source) -> None:
         holds = f"{output}/".startswith(f"{place.rstrip('/')}/")
     scheme = f"{output.partition('://')[0]}://" if "://" in output else ""
     folders = {posixpath.dirname(f.path) for shard in source.shards for f in shard.files}
+    folders |= {place} if source.format == "hf" else set()
     lies = any(f"{_place(scheme + folder)}/".startswith(f"{output}/") for folder in folders)
     if holds or lies:
         raise TableError(
@@ -103,9 +105,14 @@ def _check_apart(spec: RunSpec, source: Source) -> None:
 
 def _place(uri: str) -> str:
     """A path without links and dots, or a URL without its end's slash."""
-    if "://" in uri and not uri.startswith("file://"):
-        return uri.rstrip("/")
-    return os.path.realpath(Path(uri.removeprefix("file://")).expanduser())
+    uri = split_chain(uri)[-1]
+    scheme, is_url, path = uri.partition("://")
+    if is_url and scheme not in ("file", "local"):
+        # One name for each store, and for each object in it.
+        path = re.sub("/+", "/", path).rstrip("/")
+        return f"{scheme.removesuffix('a')}://{path}"  # s3a is s3
+    path = path if is_url else re.sub("^(file|local):(?=/)", "", uri)
+    return os.path.realpath(Path(path).expanduser())
 
 
 def _check_preprocess(spec: RunSpec, checkpoint: Checkpoint) -> None:

@@ -68,6 +68,9 @@ def verify(uri: str) -> VerifyResult:
         if PARENT_ID in rows.schema.names:
             parents.append(keys_of(rows[PARENT_ID].to_pylist()))
         for column, output in outputs.items():
+            if column not in rows.schema.names or not _holds_vectors(rows.schema.field(column)):
+                problems.append(f"{part.path}: {column} does not hold the vectors it promises")
+                continue
             vectors = _flatten(rows[column])
             dims.setdefault(column, set()).add(vectors.shape[1])
             num_bad = int((~np.isfinite(vectors)).any(axis=1).sum()) + rows[column].null_count
@@ -115,9 +118,10 @@ def verify(uri: str) -> VerifyResult:
         if not PART.fullmatch(p.path)
     ]
     run = table.last_run()
+    run = run if isinstance(run, dict) or run is None else {}
     counts: list[str] = []
     _verify_counts(run, len(all_keys), num_rejected, counts)
-    changed = run is not None and bool(table.rows.history(since=run["version"] or 0))
+    changed = run is not None and bool(table.rows.history(since=run.get("version") or 0))
     (notes if changed else problems).extend(counts)
     return VerifyResult(
         table=table.uri,
@@ -156,6 +160,13 @@ def _verify_log(log: Log, prefix: str, problems: list[str]) -> None:
     problems += [f"{prefix}{path} {why}" for path, why in cut if why]
 
 
+def _holds_vectors(field: pa.Field) -> bool:
+    type_ = field.type
+    while pa.types.is_list(type_):
+        type_ = type_.value_type
+    return bool(pa.types.is_fixed_size_list(type_))
+
+
 def _flatten(column: pa.ChunkedArray) -> Any:
     """All vectors of a column, those of tokens one after another; shape (vectors, dim)."""
     flat = column.combine_chunks()
@@ -177,6 +188,10 @@ def _verify_norms(column: str, norms: Any, normalized: bool, problems: list[str]
 def _verify_counts(run: Any, rows: int, rejected: int, problems: list[str]) -> None:
     if run is None:
         problems.append("no run has finished on this table")
+        return
+    names = ("rows_read", "rows_embedded", "rows_rejected", "rows_skipped")
+    if not all(isinstance(run.get(n), int) for n in (*names, "table_rows", "table_rejected")):
+        problems.append("the record of the last run is damaged")
         return
     counted = run["rows_embedded"] + run["rows_rejected"] + run["rows_skipped"]
     if run["rows_read"] != counted:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -46,6 +49,9 @@ _WHOLE_BYTES = 64 * 2**20
 PART = re.compile(r"part-([0-9a-f]{32})\.parquet")
 ENTRY = re.compile(r"_delta_log/(\d{20})\.json")
 _CHECKPOINT = re.compile(r"_delta_log/(\d{20})\.checkpoint\..*parquet")
+_ON_THE_WAY = re.compile(
+    r"Error performing|Generic (?:S3|GCS|MicrosoftAzure|LocalFileSystem) error"
+)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
@@ -91,8 +97,15 @@ class Log:
             StorageError: Out of reach.
         """
         local = self.storage.local
-        if local and not (local / "_delta_log").is_dir():
-            return None
+        if local:
+            folder = local / "_delta_log"
+            if os.path.islink(folder) or (local.name == "_rejected" and os.path.islink(local)):
+                raise TableError(f"table: {folder} is a link; a table's log lies in the table")
+            if not os.path.isdir(folder):
+                return None
+            # deltalake would wait for ever for a pipe.
+            if odd := [e.name for e in os.scandir(folder) if not (e.is_file() or e.is_dir())]:
+                raise DamagedError(self.uri, f"{odd[0]!a} in its log is no regular file")
         options = self.storage.delta_options()
         try:
             delta = DeltaTable(self.storage.delta_uri, version, storage_options=options)
@@ -171,7 +184,7 @@ class Log:
     def is_bare(self) -> bool:
         """Whether no version names a part: nobody's rows are lost with it."""
         delta = self.delta()
-        return delta is not None and not self._named(delta)
+        return delta is not None and not self._named(delta) and not self._ever_named()
 
     def held(self, runs: Sequence[str], numbers: Sequence[int | None]) -> list[bool]:
         """Whether the log has each of some commits: by run, and its number; None is no commit."""
@@ -195,14 +208,36 @@ class Log:
         if delta is None:
             return []
         actions = pa.table(delta.get_add_actions(flatten=True)).to_pylist()
-        return [
-            Part(self._inside(a["path"]), a["size_bytes"], a["num_records"] or 0) for a in actions
-        ]
+        parts = []
+        for action in actions:
+            path, num_rows = self._inside(action["path"]), action["num_records"]
+            # Other tools need not say how many.
+            known = self.num_rows(path) if num_rows is None else num_rows
+            parts.append(Part(path, action["size_bytes"], known))
+        return parts
 
     def _named(self, delta: DeltaTable) -> set[str]:
         """The files that any version names."""
         removed = delta.vacuum(0, dry_run=True, enforce_retention_duration=False)
         return {part.path for part in self._parts(delta)} | {unquote(path) for path in removed}
+
+    def _ever_named(self) -> set[str]:
+        """The files that any entry of the log names, whatever clock was set when they were removed:
+        `vacuum` leaves out what was removed in its own future.
+        """
+        named: set[str] = set()
+        for path in self.storage.sizes("_delta_log/"):
+            if ENTRY.fullmatch(path):
+                for line in self.storage.get(path).splitlines():
+                    action = json.loads(line) if line.strip() else {}
+                    named |= {unquote(action[k]["path"]) for k in ("add", "remove") if k in action}
+            elif _CHECKPOINT.fullmatch(path):
+                content = pa.BufferReader(self.storage.get(path))
+                rows = pq.read_table(content, columns=["add.path", "remove.path"])
+                for name in rows.schema.names:
+                    paths = pc.struct_field(rows[name], "path").drop_null().to_pylist()
+                    named |= {unquote(p) for p in paths}
+        return named
 
     def _inside(self, path: str) -> str:
         """A path of the log, decoded.
@@ -232,11 +267,16 @@ class Log:
         Args:
             table: The id of the table.
         """
+        # Before the log is read: what is committed in between is named by then.
+        paths = self.storage.paths()
         delta = self.delta()
         if delta is None:
             return []
         named = self._named(delta)
-        whole = [p for p in self.storage.paths() if PART.fullmatch(p) and p not in named]
+        whole = [p for p in paths if PART.fullmatch(p) and p not in named]
+        if whole:
+            ever = self._ever_named()
+            whole = [p for p in whole if p not in ever]
         found = [p for p in whole if table and self.read_stamp(p).get("fmembed.table") == table]
         if local := self.storage.local:
             half = (p.name for p in local.glob("part-*.tmp"))
@@ -259,6 +299,9 @@ class Log:
         """
         if columns is None or part.size_bytes <= _WHOLE_BYTES:
             return self.read_whole(part, columns)
+        return self._read_pages(part, columns)
+
+    def _read_pages(self, part: Part, columns: Sequence[str]) -> pa.Table:
         try:
             with self.storage.open(part.path) as handle:
                 parquet = pq.ParquetFile(handle, page_checksum_verification=True)
@@ -323,7 +366,9 @@ class Log:
         except (pa.ArrowException, OSError):
             return {}
         return {
-            k.decode(): v.decode() for k, v in metadata.items() if k.startswith(b"fmembed.")
+            k.decode(): v.decode(errors="replace")
+            for k, v in metadata.items()
+            if k.startswith(b"fmembed.")
         }  # fmt: skip
 
     def read_ids(self, part: Part) -> list[str]:
@@ -338,9 +383,10 @@ class Log:
             raise DamagedError(self.uri, f"{part.path}: committed, but missing") from None
         except (pa.ArrowException, OSError) as e:
             raise DamagedError(self.uri, f"{part.path}: not readable: {reason(e)}") from None
-        if PARENT_ID not in names:
-            return list(self.read_columns(part, [ROW_ID])[ROW_ID].to_pylist())
-        return list(pc.unique(self.read_columns(part, [PARENT_ID])[PARENT_ID]).to_pylist())
+        column = PARENT_ID if PARENT_ID in names else ROW_ID
+        # By ranges however small the part: each run reads the ids of all, and vectors of none.
+        ids = self._read_pages(part, [column])[column]
+        return list((pc.unique(ids) if column == PARENT_ID else ids).to_pylist())
 
     def write(
         self, rows: pa.Table, vectors: Sequence[str] = (), stamp: Mapping[str, str] | None = None
@@ -378,31 +424,45 @@ class Log:
             StorageError: It cannot be written.
         """
         delta = self.delta()
-        if delta is not None and self._named(delta):
+        if delta is not None and not self.is_bare():
             raise self._conflict()
-        try:
-            DeltaTable.create(
-                self.storage.delta_uri,
-                schema=Schema.from_arrow(_as_delta(schema)),
-                mode="error" if delta is None else "overwrite",
-                configuration={**_KEEP, **configuration},
-                raise_if_key_not_exists=False,
-                storage_options=self.storage.delta_options(),
-                commit_properties=CommitProperties(custom_metadata={RUN: run_id}),
-            )
-        except (DeltaError, OSError) as e:
-            # Ours, if the answer to a first try was lost and the client tried again.
-            stored = self.configuration()
-            if not stored:
+        options: dict[str, Any] = {
+            "schema": Schema.from_arrow(_as_delta(schema)),
+            "configuration": {**_KEEP, **configuration},
+            "raise_if_key_not_exists": False,
+            "commit_properties": CommitProperties(custom_metadata={RUN: run_id}),
+        }
+        if delta is None:
+            self._begin(options)
+        else:
+            try:
+                DeltaTable.create(
+                    self.storage.delta_uri, mode="overwrite",
+                    storage_options=self.storage.delta_options(), **options,
+                )  # fmt: skip
+            except (DeltaError, OSError) as e:
                 raise StorageError(
                     f"output.uri: cannot commit to {self.uri}: {reason(e)}"
                 ) from None
-            if any(stored.get(name) != value for name, value in configuration.items()):
-                raise self._conflict() from None
+        # Ours, even if the answer to a first try was lost and the client tried again.
+        stored = self.configuration()
+        if any(stored.get(name) != value for name, value in configuration.items()):
+            raise self._conflict()
         version = self.version()
         self._sync(version)
         if self._pinned is not None:
             self._pinned = version
+
+    def _begin(self, options: dict[str, Any]) -> None:
+        """Put the first entry in place whole and synced, unless there is one.
+
+        deltalake makes it elsewhere: what it writes here itself a power cut may leave empty, and a
+        log without its first entry could not even be mended.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            DeltaTable.create(Path(folder).as_uri(), **options)
+            content = Path(folder, _entry(0)).read_bytes()
+        self.storage.create(_entry(0), content)
 
     def commit(
         self,
@@ -557,7 +617,13 @@ def _is_half_written(path: str) -> bool:
 
 def _is_damage(error: Exception) -> bool:
     """Whether the log itself is at fault, as against the way to it."""
-    signs = ("Json error", "contiguous", "No table metadata", "Parquet", "parquet", "parse")
+    # What storage says of the way there quotes addresses, which may hold any of the signs below.
+    if _ON_THE_WAY.search(str(error)):
+        return False
+    signs = (
+        "Json error", "contiguous", "Invalid Checkpoint", "No table metadata", "Parquet",
+        "parquet", "parse",
+    )  # fmt: skip
     return any(sign in str(error) for sign in signs)
 
 

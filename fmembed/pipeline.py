@@ -35,7 +35,8 @@ def embed(
         FmembedError: Anything else; what was committed stays.
     """
     # On a cluster what `dtype: auto` means depends on its nodes: it is joined first.
-    inputs = None if os.environ.get("RAY_ADDRESS") else open_inputs(spec)
+    joins = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+    inputs = None if joins else open_inputs(spec)
     from fmembed import run
 
     return run.embed(spec, inputs, retry_rejected=retry_rejected, verbose=verbose, quiet=quiet)

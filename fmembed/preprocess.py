@@ -30,7 +30,7 @@ from fmembed.checkpoint import (
     process_image,
 )
 from fmembed.rows import INPUT, SECONDS, accepted, reject, with_counts
-from fmembed.spec import PreprocessSpec
+from fmembed.spec import ModelError, PreprocessSpec
 from fmembed.startup import uncollected
 
 
@@ -269,9 +269,16 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
     with loading(checkpoint.id):
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.folder() / checkpoint.weights, trust_remote_code=checkpoint.trust_remote_code
         )
+    # transformers makes one of nothing but a config, which takes every word for unknown.
+    if len(tokenizer) <= len(tokenizer.all_special_ids) + 2:
+        raise ModelError(
+            f"model.id: the tokenizer of {checkpoint.id} has no vocabulary; "
+            "fetch the whole checkpoint"
+        )
+    return tokenizer
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -303,6 +310,16 @@ def _prepare_image(
     return _Prepared([pixels], [num_units], [(0, num_units)])
 
 
+@functools.cache
+def _picture_formats() -> tuple[str, ...]:
+    """Pillow's, but for EPS: that it hands to Ghostscript, which runs the program that it is."""
+    from PIL import Image
+
+    Image.preinit()
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
+
+
 class _TooLarge(Exception):  # noqa: N818 - a row's fate, not a failure of the run
     pass
 
@@ -320,7 +337,7 @@ def _decode_image(content: bytes, max_px: int) -> npt.NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; the pixels decide
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(io.BytesIO(content), formats=_picture_formats()) as image:
                 return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except Image.DecompressionBombError as e:
         size = str(e).partition(" exceeds")[0]

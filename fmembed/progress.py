@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 import threading
 import warnings
@@ -158,7 +159,7 @@ def connect(verbose: bool) -> bool:
         "logging_level": logging.INFO if verbose else logging.ERROR,
         "log_to_driver": verbose,
     }
-    if os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
         with signals.kept_from_ray():
             ray.init(**options)
         return True
@@ -192,7 +193,13 @@ def _job_config() -> JobConfig:
     a working dir of its own: data lies there, and a numpy.py among it would be run. Where this
     package itself is not installed, the folder that holds it is named.
     """
-    home = str(Path(__file__).absolute().parents[1])
-    config = JobConfig(_py_driver_sys_path=[] if home in sys.path[1:] else [home])
+    # Asked of a fresh interpreter: what this one's path holds by now (Ray itself puts a folder
+    # before all others) says nothing of where a worker looks.
+    find = "import importlib.util as u; s = u.find_spec('fmembed'); print(s and s.origin)"
+    found = subprocess.run(  # noqa: S603 - our own command
+        [sys.executable, "-P", "-c", find], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    here = Path(__file__).absolute().with_name("__init__.py")
+    config = JobConfig(_py_driver_sys_path=[] if found == str(here) else [str(here.parents[1])])
     config._runtime_env_has_working_dir = lambda: True  # type: ignore[method-assign]
     return config

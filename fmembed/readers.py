@@ -610,8 +610,10 @@ def _read_parquet(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
 
 def _leaves(metadata: pq.FileMetaData, columns: Sequence[str]) -> list[int]:
     """The Parquet columns that these columns are made of."""
+    # A name may have dots of its own.
+    inside = tuple(f"{c}." for c in columns)
     paths = (metadata.schema.column(i).path for i in range(metadata.num_columns))
-    return [i for i, path in enumerate(paths) if path.partition(".")[0] in columns]
+    return [i for i, path in enumerate(paths) if path in columns or path.startswith(inside)]
 
 
 def _batch_size(
@@ -906,6 +908,7 @@ def load_hf(spec: SourceSpec) -> Any:
     import datasets
 
     hf = spec.hf
+    _check_data_files(Path(spec.uri))
     try:
         if any((Path(spec.uri) / name).exists() for name in SAVED_DATASET):
             dataset = datasets.load_from_disk(spec.uri)
@@ -927,6 +930,53 @@ def load_hf(spec: SourceSpec) -> Any:
         dataset = dataset.select_columns(sorted(wanted))
     for name, feature in (dataset.features or {}).items():
         # Undecoded: decoding is ours, a row at a time, and one bad picture is one rejected row.
-        if isinstance(feature, datasets.Image | datasets.Audio):
-            dataset = dataset.cast_column(name, type(feature)(decode=False))
+        undecoded = _undecoded(feature)
+        if undecoded != feature:
+            dataset = dataset.cast_column(name, undecoded)
     return dataset
+
+
+def _undecoded(feature: Any) -> Any:
+    """A feature that leaves bytes as they are, and opens no path that a row names."""
+    if hasattr(feature, "decode"):
+        return type(feature)(decode=False)
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, list):
+        return [_undecoded(inner) for inner in feature]
+    if hasattr(feature, "feature"):
+        length = {"length": feature.length} if hasattr(feature, "length") else {}
+        return type(feature)(_undecoded(feature.feature), **length)
+    return feature
+
+
+def _check_data_files(folder: Path) -> None:
+    """Refuse a local dataset whose card has files read that are not in its folder.
+
+    Raises:
+        SourceError: It names such a file, or a server.
+    """
+    card = folder / "README.md"
+    if not card.is_file():
+        return
+    import huggingface_hub
+
+    try:
+        text = card.read_text(encoding="utf-8")
+        made: Any = huggingface_hub.DatasetCard(text, ignore_metadata_errors=True)
+        told = made.data.to_dict()
+    except Exception as e:  # by version: a YAML error, or of its own
+        raise SourceError(f"source.uri: {card} cannot be read: {reason(e)}") from None
+    left = [told.get("configs")]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, str) and (
+            "://" in value or "::" in value or value.startswith(("/", "~")) or ".." in value
+        ):
+            raise SourceError(
+                f"source.uri: {card} has {value[:200]!a} read, which is not in the dataset's folder"
+            )

@@ -10,7 +10,7 @@ tool, what is no longer in the table is read again. A record that cannot be read
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -101,11 +101,12 @@ def run_path(commit: Commit) -> str:
     return f"_runs/{versions[0]:010d}-{versions[1]:010d}-{commit.run}.json"
 
 
-def read_runs(storage: Storage) -> list[tuple[Commit, Any]]:
-    """What runs have counted, in the order of the versions that they made."""
-    records = [_read(storage, path, _RunRecord) for path in storage.paths("_runs/")]
-    known = [(r.commit, r.result) for r in records if r is not None]
-    return sorted(known, key=lambda r: (r[0].rows_version, r[0].rejected_version))
+def read_runs(storage: Storage) -> Iterator[tuple[Commit, Any]]:
+    """What runs have counted, those of the newest versions first; each is read when asked for."""
+    for path in reversed(storage.paths("_runs/")):  # their names begin with the versions
+        record = _read(storage, path, _RunRecord)
+        if record is not None:
+            yield record.commit, record.result
 
 
 def _read(storage: Storage, path: str, model: type[_Record]) -> _Record | None:

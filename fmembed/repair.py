@@ -9,10 +9,12 @@ same command embeds.
 from __future__ import annotations
 
 import contextlib
+import re
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pyarrow.compute as pc
 
@@ -26,6 +28,9 @@ from fmembed.rows import DUPLICATE, PARENT_ID, REJECTED_SCHEMA, ROW_ID, RowIds, 
 from fmembed.spec import TableError
 from fmembed.table import Table
 
+# The names of records; what else lies in their folders is somebody's.
+_RECORD = re.compile(r"_shards/[\w-]+\.json|_runs/\d{10}-\d{10}-[\w-]+\.json")
+
 
 def repair(uri: str) -> list[str]:
     """Mend what is damaged; what was done, a line each, none where nothing was to be done.
@@ -34,6 +39,8 @@ def repair(uri: str) -> list[str]:
         TableError: Nothing of this project's is there, or of several tables.
         LockedError: A run is writing the table.
     """
+    if "://" not in uri and not Path(uri).expanduser().is_dir():
+        raise TableError(f"table: no such folder: {uri}")
     table = Table(uri)
     if not table.is_own():
         raise TableError(f"table: {uri} is no fmembed table and holds no part of one")
@@ -46,6 +53,8 @@ class _Repair:
     def __init__(self, table: Table, run_id: str) -> None:
         self._table, self._run_id = table, run_id
         self._done: list[str] = []
+        # What this mending has committed itself: a log that loses it again has lost commits.
+        self._commit = records.Commit(run=f"{run_id}-repair")
 
     def mend(self) -> list[str]:
         """Logs, then parts, then records: each from what comes before it."""
@@ -67,6 +76,13 @@ class _Repair:
         """What the parts say of their table, where its log says nothing any more."""
         table = self._table
         found: dict[str, Card] = {}
+        on_record: dict[str, Card] = {}
+        recorded = {
+            part
+            for _, shards in records.read_shards(table.storage)
+            for shard in shards
+            for part in shard.parts
+        }
         for log in (table.rows, table.rejected):
             for path in filter(PART.fullmatch, log.storage.paths()):
                 stamp = log.read_stamp(path)
@@ -74,6 +90,12 @@ class _Repair:
                 card = Card.of(own, table.uri)
                 if card is not None:
                     found[card.table + card.fingerprint] = card
+                    named = path if log is table.rows else REJECTED + path
+                    if named in recorded:
+                        on_record[card.table + card.fingerprint] = card
+        # Parts of a run that died before another model had the folder are on no record.
+        if len(on_record) == 1:
+            found = on_record
         if len(found) != 1:
             what = "parts of several tables" if found else "no part that can be read"
             raise TableError(f"table: {table.uri} has no log and {what}; it cannot be mended")
@@ -114,9 +136,11 @@ class _Repair:
                 unfit.append((path, e.what))
         if bad or taken:
             schema = log.schema() if is_rows else REJECTED_SCHEMA
-            transaction = (f"{self._run_id}-repair", 0)
+            transaction = (self._commit.run, 0)
             removed = [part for part, _ in bad]
             log.commit(taken, schema, log.configuration(), transaction, removed)
+            made = {"rows" if is_rows else "rejected": 0}
+            self._commit = self._commit.model_copy(update=made)
         for part, what in bad:
             self._done.append(f"{folder}{what}; taken out of the log, its rows are embedded again")
             with contextlib.suppress(FileNotFoundError):
@@ -151,7 +175,7 @@ class _Repair:
             ("_runs/", {records.run_path(c) for c, _ in records.read_runs(storage)}),
         ):
             for path in storage.paths(folder):
-                if path not in kept:
+                if path not in kept and _RECORD.fullmatch(path):
                     self._quarantine(path, "no record of a run, or a cut one")
         lost = set(table.lost_runs())
         for commit, shards in records.read_shards(storage):
@@ -176,12 +200,11 @@ class _Repair:
             table_rows=num_rows,
             table_rejected=num_rejected,
         )
-        commit = records.Commit(
-            run=self._run_id,
-            rows_version=table.rows.version(),
-            rejected_version=table.rejected.version(),
-        )
-        records.put_run(storage, commit, asdict(result))
+        versions = {
+            "rows_version": table.rows.version(),
+            "rejected_version": table.rejected.version(),
+        }
+        records.put_run(storage, self._commit.model_copy(update=versions), asdict(result))
         self._done.append(f"_runs: {num_rows:,} rows and {num_rejected:,} rejected are on record")
 
 

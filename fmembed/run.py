@@ -32,12 +32,13 @@ from fmembed.checkpoint import Checkpoint
 from fmembed.commits import Commits
 from fmembed.endpoint import Endpoint, EndpointEncoder
 from fmembed.inputs import Inputs, open_inputs
-from fmembed.lock import Lock
+from fmembed.lock import Lock, LockedError
 from fmembed.metrics import RunMetrics
 from fmembed.outputs import Ranges
 from fmembed.plan import Plan, estimate_work, plan_compute, store_bytes
 from fmembed.preprocess import Preprocess
 from fmembed.readers import Source
+from fmembed.records import Commit
 from fmembed.result import RunResult, check_run
 from fmembed.rows import RowIds, accepted, table_schema
 from fmembed.signals import stop_signals
@@ -96,7 +97,8 @@ def embed(
         run.look(source)
         run.check_endpoint()
         # A run that finds nothing to do takes no lock and changes no file.
-        if run.num_shards or table.strays() or (retry_rejected and table.num_rejected()):
+        is_left = bool(run.num_shards or table.strays() or table.is_uncounted())
+        if is_left or (retry_rejected and table.num_rejected()):
             with Lock(table.storage, run.id) as lock:
                 # Whoever had the lock may have made the table since it was looked at.
                 table.check_usable(inputs.identity)
@@ -312,17 +314,19 @@ class _Run:
         try:
             with progress.Stages(source.num_rows, quiet) as stages, _Signals(commits) as signals:
                 stages.watch(ray.data.DataContext.get_current())
-                self._run_passes(source, commits, plan, stages, signals)
+                self._run_passes(source, lock, commits, plan, stages, signals)
                 self._stages = {name: asdict(stage) for name, stage in stages.stages.items()}
         finally:
             # What failed is worth more than that its leftovers could not be removed.
-            with contextlib.suppress(StorageError):
+            with contextlib.suppress(StorageError, LockedError):
+                lock.check()  # another run's parts are no strays
                 self._table.remove_strays()
         commits.check_rejected(at_end=True)
 
     def _run_passes(
         self,
         source: Source,
+        lock: Lock,
         commits: Commits,
         plan: Plan,
         stages: progress.Stages,
@@ -345,6 +349,7 @@ class _Run:
                     f"lost a node, actor or worker ({type(_root(e)).__name__}); going on from the "
                     f"{commits.num_embedded:,} rows that this run has committed"
                 )
+            lock.check()
             self._table.remove_strays()
             self.look(source)
 
@@ -513,6 +518,13 @@ class _Run:
         )
         if commits and (num_embedded or num_rejected):
             self._table.put_run(commits.last, asdict(result))
+        elif self._table.is_uncounted():
+            last = Commit(
+                run=self.id,
+                rows_version=self._table.rows.version(),
+                rejected_version=self._table.rejected.version(),
+            )
+            self._table.put_run(last, asdict(result))
         return result
 
 

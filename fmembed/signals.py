@@ -39,7 +39,7 @@ class Stopped(BaseException):
 
 def stop_signals() -> tuple[signal.Signals, ...]:
     """Those that stop a command: of a terminal that goes (SIGHUP) not where nohup ignores it."""
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    if not hasattr(signal, "SIGHUP") or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         return (signal.SIGINT, signal.SIGTERM)
     return (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -72,6 +72,10 @@ def kept_from_ray() -> Iterator[None]:
     is_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    # Blocked in this thread alone, so that another thread is given it: noted, for afterwards.
+    hangup, came = signal.getsignal(signal.SIGHUP), []
+    if is_main and callable(hangup):
+        signal.signal(signal.SIGHUP, lambda signum, _: came.append(signum))
     try:
         yield
     except SystemExit as e:
@@ -81,4 +85,8 @@ def kept_from_ray() -> Iterator[None]:
     finally:
         if is_main and handler is not None:
             signal.signal(signal.SIGTERM, handler)
+        if is_main and callable(hangup):
+            signal.signal(signal.SIGHUP, hangup)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if came:
+            os.kill(os.getpid(), signal.SIGHUP)

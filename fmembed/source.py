@@ -327,12 +327,20 @@ def _is_glob(fs: Any, root: str) -> bool:
 
 
 def _name(path: str, root: str) -> str:
-    """What row ids call a file; of a cached web server's, nothing of its URL's secrets."""
+    """What row ids call a file; of a cached web server's, nothing of its URL's secrets.
+
+    Bytes of a name that are no UTF-8 are written out: `caf\\xe9.txt`.
+    """
     if _is_web(path):
         path, root = urlsplit(path).path, urlsplit(root).path
     below = root.rstrip("/") + "/"
     # For 200,000 files relpath takes 3 s.
-    return path[len(below) :] if path.startswith(below) else posixpath.relpath(path, root or "/")
+    name = path[len(below) :] if path.startswith(below) else posixpath.relpath(path, root or "/")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return name
 
 
 def _followed(
@@ -356,8 +364,11 @@ def _find(fs: Any, root: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     folders = [root]
     while folders:
         # What goes while we look, as another program's temporary files do, was not there.
-        with contextlib.suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
+        folder = folders.pop()
+        with contextlib.suppress(FileNotFoundError), _scan(folder) as entries:
             for entry in entries:
+                if entry.name.startswith((".", "_")):  # left out by its name, with all below it
+                    continue
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
                     continue
@@ -374,6 +385,13 @@ def _facts(look: Callable[[], os.stat_result]) -> Mapping[str, Any]:
         return {"type": "other"}
     kind = "directory" if stat.S_ISDIR(facts.st_mode) else "file"
     return {"type": kind, "size": facts.st_size, "mtime": facts.st_mtime}
+
+
+def _scan(folder: str) -> Any:
+    try:
+        return os.scandir(folder)
+    except PermissionError as e:
+        raise PermissionError(e.errno, f"{e.strerror}: {folder}") from None
 
 
 def _revision(info: Mapping[str, Any]) -> str:

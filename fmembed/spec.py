@@ -97,6 +97,14 @@ class TableError(UserError):
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_texts(cls, value: Any) -> Any:
+        for name, text in value.items() if isinstance(value, dict) else ():
+            if isinstance(text, str) and "\0" in text:
+                raise ValueError(f"{str(name)[:80]!a} holds a NUL character")
+        return value
+
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         # Ray and others log what they are given; a URL may hold secrets.
         return ((name, without_secrets(value)) for name, value in super().__repr_args__())

@@ -40,7 +40,13 @@ class Storage:
     """The objects below one folder or URL. Paths are relative to it."""
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri if "://" in uri else str(Path(uri).expanduser().absolute())
+        uri = uri.removeprefix("file://")
+        if "://" in uri:
+            self.uri = uri.rstrip("/")
+        else:
+            path = Path(uri).expanduser().absolute()
+            # Delta Lake takes `link/..` for the folder of the link, the system for its target's.
+            self.uri = os.path.realpath(path) if ".." in path.parts else str(path)
         self.local = None if "://" in self.uri else Path(self.uri)
 
     @functools.cached_property
@@ -64,6 +70,7 @@ class Storage:
         """
         try:
             if self.local:
+                self._check(path)
                 _put_local(self.local / path, content, replace=True)
             else:
                 obstore.put(self._store, path, content, use_multipart=False)
@@ -74,6 +81,7 @@ class Storage:
         """Write an object unless there is one, in one atomic step; whether it was written."""
         try:
             if self.local:
+                self._check(path)
                 _put_local(self.local / path, content, replace=False)
             else:
                 obstore.put(self._store, path, content, mode="create", use_multipart=False)
@@ -109,6 +117,7 @@ class Storage:
             StorageError: Forbidden or out of reach.
         """
         try:
+            self._check(path)
             return bytes(obstore.get(self._store, path).bytes())
         except FileNotFoundError:
             raise
@@ -126,7 +135,7 @@ class Storage:
 
     def paths(self, prefix: str = "") -> list[str]:
         """What lies directly under a prefix that ends at a slash, sorted; folders end at one."""
-        if self.local and not self.local.is_dir():
+        if self.local and not os.path.isdir(self.local):
             return []
         try:
             found = obstore.list_with_delimiter(self._store, prefix or None)
@@ -138,7 +147,7 @@ class Storage:
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Path to size in bytes of each object directly under a prefix that ends at a slash."""
-        if self.local and not (self.local / prefix).is_dir():
+        if self.local and not os.path.isdir(self.local / prefix):
             return {}
         try:
             found = obstore.list_with_delimiter(self._store, prefix)
@@ -150,6 +159,7 @@ class Storage:
         """Remove one object; nothing happens where there is none."""
         try:
             if self.local:  # half written ones have names that obstore does not take
+                self._check(path)
                 (self.local / path).unlink()
             else:
                 obstore.delete(self._store, path)
@@ -162,6 +172,8 @@ class Storage:
         """Rename one object, over what is there."""
         try:
             if self.local:
+                self._check(path)
+                self._check(to)
                 (self.local / to).parent.mkdir(parents=True, exist_ok=True)
                 (self.local / path).replace(self.local / to)
                 self.sync(to, path)
@@ -172,8 +184,28 @@ class Storage:
 
     def open(self, path: str) -> Any:
         """Open an object for reading by ranges, as a binary file."""
+        self._check(path)
         fs, root = filesystem(self.uri)
         return fs.open(f"{root}/{path}", "rb")
+
+    def _check(self, path: str) -> None:
+        """Refuse a local path that leads out of the folder by a link, and wait for no pipe.
+
+        Raises:
+            StorageError: One of its folders is a link, or it is no file.
+        """
+        if self.local is None:
+            return
+        for folder in (*reversed(Path(path).parents[:-1]), Path(path)):
+            place = self.local / folder
+            is_whole = folder == Path(path)
+            if place.is_symlink() and not (is_whole and place.is_file()):
+                raise StorageError(
+                    f"table: {place} is a link; a table's folders lie in it, and nothing is "
+                    "written or read through links out of it"
+                )
+            if is_whole and place.exists() and not place.is_file():
+                raise StorageError(f"table: {place} is no regular file, and is not opened")
 
     @property
     def delta_uri(self) -> str:
@@ -226,7 +258,12 @@ def _put_local(path: Path, content: bytes | memoryview, replace: bool) -> None:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():  # one that may be passed through and not listed, as homes often are
+            return
+        raise
     try:
         os.fsync(handle)
     except OSError as e:  # file systems that know no such thing of folders

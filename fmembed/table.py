@@ -33,7 +33,7 @@ from fmembed.parts import REJECTED, as_written, write_part
 from fmembed.records import Commit, WholeShard
 from fmembed.rows import CONTENT_HASH, DUPLICATE, REJECTED_SCHEMA, ROW_ID, RowIds, keys_of
 from fmembed.spec import FmembedError, TableError, fingerprint
-from fmembed.storage import Storage, StorageError, tell
+from fmembed.storage import HALF_WRITTEN, Storage, StorageError, tell
 
 if TYPE_CHECKING:
     import ray.data
@@ -66,7 +66,8 @@ class Table:
         Raises:
             TableError: There is none.
         """
-        if "://" not in uri and not Path(uri).expanduser().is_dir():
+        uri = uri.removeprefix("file://")
+        if "://" not in uri and not os.path.isdir(Path(uri).expanduser()):
             raise TableError(f"table: no such folder: {uri}")
         table = cls(uri)
         if table.card() is None:
@@ -84,15 +85,18 @@ class Table:
         Raises:
             TableError: It cannot be written, holds something else, or another model's vectors.
         """
+        uri = uri.removeprefix("file://")
         local = Path(uri).expanduser()
-        if "://" not in uri and local.exists() and not local.is_dir():
+        if "://" not in uri and os.path.exists(local) and not os.path.isdir(local):
             raise TableError(f"output.uri: {uri} is a file; give a folder or a URL")
-        if "://" not in uri and (coded := _DECODED.search(str(local.absolute()))):
+        if coded := _DECODED.search(uri if "://" in uri else str(local.absolute())):
             raise TableError(
                 f"output.uri: Delta Lake opens no folder with {coded[0]} in its path ({uri}); "
                 "give another"
             )
-        absent = [] if "://" in uri else [p for p in (local, *local.parents) if not p.exists()]
+        absent = (
+            [] if "://" in uri else [p for p in (local, *local.parents) if not os.path.exists(p)]
+        )
         table = cls(uri)
         try:
             table.check_usable(identity)
@@ -119,6 +123,14 @@ class Table:
         card = self.card()
         if card is None:
             self._check_empty()
+        elif (
+            self.uri.endswith("/_rejected")
+            and Log(self.uri.removesuffix("/_rejected")).configuration().get("fmembed.table")
+            == card.table
+        ):
+            raise TableError(
+                f"output.uri: {self.uri} lies inside another table; give another folder"
+            )
         elif card.fingerprint != fingerprint(identity) and not self._is_bare():
             differ = [
                 f"{name} was {card.identity.get(name)!r}, is {identity.get(name)!r}"
@@ -143,15 +155,24 @@ class Table:
             )
         for path in self.storage.paths():
             within = [path] if not path.endswith("/") else self.storage.paths(path)
-            if path == "_delta_log/" or (within and all(map(_OWN_LOCK.fullmatch, within))):
+            if path == "_delta_log/" and not any(p.endswith("/") for p in within):
                 continue  # `Log.delta` has found nothing in it
+            if path == "_lock/" and self._is_own_lock(within):
+                continue
             raise TableError(
-                f"output.uri: {self.uri} is not empty and no fmembed table; give another folder"
+                f"output.uri: {self.uri} is not empty (there is {path[:80]}) and no fmembed table; "
+                "give another folder"
             )
         if table := self._around():
             raise TableError(
                 f"output.uri: {self.uri} lies inside another table ({table}); give another folder"
             )
+
+    def _is_own_lock(self, within: Sequence[str]) -> bool:
+        """Whether `_lock` holds what a killed run has left there: nothing yet, or half a lock."""
+        files = [HALF_WRITTEN.sub("", path) for path in self.storage.sizes("_lock/")]
+        has_folder = any(path.endswith("/") for path in within)
+        return not has_folder and all(map(_OWN_LOCK.fullmatch, files))
 
     def is_own(self) -> bool:
         """Whether this project has made what lies here, even if its log cannot be read any more."""
@@ -179,7 +200,7 @@ class Table:
         for i in range(len(names) - 1, 0, -1):
             parent = Storage(f"{scheme}://{'/'.join(names[:i])}")
             with contextlib.suppress(StorageError):  # not this user's to look at
-                if parent.size_bytes("_delta_log/00000000000000000000.json") is not None:
+                if parent.sizes("_delta_log/"):  # its first entries may have been tidied away
                     return parent.uri
         return None
 
@@ -252,10 +273,18 @@ class Table:
         known = set()
         for log, folder in ((self.rows, ""), (self.rejected, REJECTED)):
             for part in log.pin():
-                ids.add(keys_of(log.read_ids(part)))
+                ids.add(keys_of(log.read_ids(part) if not folder else self._ids_rejected(part)))
                 known.add(folder + part.path)
         self.known_parts = frozenset(known)
         return ids
+
+    def _ids_rejected(self, part: Part) -> list[str]:
+        """Ids of rejected rows, but of none that another row has: that one may not be in the table
+        (it is committed later than its twin is rejected), or no longer.
+        """
+        rows = self.rejected.read_columns(part, [ROW_ID, "error"])
+        unlike = rows.filter(pc.not_equal(rows["error"], DUPLICATE))
+        return list(unlike[ROW_ID].to_pylist())
 
     @property
     def has_moved(self) -> bool:
@@ -365,6 +394,7 @@ class Table:
         self.rejected.commit(
             added, REJECTED_SCHEMA, configuration, (f"{run_id}-forget", 0), removed=removed
         )
+        self.put_shards(Commit(run=f"{run_id}-forget", rejected=0), [])
         return num_forgotten
 
     def put_shards(self, commit: Commit, shards: Sequence[WholeShard]) -> None:
@@ -394,10 +424,24 @@ class Table:
 
         The last by the versions that it made, of those that the logs hold: clocks differ.
         """
-        runs = records.read_runs(self.storage)
-        held = self._held([commit for commit, _ in runs])
-        known = [result for (_, result), is_held in zip(runs, held, strict=True) if is_held]
-        return known[-1] if known else None
+        versions = (self.rows.version(), self.rejected.version())
+        for commit, result in records.read_runs(self.storage):
+            is_past = (commit.rows_version, commit.rejected_version) <= versions
+            if is_past and self._held([commit])[0]:
+                return result
+        return None
+
+    def is_uncounted(self) -> bool:
+        """Whether no run that finished has counted what is in the table, as after a kill between
+        its last commit and its record.
+        """
+        if self.card() is None:
+            return False
+        last = self.last_run()
+        counts = [sum(part.num_rows for part in self.rows.parts()), self.num_rejected()]
+        if not isinstance(last, dict):
+            return any(counts)
+        return counts != [last.get("table_rows"), last.get("table_rejected")]
 
     def put_probe(self, version: int | None, result: dict[str, Any]) -> None:
         """Record what a probe of a version found."""
@@ -484,6 +528,9 @@ def read(
     newest = table.version()
     if version is not None and not 0 <= version <= (newest or 0):
         raise TableError(f"version: {uri} has the versions 0 to {newest}, not {version}")
+    names = table.rows.schema().names
+    if absent := [c for c in columns or () if c not in names]:
+        raise TableError(f"columns: {uri} has no {absent[0]!r}; it has {', '.join(names)}")
     parts = table.rows.parts(version)
     if engine == "ray":
         return _read_by_ray(table, parts, columns)
@@ -547,5 +594,5 @@ def sample(uri: str, columns: list[str], max_rows: int, not_null: str | None) ->
 def _remove_empty(folders: list[Any]) -> None:
     """Take away the folders that only looking has made, innermost first."""
     for folder in map(Path, folders):
-        if folder.is_dir() and not any(folder.iterdir()):
+        if os.path.isdir(folder) and not any(folder.iterdir()):
             folder.rmdir()

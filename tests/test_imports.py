@@ -50,11 +50,11 @@ ALLOWED = {
         "report", "result", "rows", "source", "spec", "storage", "table",
     },
     "plan": {"checkpoint", "readers", "rows", "source", "spec"},
-    "inputs": {"checkpoint", "readers", "source", "spec", "table"},
+    "inputs": {"checkpoint", "readers", "redaction", "source", "spec", "table"},
     "run": {
         "card", "checkpoint", "commits", "encoder", "endpoint", "evaluation", "inputs", "lock",
-        "metrics", "outputs", "plan", "preprocess", "progress", "readers", "result", "rows",
-        "signals", "source", "spec", "startup", "storage", "table", "verdict",
+        "metrics", "outputs", "plan", "preprocess", "progress", "readers", "records", "result",
+        "rows", "signals", "source", "spec", "startup", "storage", "table", "verdict",
     },
     "pipeline": {"inputs", "result", "run", "spec"},
     "bench": {

@@ -24,7 +24,7 @@ from fmembed.checkpoint import open_checkpoint
 from fmembed.encoder import Encoder
 from fmembed.preprocess import Preprocess
 from fmembed.rows import row_schema
-from fmembed.spec import ModelSpec, PreprocessSpec
+from fmembed.spec import ModelError, ModelSpec, PreprocessSpec
 
 RNG = np.random.default_rng(0)
 RATE_HZ = 16_000
@@ -317,3 +317,23 @@ def test_of_a_long_text_only_what_the_model_sees_is_tokenised(
     assert whole["truncated"].to_pylist() == [True, True, False, True]
     assert seen[0] == seen[2] == 2000
     assert seen[1] == (len(texts[1]) if side == "right" else 2000)
+
+
+def test_a_picture_starts_no_program(tiny_vit: Path) -> None:
+    """EPS is a program for Ghostscript, which Pillow would run."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n{} loop\n%%EOF\n"
+    rows = embed(tiny_vit, [picture(), eps])
+    assert rows["_error"].to_pylist() == [None, "corrupt image"]
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(tiny_bert, folder)
+    for name in ("tokenizer.json", "vocab.txt", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(ModelError, match=r"vocabulary|cannot be loaded"):
+        Preprocess(open_checkpoint(ModelSpec(id=str(folder)), False), PreprocessSpec())(
+            pa.Table.from_pylist(
+                [{"row_id": "a", "_input": "word"}], schema=row_schema(pa.schema([]))
+            )
+        )

@@ -423,3 +423,40 @@ def test_a_folder_that_cannot_be_listed_is_said(
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(SourceError, match=r"source\.uri: cannot read .*: Permission denied"):
         open_source(SourceSpec(uri=str(tmp_path)))
+
+
+def test_a_name_that_is_no_utf8_is_written_out(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("good")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("odd")
+    rows = rows_of(SourceSpec(uri=str(tmp_path)))
+    assert {r["row_id"]: r["_input"] for r in rows} == {"good.txt": "good", "caf\\xe9.txt": "odd"}
+
+
+@pytest.mark.parametrize(
+    "path", ["/outside.jsonl", "../outside.jsonl", "http://127.0.0.1:9/x.jsonl"]
+)
+def test_a_datasets_card_has_nothing_outside_read(path: str, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "data.jsonl", ROWS)
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
+        f'    path: "{path}"\n---\n'
+    )
+    hub = HubDataset(split="train")
+    with pytest.raises(SourceError, match="which is not in the dataset's folder"):
+        open_source(SourceSpec(uri=str(tmp_path), format="hf", hf=hub))
+
+
+def test_nested_pictures_of_a_dataset_are_not_fetched() -> None:
+    import datasets
+
+    from fmembed.readers import _undecoded
+
+    nested = {"a": datasets.List({"b": datasets.Image()}), "c": [datasets.Audio()]}
+    plain = {"a": datasets.List({"b": datasets.Image(decode=False)}),
+             "c": [datasets.Audio(decode=False)]}  # fmt: skip
+    assert _undecoded(nested) == plain
+
+
+def test_messages_of_plain_paths_stay_whole() -> None:
+    message = "column 'text': takes text, got int"
+    assert SourceSpec(uri="data/text/column").conceal(message) == message

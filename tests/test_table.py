@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +26,7 @@ from fmembed.parts import Written, write_part
 from fmembed.records import Commit, WholeShard
 from fmembed.repair import repair
 from fmembed.rows import REJECTED_SCHEMA, keys_of, row_schema, table_schema
-from fmembed.spec import TableError, fingerprint
+from fmembed.spec import FmembedError, TableError, fingerprint
 from fmembed.storage import Storage, StorageError
 from fmembed.table import ConflictError, Table, read
 
@@ -648,16 +650,16 @@ def test_a_table_that_never_had_a_row_may_be_another_models(tmp_path: Path) -> N
 def test_a_lost_answer_to_the_creation_of_a_table_is_no_conflict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    create = DeltaTable.create
+    create = Storage.create
 
-    def lose_answer(*arguments: Any, **options: Any) -> None:
-        create(*arguments, **options)
-        raise DeltaError("a table already exists")
+    def lose_answer(*arguments: Any) -> bool:
+        create(*arguments)
+        return create(*arguments)  # the client's second try finds what its first has made
 
     table = Table.open_output(str(tmp_path / "t"), IDENTITY)
     table.row_ids()
     with monkeypatch.context() as patch:
-        patch.setattr(DeltaTable, "create", lose_answer)
+        patch.setattr(Storage, "create", lose_answer)
         table.claim(CARD, SCHEMA, "run")
     written = write(table.uri, block(["a"]))
     assert written.part is not None
@@ -690,7 +692,11 @@ def test_retry_of_a_part_with_twins_alone(table: Table) -> None:
 def test_the_last_run_is_the_last_by_version(table: Table) -> None:
     """Neither a clock that goes wrong nor a record of lost commits changes that."""
     counts = {"rows_read": 1, "started": "2001-01-01T00:00:00"}
-    later = Commit(run="late", rows=None, rejected=None, rows_version=5, rejected_version=1)
+    table.row_ids()
+    written = write(table.uri, block(["n"], seed=7))
+    assert written.part is not None
+    table.rows.commit([written.part], written.schema, CONFIGURATION, ("late", 0))
+    later = Commit(run="late", rows=0, rows_version=3, rejected_version=1)
     table.put_run(later, counts)
     assert table.last_run() == counts
     unknown = Commit(run="lost", rows=3, rows_version=9, rejected_version=1)
@@ -714,3 +720,121 @@ def test_what_a_probe_found_is_of_its_version_alone(table: Table) -> None:
     assert again.get_probe(2, "knn", "embedding") is None
     Path(table.uri, "_probes", "00000002-knn-embedding.json").write_bytes(b"{")
     assert again.get_probe(2, "knn", "embedding") is None
+
+
+# --- what a second look found ---------------------------------------------------------------------
+
+
+def test_a_twin_does_not_stand_for_the_row_that_is_not_in_the_table(tmp_path: Path) -> None:
+    """Rejections are committed first: a kill after them leaves the twin alone."""
+    table = Table.open_output(str(tmp_path / "t"), IDENTITY)
+    table.row_ids()
+    table.claim(CARD, SCHEMA, "run")
+    written = write(table.uri, block(["a", "a", "b"]))
+    assert written.causes == {"duplicate id": 1}
+    assert written.rejected is not None
+    table.rejected.commit([written.rejected], REJECTED_SCHEMA, CONFIGURATION, ("run", 0))
+    assert not Table(table.uri).row_ids().contains(keys_of("ab")).any()
+
+
+def test_parts_of_old_versions_stay_whatever_clock_removed_them(table: Table) -> None:
+    DeltaTable(table.uri).delete("row_id = 'a' or row_id = 'b'")
+    entry = sorted(Path(table.uri, "_delta_log").glob("*.json"))[-1]
+    lines = [json.loads(line) for line in entry.read_text().splitlines()]
+    for line in lines:
+        if "remove" in line:
+            line["remove"]["deletionTimestamp"] += 3_600_000
+    entry.write_text("\n".join(map(json.dumps, lines)))
+    parts = {p.name for p in Path(table.uri).glob("part-*")}
+    assert Table(table.uri).remove_strays() == 0
+    assert {p.name for p in Path(table.uri).glob("part-*")} == parts
+    assert read(table.uri, version=2).num_rows == 5
+    assert not any("taken back" in line for line in repair(table.uri))
+
+
+def test_folders_of_a_table_that_are_links_are_refused(table: Table, tmp_path: Path) -> None:
+    """Through them a table of somebody else's would be written, or mended."""
+    mine = {p: p.read_bytes() for p in Path(table.uri).rglob("*") if p.is_file()}
+    for name in ("_delta_log", "_rejected", "_runs", "_shards", "_lock", "_probes", "_quarantine"):
+        theirs = tmp_path / f"theirs{name}"
+        shutil.copytree(table.uri, theirs)
+        shutil.rmtree(theirs / name, ignore_errors=True)
+        Path(table.uri, name).mkdir(exist_ok=True)
+        (theirs / name).symlink_to(Path(table.uri, name))
+        for path in theirs.glob("part-*"):
+            path.write_bytes(b"")
+        for look in (
+            repair,
+            verify,
+            lambda uri: Table(uri).put_probe(2, {"probe": "p", "column": "c"}),
+            lambda uri: Table(uri).put_shards(Commit(run="r"), []),
+        ):
+            with contextlib.suppress(FmembedError):
+                look(str(theirs))
+    assert {p: p.read_bytes() for p in Path(table.uri).rglob("*") if p.is_file()} == mine
+
+
+@pytest.mark.parametrize("name", ["_delta_log/_last_checkpoint", "_runs/zz.json", "_shards/x.json"])
+def test_a_pipe_is_not_waited_for(table: Table, name: str) -> None:
+    path = Path(table.uri, name)
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+    with contextlib.suppress(FmembedError):
+        verify(table.uri)
+    with contextlib.suppress(FmembedError):
+        repair(table.uri)
+
+
+def test_adds_that_do_not_say_how_many_rows_are_read(table: Table) -> None:
+    for entry in Path(table.uri, "_delta_log").glob("*.json"):
+        lines = [json.loads(line) for line in entry.read_text().splitlines()]
+        for line in lines:
+            if "add" in line:
+                line["add"]["stats"] = None
+        entry.write_text("\n".join(map(json.dumps, lines)))
+    assert read(table.uri).num_rows == 5
+    assert verify(table.uri).problems == []
+    assert repair(table.uri) == []
+
+
+def test_a_path_with_dots_through_a_link_is_one_folder(tmp_path: Path) -> None:
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user" / "link").symlink_to(tmp_path / "real" / "deep")
+    table = Table.open_output(str(tmp_path / "user" / "link" / ".." / "t"), IDENTITY)
+    table.row_ids()
+    table.claim(CARD, SCHEMA, "run")
+    assert (tmp_path / "real" / "t" / "_delta_log").is_dir()
+    assert not (tmp_path / "user" / "t").exists()
+
+
+def test_the_rejected_rows_folder_is_no_output(table: Table) -> None:
+    with pytest.raises(TableError, match="lies inside another table"):
+        Table.open_output(f"{table.uri}/_rejected", IDENTITY)
+
+
+@pytest.mark.parametrize("left", [[], [".probe#0123abcd.tmp"], ["00000001.json#0123abcd.tmp"]])
+def test_what_a_kill_leaves_in_the_first_moment_is_no_obstacle(
+    tmp_path: Path, left: list[str]
+) -> None:
+    (tmp_path / "_lock").mkdir()
+    for name in left:
+        (tmp_path / "_lock" / name).write_bytes(b"half")
+    Table.open_output(str(tmp_path), IDENTITY)
+
+
+def test_an_outage_is_no_damage() -> None:
+    outage = DeltaError("Generic S3 error: Error performing GET http://s/parquet/x: 503")
+    assert not log_module._is_damage(outage)
+    assert log_module._is_damage(DeltaError("Kernel error: Json error: Truncated record"))
+
+
+def test_absent_columns_are_named(table: Table) -> None:
+    with pytest.raises(TableError, match="has no 'nope'"):
+        read(table.uri, columns=["row_id", "nope"])
+
+
+def test_names_that_look_odd_are_refused_or_found_absent() -> None:
+    for look in (read, lambda uri: Table.open_output(uri, IDENTITY)):
+        with pytest.raises(FmembedError):
+            look("x" * 5000)
