@@ -320,7 +320,7 @@ class _Run:
             # What failed is worth more than that its leftovers could not be removed.
             with contextlib.suppress(StorageError, LockedError):
                 lock.check()  # another run's parts are no strays
-                self._table.remove_strays()
+                self._table.remove_strays(self.id)
         commits.check_rejected(at_end=True)
 
     def _run_passes(
@@ -350,7 +350,7 @@ class _Run:
                     f"{commits.num_embedded:,} rows that this run has committed"
                 )
             lock.check()
-            self._table.remove_strays()
+            self._table.remove_strays(self.id)
             self.look(source)
 
     def _pass(

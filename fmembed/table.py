@@ -298,11 +298,16 @@ class Table:
             return []
         return [(log, p) for log in (self.rows, self.rejected) for p in log.strays(card.table)]
 
-    def remove_strays(self) -> int:
+    def remove_strays(self, own: str = "") -> int:
         """Delete what dead runs left behind; how many files. Only under the lock.
 
         Nothing where a log has lost commits that a record speaks of: what looks like a dead run's
-        may be what they had added.
+        may be what they had added. Parts of runs that the logs know nothing of are kept aside in
+        `_quarantine`: of a run that died before its first commit, or of a table whose log and
+        records were taken back to an older backup.
+
+        Args:
+            own: The run that cleans up after itself.
         """
         strays = self.strays()
         if not strays:
@@ -314,8 +319,20 @@ class Table:
                 "(fmembed verify --repair takes their parts back instead)"
             )
             return 0
+        num_aside = 0
         for log, path in strays:
-            log.remove([path])
+            run = log.read_stamp(path).get("fmembed.run", "") if PART.fullmatch(path) else own
+            if run == own or self.rows.held([run], [0])[0] or self.rejected.held([run], [0])[0]:
+                log.remove([path])
+            else:
+                folder = REJECTED if log is self.rejected else ""
+                self.storage.move(folder + path, f"_quarantine/{run or 'unknown'}/{folder}{path}")
+                num_aside += 1
+        if num_aside:
+            tell(
+                f"{num_aside:,} parts of runs that the log of {self.uri} does not know were moved "
+                "to its _quarantine: nothing names them, they may be deleted"
+            )
         return len(strays)
 
     def lost_runs(self) -> list[str]:

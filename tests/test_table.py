@@ -838,3 +838,26 @@ def test_names_that_look_odd_are_refused_or_found_absent() -> None:
     for look in (read, lambda uri: Table.open_output(uri, IDENTITY)):
         with pytest.raises(FmembedError):
             look("x" * 5000)
+
+
+def test_parts_that_an_older_backup_knows_nothing_of_are_kept(table: Table, tmp_path: Path) -> None:
+    """Logs and records restored together; the parts are those of today."""
+    backup = tmp_path / "backup"
+    shutil.copytree(table.uri, backup)
+    table.row_ids()
+    stamp = {**CONFIGURATION, "fmembed.run": "newer", "fmembed.write": "0"}
+    newer = write_part(table.uri, [block(["n"], seed=9)], VECTORS, frozenset(), stamp)
+    assert newer.part is not None
+    table.rows.commit([newer.part], newer.schema, CONFIGURATION, ("newer", 0))
+    for name in ("_delta_log", "_runs"):
+        shutil.rmtree(Path(table.uri, name))
+        shutil.copytree(backup / name, Path(table.uri, name))
+    again = Table(table.uri)
+    assert not again.row_ids().contains(keys_of("n"))[0]
+    assert again.remove_strays() == 1
+    assert Path(table.uri, "_quarantine", "newer", newer.part.path).exists()
+    # What this run itself has not committed is certainly nobody's.
+    stray = write_part(table.uri, [block(["m"], seed=9)], VECTORS, frozenset(), stamp)
+    assert stray.part is not None
+    assert again.remove_strays("newer") == 1
+    assert not list(Path(table.uri).rglob(stray.part.path))
