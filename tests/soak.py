@@ -225,10 +225,16 @@ class SimulatedCluster:
     """A head and one more node, as raylets of this machine."""
 
     def __init__(self) -> None:
+        from ray._private import services
         from ray.cluster_utils import Cluster
 
         store = 200 * 2**20
-        self._args: dict[str, Any] = {"num_cpus": 2, "object_store_memory": store}
+        # Named: where this process has a Ray of its own, which is on loopback, nodes would take its
+        # address, and a driver looks for 127.0.0.1 at the machine's own one.
+        address = services.node_ip_address_from_perspective()  # type: ignore[no-untyped-call]
+        self._args: dict[str, Any] = {
+            "num_cpus": 2, "object_store_memory": store, "node_ip_address": address,
+        }  # fmt: skip
         self._cluster: Any = Cluster(initialize_head=True, head_node_args=dict(self._args))  # type: ignore[no-untyped-call]
         self._node: Any = self._cluster.add_node(**self._args)
         self._cluster.wait_for_nodes()
