@@ -126,7 +126,8 @@ def test_the_pipeline_with_a_model_that_computes_nothing(tmp_path: Path, minilm:
     assert found["us_a_row"] == pytest.approx(found["seconds"] * 1e6 / 2000)
     assert {"read", "preprocess", "write", "forward", "rest"} <= found["parts"].keys()
     # What is made of our own command's result.
-    result = json.loads(next(Path(tmp_path, "out", "_runs").glob("*.json")).read_text())
+    record = json.loads(next(Path(tmp_path, "out", "_runs").glob("*.json")).read_text())
+    result = record["result"]
     ours = bench._ours(result)
     assert ours["rows"] == 2000
     assert ours["rows_per_s"] == result["steady_rows_per_s"]

@@ -463,7 +463,7 @@ def test_timm_loads_nothing_but_the_weights_beside(
     assert "take out" in refused(model)
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "~", "a/b/c", "..", "/dev/null", "a/" * 3000])
+@pytest.mark.parametrize("name", ["x" * 5000, "~", "a/b/c", "..", "/dev/null", "a/" * 3000])
 def test_ids_that_are_no_folder(name: str) -> None:
     with pytest.raises(ModelError):
         open_checkpoint(ModelSpec(id=name), False)
