@@ -80,7 +80,7 @@ class Commits:
             committed: Ids of the rows that will be left out; grows with what is written.
         """
         if self._num_known_before is None:
-            self._num_known_before = len(committed)
+            self._num_known_before = len(committed) + self._table.num_twins
         self._known = committed
         self._known_parts = self._table.known_parts
         self._shard_keys = [shard.key for shard in shards]

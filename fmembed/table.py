@@ -58,6 +58,8 @@ class Table:
         self.rejected = Log(f"{self.uri}/_rejected")
         # The parts that the ids of `row_ids` were read from; those of `_rejected` with its name.
         self.known_parts: frozenset[str] = frozenset()
+        # Rejected rows whose id another row has, which are not among these ids.
+        self.num_twins = 0
 
     @classmethod
     def open(cls, uri: str) -> Table:
@@ -271,6 +273,7 @@ class Table:
         """
         ids = RowIds()
         known = set()
+        self.num_twins = 0
         for log, folder in ((self.rows, ""), (self.rejected, REJECTED)):
             for part in log.pin():
                 ids.add(keys_of(log.read_ids(part) if not folder else self._ids_rejected(part)))
@@ -284,6 +287,7 @@ class Table:
         """
         rows = self.rejected.read_columns(part, [ROW_ID, "error"])
         unlike = rows.filter(pc.not_equal(rows["error"], DUPLICATE))
+        self.num_twins += rows.num_rows - unlike.num_rows
         return list(unlike[ROW_ID].to_pylist())
 
     @property
