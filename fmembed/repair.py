@@ -133,7 +133,7 @@ class _Repair:
                 self._take(log, part, is_rows, known, is_new=True)
                 taken.append(part)
             except DamagedError as e:
-                unfit.append((path, e.what))
+                unfit.append((path, e.what.removeprefix(f"{path}: ")))
         if bad or taken:
             schema = log.schema() if is_rows else REJECTED_SCHEMA
             transaction = (self._commit.run, 0)

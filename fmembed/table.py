@@ -325,8 +325,13 @@ class Table:
             return 0
         num_aside = 0
         for log, path in strays:
-            run = log.read_stamp(path).get("fmembed.run", "") if PART.fullmatch(path) else own
-            if run == own or self.rows.held([run], [0])[0] or self.rejected.held([run], [0])[0]:
+            is_half = not PART.fullmatch(path)
+            run = "" if is_half else log.read_stamp(path).get("fmembed.run", "")
+            # A run without a name is nobody's own.
+            is_known = bool(run) and (
+                run == own or self.rows.held([run], [0])[0] or self.rejected.held([run], [0])[0]
+            )
+            if is_half or is_known:
                 log.remove([path])
             else:
                 folder = REJECTED if log is self.rejected else ""

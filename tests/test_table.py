@@ -861,3 +861,11 @@ def test_parts_that_an_older_backup_knows_nothing_of_are_kept(table: Table, tmp_
     assert stray.part is not None
     assert again.remove_strays("newer") == 1
     assert not list(Path(table.uri).rglob(stray.part.path))
+
+
+def test_a_part_that_names_no_run_is_kept_aside(table: Table) -> None:
+    """Of this table, and of no run that is known to be dead."""
+    rows = block(["n"]).select(["row_id"])
+    path = table.rows.write(rows, (), CONFIGURATION).path
+    assert Table(table.uri).remove_strays() == 1
+    assert Path(table.uri, "_quarantine", "unknown", path).exists()
