@@ -198,16 +198,8 @@ class Commits:
         """
         num_rejected = self.num_rejected + self._num_rejected_before
         num_rows = self.num_embedded + self.num_rejected + (self._num_known_before or 0)
-        limit = self._output.max_rejected_fraction
-        if not self.num_rejected or (num_rows < _MIN_ROWS_TO_STOP and not at_end):
-            return
-        if num_rejected > limit * num_rows:
-            causes = ", ".join(f"{n:,} {cause}" for cause, n in self.causes.most_common(5))
-            raise RejectedError(
-                f"{num_rejected:,} of {num_rows:,} rows were rejected, more than "
-                f"output.max_rejected_fraction = {limit} allows ({causes}); the embedded rows are "
-                f"committed, the rejected ones are in {self._table.rejected.uri}"
-            )
+        if self.num_rejected and (num_rows >= _MIN_ROWS_TO_STOP or at_end):
+            check_rejected(self._table, self._output, num_rejected, num_rows)
 
     def _write_pending(self) -> None:
         if self._pending:
@@ -252,6 +244,31 @@ class _Write:
     blocks: list[Any]
     num_bytes: int
     twice: frozenset[bytes] = frozenset()
+
+
+def check_rejected(table: Table, output: OutputSpec, num_rejected: int, num_rows: int) -> None:
+    """Refuse a table of which more rows are rejected than the config allows.
+
+    Args:
+        table: Where.
+        output: Says how many.
+        num_rejected: So many are.
+        num_rows: Of so many, those included.
+
+    Raises:
+        RejectedError: With the causes.
+    """
+    if num_rejected <= output.max_rejected_fraction * num_rows:
+        return
+    found = Counter[str]()
+    for cause in table.rejected_by_cause(0):
+        found[cause["error"]] += cause["rows"]
+    causes = ", ".join(f"{n:,} {cause}" for cause, n in found.most_common(5))
+    raise RejectedError(
+        f"{num_rejected:,} of {num_rows:,} rows were rejected, more than "
+        f"output.max_rejected_fraction = {output.max_rejected_fraction} allows ({causes}); the "
+        f"embedded rows are committed, the rejected ones are in {table.rejected.uri}"
+    )
 
 
 def interval_s(given: float | Literal["auto"], run_s: float) -> float:

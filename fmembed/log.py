@@ -519,6 +519,7 @@ class Log:
             raise StorageError(f"output.uri: cannot commit to {self.uri}: {reason(e)}") from None
         self._pinned += 1
         self._sync(self._pinned)
+        self._checked = self._pinned  # written here, whole
         return self._pinned
 
     def _transact(

@@ -62,9 +62,9 @@ class _Repair:
         _mend_log(table.rows, "", self._quarantine)
         card = table.card() or self._find_card()
         _mend_log(table.rejected, REJECTED, self._quarantine)
-        known = RowIds()
-        for log, folder in ((table.rows, ""), (table.rejected, REJECTED)):
-            self._mend_parts(log, folder, card, known)
+        embedded = RowIds()
+        self._mend_parts(table.rows, "", card, RowIds(), embedded)
+        self._mend_parts(table.rejected, REJECTED, card, embedded, RowIds())
         self._mend_records(card)
         return self._done
 
@@ -101,8 +101,18 @@ class _Repair:
             raise TableError(f"table: {table.uri} has no log and {what}; it cannot be mended")
         return next(iter(found.values()))
 
-    def _mend_parts(self, log: Log, folder: str, card: Card, known: RowIds) -> None:
-        """Take out what cannot be read, and back in what no version names."""
+    def _mend_parts(
+        self, log: Log, folder: str, card: Card, elsewhere: RowIds, known: RowIds
+    ) -> None:
+        """Take out what cannot be read, and back in what no version names.
+
+        Args:
+            log: Of embedded or of rejected rows.
+            folder: Where it is in the table.
+            card: The table's.
+            elsewhere: Ids of the other log, which no row here may have.
+            known: Grows with the ids of this log.
+        """
         is_rows = not folder
         configuration = card.to_configuration()
         if log.delta() is None:
@@ -117,11 +127,14 @@ class _Repair:
                     "source has to be embedded anew, into another folder"
                 )
             log.create(schema, configuration, self._run_id)
-            self._done.append(f"{folder}_delta_log: made anew")
+            self._done.append(
+                f"{folder}_delta_log: made anew from all parts that are here; what other tools had "
+                "deleted or taken back to an older version is there again"
+            )
         bad: list[tuple[Part, str]] = []
         for part in log.pin():
             try:
-                self._take(log, part, is_rows, known)
+                self._take(log, part, is_rows, elsewhere, known)
             except DamagedError as e:
                 bad.append((part, e.what))
         taken: list[Part] = []
@@ -130,7 +143,7 @@ class _Repair:
             size = log.storage.size_bytes(path) or 0
             part = Part(path, size, log.num_rows(path))
             try:
-                self._take(log, part, is_rows, known, is_new=True)
+                self._take(log, part, is_rows, elsewhere, known, is_new=True)
                 taken.append(part)
             except DamagedError as e:
                 unfit.append((path, e.what.removeprefix(f"{path}: ")))
@@ -151,20 +164,26 @@ class _Repair:
             self._quarantine(folder + path, what)
 
     def _take(
-        self, log: Log, part: Part, is_rows: bool, known: RowIds, is_new: bool = False
+        self,
+        log: Log,
+        part: Part,
+        is_rows: bool,
+        elsewhere: RowIds,
+        known: RowIds,
+        is_new: bool = False,
     ) -> None:
         """Read a part whole and note its ids.
 
         Raises:
-            DamagedError: It cannot be read, or, of one to be taken back, it has a row that the
-                table has already.
+            DamagedError: It cannot be read, or has a row that is embedded where it is rejected, or,
+                of one to be taken back, that the table has already.
         """
         rows = self._table.read_part(part, None) if is_rows else log.read_whole(part)
         if not is_rows:
             rows = rows.filter(pc.not_equal(rows["error"], DUPLICATE))
         name = PARENT_ID if PARENT_ID in rows.schema.names else ROW_ID
         keys = keys_of(dict.fromkeys(rows[name].to_pylist()))
-        if is_new and known.contains(keys).any():
+        if elsewhere.contains(keys).any() or (is_new and known.contains(keys).any()):
             raise DamagedError(log.uri, f"{part.path}: rows of it are in the table already")
         known.add(keys)
 

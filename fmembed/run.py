@@ -29,7 +29,7 @@ from fmembed import outputs, progress, verdict
 from fmembed import source as source_module
 from fmembed.card import Card, StoredOutput
 from fmembed.checkpoint import Checkpoint
-from fmembed.commits import Commits
+from fmembed.commits import Commits, check_rejected
 from fmembed.endpoint import Endpoint, EndpointEncoder
 from fmembed.inputs import Inputs, open_inputs
 from fmembed.lock import Lock, LockedError
@@ -113,6 +113,7 @@ def embed(
                 result = run.finish()
         else:
             result = run.finish()
+        run.check_rejected()
         if not result.table_rows:
             return result
         # Late, because scikit-learn takes a second to import and the model should not wait for it.
@@ -480,6 +481,17 @@ class _Run:
                 f"its rows can be embedded ({source.spec.stored_name})"
             )
         return outputs.measure_ranges(vectors)
+
+    def check_rejected(self) -> None:
+        """Hold a run that had nothing to do to the limit too: a job that is tried again after too
+        many rejections is no success.
+
+        Raises:
+            RejectedError: More rows of the table are rejected than the config allows.
+        """
+        if self._commits is None:
+            num_rows = len(self._committed) + self._table.num_twins
+            check_rejected(self._table, self._spec.output, self._table.num_rejected(), num_rows)
 
     def finish(self) -> RunResult:
         """Count, and leave the record that `verify` compares the table with."""

@@ -33,7 +33,7 @@ from fmembed.parts import REJECTED, as_written, write_part
 from fmembed.records import Commit, WholeShard
 from fmembed.rows import CONTENT_HASH, DUPLICATE, REJECTED_SCHEMA, ROW_ID, RowIds, keys_of
 from fmembed.spec import FmembedError, TableError, fingerprint
-from fmembed.storage import HALF_WRITTEN, Storage, StorageError, tell
+from fmembed.storage import HALF_WRITTEN, Storage, StorageError, reason, tell
 
 if TYPE_CHECKING:
     import ray.data
@@ -562,7 +562,15 @@ def read(
         return _read_by_ray(table, parts, columns)
     if not parts:
         return _empty(table, columns)
-    return pa.concat_tables([table.read_part(p, columns) for p in parts])
+    found = [table.read_part(p, columns) for p in parts]
+    try:
+        # Another tool may have added columns, which the older parts lack.
+        return pa.concat_tables(found, promote_options="default")
+    except pa.ArrowException as e:
+        raise TableError(
+            f"table: another tool has changed the columns of {uri}, and its parts do not fit "
+            f"together: {reason(e)}"
+        ) from None
 
 
 def _empty(table: Table, columns: list[str] | None) -> pa.Table:

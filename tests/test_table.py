@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from fmembed import log as log_module
@@ -869,3 +869,25 @@ def test_a_part_that_names_no_run_is_kept_aside(table: Table) -> None:
     path = table.rows.write(rows, (), CONFIGURATION).path
     assert Table(table.uri).remove_strays() == 1
     assert Path(table.uri, "_quarantine", "unknown", path).exists()
+
+
+def test_rows_that_are_embedded_and_rejected_are_told_apart_by_repair(table: Table) -> None:
+    """As where the rejected rows' log has lost the commit of a retry."""
+    written = write(table.uri, block(["x"], seed=4))
+    assert written.part is not None
+    table.row_ids()
+    table.rows.commit([written.part], written.schema, CONFIGURATION, ("retry", 0))
+    assert any("both embedded and rejected" in p for p in verify(table.uri).problems)
+    assert any("its rows are embedded again" in line for line in repair(table.uri))
+    assert verify(table.uri).problems == []
+    assert sorted(read(table.uri)["row_id"].to_pylist()) == ["a", "b", "c", "d", "e", "x"]
+    assert Table(table.uri).num_rejected() == 0
+
+
+def test_columns_that_another_tool_has_added(table: Table) -> None:
+    rows = pa.table({"row_id": ["n"], "content_hash": ["0" * 32], "embedding": [[0.5] * DIM],
+                     "num_units": pa.array([1], pa.int32()), "truncated": [False], "topic": ["t"],
+                     "more": [7]})  # fmt: skip
+    write_deltalake(table.uri, rows, mode="append", schema_mode="merge")
+    found = {r["row_id"]: r["more"] for r in read(table.uri).to_pylist()}
+    assert found == dict.fromkeys("abcde") | {"n": 7}

@@ -184,6 +184,12 @@ def test_too_many_rejections_stop_the_run_and_keep_the_rest(
     with pytest.raises(RejectedError, match=r"5 of 25 rows.*5 null input"):
         fmembed.embed(spec(tmp_path, tiny_bert))
     assert fmembed.read(str(tmp_path / "out")).num_rows == 20
+    # The same command again has nothing to do, and is no success.
+    with pytest.raises(RejectedError, match=r"5 of 25 rows.*5 null input"):
+        fmembed.embed(spec(tmp_path, tiny_bert))
+    allowed = {"uri": str(tmp_path / "out"), "max_rejected_fraction": 0.5}
+    assert fmembed.embed(spec(tmp_path, tiny_bert, output=allowed)).rows_skipped == 25
+    assert fmembed.verify(str(tmp_path / "out")).problems == []
 
 
 def test_flags_do_what_the_config_does(tmp_path: Path, tiny_bert: Path) -> None:
