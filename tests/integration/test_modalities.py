@@ -127,8 +127,10 @@ def test_sounds_by_the_command(
     listed = capsys.readouterr().out
     assert "1 corrupt audio (stage preprocess)" in listed
     assert "1 empty input (stage read)" in listed
-    assert run(command) == 0
+    assert run([*command, "--set", "output.max_rejected_fraction=0.5"]) == 0
     assert capsys.readouterr().out.startswith("nothing to do")
+    assert run(command) == 1, "two of ten are more than the default allows, today as well"
+    assert "2 of 10 rows were rejected" in capsys.readouterr().err
 
 
 def test_a_hostile_archive_is_only_read(tmp_path: Path) -> None:
