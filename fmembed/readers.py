@@ -46,6 +46,14 @@ from fmembed.rows import (
 )
 from fmembed.spec import Format, Modality, SourceError, SourceSpec, redact
 from fmembed.storage import reason
+from fmembed.unfolding import (
+    BATCH_BYTES,
+    CheckedPages,
+    PageError,
+    dictionary_bytes,
+    has_compressed_buffers,
+    unfolded_bytes,
+)
 
 # Formats where each file is a row.
 FOLDERS = ("text_folder", "image_folder", "audio_folder")
@@ -62,8 +70,7 @@ _MAX_ID_BYTES = 4096
 _MAX_VALUES = 4_000_000
 # Leaves and levels of a carried column's type; what has more is kept as JSON.
 _MAX_LEAVES, _MAX_LEVELS = 1000, 16
-# What a batch of Parquet rows may unfold to, and rows that are told one by one as lost.
-_BATCH_BYTES = 64 * 2**20
+# Rows that are told one by one as lost.
 _MAX_LOST_ROWS = 1_000_000
 # Of a tar member's long name or extended header.
 _MAX_HEADER_BYTES = 2**20
@@ -583,25 +590,28 @@ def _delimiter(file: File) -> str:
 def _read_parquet(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
     wanted = source.spec.wanted
     with source.fs.open(file.path, "rb") as handle:
-        parquet = pq.ParquetFile(handle)
-        missing = [c for c in wanted if c not in parquet.schema_arrow.names]
+        footer = pq.read_metadata(handle)
+        names = footer.schema.to_arrow_schema().names
+        missing = [c for c in wanted if c not in names]
         if missing:
             yield file.name, ("unreadable file", f"it has no column {missing[0]!r}")
             return
-        leaves = _leaves(parquet.metadata, wanted)
+        leaves = _leaves(footer, wanted)
         first = shard.first_row
-        stop = shard.stop if shard.stop is not None else parquet.num_row_groups
+        stop = shard.stop if shard.stop is not None else footer.num_row_groups
         for group in range(shard.start or 0, stop):
-            metadata = parquet.metadata.row_group(group)
+            metadata = footer.row_group(group)
             num_rows = metadata.num_rows
             i = 0
             try:
                 rows = _batch_size(handle, metadata, leaves, source)
+                checked = CheckedPages(handle, metadata, leaves)
+                parquet = pq.ParquetFile(checked, metadata=footer)
                 for batch in parquet.iter_batches(rows, row_groups=[group], columns=wanted):
                     for row in _batch_rows(batch, source):
                         yield f"{file.name}#{first + i}", row
                         i += 1
-            except (OSError, pa.ArrowException, _BadRow) as e:
+            except (OSError, PageError, pa.ArrowException, _BadRow) as e:
                 fate = (e.error, e.message) if isinstance(e, _BadRow) else _unreadable(e)
                 for lost in range(i, min(num_rows, i + _MAX_LOST_ROWS)):
                     yield f"{file.name}#{first + lost}", fate
@@ -623,9 +633,10 @@ def _batch_size(
 
     Raises:
         _BadRow: Its rows are too large, by what the file itself says; nothing was unfolded.
+        PageError: A dictionary's page cannot be read.
     """
     columns = [group.column(i) for i in leaves]
-    row_bytes = sum(c.total_uncompressed_size for c in columns) // max(group.num_rows, 1)
+    row_bytes = sum(map(unfolded_bytes, columns)) // max(group.num_rows, 1)
     # Twice, because small values stand in the pages' statistics too; `_batch_rows` looks closer.
     if row_bytes > 2 * source.most_bytes:
         raise _too_large(row_bytes, source)
@@ -636,29 +647,12 @@ def _batch_size(
         if column.has_dictionary_page:
             # A value that is there once may stand in every row, and more than once in a list.
             times = -(-column.num_values // max(group.num_rows, 1))
-            largest = max(largest, times * _page_bytes(handle, column.dictionary_page_offset))
+            largest = max(largest, times * dictionary_bytes(handle, column))
         if "DELTA_BYTE_ARRAY" in column.encodings:
             # Each value may be nearly all of the one before it; never less than four rows, because
             # most such files are harmless. Arrow takes some three times what comes out.
-            largest = max(largest, min(4 * column.total_uncompressed_size, _BATCH_BYTES // 4))
-    return int(min(max(_BATCH_BYTES // max(largest, 1), 1), _CHUNK_ROWS))
-
-
-def _page_bytes(handle: Any, offset: int) -> int:
-    """What the page at this place unfolds to: the second number of its header, in Thrift's way."""
-    handle.seek(offset)
-    head = bytes(handle.read(16))
-    at = 1
-    while at < len(head) and head[at] & 0x80:  # the first number: the kind of page
-        at += 1
-    at += 2
-    value = shift = 0
-    for byte in head[at:]:
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if not byte & 0x80:
-            break
-    return value >> 1
+            largest = max(largest, min(4 * column.total_uncompressed_size, BATCH_BYTES // 4))
+    return int(min(max(BATCH_BYTES // max(largest, 1), 1), _CHUNK_ROWS))
 
 
 def _batch_rows(batch: pa.RecordBatch, source: Source) -> Iterator[dict[Any, Any]]:
@@ -904,7 +898,11 @@ def is_bounded(type_: pa.DataType) -> bool:
 
 
 def load_hf(spec: SourceSpec) -> Any:
-    """Load a dataset saved to disk, or by hub id; with one split chosen."""
+    """Load a dataset saved to disk, or by hub id; with one split chosen.
+
+    Raises:
+        SourceError: There is none, or it cannot be read.
+    """
     import datasets
 
     hf = spec.hf
@@ -948,6 +946,42 @@ def _undecoded(feature: Any) -> Any:
         length = {"length": feature.length} if hasattr(feature, "length") else {}
         return type(feature)(_undecoded(feature.feature), **length)
     return feature
+
+
+def check_saved(folder: Path) -> None:
+    """Refuse a saved dataset of which a small file would unfold to much, or lies elsewhere.
+
+    Once for each run: it looks into every record batch.
+
+    Raises:
+        SourceError: Compressed buffers, which `datasets` never writes; a name with a folder; no
+            list of files.
+    """
+    try:
+        _check_saved(folder)
+    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as e:
+        raise SourceError(f"source.uri: cannot load dataset {folder}: {reason(e)}") from None
+
+
+def _check_saved(folder: Path) -> None:
+    try:
+        told = json.loads((folder / SAVED_DATASET[1]).read_bytes())["splits"]
+    except FileNotFoundError:
+        told = [""]
+    for split in told:
+        state = json.loads((folder / split / SAVED_DATASET[0]).read_bytes())
+        for name in [split, *(entry["filename"] for entry in state["_data_files"])]:
+            if "/" in name or name == "..":
+                raise SourceError(
+                    f"source.uri: {folder} has {name[:200]!a} read, which is not in the folder"
+                )
+        for entry in state["_data_files"]:
+            path = folder / split / entry["filename"]
+            if has_compressed_buffers(str(path)):
+                raise SourceError(
+                    f"source.uri: buffers of {path} are compressed and would be unfolded all at "
+                    "once; save the dataset with `datasets` itself"
+                )
 
 
 def _check_data_files(folder: Path) -> None:

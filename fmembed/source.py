@@ -34,6 +34,7 @@ from fmembed.readers import (
     File,
     Shard,
     Source,
+    check_saved,
     file_schema,
     is_bounded,
     load_hf,
@@ -565,6 +566,8 @@ def _plan_row_groups(fs: Any, file: File) -> list[Shard]:
 def _open_hf(spec: SourceSpec, modalities: Sequence[Modality]) -> Source:
     if Path(spec.uri).exists():  # workers have another working folder
         spec = spec.model_copy(update={"uri": str(Path(spec.uri).resolve())})
+    if any((Path(spec.uri) / name).exists() for name in SAVED_DATASET):
+        check_saved(Path(spec.uri))
     dataset = load_hf(spec)
     if spec.hf.streaming:
         features = dataset.features or dict.fromkeys(next(iter(dataset), {}))

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -173,6 +175,65 @@ def parquet_deltas(folder: Path) -> dict[str, Any]:
     return parquet(folder, texts, **options) | {"max_text_bytes": MIB}
 
 
+def varint(number: int) -> bytes:
+    """As Thrift writes a positive number."""
+    left, made = number << 1, b""
+    while left > 127:
+        made, left = made + bytes([left & 127 | 128]), left >> 7
+    return made + bytes([left])
+
+
+def lie(path: Path, truth: int, told: int) -> None:
+    """Have a Parquet file's footer tell another number, written in as many bytes."""
+    content = path.read_bytes()
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    old, new = varint(truth), varint(told)
+    new = new[:-1] + bytes([new[-1] | 128]) + b"\x80" * (len(old) - len(new) - 1) + b"\0"
+    footer = content[start:]
+    assert old in footer
+    path.write_bytes(content[:start] + footer.replace(old, new[-len(old) :]))
+
+
+def parquet_footer_lies(folder: Path) -> dict[str, Any]:
+    """600 MiB in each page, of which the footer says that they are a kilobyte."""
+    texts = ["a" * (600 * MIB), "good"]
+    spec = parquet(folder, texts, row_group_size=1, write_statistics=False)
+    path = folder / "a.parquet"
+    column = pq.read_metadata(path).row_group(0).column(0)
+    lie(path, column.total_uncompressed_size, 1000)
+    assert pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size == 1000
+    return spec
+
+
+def parquet_numbers(folder: Path) -> dict[str, Any]:
+    """A list of fifty million zeros, in ten bytes."""
+    path = folder / "a.parquet"
+    lists = [np.zeros(50_000_000, np.int8), np.zeros(3, np.int8)]
+    table = pa.table({"text": ["good"] * 2, "tags": pa.array(lists)})
+    pq.write_table(table, path, row_group_size=1)
+    assert path.stat().st_size < MIB
+    return {"uri": str(path), "carry": ["tags"]}
+
+
+def parquet_counts_lie(folder: Path) -> dict[str, Any]:
+    """The same of which the footer says that they are three."""
+    spec = parquet_numbers(folder)
+    lie(folder / "a.parquet", 50_000_000, 3)
+    return spec
+
+
+def saved_in_zstd(folder: Path) -> dict[str, Any]:
+    """A dataset as `datasets` saves it, but for its buffers: those it leaves as they are."""
+    datasets.Dataset.from_dict({"text": ["good"]}).save_to_disk(str(folder / "saved"))
+    (path,) = (folder / "saved").glob("*.arrow")
+    table = pa.table({"text": ["a" * (600 * MIB)]})
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_stream(path, table.schema, options=options) as stream:
+        stream.write_table(table)
+    assert path.stat().st_size < MIB
+    return {"uri": str(folder / "saved"), "format": "hf"}
+
+
 def parquet_lists(folder: Path) -> dict[str, Any]:
     path = folder / "a.parquet"
     table = pa.table({"text": ["good"] * 200, "tags": [["a" * 4096] * 512] * 200})
@@ -278,6 +339,9 @@ BOMBS: dict[str, tuple[Callable[[Path], dict[str, Any]], list[str | None]]] = {
     "Parquet's dictionary": (parquet_dictionary, [TOO_LARGE] * 200),
     "Arrow's dictionary": (parquet_arrow_dictionary, [TOO_LARGE] * 200),
     "Parquet's deltas": (parquet_deltas, [TOO_LARGE] * 200),
+    "a footer that lies": (parquet_footer_lies, [BROKEN, None]),
+    "many numbers in few bytes": (parquet_numbers, [TOO_LARGE, None]),
+    "a footer that lies of their number": (parquet_counts_lie, [BROKEN, None]),
     "lists beside the text": (parquet_lists, [None] * 200),
     "a tar member": (tar_member, [None, TOO_LARGE, None]),
     "a tar in bzip2": (tar_bz2, [None, TOO_LARGE, None]),
@@ -298,6 +362,11 @@ def test_bombs(case: str, tmp_path: Path) -> None:
     assert all("max_" in r["_message"] or "values" in r["_message"] or "bytes" in r["_message"]
                for r in rows if r["_error"] == TOO_LARGE)  # fmt: skip
     assert peak < MOST_MIB
+
+
+def test_compressed_buffers_of_a_saved_dataset_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="are compressed"):
+        open_source(SourceSpec(**saved_in_zstd(tmp_path)))
 
 
 def test_a_row_may_be_as_large_as_it_is_said(tmp_path: Path) -> None:
