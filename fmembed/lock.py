@@ -34,6 +34,7 @@ BEAT_S = 5.0
 EXPIRE_S = 30.0
 
 _GENERATION = re.compile(r"_lock/(\d{8,18})\.json")
+_LAST = 10**18 - 1
 # What an owner writes of itself, and as what; anything else is no lock of this project.
 _OWNER = {"run": str, "host": str, "machine": str, "pid": int, "started": str}
 _MAX_TRIES = 20
@@ -117,6 +118,11 @@ class Lock:
 
     def _try(self) -> bool:
         generation, owner = self._newest()
+        if generation == _LAST:
+            raise StorageError(
+                f"output.uri: {self._storage.uri}/{_path(generation)} is the lock of no run, which "
+                "count from one; delete it"
+            )
         if owner is not None and not owner.get("released"):
             self._wait_until_dead(generation, owner)
         self._generation = generation + 1

@@ -513,8 +513,14 @@ class Log:
         if delta.metadata().configuration.get(FINGERPRINT) != configuration.get(FINGERPRINT):
             raise self._conflict()
         self.check_columns(delta, schema)
+        removed = list(removed)
+        if removed and delta.metadata().configuration.get("delta.appendOnly", "").lower() == "true":
+            raise TableError(
+                f"output.uri: {self.uri} has the property delta.appendOnly, so that no part can be "
+                "taken out of it; set it to false with the tool that has set it"
+            )
         try:
-            self._transact(delta, parts, list(removed), transaction)
+            self._transact(delta, parts, removed, transaction)
         except (DeltaError, OSError) as e:
             raise StorageError(f"output.uri: cannot commit to {self.uri}: {reason(e)}") from None
         self._pinned += 1

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["ConflictError", "Log", "Part", "Table", "read", "sample", "write_part"]
 
 # Where a run has died before its log was made, only these are left of it.
-_OWN_LOCK = re.compile(r"_lock/(\d{8}\.json|\.probe)")
+_OWN_LOCK = re.compile(r"_lock/(\d{8,18}\.json|\.probe-[0-9a-f]{32})")
 # Folders that make the one above them somebody's table.
 _OF_TABLES = ("_delta_log", "_versions", ".hoodie", "metadata/version-hint.text")
 # deltalake decodes these in a local path, and looks for the log in another folder.
@@ -103,8 +104,9 @@ class Table:
         try:
             table.check_usable(identity)
             # Learn now, not after an hour, that nothing can be written here.
-            table.storage.put("_lock/.probe", b"")
-            table.storage.delete("_lock/.probe")
+            tried = f"_lock/.probe-{uuid.uuid4().hex}"
+            table.storage.put(tried, b"")
+            table.storage.delete(tried)
         except TableError:
             raise
         except FmembedError as e:

@@ -150,6 +150,15 @@ def test_a_forged_lock_is_waited_for_and_taken_over(tmp_path: Path, content: byt
         assert held(tmp_path)["run"] == "r1"
 
 
+def test_a_lock_after_which_none_can_come_is_named(tmp_path: Path) -> None:
+    leave(tmp_path)
+    last = tmp_path / "_lock" / f"{'9' * 18}.json"
+    (tmp_path / "_lock" / "00000004.json").rename(last)
+    with pytest.raises(StorageError, match=f"{last} is the lock of no run.*delete it"):
+        Lock(Storage(str(tmp_path)), "r1", **QUICK).__enter__()
+    assert held(tmp_path)["run"] == "r0"
+
+
 def test_files_of_other_names_are_no_locks(tmp_path: Path) -> None:
     (tmp_path / "_lock").mkdir()
     for name in ("²²²²²²²².json", "9" * 30 + ".json", "x.json", "1.json", "00000001.json.bak"):

@@ -813,7 +813,9 @@ def test_the_rejected_rows_folder_is_no_output(table: Table) -> None:
         Table.open_output(f"{table.uri}/_rejected", IDENTITY)
 
 
-@pytest.mark.parametrize("left", [[], [".probe#0123abcd.tmp"], ["00000001.json#0123abcd.tmp"]])
+@pytest.mark.parametrize(
+    "left", [[], [f".probe-{'1' * 32}#0123abcd.tmp"], ["00000001.json#0123abcd.tmp"]]
+)
 def test_what_a_kill_leaves_in_the_first_moment_is_no_obstacle(
     tmp_path: Path, left: list[str]
 ) -> None:
@@ -821,6 +823,26 @@ def test_what_a_kill_leaves_in_the_first_moment_is_no_obstacle(
     for name in left:
         (tmp_path / "_lock" / name).write_bytes(b"half")
     Table.open_output(str(tmp_path), IDENTITY)
+
+
+def test_what_others_call_a_probe_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "_lock").mkdir()
+    (tmp_path / "_lock" / ".probe").write_bytes(b"mine")
+    with pytest.raises(TableError, match="is not empty"):
+        Table.open_output(str(tmp_path), IDENTITY)
+    assert (tmp_path / "_lock" / ".probe").read_bytes() == b"mine"
+
+
+def test_a_table_from_which_nothing_may_be_taken_says_so(table: Table) -> None:
+    DeltaTable(table.uri).alter.set_table_properties({"delta.appendOnly": "true"})
+    table.row_ids()
+    added = write(table.uri, block(["n"], seed=7))
+    assert added.part is not None
+    old = table.rows.parts()
+    with pytest.raises(TableError, match=r"delta\.appendOnly"):
+        table.rows.commit([added.part], added.schema, CONFIGURATION, ("r9", 0), old)
+    assert table.rows.parts() == old
+    table.rows.commit([added.part], added.schema, CONFIGURATION, ("r9", 0))
 
 
 def test_an_outage_is_no_damage() -> None:
