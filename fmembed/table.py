@@ -560,6 +560,14 @@ def read(
     if absent := [c for c in columns or () if c not in names]:
         raise TableError(f"columns: {uri} has no {absent[0]!r}; it has {', '.join(names)}")
     parts = table.rows.parts(version)
+    if version is not None and version != newest:
+        # What no newest version holds, a vacuum takes away, and nothing can mend that.
+        old = set(parts) - set(table.rows.parts())
+        if any(table.storage.size_bytes(part.path) is None for part in old):
+            raise TableError(
+                f"version: parts of version {version} of {uri} are gone, as by another tool's "
+                f"vacuum; the newest is {newest}"
+            )
     if engine == "ray":
         return _read_by_ray(table, parts, columns)
     if not parts:

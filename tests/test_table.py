@@ -525,6 +525,10 @@ def test_delete_by_another_tool_is_understood_and_said(tmp_path: Path, precision
     assert [p for p in result.problems if "no run has finished" not in p] == []
     # What is not in the table is read again.
     assert not Table(table.uri).row_ids().contains(keys_of("b")).any()
+    DeltaTable(table.uri).vacuum(0, enforce_retention_duration=False, dry_run=False)
+    with pytest.raises(TableError, match="parts of version 1 .* are gone, as by another"):
+        read(table.uri, version=1)
+    assert read(table.uri, version=2).equals(after)
 
 
 def test_what_leads_out_of_the_table_is_not_read(table: Table, tmp_path: Path) -> None:
