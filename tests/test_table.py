@@ -526,7 +526,7 @@ def test_delete_by_another_tool_is_understood_and_said(tmp_path: Path, precision
     # What is not in the table is read again.
     assert not Table(table.uri).row_ids().contains(keys_of("b")).any()
     DeltaTable(table.uri).vacuum(0, enforce_retention_duration=False, dry_run=False)
-    with pytest.raises(TableError, match="parts of version 1 .* are gone, as by another"):
+    with pytest.raises(TableError, match=r"parts of version 1 .* are gone, as by another"):
         read(table.uri, version=1)
     assert read(table.uri, version=2).equals(after)
 
