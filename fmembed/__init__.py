@@ -27,28 +27,23 @@ if os.environ.get("PYTHONPATH") and "" in os.environ["PYTHONPATH"].split(os.path
 
 from typing import TYPE_CHECKING, Any
 
-from fmembed.spec import (
-    ComputeSpec,
+from fmembed.errors import (
     FmembedError,
-    HubDataset,
     Interrupted,
     ModelError,
-    ModelSpec,
-    OutputSpec,
     RejectedError,
-    RunSpec,
     SourceError,
-    SourceSpec,
     SpecError,
     TableError,
     UserError,
 )
+from fmembed.spec import ComputeSpec, HubDataset, ModelSpec, OutputSpec, RunSpec, SourceSpec
 
 if TYPE_CHECKING:
-    from fmembed.integrity import verify
     from fmembed.pipeline import embed, probe
     from fmembed.result import RunResult
-    from fmembed.table import read
+    from fmembed.table.reading import read
+    from fmembed.table.verify import verify
 
 __version__ = "0.1.0"
 
@@ -87,11 +82,11 @@ def __getattr__(name: str) -> Any:
 
         return getattr(pipeline, name)
     if name == "read":
-        from fmembed.table import read
+        from fmembed.table.reading import read
 
         return read
     if name == "verify":
-        from fmembed.integrity import verify
+        from fmembed.table.verify import verify
 
         return verify
     raise AttributeError(f"module 'fmembed' has no attribute {name!r}")

@@ -21,7 +21,10 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import typer
 
 from fmembed import __version__, signals, terminal
-from fmembed.spec import FmembedError, RunSpec, SpecError, read_yaml, scrub
+from fmembed.config_file import read_yaml
+from fmembed.errors import FmembedError, SpecError
+from fmembed.redaction import scrub
+from fmembed.spec import RunSpec
 
 
 class _Commands(typer.core.TyperGroup):
@@ -160,7 +163,7 @@ def rejected(
     json_: _Json = False,
 ) -> None:
     """Count the rejected rows by cause, and show some of each."""
-    from fmembed.table import Table
+    from fmembed.table.table import Table
 
     causes = Table.open(table).rejected_by_cause(samples)
     if json_:
@@ -193,11 +196,11 @@ def verify(
     json_: _Json = False,
 ) -> None:
     """Recount a table from storage; exit 1 when something is off."""
-    from fmembed.integrity import verify as verify_table
+    from fmembed.table.verify import verify as verify_table
 
     repaired = []
     if repair:
-        from fmembed.repair import repair as repair_table
+        from fmembed.table.repair import repair as repair_table
 
         repaired = repair_table(table)
     result = verify_table(table)

@@ -15,22 +15,16 @@ from typing import Any
 
 from fsspec.utils import glob_translate
 
-from fmembed.checkpoint import Checkpoint, cpu_has_bfloat16, list_modalities, open_checkpoint
-from fmembed.readers import Source
+from fmembed.checkpoint.opening import Checkpoint, list_modalities, open_checkpoint
+from fmembed.devices import cpu_has_bfloat16, has_cuda
+from fmembed.errors import ModelError, SourceError, SpecError, TableError
 from fmembed.redaction import split_chain
-from fmembed.source import open_source
-from fmembed.spec import (
-    ModelError,
-    RunSpec,
-    SourceError,
-    SpecError,
-    TableError,
-    resolve_package,
-)
-from fmembed.table import Table
+from fmembed.sources.opening import open_source
+from fmembed.sources.source import Source
+from fmembed.spec import RunSpec
+from fmembed.storage import resolve_package
+from fmembed.table.table import Table
 
-# What NVIDIA's driver shows on Linux, and under Windows' own Linux.
-_CUDA_SIGNS = (Path("/proc/driver/nvidia"), Path("/dev/dxg"))
 # Of what a table holds, one of each kind that a source's pattern may match.
 _OWN_NAMES = (
     f"part-{'0' * 32}.parquet",
@@ -156,12 +150,4 @@ def _native_bfloat16(spec: RunSpec) -> bool:
         if not on_cpu and resources.get("GPU", 0):
             return True
         return bool(ray.get(ray.remote(num_cpus=0)(cpu_has_bfloat16).remote()))
-    return (not on_cpu and _has_cuda()) or cpu_has_bfloat16()
-
-
-def _has_cuda() -> bool:
-    if not any(sign.exists() for sign in _CUDA_SIGNS):
-        return False
-    import torch
-
-    return torch.cuda.is_available()
+    return (not on_cpu and has_cuda()) or cpu_has_bfloat16()

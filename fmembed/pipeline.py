@@ -37,9 +37,9 @@ def embed(
     # On a cluster what `dtype: auto` means depends on its nodes: it is joined first.
     joins = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
     inputs = None if joins else open_inputs(spec)
-    from fmembed import run
+    from fmembed.run.record import embed
 
-    return run.embed(spec, inputs, retry_rejected=retry_rejected, verbose=verbose, quiet=quiet)
+    return embed(spec, inputs, retry_rejected=retry_rejected, verbose=verbose, quiet=quiet)
 
 
 def probe(
@@ -70,6 +70,6 @@ def probe(
     """
     if isinstance(spec, str | Path):
         spec = RunSpec.from_yaml(str(spec))
-    from fmembed import run
+    from fmembed.run.record import probe
 
-    return run.probe(uri, names, spec, overrides or {}, verbose=verbose)
+    return probe(uri, names, spec, overrides or {}, verbose=verbose)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fmembed.spec import TableError
+from fmembed.errors import TableError
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,8 @@
-"""RunSpec, its parts and its fingerprint; the error tree.
-
-FmembedError            exit 1: the run failed
-├── RejectedError       exit 1: too many rows were rejected
-├── StorageError        exit 1: storage is full, forbidden or out of reach (storage.py)
-├── LockedError         exit 1: another run is writing the table (lock.py)
-├── ConflictError       exit 1: somebody else has changed the table (table.py)
-├── Interrupted         exit 129, 130 or 143: stopped by a signal
-└── UserError           exit 2: the user's input; nothing was written
-    ├── SpecError       a field of the config
-    ├── SourceError     the dataset
-    ├── ModelError      the checkpoint
-    └── TableError      the output table
-"""
+"""RunSpec and its parts: what a config may say, and what a message says of a wrong one."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import importlib.util
-import json
 import os
 import re
 import reprlib
@@ -26,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fmembed.config_file import MAX_CONFIG_BYTES, read_yaml
+from fmembed.errors import SpecError
 from fmembed.redaction import conceal, is_url, looks_like_key, without_secrets
 from fmembed.redaction import redact as redact
 from fmembed.redaction import scrub as scrub
@@ -36,62 +21,10 @@ from fmembed.redaction import scrub as scrub
 _SECRET_FIELD = re.compile(
     r"(?i)(?:^|[_-])(?:key|token|secret|passw(?:or)?d|credentials?|auth)(?:$|[_-])"
 )
-# Of a config: its text, what it unfolds to, and the digits of a number in it.
-_MAX_CONFIG_BYTES, _MAX_NODES, _MAX_DIGITS = 2**20, 100_000, 100
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 # What a message quotes of a value.
 _SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
-# What PyYAML quotes of a document, for want of the name that it takes it for.
-_YAML_NAME = re.compile(r"((?:alias|anchor|tag|handle) )['\"].*['\"]", re.DOTALL)
 # A name that the environment need not hold yet: words of letters, a small number after each.
 _VARIABLE = re.compile(r"_?[A-Z]{1,20}\d{0,2}(?:_(?:[A-Z]{1,20}\d{0,2}|\d{1,2}))*")
-
-
-class FmembedError(Exception):
-    """A run failed. The message is one line, fit to be shown to the user as it is.
-
-    URLs in it are cut to what holds no secret: other libraries' errors quote them whole.
-    """
-
-    exit_code = 1
-
-    def __init__(self, message: str) -> None:
-        super().__init__(scrub(message))
-
-
-class RejectedError(FmembedError):
-    """More rows were rejected than `output.max_rejected_fraction` allows."""
-
-
-class Interrupted(FmembedError):  # noqa: N818 - not an error: the run can be resumed
-    """A signal stopped the run; what was committed stays and the same command resumes."""
-
-    def __init__(self, message: str, signum: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signum
-
-
-class UserError(FmembedError):
-    """The user's input is wrong. The message names the field and the remedy."""
-
-    exit_code = 2
-
-
-class SpecError(UserError):
-    """A field of the config."""
-
-
-class SourceError(UserError):
-    """The dataset: a missing file, an absent column, an unknown format."""
-
-
-class ModelError(UserError):
-    """The checkpoint: no weights, an unsupported module, a refused format."""
-
-
-class TableError(UserError):
-    """The output: unwritable, made by another model, not a table."""
 
 
 class _Part(BaseModel):
@@ -410,9 +343,9 @@ class RunSpec(_Part):
         if path is not None:
             try:
                 with Path(path).open("rb") as file:
-                    content = file.read(_MAX_CONFIG_BYTES + 1)
+                    content = file.read(MAX_CONFIG_BYTES + 1)
                 # What is too long may be cut within a character; it is refused below.
-                is_whole = len(content) <= _MAX_CONFIG_BYTES
+                is_whole = len(content) <= MAX_CONFIG_BYTES
                 text = content.decode(errors="strict" if is_whole else "replace")
             except (OSError, UnicodeDecodeError) as e:
                 reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
@@ -436,78 +369,6 @@ class RunSpec(_Part):
             return cls.model_validate(raw)
         except ValidationError as e:
             raise SpecError(_one_line(e)) from None
-
-
-def read_yaml(text: str, what: str) -> Any:
-    """Read YAML that may come from anywhere, in bounded time and memory.
-
-    A few lines whose aliases name each other unfold to billions of values, and a number of a
-    million digits takes minutes: what was parsed is counted before anything is made of it.
-
-    Args:
-        text: A document.
-        what: What it is, for the message.
-
-    Raises:
-        SpecError: It is no YAML, or unfolds to more than a config holds.
-    """
-    if len(text) > _MAX_CONFIG_BYTES:
-        raise SpecError(f"{what}: takes at most {_MAX_CONFIG_BYTES:,} bytes")
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _count_nodes(node, {})
-        return loader.construct_document(node)
-    except _Unfolded as e:
-        raise SpecError(f"{what}: {e}") from None
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        problem = _YAML_NAME.sub(r"\1'...'", getattr(e, "problem", None) or "cannot be parsed")
-        raise SpecError(f"{what}{where}: not valid YAML: {problem[:200]}") from None
-    except RecursionError:
-        raise SpecError(f"{what}: not valid YAML: it is nested too deeply") from None
-    except ValueError:  # which quotes it
-        raise SpecError(f"{what}: not valid YAML: a date or a number that is none") from None
-
-
-class _Unfolded(Exception):  # noqa: N818 - what is too much of it is the message
-    pass
-
-
-class _Loader(yaml.SafeLoader):
-    """Stops at too many values: a megabyte of commas takes ten seconds."""
-
-    num_nodes = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        self.num_nodes += 1
-        if self.num_nodes > _MAX_NODES:
-            raise _Unfolded(f"holds more than {_MAX_NODES:,} values")
-        return super().compose_node(parent, index)
-
-
-def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
-    """Nodes when every alias is unfolded; each is visited once, and `known` holds its count."""
-    if id(node) in known:
-        if not known[id(node)]:
-            raise _Unfolded("an alias stands inside of what it names")
-        return known[id(node)]
-    known[id(node)] = 0
-    inner: Any = node.value
-    if isinstance(node, yaml.ScalarNode):
-        if node.tag in _NUMBERS and len(inner) > _MAX_DIGITS:
-            raise _Unfolded(f"a number of {len(inner):,} characters")
-        inner = []
-    elif isinstance(node, yaml.MappingNode):
-        inner = [part for pair in inner for part in pair]
-    count = 1 + sum(_count_nodes(part, known) for part in inner)
-    if count > _MAX_NODES:
-        raise _Unfolded(f"unfolds to more than {_MAX_NODES:,} values")
-    known[id(node)] = count
-    return count
 
 
 def _set(raw: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -576,27 +437,3 @@ def _field_names(model: type[BaseModel], path: list[str]) -> set[str]:
             return set()
         model = parts[0]
     return set(model.model_fields)
-
-
-def resolve_package(uri: str, field: str, error: type[UserError]) -> str:
-    """Resolve `package:<python package>[/folder]` to a path, without importing the package.
-
-    Raises:
-        error: No such package is installed; the message begins with `field`.
-    """
-    package, _, folder = uri.removeprefix("package:").partition("/")
-    found = importlib.util.find_spec(package) if package.isidentifier() else None
-    if found is None or not found.submodule_search_locations:
-        raise error(f"{field}: no Python package {package!r} is installed; pip install it first")
-    return str(Path(found.submodule_search_locations[0]) / folder)
-
-
-def fingerprint(identity: dict[str, Any]) -> str:
-    """Hash what decides a vector: blake2b-128 over the identity's canonical JSON, as hex.
-
-    The identity is the *resolved* model and preprocessing (weights digest, pooling, truncation,
-    dtype, ...), not the config's text: the same weights under another path are the same model,
-    and a default written out is still the default.
-    """
-    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()

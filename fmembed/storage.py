@@ -1,8 +1,16 @@
-"""Objects by URL: a local folder, s3://, gs:// or az://, through obstore.
+"""RunSpec, its parts and its fingerprint; the error tree.
 
-obstore shares its URL schemes and environment variables with `deltalake`, so one set of
-credentials serves parts, log, lock, records and report. Credentials are never arguments: they come
-from the environment or from the cloud's own config files.
+FmembedError            exit 1: the run failed
+├── RejectedError       exit 1: too many rows were rejected
+├── StorageError        exit 1: storage is full, forbidden or out of reach (storage.py)
+├── LockedError         exit 1: another run is writing the table (lock.py)
+├── ConflictError       exit 1: somebody else has changed the table (table.py)
+├── Interrupted         exit 129, 130 or 143: stopped by a signal
+└── UserError           exit 2: the user's input; nothing was written
+    ├── SpecError       a field of the config
+    ├── SourceError     the dataset
+    ├── ModelError      the checkpoint
+    └── TableError      the output table
 """
 
 from __future__ import annotations
@@ -10,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import importlib.util
 import os
 import re
 import secrets
@@ -22,18 +31,28 @@ import obstore.fsspec
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from fmembed.spec import FmembedError, scrub
+from fmembed.errors import StorageError, UserError, reason
+from fmembed.redaction import redact as redact
+from fmembed.redaction import scrub as scrub
 from fmembed.terminal import say
+
+
+def resolve_package(uri: str, field: str, error: type[UserError]) -> str:
+    """Resolve `package:<python package>[/folder]` to a path, without importing the package.
+
+    Raises:
+        error: No such package is installed; the message begins with `field`.
+    """
+    package, _, folder = uri.removeprefix("package:").partition("/")
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise error(f"{field}: no Python package {package!r} is installed; pip install it first")
+    return str(Path(found.submodule_search_locations[0]) / folder)
+
 
 # What `put` leaves of an object on a local disk when it is killed half way.
 HALF_WRITTEN = re.compile(r"#[0-9a-f]{8}\.tmp$")
-
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _CLOUDS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
-
-
-class StorageError(FmembedError):
-    """Storage refused or failed; what was committed stays."""
 
 
 class Storage:
@@ -287,18 +306,6 @@ def filesystem(uri: str) -> tuple[Any, str]:
         ].rstrip("/")
     fs, root = fsspec.core.url_to_fs(uri)
     return fs, str(root)
-
-
-def reason(error: BaseException) -> str:
-    """The one line of an error that tells its reason."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = [line.strip() for line in _ANSI.sub("", str(error)).splitlines() if line.strip()]
-    # Delta's reader tells a chain, a link a line, the cause last; others put the cause first.
-    chain = [line.removeprefix("↳").strip() for line in lines if line.startswith("↳")]
-    if chain:
-        return ": ".join([lines[0], *chain])[:400]
-    return lines[0] if lines else type(error).__name__
 
 
 def _options(uri: str) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from soak import Bench
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
 
-from fmembed.spec import ModelError, resolve_package
+from fmembed.errors import ModelError
+from fmembed.storage import resolve_package
 
 ROOT = Path(__file__).resolve().parents[1]
 SENTENCES = [
@@ -116,9 +117,9 @@ def _save(factory: pytest.TempPathFactory, tokenizer: Path, cls: Any, config: An
 def local_ray() -> Iterator[None]:
     import ray
 
-    from fmembed import progress
+    from fmembed.run.cluster import connect
 
-    progress.connect(verbose=False)
+    connect(verbose=False)
     yield
     ray.shutdown()
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fmembed.parts import write_part
-from fmembed.records import Commit, run_path
-from fmembed.rows import row_schema
-from fmembed.spec import fingerprint
-from fmembed.table import Table
+from fmembed.rows.columns import row_schema
+from fmembed.table.card import fingerprint
+from fmembed.table.parts import write_part
+from fmembed.table.records import Commit, run_path
+from fmembed.table.table import Table
 
 WORDS = ("river", "market", "engine")
 NUM_ROWS = 60

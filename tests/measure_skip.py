@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 from test_table import CONFIGURATION
 
-from fmembed.readers import read_shard
-from fmembed.rows import table_schema
-from fmembed.source import open_source, skip_committed
+from fmembed.rows.columns import table_schema
+from fmembed.run.work import skip_committed
+from fmembed.sources.opening import open_source
+from fmembed.sources.reading import read_shard
 from fmembed.spec import SourceSpec
-from fmembed.table import Table
+from fmembed.table.table import Table
 
 NUM_ROWS, NUM_PARTS, DIM = 1_000_000, 10, 8
 

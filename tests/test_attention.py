@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fmembed.attention import attend
-from fmembed.batching import plan_batches
+from fmembed.model.attention import attend
+from fmembed.model.batching import plan_batches
 
 # Sorted as batches are: runs of one length, and lengths that only one row has.
 LENGTHS = (70, 33, 33, 33, 9, 2, 1, 1)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fmembed.batching import pack, pad, plan_batches
+from fmembed.model.batching import pack, pad, plan_batches
 
 
 @pytest.mark.parametrize("budget", [1, 7, 64, 10_000])

@@ -13,7 +13,7 @@ import pytest
 from fmembed import bench
 from fmembed.bench import data, suites, ways
 from fmembed.bench.suites import STEADY, WHOLE, Bar, Suite, Way
-from fmembed.spec import SpecError
+from fmembed.errors import SpecError
 
 RUNS = {
     "ours": [

@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fmembed.source import open_source
-from fmembed.spec import SourceError, SourceSpec
+from fmembed.errors import SourceError
+from fmembed.sources.opening import open_source
+from fmembed.spec import SourceSpec
 
 MIB = 2**20
 # Above what the process holds before it reads: a row of 64 MiB several times over.

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from fmembed import calibration
-from fmembed.calibration import choose, recall, remember
-from fmembed.checkpoint import open_checkpoint
-from fmembed.encoder import Encoder
+from fmembed.checkpoint.opening import open_checkpoint
+from fmembed.model import budget
+from fmembed.model.budget import _path, choose, recall, remember
+from fmembed.model.encoder import Encoder
 from fmembed.spec import ModelSpec
 
 BUDGETS = (1000, 2000, 4000, 8000)
@@ -118,9 +118,9 @@ def test_no_place_for_a_cache_is_no_error(
     assert recall(KEY, BUDGETS) is None
     # Nothing half-written stays where a file cannot be put in place.
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
-    calibration._path(KEY).mkdir(parents=True)
+    _path(KEY).mkdir(parents=True)
     remember(KEY, 2000)
-    assert [p.name for p in cache.iterdir()] == [calibration._path(KEY).name]
+    assert [p.name for p in cache.iterdir()] == [_path(KEY).name]
 
 
 def test_an_encoder_measures_once(
@@ -155,7 +155,7 @@ def test_an_encoder_measures_once(
 def test_an_encoder_really_measures(tiny_bert: Path, cache: Path) -> None:
     tokens, how = loader(tiny_bert)("float32", "auto")
     # On a machine that stands still for two seconds it gives up, and says so.
-    assert (tokens in calibration.BUDGETS["cpu"], how in ("measured", "default")) == (True, True)
+    assert (tokens in budget.BUDGETS["cpu"], how in ("measured", "default")) == (True, True)
     (path,) = cache.iterdir()
     assert json.loads(path.read_text(encoding="utf-8"))["batch_tokens"] == tokens
 

@@ -20,9 +20,11 @@ from conftest import SENTENCES
 from safetensors.numpy import load_file, save_file
 from test_encoder import embed, window
 
-from fmembed.checkpoint import Checkpoint, open_checkpoint
-from fmembed.encoder import Encoder
-from fmembed.spec import ModelError, ModelSpec, fingerprint
+from fmembed.checkpoint.opening import Checkpoint, open_checkpoint
+from fmembed.errors import ModelError
+from fmembed.model.encoder import Encoder
+from fmembed.spec import ModelSpec
+from fmembed.table.card import fingerprint
 
 INDEX = "model.safetensors.index.json"
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -457,7 +459,7 @@ def test_timm_loads_nothing_but_the_weights_beside(
     fields: dict[str, Any], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find: Callable[..., Any] = lambda name: name  # noqa: E731 - neither package is installed
-    monkeypatch.setattr("fmembed.checkpoint.importlib.util.find_spec", find)
+    monkeypatch.setattr("importlib.util.find_spec", find)
     (model / "tokenizer_config.json").unlink()
     edit(model / "config.json", model_type="timm_wrapper", **fields)
     assert "take out" in refused(model)

@@ -16,10 +16,10 @@ from conftest import run_cli, write_jsonl
 from test_table import CARD, SCHEMA, block, write
 
 from fmembed.cli import run
-from fmembed.integrity import VerifyResult
+from fmembed.errors import FmembedError
 from fmembed.result import RunResult
-from fmembed.spec import FmembedError
-from fmembed.table import Table
+from fmembed.table.table import Table
+from fmembed.table.verify import VerifyResult
 
 
 def good(tmp_path: Path, model: Path) -> dict[str, Any]:
@@ -232,9 +232,9 @@ def hostile_warning(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "answer", "command"),
     [
-        ("fmembed.table.Table.open", lambda _: SimpleNamespace(rejected_by_cause=hostile_causes),
-         "rejected"),
-        ("fmembed.integrity.verify", hostile_verification, "verify"),
+        ("fmembed.table.table.Table.open",
+         lambda _: SimpleNamespace(rejected_by_cause=hostile_causes), "rejected"),
+        ("fmembed.table.verify.verify", hostile_verification, "verify"),
         ("fmembed.pipeline.probe", hostile_result, "probe"),
         ("fmembed.pipeline.probe", hostile_error, "probe"),
         ("fmembed.pipeline.probe", hostile_warning, "probe"),

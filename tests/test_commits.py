@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fmembed.commits import interval_s
+from fmembed.run.commits import interval_s
 
 HOUR_S = 3600.0
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 from conftest import SENTENCES
 
-from fmembed.checkpoint import Checkpoint, open_checkpoint
-from fmembed.encoder import Encoder
-from fmembed.preprocess import Preprocess
-from fmembed.rows import row_schema
-from fmembed.spec import ModelError, ModelSpec, PreprocessSpec
-from fmembed.towers import States, pool
+from fmembed.checkpoint.opening import Checkpoint, open_checkpoint
+from fmembed.errors import ModelError
+from fmembed.model.encoder import Encoder
+from fmembed.model.pooling import States, pool
+from fmembed.prepare.stage import Preprocess
+from fmembed.rows.columns import row_schema
+from fmembed.spec import ModelSpec, PreprocessSpec
 
 
 def embed(checkpoint: Checkpoint, texts: list[str], batch_tokens: int = 4096) -> Any:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from fake_endpoint import DIM, NAN, REFUSED, Server, serve, vector_of
 
-from fmembed.endpoint import Endpoint, cost_usd
-from fmembed.spec import EndpointSpec, FmembedError, ModelError, RunSpec, SpecError
+from fmembed.errors import FmembedError, ModelError, SpecError
+from fmembed.evaluate.facts import cost_usd
+from fmembed.model.server import Endpoint
+from fmembed.spec import EndpointSpec, RunSpec
 
 TEXTS = [f"text number {i}" for i in range(40)]
 CANARY = "sk-canary-1f2e3d4c"

@@ -11,10 +11,12 @@ import pyarrow as pa
 import pytest
 from forged import NUM_ROWS, OUTPUT, RUN, SPEC, make_table
 
-from fmembed import evaluation, progress
 from fmembed.cli import run
+from fmembed.errors import TableError
+from fmembed.evaluate.probing import _NO_SOURCE, _check_sample, stored_results
+from fmembed.evaluate.stored import Stored
 from fmembed.result import check_probe, check_run
-from fmembed.spec import RunSpec, TableError
+from fmembed.spec import RunSpec
 
 DEEP = "[" * 100_000
 SCORE = {"metric": "accuracy", "value": 0.9, "low": 0.8, "high": 0.95}
@@ -115,8 +117,8 @@ def test_a_damaged_table_is_one_line(
     def look(*_: Any) -> Any:
         raise AssertionError("it was taken for whole")
 
-    monkeypatch.setattr(progress, "connect", lambda _: False)  # what is said needs no Ray
-    monkeypatch.setattr(evaluation, "_look", look)
+    monkeypatch.setattr("fmembed.run.record.connect", lambda _: False)  # what is said needs no Ray
+    monkeypatch.setattr("fmembed.evaluate.probing._look", look)
     code = run(["probe", table.uri])
     out, err = capsys.readouterr()
     assert (code, out, err.count("\n")) == (2, "", 1), err
@@ -164,7 +166,7 @@ def test_rows_that_no_run_has_written(case: str, tmp_path: Path) -> None:
     for name, column in ROWS[case].items():
         rows = rows.set_column(rows.schema.get_field_index(name), name, column)
     with pytest.raises(TableError, match="its rows are damaged"):
-        evaluation._check_sample(table, rows, evaluation._Stored.of(table))
+        _check_sample(table, rows, Stored.of(table))
 
 
 def test_text_that_is_no_utf8(tmp_path: Path) -> None:
@@ -176,7 +178,7 @@ def test_text_that_is_no_utf8(tmp_path: Path) -> None:
     )
     rows = rows.set_column(rows.schema.get_field_index("topic"), "topic", bad)
     with pytest.raises(TableError, match="its rows are damaged"):
-        evaluation._check_sample(table, rows, evaluation._Stored.of(table))
+        _check_sample(table, rows, Stored.of(table))
 
 
 def test_records_as_they_are_written_pass() -> None:
@@ -215,10 +217,10 @@ def test_an_earlier_result_without_the_source_is_not_enough_for_embed(tmp_path: 
     own, made = RunSpec.parse(SPEC), check_run(RUN, "") | {"table": table.uri}
     table.put_report("x")
     table.put_probe(1, PROBE)
-    found = evaluation.stored_results(table, own, made)
+    found = stored_results(table, own, made)
     assert found is not None
     assert found["probes"]["knn"]["value"] == 0.9
-    table.put_probe(1, {**PROBE, "missing": evaluation._NO_SOURCE})
-    assert evaluation.stored_results(table, own, made) is None
+    table.put_probe(1, {**PROBE, "missing": _NO_SOURCE})
+    assert stored_results(table, own, made) is None
     table.put_probe(1, {**PROBE, "num_test": "x"})
-    assert evaluation.stored_results(table, own, made) is None
+    assert stored_results(table, own, made) is None

@@ -22,10 +22,10 @@ from conftest import SENTENCES
 from PIL import Image
 from tiny import save_tiny
 
-from fmembed.checkpoint import Checkpoint, open_checkpoint
-from fmembed.encoder import Encoder
-from fmembed.preprocess import Preprocess
-from fmembed.rows import row_schema
+from fmembed.checkpoint.opening import Checkpoint, open_checkpoint
+from fmembed.model.encoder import Encoder
+from fmembed.prepare.stage import Preprocess
+from fmembed.rows.columns import row_schema
 from fmembed.spec import ModelSpec, PreprocessSpec
 
 RATE_HZ = 16_000

@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
 
-from fmembed.files import RefusedError, open_root, read_whole
-from fmembed.readers import read_shard
-from fmembed.source import open_source
-from fmembed.spec import SourceError, SourceSpec
+from fmembed.errors import SourceError
+from fmembed.sources.files import RefusedError, open_root, read_whole
+from fmembed.sources.opening import open_source
+from fmembed.sources.reading import read_shard
+from fmembed.spec import SourceSpec
 from fmembed.storage import filesystem
 
 
@@ -170,7 +171,7 @@ def test_a_file_that_becomes_a_pipe_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.mkfifo(tmp_path / "a.txt")
-    monkeypatch.setattr("fmembed.files.check_regular", lambda *_: None)
+    monkeypatch.setattr("fmembed.sources.files.check_regular", lambda *_: None)
     with pytest.raises(RefusedError, match="no regular file"):
         read_whole(filesystem(str(tmp_path))[0], str(tmp_path / "a.txt"), 2**20)
 

@@ -16,9 +16,10 @@ from deltalake import write_deltalake
 from test_table import CARD, CONFIGURATION, IDENTITY, SCHEMA, block, write
 
 from fmembed.cli import run
-from fmembed.integrity import verify
-from fmembed.repair import repair
-from fmembed.table import Table, read
+from fmembed.table.reading import read
+from fmembed.table.repair import repair
+from fmembed.table.table import Table
+from fmembed.table.verify import verify
 
 ROWS = pa.table({"id": [1, 2, 3], "name": ["a", "b", "c"]})
 
@@ -236,7 +237,7 @@ def test_a_source_inside_a_table_of_ours_is_refused(
 
 def test_a_pattern_that_matches_no_part_may_lie_beside_the_table(tmp_path: Path) -> None:
     from fmembed.inputs import _check_apart
-    from fmembed.source import open_source
+    from fmembed.sources.opening import open_source
     from fmembed.spec import RunSpec
 
     write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}])

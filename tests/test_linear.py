@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from fmembed import linear
-from fmembed.checkpoint import open_checkpoint
-from fmembed.linear import FusedLinear, fuse
+from fmembed.checkpoint.opening import open_checkpoint
+from fmembed.model.linear import FusedLinear, fuse, fused_dtypes
+from fmembed.model.tower import Tower
 from fmembed.spec import ModelSpec
-from fmembed.towers import Tower
 
 
 class Feedforward(nn.Module):
@@ -40,7 +39,7 @@ def test_the_same_numbers(activation: str, is_fused: bool, dtype: torch.dtype) -
         plain = model(inputs.to(dtype))
         fuse(model)
         found = model(inputs.to(dtype))
-    is_packed = dtype in linear.fused_dtypes()
+    is_packed = dtype in fused_dtypes()
     assert isinstance(model.dense, FusedLinear) == is_packed
     assert isinstance(model.out, FusedLinear) == is_packed
     assert isinstance(model.intermediate_act_fn, nn.Identity) == (is_packed and is_fused)

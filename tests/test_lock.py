@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from fmembed import lock as lock_module
-from fmembed.lock import Lock, LockedError
-from fmembed.storage import Storage, StorageError
+from fmembed.errors import LockedError, StorageError
+from fmembed.storage import Storage
+from fmembed.table.lock import Lock, _machine
 
 QUICK = {"beat_s": 0.05, "expire_s": 0.5}
 
@@ -169,7 +169,7 @@ def test_files_of_other_names_are_no_locks(tmp_path: Path) -> None:
 
 
 def test_a_pid_that_no_process_can_have_is_dead(tmp_path: Path) -> None:
-    leave(tmp_path, machine=lock_module._machine(), pid=2**70)
+    leave(tmp_path, machine=_machine(), pid=2**70)
     with Lock(Storage(str(tmp_path)), "r1"):
         assert held(tmp_path)["run"] == "r1"
 

@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fmembed.checkpoint import open_checkpoint
-from fmembed.preprocess import Preprocess
-from fmembed.readers import read_shard
-from fmembed.source import open_source, read_here
-from fmembed.spec import ModelSpec, PreprocessSpec, SourceError, SourceSpec
+from fmembed.checkpoint.opening import open_checkpoint
+from fmembed.errors import SourceError
+from fmembed.prepare.stage import Preprocess
+from fmembed.sources.opening import open_source, read_here
+from fmembed.sources.reading import read_shard
+from fmembed.spec import ModelSpec, PreprocessSpec, SourceSpec
 
 GOOD = [{"id": f"g{i}", "text": f"good {i}"} for i in range(4)]
 HEAD = [json.dumps(r).encode() for r in GOOD[:2]]

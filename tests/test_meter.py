@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from transformers import BertConfig
 
-from fmembed.checkpoint import open_checkpoint
-from fmembed.encoder import Encoder
-from fmembed.meter import Meter, peak_flops
+from fmembed.checkpoint.opening import open_checkpoint
+from fmembed.model.encoder import Encoder
+from fmembed.model.meter import Meter, peak_flops
 from fmembed.spec import ModelSpec
 
 

@@ -14,21 +14,23 @@ from conftest import SENTENCES
 from test_families import RATE_HZ, sound
 from test_preprocess import sound as any_sound
 
-from fmembed.checkpoint import Checkpoint, Output, open_checkpoint
-from fmembed.encoder import Encoder
-from fmembed.outputs import (
-    Piece,
-    average,
+from fmembed.checkpoint.opening import Checkpoint, open_checkpoint
+from fmembed.errors import ModelError
+from fmembed.model.encoder import Encoder
+from fmembed.prepare.stage import Preprocess
+from fmembed.rows.columns import row_schema
+from fmembed.rows.outputs import Output
+from fmembed.rows.pieces import Piece
+from fmembed.rows.precision import (
     dequantize,
     finish,
     measure_ranges,
     ranges_from_lists,
     ranges_to_lists,
 )
-from fmembed.preprocess import Preprocess
-from fmembed.rows import row_schema
-from fmembed.spec import ModelError, ModelSpec, PreprocessSpec
-from fmembed.table import write_part
+from fmembed.rows.vectors import average
+from fmembed.spec import ModelSpec, PreprocessSpec
+from fmembed.table.parts import write_part
 
 
 def embed(

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import ray
 
-from fmembed.plan import Work, plan_compute
-from fmembed.spec import ComputeSpec, SpecError
+from fmembed.errors import SpecError
+from fmembed.run.placement import Work, plan_compute
+from fmembed.spec import ComputeSpec
 
 GIB = 2.0**30
 

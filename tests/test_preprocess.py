@@ -19,12 +19,13 @@ import soundfile
 import torch
 from PIL import Image
 
-from fmembed import preprocess
-from fmembed.checkpoint import open_checkpoint
-from fmembed.encoder import Encoder
-from fmembed.preprocess import Preprocess
-from fmembed.rows import row_schema
-from fmembed.spec import ModelError, ModelSpec, PreprocessSpec
+from fmembed.checkpoint.opening import open_checkpoint
+from fmembed.errors import ModelError
+from fmembed.model.encoder import Encoder
+from fmembed.prepare.stage import Preprocess
+from fmembed.prepare.text import _seen_part
+from fmembed.rows.columns import row_schema
+from fmembed.spec import ModelSpec, PreprocessSpec
 
 RNG = np.random.default_rng(0)
 RATE_HZ = 16_000
@@ -304,15 +305,15 @@ def test_of_a_long_text_only_what_the_model_sees_is_tokenised(
     checkpoint = open_checkpoint(ModelSpec(id=str(folder)), False)
     rows = pa.Table.from_pylist([{"_input": t} for t in texts], row_schema(pa.schema([])))
     whole = Preprocess(checkpoint, PreprocessSpec())(rows)
-    monkeypatch.setattr(preprocess, "_LONG", 2000)
+    monkeypatch.setattr("fmembed.prepare.text._LONG", 2000)
     seen: list[int] = []
-    part_of = preprocess._seen_part
+    part_of = _seen_part
 
     def spy(*arguments: Any) -> str:
         seen.append(len(part_of(*arguments)))
         return part_of(*arguments)
 
-    monkeypatch.setattr(preprocess, "_seen_part", spy)
+    monkeypatch.setattr("fmembed.prepare.text._seen_part", spy)
     assert Preprocess(checkpoint, PreprocessSpec())(rows).equals(whole)
     assert whole["truncated"].to_pylist() == [True, True, False, True]
     assert seen[0] == seen[2] == 2000

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fmembed.report import make_map, render
+from fmembed.evaluate.page import make_map, render
 
 EVIL = "</script><script>alert(1)</script>\"'&"
 ALL_EVIL = [

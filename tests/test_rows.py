@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from fmembed.rows import RowIds, keys_of
+from fmembed.rows.ids import RowIds, keys_of
 
 
 def test_row_ids_answer_as_a_set_does() -> None:

@@ -11,9 +11,9 @@ from conftest import write_jsonl
 from test_table import CARD, CONFIGURATION, SCHEMA, block, write
 
 import fmembed
-from fmembed import RunSpec, TableError, progress, run
-from fmembed.lock import Lock
-from fmembed.table import Table
+from fmembed import RunSpec, TableError
+from fmembed.table.lock import Lock
+from fmembed.table.table import Table
 
 
 def test_the_driver_imports_neither_torch_nor_scikit_learn(tiny_bert: Path) -> None:
@@ -52,8 +52,8 @@ def test_what_was_checked_is_checked_again_under_the_lock(
             "output": {"uri": str(tmp_path / "out")},
         }
     )
-    monkeypatch.setattr(run, "Lock", Waited)
-    monkeypatch.setattr(progress, "connect", lambda _: pytest.fail("the model would run"))
+    monkeypatch.setattr("fmembed.run.record.Lock", Waited)
+    monkeypatch.setattr("fmembed.run.record.connect", lambda _: pytest.fail("the model would run"))
     with pytest.raises(TableError, match="was made by another model or setting"):
         fmembed.embed(spec)
     assert fmembed.read(str(tmp_path / "out"))["row_id"].to_pylist() == ["a"]

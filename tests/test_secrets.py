@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmembed.cli import run
+from fmembed.errors import FmembedError, SpecError
 from fmembed.redaction import conceal, redact, scrub
-from fmembed.spec import FmembedError, RunSpec, SourceSpec, SpecError
+from fmembed.spec import RunSpec, SourceSpec
 
 GOOD: dict[str, Any] = {"source": {"uri": "a"}, "model": {"id": "b"}, "output": {"uri": "c"}}
 _COUNT = itertools.count(1000)

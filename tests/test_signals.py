@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from fmembed.run import _Signals
+from fmembed.errors import Interrupted
+from fmembed.run.signals import Signals
 from fmembed.signals import Stopped, kept_from_ray, raise_stopped, stop_signals
-from fmembed.spec import Interrupted
 
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -42,7 +42,7 @@ def test_a_signal_waits_for_a_commit_and_is_sent_again_until_it_is_heard(
 ) -> None:
     commits: Any = SimpleNamespace(is_committing=True)
     before = signal.getsignal(signum)
-    with _Signals(commits) as signals:
+    with Signals(commits) as signals:
         os.kill(os.getpid(), signum)  # in the middle of a commit: nothing is raised
         commits.is_committing = False
         for _ in range(2):  # the first is lost, as in a destructor; it comes again
@@ -59,7 +59,7 @@ def test_a_hangup_that_is_ignored_stays_ignored() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     assert stop_signals() == (signal.SIGINT, signal.SIGTERM)
     commits: Any = SimpleNamespace(is_committing=False)
-    with raise_stopped(), _Signals(commits):
+    with raise_stopped(), Signals(commits):
         os.kill(os.getpid(), signal.SIGHUP)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
@@ -139,7 +139,7 @@ def verify(_):
         time.sleep(60)
     except Exception:  # as libraries do
         pass
-fmembed.integrity.verify = verify
+fmembed.table.verify.verify = verify
 main(["verify", "somewhere"])
 """
 

@@ -20,11 +20,14 @@ import pytest
 import ray.data
 from conftest import write_jsonl
 
-from fmembed import source as source_module
-from fmembed.readers import File, Source, read_shard
-from fmembed.rows import RowIds, keys_of
-from fmembed.source import open_source, read, read_here, skip_committed
-from fmembed.spec import Format, HubDataset, SourceError, SourceSpec
+from fmembed.errors import SourceError
+from fmembed.rows.ids import RowIds, keys_of
+from fmembed.run.work import skip_committed
+from fmembed.sources.opening import open_source, read, read_here
+from fmembed.sources.reading import read_shard
+from fmembed.sources.shards import plan_shards
+from fmembed.sources.source import File, Source
+from fmembed.spec import Format, HubDataset, SourceSpec
 
 ROWS = [{"text": f"text {i}, with a comma", "topic": "ab"[i % 2], "n": i} for i in range(20)]
 
@@ -304,7 +307,7 @@ def test_a_two_tower_model_goes_by_the_source(tmp_path: Path) -> None:
 def test_a_read_task_carries_its_own_shard_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source_module, "_SHARD_FILES", 5)
+    monkeypatch.setattr("fmembed.sources.shards._SHARD_FILES", 5)
     for i in range(200):
         (tmp_path / f"{i:03}.txt").write_text("words")
     source = open_source(SourceSpec(uri=str(tmp_path)))
@@ -346,7 +349,7 @@ class Sized(int):
 def test_planning_looks_at_each_file_once(format_: Format) -> None:
     files = [File(f"/x/{i:06}", f"{i:06}", Sized(100)) for i in range(20_000)]
     Sized.looks = 0
-    shards = list(source_module._plan_shards(format_, None, files))
+    shards = list(plan_shards(format_, None, files))
     assert Sized.looks == len(files)
     assert [f for s in shards for f in s.files] == files
     assert max(len(s.files) for s in shards) <= 512
@@ -357,8 +360,8 @@ def test_planning_looks_at_each_file_once(format_: Format) -> None:
 def test_small_files_share_a_task(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source_module, "_MANY_FILES", 10)
-    monkeypatch.setattr(source_module, "_GROUP_FILES", 4)
+    monkeypatch.setattr("fmembed.sources.shards._MANY_FILES", 10)
+    monkeypatch.setattr("fmembed.sources.shards._GROUP_FILES", 4)
     for i in range(40):
         path = tmp_path / f"{i:02}.{suffix}"
         if suffix == "parquet":
@@ -449,7 +452,7 @@ def test_a_datasets_card_has_nothing_outside_read(path: str, tmp_path: Path) -> 
 def test_nested_pictures_of_a_dataset_are_not_fetched() -> None:
     import datasets
 
-    from fmembed.readers import _undecoded
+    from fmembed.sources.formats.hf import _undecoded
 
     nested = {"a": datasets.List({"b": datasets.Image()}), "c": [datasets.Audio()]}
     plain = {"a": datasets.List({"b": datasets.Image(decode=False)}),

@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 
-from fmembed.spec import RunSpec, SpecError, fingerprint, redact
+from fmembed.errors import SpecError
+from fmembed.redaction import redact
+from fmembed.spec import RunSpec
+from fmembed.table.card import fingerprint
 
 GOOD: dict[str, Any] = {"source": {"uri": "a"}, "model": {"id": "b"}, "output": {"uri": "c"}}
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fmembed.spec import FmembedError, redact
-from fmembed.storage import Storage, StorageError, filesystem, reason
+from fmembed.errors import FmembedError, StorageError, reason
+from fmembed.redaction import redact
+from fmembed.storage import Storage, filesystem
 
 
 def test_objects(tmp_path: Path) -> None:

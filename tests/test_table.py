@@ -18,17 +18,19 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
-from fmembed import log as log_module
-from fmembed.card import Card, StoredOutput
-from fmembed.integrity import verify
-from fmembed.log import DamagedError, Part
-from fmembed.parts import Written, write_part
-from fmembed.records import Commit, WholeShard
-from fmembed.repair import repair
-from fmembed.rows import REJECTED_SCHEMA, keys_of, row_schema, table_schema
-from fmembed.spec import FmembedError, TableError, fingerprint
-from fmembed.storage import Storage, StorageError
-from fmembed.table import ConflictError, Table, read
+from fmembed.errors import ConflictError, DamagedError, FmembedError, StorageError, TableError
+from fmembed.rows.columns import REJECTED_SCHEMA, row_schema, table_schema
+from fmembed.rows.ids import keys_of
+from fmembed.storage import Storage
+from fmembed.table import log as log_module
+from fmembed.table.card import Card, StoredOutput, fingerprint
+from fmembed.table.log import Part, _is_damage
+from fmembed.table.parts import Written, write_part
+from fmembed.table.reading import read
+from fmembed.table.records import Commit, WholeShard
+from fmembed.table.repair import repair
+from fmembed.table.table import Table
+from fmembed.table.verify import verify
 
 DIM = 4
 IDENTITY = {"model.weights": "w", "model.normalize": True, "model.dtype": "float32"}
@@ -851,8 +853,8 @@ def test_a_table_from_which_nothing_may_be_taken_says_so(table: Table) -> None:
 
 def test_an_outage_is_no_damage() -> None:
     outage = DeltaError("Generic S3 error: Error performing GET http://s/parquet/x: 503")
-    assert not log_module._is_damage(outage)
-    assert log_module._is_damage(DeltaError("Kernel error: Json error: Truncated record"))
+    assert not _is_damage(outage)
+    assert _is_damage(DeltaError("Kernel error: Json error: Truncated record"))
 
 
 def test_absent_columns_are_named(table: Table) -> None:

@@ -23,14 +23,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from test_table import CARD, CONFIGURATION, DIM, IDENTITY, SCHEMA, block, write
 
-from fmembed.integrity import verify
-from fmembed.log import ConflictError, DamagedError, Part
-from fmembed.parts import Written
-from fmembed.records import Commit, WholeShard
-from fmembed.repair import repair
-from fmembed.rows import REJECTED_SCHEMA, RowIds, keys_of
-from fmembed.spec import FmembedError, TableError
-from fmembed.table import Table, read
+from fmembed.errors import ConflictError, DamagedError, FmembedError, TableError
+from fmembed.rows.columns import REJECTED_SCHEMA
+from fmembed.rows.ids import RowIds, keys_of
+from fmembed.table.log import Part
+from fmembed.table.parts import Written
+from fmembed.table.reading import read
+from fmembed.table.records import Commit, WholeShard
+from fmembed.table.repair import repair
+from fmembed.table.table import Table
+from fmembed.table.verify import verify
 
 SOURCE = [f"id{i}" for i in range(30)]
 BAD = {"id3", "id17"}  # rows that every run rejects

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fmembed.verdict import judge
+from fmembed.run.verdict import judge
 
 ACTOR = {
     "load_s": 2.0, "wait_s": 1.0, "busy_s": 99.0, "forward_s": 90.0, "copy_s": 1.0,

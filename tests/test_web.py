@@ -16,10 +16,12 @@ import pyarrow as pa
 import pytest
 from web_server import Server, serve
 
-from fmembed.readers import read_shard
-from fmembed.rows import RowIds
-from fmembed.source import open_source, skip_committed
-from fmembed.spec import SourceError, SourceSpec
+from fmembed.errors import SourceError
+from fmembed.rows.ids import RowIds
+from fmembed.run.work import skip_committed
+from fmembed.sources.opening import open_source
+from fmembed.sources.reading import read_shard
+from fmembed.spec import SourceSpec
 
 LINES = b"".join(json.dumps({"text": f"text {i}"}).encode() + b"\n" for i in range(3))
 LOGIN = "me:Zq81%2Fcanary%20p%40ss"

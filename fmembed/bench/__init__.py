@@ -22,7 +22,7 @@ from typing import Any
 from fmembed.bench import data
 from fmembed.bench.peak import run_measured
 from fmembed.bench.suites import STEADY, WHOLE, Bar, Suite, suites_on
-from fmembed.spec import SpecError
+from fmembed.errors import SpecError
 
 GROWTH, FILES = "growth", "files"
 _MIB = 2**20

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fmembed.bench import data
-from fmembed.checkpoint import cpu_has_bfloat16
+from fmembed.devices import cpu_has_bfloat16
 
 STEADY, WHOLE = "rows_per_s", "whole_rows_per_s"
 _FIGURES = {

@@ -236,10 +236,10 @@ def encoder(task: Task) -> Found:
     import torch
     from transformers import AutoTokenizer
 
-    from fmembed.checkpoint import open_checkpoint
-    from fmembed.encoder import Encoder
-    from fmembed.meter import peak_flops
-    from fmembed.outputs import Piece
+    from fmembed.checkpoint.opening import open_checkpoint
+    from fmembed.model.encoder import Encoder
+    from fmembed.model.meter import peak_flops
+    from fmembed.rows.pieces import Piece
     from fmembed.spec import ModelSpec
 
     checkpoint = open_checkpoint(ModelSpec(id=task["model"], dtype=task["dtype"]), True)
@@ -276,8 +276,8 @@ def without_model(task: Task) -> Found:
     """
     from unittest import mock
 
-    from fmembed import run
     from fmembed.pipeline import embed
+    from fmembed.run import record as run
     from fmembed.spec import RunSpec
 
     spec = RunSpec.parse(
@@ -306,8 +306,8 @@ class EmbedNothing:
     """An embed stage whose forward pass is a copy of random numbers."""
 
     def __init__(self, checkpoint: Any, *, pieces_are_rows: bool, **_: Any) -> None:
-        from fmembed.meter import Meter
-        from fmembed.outputs import Stage
+        from fmembed.model.meter import Meter
+        from fmembed.rows.vectors import Stage
 
         vectors = np.random.default_rng(0).standard_normal((_MAX_BATCH_ROWS * 8, _DIM))
         self._vectors = vectors.astype(np.float32)

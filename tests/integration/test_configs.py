@@ -23,7 +23,8 @@ from conftest import ROOT
 from fake_endpoint import REFUSED, serve, vector_of
 
 import fmembed
-from fmembed.spec import SourceError, resolve_package
+from fmembed.errors import SourceError
+from fmembed.storage import resolve_package
 
 CONFIGS = ROOT / "jobs" / "configs"
 RATE_HZ = 16_000
@@ -203,8 +204,8 @@ def test_llm(tmp_path: Path, articles: Path, minilm: Path) -> None:
                 preprocess__chunk_tokens=128, preprocess__chunk_overlap=16)  # fmt: skip
     assert (again.rows_embedded, again.rows_skipped) == (0, 60)
     # The ranges of int8 are in the table, and the values are what they say of the full vectors.
-    from fmembed.outputs import dequantize, ranges_from_lists
-    from fmembed.table import Table
+    from fmembed.rows.precision import dequantize, ranges_from_lists
+    from fmembed.table.table import Table
 
     card = Table.open(result.table).card()
     assert card is not None

@@ -20,8 +20,9 @@ from conftest import write_jsonl
 from forged import OUTPUT, SPEC, WORDS, make_table
 
 import fmembed
-from fmembed.checkpoint import open_checkpoint
-from fmembed.spec import ModelSpec, SpecError, TableError
+from fmembed.checkpoint.opening import open_checkpoint
+from fmembed.errors import SpecError, TableError
+from fmembed.spec import ModelSpec
 
 CANARY = "sk-canary-5d1f"
 CODE = """

@@ -22,12 +22,13 @@ from soak import Bench, Tally, wait_for
 from test_table import CONFIGURATION
 
 import fmembed
-from fmembed.lock import Lock, LockedError
-from fmembed.readers import read_shard
-from fmembed.source import open_source
+from fmembed.errors import ConflictError, LockedError, StorageError
+from fmembed.sources.opening import open_source
+from fmembed.sources.reading import read_shard
 from fmembed.spec import SourceSpec
-from fmembed.storage import Storage, StorageError
-from fmembed.table import ConflictError, Table
+from fmembed.storage import Storage
+from fmembed.table.lock import Lock
+from fmembed.table.table import Table
 
 KEY, SECRET = "AKIDCANARY0KEY", "canary-secret-5up3r"
 SCHEMA = pa.schema([pa.field("row_id", pa.string(), nullable=False)])

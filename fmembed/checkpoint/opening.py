@@ -1,0 +1,338 @@
+"""What a checkpoint folder says of itself, read before any weight is loaded.
+
+Files, digest, pooling, normalisation, prompt and length limit, from a sentence-transformers
+modules.json where there is one and from the family's convention otherwise. No torch here: the
+driver decides, and refuses, within a second.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fmembed.checkpoint.families import (
+    OFFSET_POSITIONS,
+    PADDED_TEXT,
+    TOWER_CONFIG,
+    TOWERS,
+    default_pooling,
+    read_sound_limits,
+    unit_size_of,
+)
+from fmembed.checkpoint.files import (
+    absolute_uri,
+    check_loads,
+    digest_adapter,
+    digest_files,
+    explain_adapter,
+    list_weight_files,
+    locate,
+    read_config,
+    read_object,
+    read_part,
+    read_processor,
+    read_whole_number,
+)
+from fmembed.checkpoint.modules import read_modules, resolve_prompt
+from fmembed.errors import ModelError
+from fmembed.rows.outputs import DEFAULT, Output
+from fmembed.spec import EndpointSpec, Modality, ModelSpec, VectorSpec
+
+# Raised when the arithmetic changes by more than its rounding, so that old tables are not continued
+# with new vectors.
+_CONTRACT = 2
+_FALLBACK_MAX_TOKENS = 512
+_TOKENS_ARE_FLOATS = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found and understood, with every choice made.
+
+    `dense` are the folders of sentence-transformers Dense modules, applied in order after pooling.
+    `revision` is the hub's commit, null for a local folder. `digest` is a blake2b-128 over the
+    names and contents of all files that decide a vector. `unit_size` is how many numbers of the
+    model's input make one unit of its sequence: 1 for token ids, the values of a patch for pixels,
+    the samples of a frame for audio. `rate_hz` is what sounds are resampled to, `window_samples`
+    how many of them the model takes at once, null where it takes any number.
+    """
+
+    id: str
+    uri: str
+    revision: str | None
+    digest: str
+    family: str
+    weights: str
+    outputs: tuple[Output, ...]
+    max_tokens: int
+    prompt: str
+    lower_case: bool
+    dense: tuple[str, ...]
+    dtype: str
+    trust_remote_code: bool
+    modality: Modality = "text"
+    unit_size: int = 1
+    towers: tuple[Modality, ...] = ()
+    pads_text: bool = False
+    adapter: str | None = None
+    adapter_digest: str | None = None
+    attn_implementation: str | None = None
+    compile: bool = False
+    rate_hz: int = 0
+    window_samples: int | None = None
+    endpoint: EndpointSpec | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides a vector; its hash is the fingerprint."""
+        identity: dict[str, Any] = {
+            "contract": _CONTRACT,
+            "model.revision": self.revision,
+            "model.weights": self.digest,
+            "model.adapter": self.adapter_digest,
+            "model.modality": self.modality,
+            "model.dtype": self.dtype,
+            "model.max_tokens": self.max_tokens,
+            "model.prompt": self.prompt,
+        }
+        if self.endpoint is not None:
+            # A server does not say which weights it has: its address and the name stand for them.
+            identity["model.endpoint"] = [self.endpoint.base_url, self.id, self.endpoint.dimensions]
+        for output in self.outputs:
+            prefix = "model" if output.column == DEFAULT else f"model.outputs.{output.column}"
+            choices = {k: v for k, v in asdict(output).items() if k != "column"}
+            identity |= {f"{prefix}.{name}": value for name, value in choices.items()}
+        return identity
+
+    def folder(self) -> Path:
+        """The folder on this machine; a hub checkpoint is fetched once per node, at its commit."""
+        return locate(self.uri, self.revision)
+
+    def num_bytes(self) -> int:
+        """What the weights take in memory; 0 for a server's."""
+        if self.endpoint is not None:
+            return 0
+        folder = self.folder() / self.weights
+        return sum(p.stat().st_size for p in list_weight_files(folder, read_config(folder)))
+
+
+def list_modalities(spec: ModelSpec) -> tuple[Modality, ...]:
+    """What a checkpoint can embed, by the processor saved with it; more than one for two towers.
+
+    Raises:
+        ModelError: No such folder or no config in it, or a model of another kind.
+    """
+    if spec.endpoint is not None:
+        return ("text",)
+    folder = locate(absolute_uri(spec.id), spec.revision)
+    weights = folder / read_modules(folder).transformer
+    family = str(read_config(weights).get("model_type"))
+    if family in TOWERS:
+        return TOWERS[family]
+    processor = read_processor(weights)
+    if "image_processor_type" in processor or family == "timm_wrapper":
+        if (weights / "tokenizer_config.json").is_file():
+            raise ModelError(
+                f"model.id: {spec.id} joins text and images ({family}) in a way that is not "
+                f"supported; {', '.join(sorted(TOWERS))} are"
+            )
+        return ("image",)
+    # A tokenizer beside it spells out speech; it is no second input.
+    return ("audio",) if "feature_extractor_type" in processor else ("text",)
+
+
+def open_checkpoint(
+    spec: ModelSpec, native_bfloat16: bool, modality: Modality | None = None
+) -> Checkpoint:
+    """Find a checkpoint and resolve what the spec leaves open.
+
+    Args:
+        spec: The model part of the config.
+        native_bfloat16: Whether the actors' device computes bfloat16 natively; decides `auto`.
+        modality: Which tower, of a model that has several; null for the first.
+
+    Raises:
+        ModelError: No such folder, no config or weights, pickle weights, an unknown module.
+    """
+    if spec.endpoint is not None:
+        return _describe_endpoint(spec, spec.endpoint)
+    uri = absolute_uri(spec.id)
+    folder = locate(uri, spec.revision)
+    modules = read_modules(folder)
+    weights = folder / modules.transformer
+    if not (weights / "config.json").is_file():
+        explain_adapter(weights)
+    config = read_config(weights)
+    if not isinstance(family := config.get("model_type"), str):
+        raise ModelError(f"model.id: {weights}/config.json names no model_type")
+    files = list_weight_files(weights, config)
+    for path in modules.dense:
+        files += list_weight_files(folder / path, {})
+    check_loads(weights, config, spec.trust_remote_code)
+    modalities = list_modalities(spec)
+    modality = modality or spec.modality or modalities[0]
+    _check_packages(modality)
+    if family == "timm_wrapper":
+        _check_installed("timm", "timm", "torchvision")
+    towers = modalities if len(modalities) > 1 else ()
+    inner = {**config, **read_part(config, TOWER_CONFIG[modality])}
+    limit = _position_limit(weights, inner) if modality == "text" else None
+    if spec.max_tokens is not None and limit is not None and spec.max_tokens > limit:
+        raise ModelError(
+            f"model.max_tokens: takes at most {limit} with this model, got {spec.max_tokens}"
+        )
+    dtype = spec.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if native_bfloat16 else "float32"
+    if spec.prompt is not None and modality != "text":
+        raise ModelError(f"model.prompt: {spec.id} embeds {modality}, which takes no prompt")
+    default = modules.pooling or default_pooling(modality, family, config)
+    adapter = absolute_uri(spec.adapter) if spec.adapter else None
+    rate_hz, window_samples = (
+        read_sound_limits(weights, family) if modality == "audio" else (0, None)
+    )
+    return Checkpoint(
+        id=spec.id,
+        uri=uri,
+        # A hub snapshot's folder is named after its commit.
+        revision=folder.name if folder.parent.name == "snapshots" else None,
+        digest=digest_files(
+            folder,
+            [weights, *(folder / path for path in modules.dense)],
+            # Code may lie deeper than what is its own to name.
+            files + (sorted(folder.rglob("*.py")) if spec.trust_remote_code else []),
+        ),
+        family=family,
+        weights=modules.transformer,
+        outputs=_resolve_outputs(spec, modality, default, modules.normalize, bool(towers)),
+        max_tokens=spec.max_tokens or modules.max_tokens or limit or _FALLBACK_MAX_TOKENS,
+        prompt=resolve_prompt(folder, spec.prompt) if modality == "text" else "",
+        lower_case=modules.lower_case,
+        dense=modules.dense,
+        dtype=dtype,
+        trust_remote_code=spec.trust_remote_code,
+        modality=modality,
+        unit_size=unit_size_of(modality, family, inner),
+        towers=towers,
+        pads_text=family in PADDED_TEXT and modality == "text",
+        adapter=adapter,
+        adapter_digest=digest_adapter(adapter) if adapter else None,
+        attn_implementation=spec.attn_implementation,
+        compile=spec.compile,
+        rate_hz=rate_hz,
+        window_samples=window_samples,
+    )
+
+
+def _describe_endpoint(spec: ModelSpec, endpoint: EndpointSpec) -> Checkpoint:
+    if importlib.util.find_spec("openai") is None:
+        raise ModelError(
+            "model.endpoint: needs the package openai: pip install 'fmembed[endpoint]'"
+        )
+    ours = ("revision", "adapter", "max_tokens", "pooling", "layer", "attn_implementation")
+    for name in ours:
+        if getattr(spec, name) is not None:
+            raise ModelError(f"model.{name}: a server decides that itself; leave it out")
+    return Checkpoint(
+        id=spec.id,
+        uri=endpoint.base_url,
+        revision=None,
+        digest="",
+        family="endpoint",
+        weights="",
+        outputs=_resolve_outputs(spec, "text", "server", False, False),
+        max_tokens=0,
+        prompt=spec.prompt or "",
+        lower_case=False,
+        dense=(),
+        dtype="float32",
+        trust_remote_code=False,
+        endpoint=endpoint,
+    )
+
+
+def _resolve_outputs(
+    spec: ModelSpec, modality: Modality, default: str, normalize: bool, has_towers: bool
+) -> tuple[Output, ...]:
+    if has_towers:
+        default, normalize = "projection", True
+    given: dict[str, VectorSpec] = spec.outputs or {DEFAULT: VectorSpec()}
+    outputs = []
+    for column, vector in given.items():
+        where = f"model.outputs.{column}" if spec.outputs else "model"
+
+        def choose(name: str, otherwise: Any, vector: VectorSpec = vector) -> Any:
+            own, common = getattr(vector, name), getattr(spec, name)
+            return next((v for v in (own, common) if v is not None), otherwise)
+
+        pooling = choose("pooling", default)
+        layer = choose("layer", None)
+        precision = choose("precision", "float32")
+        if pooling == "projection" and not has_towers:
+            raise ModelError(f"{where}.pooling: {spec.id} has no projection; pooler is its own")
+        if modality == "image" and pooling in ("last", "max"):
+            raise ModelError(f"{where}.pooling: {spec.id} embeds images: takes cls or mean")
+        if pooling == "cls+mean" and modality != "image":
+            raise ModelError(
+                f"{where}.pooling: cls+mean is for images, {spec.id} embeds {modality}"
+            )
+        if layer is not None and pooling in ("pooler", "projection"):
+            raise ModelError(f"{where}.layer: {pooling} is made of the last layer; name a pooling")
+        if pooling == "tokens" and precision not in _TOKENS_ARE_FLOATS:
+            raise ModelError(f"{where}.precision: tokens takes {' or '.join(_TOKENS_ARE_FLOATS)}")
+        dims = choose("dims", None)
+        # What the checkpoint says of normalising is said of its own pooled vector.
+        own_way = pooling == default and layer is None
+        outputs.append(
+            Output(
+                column,
+                pooling,
+                layer,
+                bool(choose("normalize", normalize and own_way)),
+                dims,
+                precision,
+            )
+        )
+    return tuple(outputs)
+
+
+def adapter_folder(checkpoint: Checkpoint) -> Path:
+    """The adapter's folder on this machine."""
+    assert checkpoint.adapter is not None
+    return locate(checkpoint.adapter, None, "model.adapter")
+
+
+def _check_packages(modality: Modality) -> None:
+    if modality == "image":
+        _check_installed("image", "PIL")
+    elif modality == "audio":
+        _check_installed("audio", "soundfile", "soxr")
+
+
+def _check_installed(extra: str, *packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ModelError(
+                f"model.id: this kind of model ({extra}) needs the package {package}: "
+                f"pip install 'fmembed[{extra}]'"
+            )
+
+
+def _position_limit(folder: Path, config: dict[str, Any]) -> int | None:
+    """The most tokens the model can take, or None where neither config nor tokenizer says."""
+    limits = []
+    tokenizer = read_object(folder / "tokenizer_config.json") or {}
+    # An absent limit is saved as about 1e30.
+    if isinstance(m := tokenizer.get("model_max_length"), int) and 0 < m < 10**7:
+        limits.append(m)
+    if isinstance(m := config.get("max_position_embeddings"), int) and m > 0:
+        family = config.get("model_type")
+        offset = (
+            (read_whole_number(config, "pad_token_id") or 0) + 1
+            if family in OFFSET_POSITIONS
+            else 0
+        )
+        limits.append(m - offset)
+    return min(limits, default=None)

@@ -1,0 +1,81 @@
+"""A checkpoint's own processors of pictures and sounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fmembed.checkpoint.opening import Checkpoint
+from fmembed.errors import ModelError
+
+
+def load_image_processor(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's own image processor, on Pillow: torchvision is not needed."""
+    from transformers import AutoImageProcessor
+
+    with loading(checkpoint.id):
+        return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            checkpoint.folder() / checkpoint.weights,
+            trust_remote_code=checkpoint.trust_remote_code,
+            backend="pil",
+        )
+
+
+def process_image(processor: Any, image: Any, is_compact: bool = False) -> Any:
+    """One picture as the processor makes it for the model.
+
+    Args:
+        processor: What `load_image_processor` gave.
+        image: Shape (height, width, 3), uint8.
+        is_compact: Leave rescaling and normalising to the caller, where the processor can.
+
+    Returns:
+        Shape (3, height, width), a numpy array.
+    """
+    if hasattr(processor, "val_transforms"):  # timm's own, which knows no options
+        return processor([image], return_tensors="pt")["pixel_values"][0].numpy()
+    rest = {"do_rescale": False, "do_normalize": False} if is_compact else {}
+    # Named, because of a picture three pixels high the processor cannot tell which axis is colour.
+    batch = processor(
+        images=[image], input_data_format="channels_last", return_tensors="np", **rest
+    )
+    return batch["pixel_values"][0]
+
+
+def load_feature_extractor(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's own feature extractor for sounds."""
+    from transformers import AutoFeatureExtractor
+
+    with loading(checkpoint.id):
+        return AutoFeatureExtractor.from_pretrained(  # type: ignore[no-untyped-call]
+            checkpoint.folder() / checkpoint.weights, trust_remote_code=checkpoint.trust_remote_code
+        )
+
+
+@contextmanager
+def loading(name: str, field: str = "model.id") -> Iterator[None]:
+    """What other libraries raise while they load a checkpoint, as one line.
+
+    Raises:
+        ModelError: Whatever was raised: a config can be wrong in more ways than can be checked.
+    """
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as e:
+        reason = next(filter(None, str(e).splitlines()), type(e).__name__)
+        raise ModelError(f"{field}: {name} cannot be loaded: {reason}") from None
+
+
+def make_spectrogram(
+    extractor: Any, samples: npt.NDArray[Any], rate_hz: int
+) -> npt.NDArray[np.float32]:
+    if samples.dtype == np.int16:
+        samples = samples.astype(np.float32) / 2**15
+    batch = extractor(samples, sampling_rate=rate_hz, return_tensors="np")
+    return np.asarray(batch[extractor.model_input_names[0]][0], dtype=np.float32)

@@ -1,0 +1,44 @@
+"""What this machine computes with."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively (avx512_bf16 or amx), from /proc/cpuinfo."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+# What NVIDIA's driver shows on Linux, and under Windows' own Linux.
+_CUDA_SIGNS = (Path("/proc/driver/nvidia"), Path("/dev/dxg"))
+
+
+def has_cuda() -> bool:
+    if not any(sign.exists() for sign in _CUDA_SIGNS):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

@@ -1,0 +1,1 @@
+"""Probes on a table, and the report."""

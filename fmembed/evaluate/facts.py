@@ -1,0 +1,103 @@
+"""What a report says of a run and a table, in words."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fmembed.evaluate.stored import Stored
+from fmembed.spec import EndpointSpec, RunSpec
+
+_UNITS = {"text": "tokens", "image": "patches", "audio": "samples"}
+
+
+def pick_headlines(results: list[dict[str, Any]], stored: Stored) -> dict[str, Any]:
+    several = len(stored.pooled) > 1
+    return {
+        f"{r['probe']} {r['column']}" if several else r["probe"]: {"skipped": r["skipped"]}
+        if "skipped" in r
+        else {
+            **r["headline"],
+            "baselines": {n: b["value"] for n, b in r["baselines"].items() if b is not None},
+            **({"missing": r["missing"]} if "missing" in r else {}),
+        }
+        for r in results
+    }
+
+
+def in_usd(spec: RunSpec, run: dict[str, Any]) -> float | None:
+    if spec.model.endpoint is None:
+        return None
+    return cost_usd(spec.model.endpoint, run["counts"].get("endpoint_tokens", 0))
+
+
+def state_facts(
+    spec: RunSpec, stored: Stored, dims: dict[str, int], run: dict[str, Any]
+) -> list[tuple[str, str]]:
+    raw, identity, counts = spec.stored(), stored.identity, run["counts"]
+    text = [
+        ("tokens at most", str(identity["model.max_tokens"])),
+        ("prompt", repr(identity["model.prompt"]) if identity["model.prompt"] else "none"),
+    ]
+    pieces = [
+        (name.removeprefix("preprocess.").replace("_", " "), str(value))
+        for name, value in identity.items()
+        if name.startswith("preprocess.") and value
+    ]
+    endpoint = []
+    if spec.model.endpoint is not None:
+        usd = run["usd"]
+        endpoint = [
+            ("endpoint", raw["model"]["endpoint"]["base_url"]),
+            ("tokens the server counted in this run", f"{counts.get('endpoint_tokens', 0):,}"),
+            ("cost of this run", f"{usd:.4f} USD" if usd is not None else "no price is given"),
+            ("requests", f"{counts.get('endpoint_requests', 0):,}"),
+            ("requests sent again", f"{counts.get('endpoint_retries', 0):,}"),
+        ]
+    units = "characters" if spec.model.endpoint is not None else _UNITS[stored.modality]
+    return [
+        ("source", f"{raw['source']['uri']} (format {spec.source.format})"),
+        ("input column", spec.source.input),
+        ("carried columns", ", ".join(spec.source.columns) or "none"),
+        ("model", raw["model"]["id"]),
+        ("revision", identity["model.revision"] or "a local folder"),
+        ("weights, blake2b", identity["model.weights"] or "the server's"),
+        *([("adapter", raw["model"]["adapter"])] if raw["model"]["adapter"] else []),
+        ("embeds", stored.modality),
+        *((f"column {c}", _describe(output, dims.get(c))) for c, output in stored.outputs.items()),
+        *(text if stored.modality == "text" else []),
+        *pieces,
+        ("dtype", identity["model.dtype"]),
+        ("remote code", "allowed by the config" if spec.model.trust_remote_code else "off"),
+        *endpoint,
+        (f"{units} in this run", f"{run['num_units']:,}"),
+        ("rows cut in this run", f"{run['num_truncated']:,}"),
+        ("bytes a row between preprocessing and model", _bytes_a_row(counts)),
+        ("batches halved for memory in this run", f"{counts.get('batches_halved', 0):,}"),
+        ("run", f"{run['run_id']}, started {run['started']}"),
+    ]
+
+
+def _bytes_a_row(counts: dict[str, int]) -> str:
+    if not counts.get("input_rows"):
+        return "nothing was embedded"
+    return f"{counts['input_bytes'] / counts['input_rows']:,.0f}"
+
+
+def _describe(output: dict[str, Any], dim: int | None) -> str:
+    parts = [output["pooling"]]
+    if dim is not None:
+        parts.append(f"{dim} numbers")
+    if output["layer"] is not None:
+        parts.append(f"layer {output['layer']}")
+    if output["dims"] is not None:
+        parts.append(f"the first {output['dims']} dimensions")
+    parts.append("normalised" if output["normalize"] else "not normalised")
+    return ", ".join([*parts, output["precision"]])
+
+
+def cost_usd(spec: EndpointSpec, num_tokens: int) -> float | None:
+    """What the tokens cost, None where no price is given."""
+    if spec.usd_per_million_tokens is None:
+        return None
+    return math.ceil(num_tokens * spec.usd_per_million_tokens) / 1e6

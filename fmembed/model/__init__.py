@@ -1,0 +1,1 @@
+"""Pieces to vectors. The only room with torch."""

@@ -1,0 +1,81 @@
+"""A checkpoint's weights into a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.utils import parametrize
+
+from fmembed.checkpoint.families import PACKED_FAMILIES
+from fmembed.checkpoint.opening import Checkpoint, adapter_folder
+from fmembed.checkpoint.processors import (
+    loading,
+)
+from fmembed.errors import ModelError
+from fmembed.model.attention import PACKED, register
+
+
+def _attention(checkpoint: Checkpoint, device: torch.device) -> str | None:
+    """Which attention to load the model with; None for what transformers takes by itself."""
+    if checkpoint.attn_implementation is not None:
+        return checkpoint.attn_implementation
+    if checkpoint.compile or checkpoint.pads_text or checkpoint.towers:
+        return None
+    own_pooling = any(o.pooling in ("pooler", "projection") for o in checkpoint.outputs)
+    if checkpoint.modality != "text" or own_pooling or checkpoint.family not in PACKED_FAMILIES:
+        return None
+    # torch's packed kernel takes half precision alone.
+    if device.type == "cuda" and checkpoint.dtype == "float32":
+        return None
+    register()
+    return PACKED
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
+    from transformers import AutoModel, AutoModelForTextEncoding
+    from transformers.models.auto import modeling_auto
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # The encoder alone where the library has a class for it: T5 and its kin.
+    encoders = modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+    auto = AutoModelForTextEncoding if checkpoint.family in encoders else AutoModel
+    options: dict[str, Any] = {}
+    if (attn := _attention(checkpoint, device)) is not None:
+        options["attn_implementation"] = attn
+    if checkpoint.family == "vit_mae":
+        options["mask_ratio"] = 0.0
+    with loading(checkpoint.id):
+        model, report = auto.from_pretrained(
+            checkpoint.folder() / checkpoint.weights,
+            dtype=getattr(torch, checkpoint.dtype),
+            use_safetensors=True,
+            trust_remote_code=checkpoint.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    # A pooler head is optional where it is not asked for; anything else would be random weights.
+    needs_pooler = any(o.pooling == "pooler" for o in checkpoint.outputs)
+    missing = sorted(k for k in report["missing_keys"] if needs_pooler or "pooler" not in k)
+    if missing:
+        raise ModelError(
+            f"model.id: {checkpoint.id} lacks {len(missing)} weights, {missing[0]} first; "
+            "they would be random"
+        )
+    if checkpoint.adapter is not None:
+        model = _merge_adapter(model, checkpoint)
+    # wav2vec 2.0's kin store a weight as direction and length, and make it anew for every batch.
+    with torch.no_grad():
+        for module in model.modules():
+            if parametrize.is_parametrized(module, "weight"):
+                parametrize.remove_parametrizations(module, "weight")
+    return model.eval().to(device)
+
+
+def _merge_adapter(model: Any, checkpoint: Checkpoint) -> Any:
+    from peft import PeftModel
+
+    with loading(f"{checkpoint.adapter}, for {checkpoint.id},", "model.adapter"):
+        adapted = PeftModel.from_pretrained(model, str(adapter_folder(checkpoint)))
+        return adapted.merge_and_unload(safe_merge=True)

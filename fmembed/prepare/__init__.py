@@ -1,0 +1,1 @@
+"""Rows to pieces: what the model takes, made on CPUs."""

@@ -1,0 +1,123 @@
+"""The row on its way down the line, and the index of row ids.
+
+Between stages rows are Arrow tables with these columns:
+
+    row_id         string    the user's id, else `relative/path#row` (`relative/path` where a file
+                             is a row)
+    content_hash   string    blake2b-128 of the raw input bytes, hex; null where nothing was read
+    _input         string, or binary for images and audio: what to embed; dropped by preprocess
+    <carried>      any       what the user asked to keep
+    _stage, _error, _message string   null, or where and why the row was rejected
+    _shard         int32     which of the source's shards it was read from
+    _total, _skipped int64   null, but on the marker row (null row_id) that ends each shard: how
+                             many rows the shard holds, and how many of them were committed before
+
+A rejected row keeps travelling, without input or vector, so that the writer sees every row that
+was read exactly once: rows read = rows embedded + rows rejected is a count, not a hope. By its
+marker the driver knows when all rows of a shard are committed, so that it is not read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fmembed.redaction import scrub
+from fmembed.spec import Modality
+
+_MAX_MESSAGE = 500
+
+ROW_ID, CONTENT_HASH, INPUT = "row_id", "content_hash", "_input"
+STAGE, ERROR, MESSAGE = "_stage", "_error", "_message"
+SHARD, TOTAL, SKIPPED = "_shard", "_total", "_skipped"
+# Where a text's chunks or a sound's windows are rows of their own: whose, which, and from where to
+# where (characters of the text, samples at the model's rate).
+PARENT_ID, PIECE, PIECE_START, PIECE_STOP = "parent_id", "piece", "piece_start", "piece_stop"
+# The cause of a row whose id another row has: the one rejection whose id is also embedded.
+DUPLICATE = "duplicate id"
+# What no carried column may be called: the table's own columns.
+RESERVED = (
+    ROW_ID, CONTENT_HASH, "embedding", "num_units", "truncated",
+    PARENT_ID, PIECE, PIECE_START, PIECE_STOP,
+)  # fmt: skip
+_BOOKKEEPING = (
+    pa.field(STAGE, pa.string()),
+    pa.field(ERROR, pa.string()),
+    pa.field(MESSAGE, pa.string()),
+    pa.field(SHARD, pa.int32()),
+    pa.field(TOTAL, pa.int64()),
+    pa.field(SKIPPED, pa.int64()),
+)
+REJECTED_SCHEMA = pa.schema(
+    [
+        pa.field(ROW_ID, pa.string(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+    ]
+)
+
+
+def row_schema(carried: pa.Schema, modality: Modality = "text") -> pa.Schema:
+    """The schema a source yields, for the carried columns given."""
+    fields = [pa.field(ROW_ID, pa.string()), pa.field(CONTENT_HASH, pa.string())]
+    input_ = pa.field(INPUT, pa.string() if modality == "text" else pa.large_binary())
+    return pa.schema([*fields, input_, *carried, *_BOOKKEEPING])
+
+
+def table_schema(
+    carried: pa.Schema, vectors: Iterable[pa.Field], pieces_are_rows: bool = False
+) -> pa.Schema:
+    """The schema of the committed table: ids, columns of vectors, counts, then the carried."""
+    pieces = [
+        pa.field(PARENT_ID, pa.string(), nullable=False),
+        pa.field(PIECE, pa.int32(), nullable=False),
+        pa.field(PIECE_START, pa.int64(), nullable=False),
+        pa.field(PIECE_STOP, pa.int64(), nullable=False),
+    ]
+    return pa.schema(
+        [
+            pa.field(ROW_ID, pa.string(), nullable=False),
+            *(pieces if pieces_are_rows else []),
+            pa.field(CONTENT_HASH, pa.string(), nullable=False),
+            *(field.with_nullable(False) for field in vectors),
+            pa.field("num_units", pa.int32(), nullable=False),
+            pa.field("truncated", pa.bool_(), nullable=False),
+            *carried,
+        ]
+    )
+
+
+def accepted(rows: pa.Table) -> npt.NDArray[np.bool_]:
+    """True for each row that is neither rejected nor a marker, shape (rows,)."""
+    good = np.asarray(rows[STAGE].is_null()) & np.asarray(rows[TOTAL].is_null())
+    return np.asarray(good, dtype=np.bool_)
+
+
+def reject(rows: pa.Table, stage: str, causes: Mapping[int, tuple[str, str]]) -> pa.Table:
+    """Mark rows as rejected.
+
+    Args:
+        rows: Rows with the bookkeeping columns.
+        stage: The stage that refuses them: read, preprocess, embed or write.
+        causes: Row position to (error, message); error is a short cause that rows share, message
+            says what was wrong with this one.
+    """
+    if not causes:
+        return rows
+    columns = {name: rows[name].to_pylist() for name in (STAGE, ERROR, MESSAGE)}
+    for i, (error, message) in causes.items():
+        columns[STAGE][i], columns[ERROR][i] = stage, error
+        columns[MESSAGE][i] = clean_message(message)
+    for name, values in columns.items():
+        i = rows.schema.get_field_index(name)
+        rows = rows.set_column(i, name, pa.array(values, pa.string()))
+    return rows
+
+
+def clean_message(message: str) -> str:
+    """A message fit to be stored: no secret of a URL, and not the whole row that it quotes."""
+    return scrub(message)[:_MAX_MESSAGE]

@@ -1,0 +1,96 @@
+"""Ray: joined, or started on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+from ray._private import ray_constants
+from ray.job_config import JobConfig
+
+from fmembed import signals
+from fmembed.redaction import scrub
+
+
+def connect(verbose: bool) -> bool:
+    """Join the cluster that RAY_ADDRESS names, else start Ray on this machine.
+
+    Ray's own noise is off unless `verbose`.
+
+    Returns:
+        Whether Ray was started or joined here, and so is this run's to leave.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # ours are drawn
+    context.print_on_execution_start = verbose
+    if not verbose:
+        # Its errors too: it logs tracebacks of what the driver is told and handles.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", module=r"ray\.data\.")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    if ray.is_initialized():
+        return False
+    if not verbose:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    shown = [scrub(argument) for argument in sys.orig_argv]
+    if shown != sys.orig_argv:
+        # Ray keeps the command of each job, and tells it to all who ask.
+        ray._raylet.setproctitle(" ".join(shown))  # type: ignore[attr-defined]
+    options: dict[str, Any] = {
+        "job_config": _job_config(),
+        "logging_level": logging.INFO if verbose else logging.ERROR,
+        "log_to_driver": verbose,
+    }
+    if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
+        with signals.kept_from_ray():
+            ray.init(**options)
+        return True
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with signals.kept_from_ray(), _on_loopback():
+        # Named, because without an address ray.init joins any cluster it finds on the machine.
+        ray.init("local", include_dashboard=False, **options)
+    return True
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have a node started meanwhile listen on loopback alone.
+
+    Its processes listen at the node's address, most of them at all addresses; and Ray (2.60) takes
+    127.0.0.1 for that address only where it is told that there are no clusters, as it is by default
+    on macOS and Windows (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER, read when Ray is imported).
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _job_config() -> JobConfig:
+    """Where this job's workers import from: what is installed, PYTHONPATH, and a job's working dir.
+
+    Ray (2.60) puts the script's folder and the current one before all of these, unless the job has
+    a working dir of its own: data lies there, and a numpy.py among it would be run. Where this
+    package itself is not installed, the folder that holds it is named.
+    """
+    # Asked of a fresh interpreter: what this one's path holds by now (Ray itself puts a folder
+    # before all others) says nothing of where a worker looks.
+    find = "import importlib.util as u; s = u.find_spec('fmembed'); print(s and s.origin)"
+    found = subprocess.run(  # noqa: S603 - our own command
+        [sys.executable, "-P", "-c", find], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    here = Path(__file__).absolute().parents[1] / "__init__.py"
+    config = JobConfig(_py_driver_sys_path=[] if found == str(here) else [str(here.parents[1])])
+    config._runtime_env_has_working_dir = lambda: True  # type: ignore[method-assign]
+    return config

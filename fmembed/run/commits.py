@@ -1,0 +1,288 @@
+"""Blocks to parts, parts to commits: the driver's side of the line.
+
+Rows themselves never reach the driver: it holds references to blocks, has tasks write them as
+parts, and commits the parts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pyarrow as pa
+import ray
+
+from fmembed.errors import RejectedError
+from fmembed.rows.columns import REJECTED_SCHEMA
+from fmembed.rows.ids import RowIds
+from fmembed.sources.source import Shard
+from fmembed.spec import OutputSpec
+from fmembed.table.card import Card
+from fmembed.table.lock import Lock
+from fmembed.table.parts import REJECTED, ShardCount, Written, write_part
+from fmembed.table.records import Commit, WholeShard
+from fmembed.table.table import Table
+
+_MAX_WRITES_IN_FLIGHT = 2
+_MAX_WRITE_RETRIES = 3
+# Below this the fraction says little: one bad row of ten is not yet a bad dataset.
+_MIN_ROWS_TO_STOP = 1000
+_SETTLE_S = 30.0
+_LEAST_COMMIT_S, _COMMIT_SHARE = 60.0, 1 / 50
+
+
+class Commits:
+    """Gathers blocks into parts and parts into commits, and counts what became of each row."""
+
+    def __init__(
+        self,
+        output: OutputSpec,
+        table: Table,
+        lock: Lock,
+        run_id: str,
+        card: Card,
+    ) -> None:
+        """Start a run's commits.
+
+        Args:
+            output: When to write and commit, and how much may be rejected.
+            table: Where to.
+            lock: Checked before every commit.
+            run_id: Names the transactions.
+            card: What the table says of itself; each part says it too.
+        """
+        self._vectors = tuple(card.outputs)
+        self._output = output
+        self._table = table
+        self._lock = lock
+        self._run_id = run_id
+        self._configuration = card.to_configuration()
+        self.last = Commit(run=run_id)
+        self.num_commits = 0
+        self._num_writes = 0
+        self.is_committing = False
+        self._num_known_before: int | None = None
+        self._whole: list[WholeShard] = []
+        self._began = self._last_commit = time.monotonic()
+        self._num_rejected_before = table.num_rejected()
+        self.num_embedded = self.num_rejected = self.num_skipped = 0
+        self.num_written = self.num_units = self.num_truncated = 0
+        self.counts: dict[str, float] = defaultdict(float)
+        self.busy_s = 0.0
+        self.causes: Counter[str] = Counter()
+
+    def begin(self, shards: Sequence[Shard], committed: RowIds) -> None:
+        """Start a pass over shards; what an earlier pass of this run did not commit is dropped.
+
+        Args:
+            shards: What will be read, in the order that rows count them by.
+            committed: Ids of the rows that will be left out; grows with what is written.
+        """
+        if self._num_known_before is None:
+            self._num_known_before = len(committed) + self._table.num_twins
+        self._known = committed
+        self._known_parts = self._table.known_parts
+        self._shard_keys = [shard.key for shard in shards]
+        self._shards: dict[int, ShardCount] = {}
+        self._shard_parts: dict[int, set[str]] = defaultdict(set)
+        self._pending: list[Any] = []
+        self._pending_bytes = 0
+        self._writes: dict[Any, _Write] = {}
+        self._written: list[Written] = []
+        # This pass will skip what this run has committed before it, which is not skipped at all.
+        self.num_skipped = -(self.num_embedded + self.num_rejected)
+        self.num_written = self.num_embedded
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the blocks that wait to be written or are being written."""
+        return self._pending_bytes + sum(write.num_bytes for write in self._writes.values())
+
+    def add(self, bundle: Any) -> None:
+        """Take over a bundle of blocks; write and commit when it is time."""
+        self._pending.extend(bundle.block_refs)
+        self._pending_bytes += bundle.size_bytes()
+        if self._pending_bytes >= self._output.part_bytes:
+            self._write_pending()
+        while len(self._writes) > _MAX_WRITES_IN_FLIGHT:
+            self._collect(num_returns=1)
+        now = time.monotonic()
+        every_s = interval_s(self._output.commit_every_s, now - self._began)
+        if now - self._last_commit >= every_s:
+            self.commit()
+            self.check_rejected(at_end=False)
+
+    def commit(self) -> None:
+        """Write what is pending, wait for all parts, and commit them in one transaction."""
+        self._write_pending()
+        while self._writes:
+            self._collect(num_returns=len(self._writes))
+        self.commit_written()
+
+    def commit_written(self) -> None:
+        """Commit the parts that are written by now."""
+        self._last_commit = time.monotonic()
+        written, self._written = self._written, []
+        if not written:
+            return
+        self.is_committing = True
+        try:
+            self._commit(written)
+        finally:
+            self.is_committing = False
+
+    def _commit(self, written: list[Written]) -> None:
+        self._lock.check()
+        # A number is used once, whatever becomes of it: committing it again would be a no-op.
+        number = self.num_commits
+        self.num_commits += 1
+        rejected = [w.rejected for w in written if w.rejected is not None]
+        parts = [w.part for w in written if w.part is not None]
+        transaction, made = (self._run_id, number), {}
+        # Rejections first: either log may end up ahead of the other, and both ways the next run
+        # reads the rows that are in neither, no more and no less.
+        if rejected:
+            made["rejected"] = number
+            made["rejected_version"] = self._table.rejected.commit(
+                rejected, REJECTED_SCHEMA, self._configuration, transaction
+            )
+        if parts:
+            made["rows"] = number
+            made["rows_version"] = self._table.rows.commit(
+                parts, written[0].schema, self._configuration, transaction
+            )
+        self.last = self.last.model_copy(update=made)
+        for w in written:
+            self.num_embedded += w.num_rows
+            self.num_rejected += w.rejected.num_rows if w.rejected else 0
+            self.num_units += w.num_units
+            self.num_truncated += w.num_truncated
+            for name, count in w.counts.items():
+                self.counts[name] += count
+            self.causes.update(w.causes)
+        self._record_shards(written)
+
+    def _record_shards(self, written: list[Written]) -> None:
+        """Put on record which shards are committed whole; after the commit, never before it.
+
+        A shard is tied to the parts that hold its rows, and where some were skipped, to all that
+        were known when it was read.
+        """
+        for w in written:
+            for index, count in w.shards.items():
+                total = self._shards[index] = self._shards.get(index, ShardCount()) + count
+                if w.part is not None and count.rows > count.rejected:
+                    self._shard_parts[index].add(w.part.path)
+                if w.rejected is not None and count.rejected:
+                    self._shard_parts[index].add(REJECTED + w.rejected.path)
+                self.num_skipped += count.skipped
+                key = self._shard_keys[index]
+                if total.whole and key is not None:
+                    held = self._shard_parts.pop(index, set())
+                    held |= self._known_parts if total.skipped else set()
+                    num_rows = total.rows + total.skipped
+                    self._whole.append(WholeShard(key, num_rows, frozenset(held)))
+        self._table.put_shards(self.last, self._whole)
+
+    def settle(self) -> None:
+        """Wait for writes that nobody will commit, so that their parts can be removed after."""
+        if self._writes:
+            ray.wait(list(self._writes), num_returns=len(self._writes), timeout=_SETTLE_S)
+
+    def check_rejected(self, at_end: bool) -> None:
+        """Stop when too many rows were rejected.
+
+        Raises:
+            RejectedError: With the causes.
+        """
+        num_rejected = self.num_rejected + self._num_rejected_before
+        num_rows = self.num_embedded + self.num_rejected + (self._num_known_before or 0)
+        if self.num_rejected and (num_rows >= _MIN_ROWS_TO_STOP or at_end):
+            check_rejected(self._table, self._output, num_rejected, num_rows)
+
+    def _write_pending(self) -> None:
+        if self._pending:
+            self._submit(_Write(self._pending, self._pending_bytes))
+            self._pending, self._pending_bytes = [], 0
+
+    def _submit(self, write: _Write) -> None:
+        # Counted, so that the same rows twice are two parts: one of them may have to be undone.
+        self._num_writes += 1
+        own = {"fmembed.run": self._run_id, "fmembed.write": str(self._num_writes)}
+        # No CPU reserved: Ray Data has planned with all of them, and a write is short.
+        task = ray.remote(num_cpus=0, max_retries=_MAX_WRITE_RETRIES)(_write_blocks)
+        ref = task.remote(
+            self._table.uri, self._vectors, write.twice, {**self._configuration, **own},
+            *write.blocks,
+        )  # fmt: skip
+        self._writes[ref] = write
+
+    def _collect(self, num_returns: int) -> None:
+        done, _ = ray.wait(list(self._writes), num_returns=num_returns)
+        for ref in done:
+            write = self._writes.pop(ref)
+            written: Written = ray.get(ref)
+            twice = self._known.contains(written.keys)
+            if twice.any():
+                # Two parts with one id. Rare, so the later part is simply written once more, and
+                # the first try left for `remove_strays`. Its twins add up: another part may have
+                # become known since the last try.
+                found = frozenset(written.keys[twice].tolist())
+                self._submit(replace(write, twice=write.twice | found))
+                continue
+            self._known.add(written.keys)
+            self._written.append(written)
+            self.num_written += len(written.keys)
+            self.busy_s += written.busy_s
+
+
+@dataclass(frozen=True)
+class _Write:
+    """Blocks on their way to a part; `twice` are keys of rows that other parts hold."""
+
+    blocks: list[Any]
+    num_bytes: int
+    twice: frozenset[bytes] = frozenset()
+
+
+def check_rejected(table: Table, output: OutputSpec, num_rejected: int, num_rows: int) -> None:
+    """Refuse a table of which more rows are rejected than the config allows.
+
+    Args:
+        table: Where.
+        output: Says how many.
+        num_rejected: So many are.
+        num_rows: Of so many, those included.
+
+    Raises:
+        RejectedError: With the causes.
+    """
+    if num_rejected <= output.max_rejected_fraction * num_rows:
+        return
+    found = Counter[str]()
+    for cause in table.rejected_by_cause(0):
+        found[cause["error"]] += cause["rows"]
+    causes = ", ".join(f"{n:,} {cause}" for cause, n in found.most_common(5))
+    raise RejectedError(
+        f"{num_rejected:,} of {num_rows:,} rows were rejected, more than "
+        f"output.max_rejected_fraction = {output.max_rejected_fraction} allows ({causes}); the "
+        f"embedded rows are committed, the rejected ones are in {table.rejected.uri}"
+    )
+
+
+def interval_s(given: float | Literal["auto"], run_s: float) -> float:
+    """Seconds from a commit to the next, in a run that has taken so long; see `OutputSpec`."""
+    return max(_LEAST_COMMIT_S, run_s * _COMMIT_SHARE) if given == "auto" else given
+
+
+def _write_blocks(
+    uri: str,
+    vectors: tuple[str, ...],
+    twice: frozenset[bytes],
+    stamp: dict[str, str],
+    *blocks: pa.Table,
+) -> Written:
+    return write_part(uri, list(blocks), vectors, twice, stamp)

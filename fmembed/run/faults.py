@@ -1,0 +1,63 @@
+"""What Ray raises: a loss that can be gone on from, or an error to explain."""
+
+from __future__ import annotations
+
+import re
+
+import ray
+import ray.data
+import ray.exceptions
+import ray.util.annotations
+from ray.data.exceptions import SystemException
+
+from fmembed.errors import (
+    FmembedError,
+    ModelError,
+)
+
+# Ray's own defaults are endless: a model that kills its process would never fail the run.
+MAX_ACTOR_RESTARTS = 3
+# What a lost node, worker or actor looks like from the driver, as against an error of the code.
+_LOSSES = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.RpcError,
+)
+
+
+def is_loss(error: BaseException) -> bool:
+    return isinstance(root_cause(error), _LOSSES)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error at the end of the chain that Ray wrapped around it, or ours before it."""
+    # Ray makes its wrapper an instance of what it wraps, with a traceback as its text.
+    while isinstance(error, ray.exceptions.RayError) or not isinstance(error, FmembedError):
+        cause = getattr(error, "cause", None) or error.__cause__
+        # Ray Data names itself as the cause of what it did not raise.
+        if not isinstance(cause, BaseException) or isinstance(cause, SystemException):
+            break
+        error = cause
+    return error
+
+
+def explain(error: BaseException) -> FmembedError:
+    """What the user should read of an error that Ray raised."""
+    root = root_cause(error)
+    if isinstance(root, FmembedError):
+        return root
+    lines = [line.strip() for line in str(root).splitlines() if line.strip()]
+    rest = "committed rows stay, the same command resumes; -v shows Ray's own messages"
+    if isinstance(root, ray.exceptions.ActorDiedError):
+        # Of an error in an actor's constructor Ray hands on the text alone.
+        if refused := re.search(r"fmembed\.errors\.ModelError: (.+)", str(root)):
+            return ModelError(refused[1])
+        return FmembedError(
+            f"the model's process died {1 + MAX_ACTOR_RESTARTS} times and was given up: "
+            f"{lines[-1] if lines else 'no reason known'}; was it killed for memory "
+            "(compute.actors, compute.batch_tokens), or does the model's own code end it? " + rest
+        )
+    reason = lines[-1] if lines else type(root).__name__
+    return FmembedError(f"the run failed: {type(root).__name__}: {reason}; {rest}")

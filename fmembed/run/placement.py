@@ -1,0 +1,191 @@
+"""How a run is spread over a cluster: actors, their threads, the windows they are given.
+
+Decided before the run, from what the cluster has, what the model takes and what is to be done.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+import ray
+
+from fmembed.checkpoint.opening import Checkpoint
+from fmembed.errors import SpecError
+from fmembed.rows.columns import INPUT
+from fmembed.sources.opening import read_here
+from fmembed.sources.shards import sample
+from fmembed.sources.source import Source
+from fmembed.spec import ComputeSpec, Modality
+
+# Sorted by length and cut into batches: seconds of an actor's work, so that at the end none waits
+# long for the last one.
+_WINDOW_ROWS = {
+    "cpu": {"text": 256, "image": 64, "audio": 32},
+    "cuda": {"text": 4096, "image": 1024, "audio": 256},
+}
+# Of texts as many as make so many tokens, by the first rows' characters: a window costs Ray 16 ms,
+# which short rows felt (147 us a row in windows of 256, 81 in windows of 4,096).
+_WINDOW_TOKENS = {"cpu": 2**15, "cuda": 2**20}
+_MIN_WINDOW_ROWS, _MAX_WINDOW_ROWS = 16, 2**13
+_CHARACTERS_PER_TOKEN = 4
+_SAMPLE_ROWS = 64
+# Of a picture of 224 pixels in patches of 16, and of ten seconds of sound in frames of 20 ms.
+_ROW_TOKENS = {"image": 196, "audio": 500}
+# What a core computes in float32, and how long it is busy before an actor begins: imports, mostly.
+_CORE_FLOP_PER_S, _START_S = 5e10, 15.0
+# So many windows an actor at least, so that the last ones do not leave some idle.
+_MIN_WINDOWS = 4
+# Of a node's memory that the models of its CPU actors may take, and what a process takes besides.
+_MODELS_SHARE, _PROCESS_BYTES = 0.25, 2**29
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who gets which CPUs. `cpus_per_actor` is what Ray reserves, `num_threads` what torch uses.
+
+    `num_workers` is how many tasks can read and preprocess at once.
+    """
+
+    device: str
+    min_actors: int
+    max_actors: int
+    gpus_per_actor: float
+    cpus_per_actor: float
+    num_threads: int
+    cpus_per_task: float
+    num_workers: int
+    window_rows: int
+    batch_tokens: int | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be embedded, as far as it can be known before it is read.
+
+    `row_tokens` are the tokens, patches or frames of a row, `num_rows` is None where only reading
+    tells how many there are.
+    """
+
+    num_tokens: float = math.inf
+    row_tokens: float | None = None
+    num_rows: int | None = None
+
+
+def estimate_work(source: Source, checkpoint: Checkpoint, in_chunks: bool) -> Work:
+    """Estimate by the first texts, or by what a picture or ten seconds of sound usually make."""
+    row_tokens: float | None = _ROW_TOKENS.get(checkpoint.modality)
+    if checkpoint.endpoint is not None or checkpoint.pads_text:
+        row_tokens = None
+    elif checkpoint.modality == "text":
+        rows = pa.concat_tables(read_here(sample(source, _SAMPLE_ROWS, 1)))
+        most = math.inf if in_chunks else checkpoint.max_tokens
+        texts = [t for t in rows[INPUT].to_pylist() if t is not None]
+        lengths = [min(len(t) / _CHARACTERS_PER_TOKEN + 2, most) for t in texts]
+        row_tokens = sum(lengths) / len(lengths) if lengths else None
+    if row_tokens is None:
+        return Work(num_rows=source.num_rows)
+    if source.num_rows is not None:
+        return Work(row_tokens * source.num_rows, row_tokens, source.num_rows)
+    return Work(source.num_bytes / _CHARACTERS_PER_TOKEN or math.inf, row_tokens)
+
+
+def plan_compute(
+    spec: ComputeSpec, modality: Modality = "text", model_bytes: int = 0, work: Work | None = None
+) -> Plan:
+    """Split the cluster's CPUs and GPUs between actors and tasks so that both can run.
+
+    Actors that reserve every CPU starve the reads that feed them, and Ray then waits for ever. So
+    actors reserve so little that two CPUs are left to the tasks wherever Ray puts them, be it all
+    on the one node that is left after the others died (a soak hung in just that way). They are
+    asked to spread, and the model's threads use all CPUs: reading and tokenising text take a few
+    percent of what a model takes. On nodes of two CPUs nothing is left to reserve, and where there
+    is a node without CPUs, which an actor that reserves none might be put on, one task has to do.
+
+    On CPUs an actor has one thread, if a node's memory holds so many models, else as few as it
+    holds: threads of one process wait for each other at the end of every product, whenever one of
+    them was interrupted. On 2 cores, MiniLM in float32 over 500 articles, runs in turn: 17.5
+    articles/s by two actors of one thread, 12.2 by one actor of two (medians of 3). But no actor is
+    started for less work than starting it takes.
+
+    Args:
+        spec: What the config says.
+        modality: Of the source.
+        model_bytes: What the weights of one actor take.
+        work: What is to be done; None for much.
+
+    Raises:
+        SpecError: More GPUs are asked for than there are.
+    """
+    work = work or Work()
+    alive: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = [n["Resources"] for n in alive if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
+    num_nodes = max(len(nodes), 1)
+    cpus = max(min((int(n["CPU"]) for n in nodes), default=1), 1)
+    num_gpus = sum(n.get("GPU", 0) for n in nodes)
+    gpus_per_actor = (
+        spec.gpus_per_actor if spec.gpus_per_actor != "auto" else (1.0 if num_gpus else 0.0)
+    )
+    if gpus_per_actor > num_gpus:
+        raise SpecError(
+            f"compute.gpus_per_actor: {gpus_per_actor:g} asked, the cluster has {num_gpus:g}; "
+            "set it to 0 for CPUs, or start the GPU nodes first"
+        )
+    if gpus_per_actor:
+        fit = max(int(num_gpus / gpus_per_actor), 1)
+    else:
+        memory_bytes = min((n.get("memory", 0) for n in nodes), default=0)
+        fit = num_nodes * _count_cpu_actors(cpus, memory_bytes, model_bytes)
+        # Two operations a parameter and token; a stored parameter has four bytes at most.
+        flop = work.num_tokens * model_bytes / 2 if model_bytes else math.inf
+        fit = max(int(min(fit, flop / _CORE_FLOP_PER_S / _START_S)), 1)
+    if spec.actors == "auto":
+        low = high = fit
+    else:
+        low, high = (spec.actors, spec.actors) if isinstance(spec.actors, int) else spec.actors
+    if gpus_per_actor and low > fit:
+        raise SpecError(
+            f"compute.actors: {low} asked with {gpus_per_actor:g} GPU each, the cluster's "
+            f"{num_gpus:g} GPUs are enough for {fit}"
+        )
+    per_node = math.ceil(high / num_nodes)
+    has_bare_node = any(n["Alive"] and not n["Resources"].get("CPU", 0) for n in alive)
+    num_tasks = 1 if cpus < 3 and has_bare_node else 2
+    spare = max(cpus - num_tasks, 0) if cpus > 1 else 0.5
+    # Ray counts CPUs in steps of 1/10,000.
+    per_actor = 0.0 if gpus_per_actor else math.floor(spare / high * 1e4) / 1e4
+    per_task = 1.0 if cpus > 1 else 0.5
+    free = sum(n["CPU"] for n in nodes) - high * per_actor
+    device = "cuda" if gpus_per_actor else "cpu"
+    return Plan(
+        device=device,
+        min_actors=low,
+        max_actors=high,
+        gpus_per_actor=gpus_per_actor,
+        cpus_per_actor=per_actor,
+        num_threads=max(cpus // per_node, 1),
+        cpus_per_task=per_task,
+        num_workers=max(int(free / per_task), 1),
+        window_rows=_choose_window(device, modality, high, work)
+        if spec.window_rows == "auto"
+        else spec.window_rows,
+        batch_tokens=spec.batch_tokens,
+    )
+
+
+def _count_cpu_actors(cpus: int, memory_bytes: float, model_bytes: int) -> int:
+    """Actors of a node's CPUs, each with as many threads as the others: a divisor, or nearly."""
+    models = int(memory_bytes * _MODELS_SHARE / (model_bytes + _PROCESS_BYTES))
+    return cpus // math.ceil(cpus / max(min(models, cpus), 1))
+
+
+def _choose_window(device: str, modality: Modality, num_actors: int, work: Work) -> int:
+    """Rows of a window: some seconds of an actor's work, and of a small source a few each."""
+    num_rows = _WINDOW_ROWS[device][modality]
+    if work.row_tokens is not None and modality == "text":
+        num_rows = int(_WINDOW_TOKENS[device] / work.row_tokens)
+    if work.row_tokens is not None and work.num_rows is not None:
+        num_rows = min(num_rows, work.num_rows // (_MIN_WINDOWS * num_actors))
+    return min(max(num_rows, _MIN_WINDOW_ROWS), _MAX_WINDOW_ROWS)

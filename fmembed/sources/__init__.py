@@ -1,0 +1,1 @@
+"""A dataset: found, cut into shards, read into canonical rows."""

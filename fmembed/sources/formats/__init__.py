@@ -1,0 +1,1 @@
+"""Each format of a source: its suffixes, columns, shards and rows."""

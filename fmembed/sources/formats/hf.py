@@ -1,0 +1,161 @@
+"""Datasets of the library `datasets`: saved to disk, or by hub id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from fmembed.errors import SourceError, reason
+from fmembed.redaction import redact
+from fmembed.sources.formats.base import CHUNK_ROWS
+from fmembed.sources.formats.parquet import batch_rows
+from fmembed.sources.formats.unfolding import (
+    has_compressed_buffers,
+)
+from fmembed.sources.source import RawRow, Shard, Source
+from fmembed.spec import SourceSpec
+
+SAVED_DATASET = ("state.json", "dataset_dict.json")
+
+
+def read_hf(source: Source, shard: Shard) -> Iterator[RawRow]:
+    prefix = source.spec.hf.split or "data"
+    dataset = load_hf(source.spec)
+    if source.spec.hf.streaming:
+        for s in range(shard.start or 0, shard.stop or 0):
+            piece = dataset.shard(num_shards=dataset.num_shards, index=s)
+            for i, row in enumerate(piece):
+                yield f"{prefix}/{s}#{i}", row
+        return
+    # As Arrow holds it, on disk: a row is looked at before it becomes Python's.
+    stored = dataset.with_format("arrow")
+    i = shard.start or 0
+    for start in range(i, shard.stop or 0, CHUNK_ROWS):
+        table: pa.Table = stored[start : min(start + CHUNK_ROWS, shard.stop or 0)]
+        for batch in table.to_batches():
+            for row in batch_rows(batch, source):
+                yield f"{prefix}#{i}", row
+                i += 1
+
+
+def load_hf(spec: SourceSpec) -> Any:
+    """Load a dataset saved to disk, or by hub id; with one split chosen.
+
+    Raises:
+        SourceError: There is none, or it cannot be read.
+    """
+    import datasets
+
+    hf = spec.hf
+    _check_data_files(Path(spec.uri))
+    try:
+        if any((Path(spec.uri) / name).exists() for name in SAVED_DATASET):
+            dataset = datasets.load_from_disk(spec.uri)
+            if isinstance(dataset, datasets.DatasetDict) and hf.split in dataset:
+                dataset = dataset[hf.split]
+            if hf.streaming and isinstance(dataset, datasets.Dataset):
+                dataset = dataset.to_iterable_dataset(num_shards=1)
+        else:
+            dataset = datasets.load_dataset(
+                spec.uri, hf.name, split=hf.split, revision=hf.revision, streaming=hf.streaming
+            )
+    except (OSError, ValueError, RuntimeError) as e:
+        why = spec.conceal(reason(e))
+        raise SourceError(f"source.uri: cannot load dataset {redact(spec.uri)}: {why}") from None
+    if isinstance(dataset, dict):
+        raise SourceError(f"source.hf.split: name one of {', '.join(dataset)}")
+    wanted = set(spec.wanted)
+    if dataset.features and wanted <= set(dataset.features):
+        dataset = dataset.select_columns(sorted(wanted))
+    for name, feature in (dataset.features or {}).items():
+        # Undecoded: decoding is ours, a row at a time, and one bad picture is one rejected row.
+        undecoded = _undecoded(feature)
+        if undecoded != feature:
+            dataset = dataset.cast_column(name, undecoded)
+    return dataset
+
+
+def _undecoded(feature: Any) -> Any:
+    """A feature that leaves bytes as they are, and opens no path that a row names."""
+    if hasattr(feature, "decode"):
+        return type(feature)(decode=False)
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, list):
+        return [_undecoded(inner) for inner in feature]
+    if hasattr(feature, "feature"):
+        length = {"length": feature.length} if hasattr(feature, "length") else {}
+        return type(feature)(_undecoded(feature.feature), **length)
+    return feature
+
+
+def check_saved(folder: Path) -> None:
+    """Refuse a saved dataset of which a small file would unfold to much, or lies elsewhere.
+
+    Once for each run: it looks into every record batch.
+
+    Raises:
+        SourceError: Compressed buffers, which `datasets` never writes; a name with a folder; no
+            list of files.
+    """
+    try:
+        _check_saved(folder)
+    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as e:
+        raise SourceError(f"source.uri: cannot load dataset {folder}: {reason(e)}") from None
+
+
+def _check_saved(folder: Path) -> None:
+    try:
+        told = json.loads((folder / SAVED_DATASET[1]).read_bytes())["splits"]
+    except FileNotFoundError:
+        told = [""]
+    for split in told:
+        state = json.loads((folder / split / SAVED_DATASET[0]).read_bytes())
+        for name in [split, *(entry["filename"] for entry in state["_data_files"])]:
+            if "/" in name or name == "..":
+                raise SourceError(
+                    f"source.uri: {folder} has {name[:200]!a} read, which is not in the folder"
+                )
+        for entry in state["_data_files"]:
+            path = folder / split / entry["filename"]
+            if has_compressed_buffers(str(path)):
+                raise SourceError(
+                    f"source.uri: buffers of {path} are compressed and would be unfolded all at "
+                    "once; save the dataset with `datasets` itself"
+                )
+
+
+def _check_data_files(folder: Path) -> None:
+    """Refuse a local dataset whose card has files read that are not in its folder.
+
+    Raises:
+        SourceError: It names such a file, or a server.
+    """
+    card = folder / "README.md"
+    if not card.is_file():
+        return
+    import huggingface_hub
+
+    try:
+        text = card.read_text(encoding="utf-8")
+        made: Any = huggingface_hub.DatasetCard(text, ignore_metadata_errors=True)
+        told = made.data.to_dict()
+    except Exception as e:  # by version: a YAML error, or of its own
+        raise SourceError(f"source.uri: {card} cannot be read: {reason(e)}") from None
+    left = [told.get("configs")]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, str) and (
+            "://" in value or "::" in value or value.startswith(("/", "~")) or ".." in value
+        ):
+            raise SourceError(
+                f"source.uri: {card} has {value[:200]!a} read, which is not in the dataset's folder"
+            )

@@ -1,0 +1,102 @@
+"""JSON Lines: an object a line."""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+from fsspec.utils import infer_compression
+
+from fmembed.sources.formats.base import MAX_VALUES, READ_BYTES, is_bounded
+from fmembed.sources.source import File, RawRow, Shard, Source
+
+
+def _lines(handle: Any, most: int) -> Iterator[bytes | int]:
+    """A file's lines, without their ends; of one longer than `most` bytes only its length.
+
+    A megabyte of gzip may hold a line of a gigabyte: no more of it is kept than is allowed.
+    """
+    # Decompressors give what they have before they fail on what follows.
+    read = getattr(handle, "read1", handle.read)
+    kept: list[bytes] = []
+    length = 0
+
+    def line() -> bytes | int:
+        return length if length > most else b"".join(kept)
+
+    while chunk := bytes(read(READ_BYTES)):
+        for is_rest, piece in zip(
+            itertools.chain(itertools.repeat(False, chunk.count(b"\n")), [True]),
+            chunk.split(b"\n"),
+            strict=True,
+        ):
+            length += len(piece)
+            if length > most:
+                kept = []
+            else:
+                kept.append(piece)
+            if not is_rest:
+                yield line()
+                kept, length = [], 0
+    if length:
+        yield line()
+
+
+def read_jsonl(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
+    wanted = source.spec.wanted
+    for i, line in json_lines(source, file):
+        row = parse_json(line, source)
+        if isinstance(row, dict):
+            row = {c: row[c] for c in wanted if c in row}
+        yield f"{file.name}#{i}", row
+
+
+def json_lines(source: Source, file: File) -> Iterator[tuple[int, bytes | int]]:
+    """Number and content of each line that is not blank; its length, where it is too long."""
+    with source.fs.open(file.path, "rb", compression=infer_compression(file.name)) as handle:
+        for i, line in enumerate(_lines(handle, source.spec.max_text_bytes)):
+            if i == 0 and isinstance(line, bytes):
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if isinstance(line, int) or (line and not line.isspace()):
+                yield i, line
+
+
+def parse_json(line: bytes | int, source: Source) -> dict[str, Any] | tuple[str, str]:
+    most = source.spec.max_text_bytes
+    if isinstance(line, int):
+        return "row too large", f"{line:,} bytes, more than source.max_text_bytes = {most:,}"
+    if len(line) > MAX_VALUES and sum(map(line.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        return "row too large", f"more than {MAX_VALUES:,} values in {len(line):,} bytes"
+    try:
+        value = json.loads(line.decode("utf-8", errors=source.spec.encoding_errors))
+    except UnicodeDecodeError as e:
+        return "not UTF-8", f"byte {e.object[e.start]:#04x} at position {e.start} of the line"
+    except (ValueError, RecursionError) as e:
+        return "bad JSON", str(e)
+    if not isinstance(value, dict):
+        return "bad JSON", f"the line is a {type(value).__name__}, not an object"
+    return value
+
+
+def infer_schema(objects: list[dict[str, Any]], wanted: Sequence[str]) -> pa.Schema:
+    """The columns, with the types of those that are wanted: there may be a million others."""
+    fields = {n: pa.string() for n in dict.fromkeys(itertools.chain.from_iterable(objects))}
+    for name in wanted:
+        if name in fields:
+            fields[name] = _infer_type([o.get(name) for o in objects])
+    return pa.schema(list(fields.items()))
+
+
+def _infer_type(values: list[Any]) -> pa.DataType:
+    """The type of all values; JSON's text where they have none, or one without bounds."""
+    try:
+        type_ = pa.infer_type(values)
+        if pa.types.is_null(type_) or not is_bounded(type_):
+            return pa.string()
+        return pa.array(values).type
+    except (pa.ArrowException, UnicodeError, OverflowError, RecursionError):
+        return pa.string()

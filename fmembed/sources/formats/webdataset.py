@@ -1,0 +1,88 @@
+"""WebDataset: tar files, a sample to a name."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import itertools
+import lzma
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+from fmembed.sources.source import File, RawRow, Shard, Source
+
+SAMPLED_TAR_ROWS, SAMPLED_TAR_MEMBERS = 10, 10_000
+# Of a tar member's long name or extended header.
+_MAX_HEADER_BYTES = 2**20
+
+
+def read_webdataset(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
+    """Samples of a tar file: members of one name, a column for each extension.
+
+    Read as a stream: nothing is extracted, so that a member's name is never a path, and a link
+    never leads anywhere.
+    """
+    wanted = frozenset(source.spec.wanted)
+    samples = itertools.groupby(tar_members(source, file), key=lambda found: found[0])
+    for i, (key, members) in enumerate(samples):
+        row: dict[Any, Any] = {"__key__": key}
+        fate: tuple[str, str] | None = None
+        for _key, name, member, archive in members:
+            if name not in wanted:
+                continue
+            most = source.most_bytes if name == source.spec.input else source.spec.max_text_bytes
+            if not member.isreg():
+                fate = "unreadable file", f"member {key}.{name}: neither a file nor a folder"
+            elif member.size > most:
+                message = f"member {key}.{name}: {member.size:,} bytes, more than {most:,}"
+                fate = "row too large", message
+            else:
+                content = archive.extractfile(member)
+                assert content is not None
+                row[name] = content.read()
+        yield f"{file.name}#{i}", fate or row
+
+
+def tar_members(
+    source: Source, file: File
+) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.TarFile]]:
+    """Key and extension of each member, and where to read it before the next one is asked for."""
+    with source.fs.open(file.path, "rb") as raw:
+        buffered = io.BufferedReader(raw)
+        start = buffered.peek(2)
+        # By us, a little at a time: ten kilobytes, which tarfile unfolds at once, may be gigabytes.
+        unfold = next((open_ for magic, open_ in _UNFOLD.items() if start.startswith(magic)), None)
+        stream: Any = unfold(buffered) if unfold else buffered
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as archive:
+            while (member := archive.next()) is not None:
+                # It would keep them all.
+                archive.members = []  # type: ignore[attr-defined]
+                archive.pax_headers = {}
+                if not member.isdir():
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, name = base.partition(".")
+                    yield f"{folder}/{stem}" if folder else stem, name, member, archive
+
+
+_UNFOLD: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open,
+}  # fmt: skip
+
+
+class _Header(tarfile.TarInfo):
+    """A tar header; of one that is followed by its own extension the length is looked at first."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTENSIONS and header.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {header.size:,} bytes")
+        return header
+
+
+_EXTENSIONS = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip

@@ -1,0 +1,97 @@
+"""Files to shards: what one read task reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from fmembed.sources.formats.parquet import plan_row_groups
+from fmembed.sources.listing import unsigned
+from fmembed.sources.source import FOLDERS, File, Shard, Source
+from fmembed.spec import Format, SourceSpec
+
+if TYPE_CHECKING:
+    pass
+
+_SHARD_FILES = 512
+# Of files that are rows: what a read task holds at once.
+_FOLDER_SHARD_BYTES = 16 * 2**20
+# Of more files than these, small ones share a read task, which costs Ray some 20 ms whatever it
+# reads, and are not opened before it (a Parquet file's end, from a local disk: 0.3 ms).
+_MANY_FILES = 1000
+_GROUP_BYTES = 4 * 2**20
+# One file in so many ends its group by its name, so that a new file moves no other group's ends.
+_GROUP_FILES = 256
+
+
+def sample(source: Source, num_rows: int, num_shards: int) -> Source:
+    """Some of the source, spread over all of it: the beginnings of shards, `num_rows` in all."""
+    step = max(len(source.shards) // num_shards, 1)
+    chosen = source.shards[::step][:num_shards]
+    per_shard = -(-num_rows // max(len(chosen), 1))
+    if source.file_is_row:
+        files = [f for shard in source.shards for f in shard.files]
+        chosen = (Shard(tuple(files[:: max(len(files) // num_rows, 1)][:num_rows])),)
+        per_shard = num_rows
+    return replace(source, shards=tuple(replace(s, max_rows=per_shard) for s in chosen))
+
+
+def with_keys(spec: SourceSpec, shards: Iterable[Shard], revision: str = "") -> tuple[Shard, ...]:
+    """Name each shard after all that decides which rows it yields."""
+    # The limits only reject, and what was rejected is on record as such.
+    limits = {"max_text_bytes", "max_media_bytes"}
+    settings = spec.model_dump(mode="json", exclude={"label", "split", "carry", "caption", *limits})
+    settings["uri"] = unsigned(spec.uri)
+    settings["root"] = unsigned(spec.root) if spec.root else None
+
+    def key(shard: Shard) -> str | None:
+        revisions = [f.revision for f in shard.files] or [revision]
+        if not all(revisions):
+            return None
+        files = [(f.name, f.size, f.revision) for f in shard.files]
+        content = json.dumps([settings, revision, files, shard.start, shard.stop])
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+    return tuple(replace(shard, key=key(shard)) for shard in shards)
+
+
+def plan_shards(format_: Format, fs: Any, files: list[File]) -> Iterator[Shard]:
+    if format_ in FOLDERS:
+        for group in _group(files, _FOLDER_SHARD_BYTES):
+            yield Shard(group, num_rows=len(group))
+        return
+    small: list[File] = []
+    if len(files) > _MANY_FILES:
+        small = [f for f in files if f.size < _GROUP_BYTES]
+        files = [f for f in files if f.size >= _GROUP_BYTES]
+    if format_ == "parquet":
+        with ThreadPoolExecutor(16) as pool:
+            for shards in pool.map(lambda f: plan_row_groups(fs, f), files):
+                yield from shards
+    else:
+        yield from (Shard((file,)) for file in files)
+    yield from (Shard(group) for group in _group(small, _GROUP_BYTES, by_name=True))
+
+
+def _group(
+    files: Iterable[File], most_bytes: int, by_name: bool = False
+) -> Iterator[tuple[File, ...]]:
+    """Neighbours, up to 512 files or about so many bytes; `by_name` also ends groups by hash."""
+    group: list[File] = []
+    num_bytes = 0
+    for file in files:
+        group.append(file)
+        num_bytes += file.size
+        is_end = (
+            by_name and zlib.crc32(file.name.encode(errors="surrogateescape")) % _GROUP_FILES == 0
+        )
+        if is_end or len(group) == _SHARD_FILES or num_bytes >= most_bytes:
+            yield tuple(group)
+            group, num_bytes = [], 0
+    if group:
+        yield tuple(group)

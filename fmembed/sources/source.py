@@ -1,0 +1,97 @@
+"""A dataset that was opened: its files, and the shards that read tasks take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from fmembed.spec import Format, Modality, SourceSpec
+
+# Formats where each file is a row.
+FOLDERS = ("text_folder", "image_folder", "audio_folder")
+# One row as a reader hands it over: its fallback id, and its columns or (error, message).
+RawRow = tuple[str, dict[str, Any] | tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file: where it is, and the name that row ids carry (relative to the source's root).
+
+    `revision` is what storage says of its content: an entity tag, else the time of its last change.
+    """
+
+    path: str
+    name: str
+    size: int
+    revision: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What one read task reads: files, one file's part, or a saved dataset's part.
+
+    `start` and `stop` are row groups of a Parquet file, rows of a saved dataset, or shards of a
+    streamed one; None means all. `first_row` numbers the first row of a Parquet shard. `num_rows`
+    is None where only reading tells. `key` changes when the content does: a shard whose key is on
+    record as committed is not read again; None where storage does not tell of changes, or where
+    each file is a row and its id is enough.
+    """
+
+    files: tuple[File, ...] = ()
+    start: int | None = None
+    stop: int | None = None
+    first_row: int = 0
+    num_rows: int | None = None
+    key: str | None = None
+    max_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source that was found, listed and checked.
+
+    The shards stay on the driver: a task gets its own one, and the rest `without_shards`. `root` is
+    the filesystem, and the folder in it, below which the input column's paths are.
+    """
+
+    spec: SourceSpec
+    format: Format
+    fs: Any
+    shards: tuple[Shard, ...]
+    carried: pa.Schema
+    modality: Modality = "text"
+    root: tuple[Any, str] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the files, as they are stored."""
+        return sum(f.size for shard in self.shards for f in shard.files)
+
+    @property
+    def without_shards(self) -> Source:
+        """What reading a shard takes besides the shard."""
+        return replace(self, shards=())
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows in the shards where that is known without reading them, else None."""
+        counts = [shard.num_rows for shard in self.shards]
+        return None if None in counts else sum(c for c in counts if c is not None)
+
+    @property
+    def limit(self) -> str:
+        """The field that bounds a row's content."""
+        return f"source.max_{'text' if self.modality == 'text' else 'media'}_bytes"
+
+    @property
+    def most_bytes(self) -> int:
+        """What a row's content may hold, in bytes."""
+        spec = self.spec
+        return spec.max_text_bytes if self.modality == "text" else spec.max_media_bytes
+
+    @property
+    def file_is_row(self) -> bool:
+        """Whether each file is one row, so that its id is known without reading it."""
+        return self.format in FOLDERS

@@ -1,0 +1,1 @@
+"""A table of embeddings: parts, log, records, and the one who may write."""

@@ -1,0 +1,121 @@
+"""RunSpec, its parts and its fingerprint; the error tree.
+
+FmembedError            exit 1: the run failed
+├── RejectedError       exit 1: too many rows were rejected
+├── StorageError        exit 1: storage is full, forbidden or out of reach (storage.py)
+├── LockedError         exit 1: another run is writing the table (lock.py)
+├── ConflictError       exit 1: somebody else has changed the table (table.py)
+├── Interrupted         exit 129, 130 or 143: stopped by a signal
+└── UserError           exit 2: the user's input; nothing was written
+    ├── SpecError       a field of the config
+    ├── SourceError     the dataset
+    ├── ModelError      the checkpoint
+    └── TableError      the output table
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from fmembed.errors import TableError
+from fmembed.redaction import redact as redact
+from fmembed.redaction import scrub as scrub
+from fmembed.spec import Modality, Precision
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """Hash what decides a vector: blake2b-128 over the identity's canonical JSON, as hex.
+
+    The identity is the *resolved* model and preprocessing (weights digest, pooling, truncation,
+    dtype, ...), not the config's text: the same weights under another path are the same model,
+    and a default written out is still the default.
+    """
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+_PREFIX = "fmembed."
+# Plain texts; the others are JSON.
+_PLAIN = ("table", "fingerprint", "modality")
+
+
+class StoredOutput(BaseModel):
+    """One column of vectors as it was made; the fields are `spec.VectorSpec`'s."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    column: str = ""
+    pooling: str
+    layer: int | None = None
+    normalize: bool
+    dims: int | None = None
+    precision: Precision
+
+
+class Card(BaseModel):
+    """Whose table, by which model and setting.
+
+    `table` is the table's own random id, `identity` all that decides a vector, `ranges` are those
+    of int8 by column: lowest and highest of each dimension. `spec` is the config of the run that
+    made the table, without secrets.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    table: str = ""
+    fingerprint: str
+    identity: dict[str, Any]
+    modality: Modality = "text"
+    outputs: dict[str, StoredOutput]
+    ranges: dict[str, tuple[list[float], list[float]]] = {}
+    spec: dict[str, Any]
+
+    @classmethod
+    def of(cls, configuration: Mapping[str, str], uri: str) -> Card | None:
+        """Read it from a log's metadata or a part's footer; None where there is none.
+
+        Raises:
+            TableError: Not as any version of this project writes it.
+        """
+        if f"{_PREFIX}fingerprint" not in configuration:
+            return None
+        if f"{_PREFIX}outputs" not in configuration:
+            raise TableError(f"table: {uri} was made by an earlier version; embed it anew")
+        names = [n for n in cls.model_fields if f"{_PREFIX}{n}" in configuration]
+        try:
+            raw = {n: _load(n, configuration[f"{_PREFIX}{n}"]) for n in names}
+            return cls.model_validate(raw)
+        except ValidationError as e:
+            field = ".".join(str(key) for key in e.errors(include_url=False)[0]["loc"][:2])[:80]
+        except (ValueError, RecursionError):
+            field = "one of them is no JSON"
+        raise TableError(f"table: {uri}: its metadata are damaged ({field}); embed it anew")
+
+    @field_validator("outputs")
+    @classmethod
+    def _check_outputs(cls, value: dict[str, StoredOutput]) -> dict[str, StoredOutput]:
+        if not value:
+            raise ValueError("takes at least one column")
+        for column in value:  # it is in the names of files
+            if not column.isidentifier():
+                raise ValueError("takes names of columns")
+        return value
+
+    def to_configuration(self) -> dict[str, str]:
+        """As texts by name, for a log's metadata and a part's footer."""
+        raw = self.model_dump(mode="json")
+        return {f"{_PREFIX}{n}": v if n in _PLAIN else json.dumps(v) for n, v in raw.items()}
+
+    @property
+    def pooled(self) -> list[str]:
+        """The columns that hold one vector a row."""
+        return [c for c, output in self.outputs.items() if output.pooling != "tokens"]
+
+
+def _load(name: str, text: str) -> Any:
+    return text if name in _PLAIN else json.loads(text)

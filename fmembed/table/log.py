@@ -1,0 +1,638 @@
+"""One Delta log and the Parquet parts it names: what is committed, and nothing else.
+
+A log that cannot be read is never an empty one. `deltalake` takes an entry that a power cut has
+emptied for a version without changes, and a listing that comes back empty for no table at all: so
+the newest entry is looked at anew here, and where there seems to be no log, for its first entry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from deltalake import DeltaTable, Schema
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
+
+from fmembed.errors import (
+    ConflictError,
+    DamagedError,
+    StorageError,
+    TableError,
+    reason,
+)
+from fmembed.rows.columns import CONTENT_HASH, PARENT_ID, ROW_ID
+from fmembed.storage import HALF_WRITTEN, Storage
+
+# Old versions stay readable: Delta readers and writers forget after 30 days otherwise.
+_KEEP = {
+    "delta.logRetentionDuration": "interval 36500 days",
+    "delta.deletedFileRetentionDuration": "interval 36500 days",
+}
+# Common to all commits of all runs: two transactions of one name conflict, so that a commit made
+# on a version that is no longer the newest fails. Appends of different names would both succeed.
+_TRANSACTION = "fmembed"
+# On each commit: whose it is, for which model, and of how many actions, so that a cut entry shows.
+RUN, FINGERPRINT, _ACTIONS = "fmembed.run", "fmembed.fingerprint", "fmembed.actions"
+# What readers of a table may have to know and these parts do not need; anything else, as deletion
+# vectors or renamed columns, would have the parts read otherwise than by their bytes.
+_READER_FEATURES = frozenset(("timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"))
+# Of a part below this a few columns are read with all of it, so that its checksum can be checked.
+_WHOLE_BYTES = 64 * 2**20
+
+PART = re.compile(r"part-([0-9a-f]{32})\.parquet")
+ENTRY = re.compile(r"_delta_log/(\d{20})\.json")
+_CHECKPOINT = re.compile(r"_delta_log/(\d{20})\.checkpoint\..*parquet")
+_ON_THE_WAY = re.compile(
+    r"Error performing|Generic (?:S3|GCS|MicrosoftAzure|LocalFileSystem) error"
+)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A Parquet file that was written, not yet committed. `path` is relative to its log."""
+
+    path: str
+    size_bytes: int
+    num_rows: int
+
+
+class Log:
+    """One Delta log and the parts it names."""
+
+    def __init__(self, uri: str) -> None:
+        self.storage = Storage(uri)
+        self.uri = self.storage.uri
+        self._pinned: int | None = None
+        self._checked = -1
+
+    def delta(self, version: int | None = None) -> DeltaTable | None:
+        """A fresh view of the log; None where there is none.
+
+        Raises:
+            DamagedError: There is one, and it cannot be read or is not whole.
+            TableError: It needs a reader of features that this one has not.
+            StorageError: Out of reach.
+        """
+        local = self.storage.local
+        if local:
+            folder = local / "_delta_log"
+            if os.path.islink(folder) or (local.name == "_rejected" and os.path.islink(local)):
+                raise TableError(f"table: {folder} is a link; a table's log lies in the table")
+            if not os.path.isdir(folder):
+                return None
+            # deltalake would wait for ever for a pipe.
+            if odd := [e.name for e in os.scandir(folder) if not (e.is_file() or e.is_dir())]:
+                raise DamagedError(self.uri, f"{odd[0]!a} in its log is no regular file")
+        options = self.storage.delta_options()
+        try:
+            delta = DeltaTable(self.storage.delta_uri, version, storage_options=options)
+        except TableNotFoundError:
+            entries = self.storage.sizes("_delta_log/")
+            if entries and not all(_is_half_written(path) for path in entries):
+                raise DamagedError(self.uri, "its log has no entry to begin with") from None
+            if self.storage.size_bytes(_entry(0)) is not None:
+                raise StorageError(
+                    f"output.uri: storage does not list the log of {self.uri}, which is there; "
+                    "nothing was changed, run the same command again"
+                ) from None
+            return None
+        except (DeltaError, OSError) as e:
+            if _is_damage(e):
+                raise DamagedError(self.uri, f"its log cannot be read: {reason(e)}") from None
+            raise StorageError(f"output.uri: cannot read {self.uri}: {reason(e)}") from None
+        if version is None:
+            self._check_whole(int(delta.version()))
+            self._check_features(delta)
+        return delta
+
+    def _check_whole(self, version: int) -> None:
+        """Make sure that no entry since the last checkpoint is empty, and the newest not cut."""
+        if version == self._checked:
+            return
+        sizes = self.storage.sizes("_delta_log/")
+        checkpoints = [int(m[1]) for path in sizes if (m := _CHECKPOINT.fullmatch(path))]
+        for path, size in sorted(sizes.items()):
+            entry = ENTRY.fullmatch(path)
+            if entry and size == 0 and int(entry[1]) > max(checkpoints, default=-1):
+                raise DamagedError(self.uri, f"entry {int(entry[1])} of its log is empty")
+        try:
+            content = self.storage.get(_entry(version))
+        except FileNotFoundError:  # tidied away by another tool, behind its checkpoint
+            content = b""
+        if why := what_is_cut(content):
+            raise DamagedError(self.uri, f"entry {version} of its log {why}")
+        self._checked = version
+
+    def _check_features(self, delta: DeltaTable) -> None:
+        needs = set(delta.protocol().reader_features or ()) - _READER_FEATURES
+        if delta.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
+            needs.add("columnMapping")
+        if needs:
+            raise TableError(
+                f"table: another tool has changed {self.uri} in a way that is not read here "
+                f"({', '.join(sorted(needs))}); undo it there, or embed the table anew"
+            )
+
+    def version(self) -> int:
+        """The newest version, -1 where nothing was ever committed."""
+        delta = self.delta()
+        return -1 if delta is None else int(delta.version())
+
+    def configuration(self) -> dict[str, str]:
+        """The metadata that the log was created with; empty where there is no log."""
+        delta = self.delta()
+        return {} if delta is None else dict(delta.metadata().configuration)
+
+    def parts(self, version: int | None = None) -> list[Part]:
+        """The committed parts of a version."""
+        return self._parts(self.delta(version))
+
+    def pin(self) -> list[Part]:
+        """The committed parts, of the version that this object will commit on top of."""
+        delta = self.delta()
+        self._pinned = -1 if delta is None else int(delta.version())
+        return self._parts(delta)
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether somebody has committed since `pin`."""
+        return self.version() != self._pinned
+
+    def is_bare(self) -> bool:
+        """Whether no version names a part: nobody's rows are lost with it."""
+        delta = self.delta()
+        return delta is not None and not self._named(delta) and not self._ever_named()
+
+    def held(self, runs: Sequence[str], numbers: Sequence[int | None]) -> list[bool]:
+        """Whether the log has each of some commits: by run, and its number; None is no commit."""
+        delta = self.delta()
+
+        def last(run_id: str) -> int:
+            number = None if delta is None else delta.transaction_version(run_id)
+            return -1 if number is None else int(number)
+
+        return [n is None or last(run) >= n for run, n in zip(runs, numbers, strict=True)]
+
+    def history(self, since: int) -> list[dict[str, Any]]:
+        """What other tools have done to the table after a version, oldest first."""
+        delta = self.delta()
+        if delta is None:
+            return []
+        entries = [e for e in delta.history() if RUN not in e and int(e["version"]) > since]
+        return sorted(entries, key=lambda e: int(e["version"]))
+
+    def _parts(self, delta: DeltaTable | None) -> list[Part]:
+        if delta is None:
+            return []
+        actions = pa.table(delta.get_add_actions(flatten=True)).to_pylist()
+        parts = []
+        for action in actions:
+            path, num_rows = self._inside(action["path"]), action["num_records"]
+            # Other tools need not say how many.
+            known = self.num_rows(path) if num_rows is None else num_rows
+            parts.append(Part(path, action["size_bytes"], known))
+        return parts
+
+    def _named(self, delta: DeltaTable) -> set[str]:
+        """The files that any version names."""
+        removed = delta.vacuum(0, dry_run=True, enforce_retention_duration=False)
+        return {part.path for part in self._parts(delta)} | {unquote(path) for path in removed}
+
+    def _ever_named(self) -> set[str]:
+        """The files that any entry of the log names, whatever clock was set when they were removed:
+        `vacuum` leaves out what was removed in its own future.
+        """
+        named: set[str] = set()
+        for path in self.storage.sizes("_delta_log/"):
+            if ENTRY.fullmatch(path):
+                for line in self.storage.get(path).splitlines():
+                    action = json.loads(line) if line.strip() else {}
+                    named |= {unquote(action[k]["path"]) for k in ("add", "remove") if k in action}
+            elif _CHECKPOINT.fullmatch(path):
+                content = pa.BufferReader(self.storage.get(path))
+                rows = pq.read_table(content, columns=["add.path", "remove.path"])
+                for name in rows.schema.names:
+                    paths = pc.struct_field(rows[name], "path").drop_null().to_pylist()
+                    named |= {unquote(p) for p in paths}
+        return named
+
+    def _inside(self, path: str) -> str:
+        """A path of the log, decoded.
+
+        Raises:
+            TableError: It leads out of the table.
+        """
+        plain = unquote(path)
+        if (
+            plain.startswith("/")
+            or ".." in plain.replace("\\", "/").split("/")
+            or _SCHEME.match(plain)
+            or not plain.isprintable()
+        ):
+            raise TableError(
+                f"table: the log of {self.uri} names {plain[:200]!a}, which is not in the table's "
+                "folder; nothing outside it is read"
+            )
+        return plain
+
+    def strays(self, table: str) -> list[str]:
+        """Files of this table that no version names: parts of dead runs, whole or half written.
+
+        Only by names that are made here, and of whole ones only those whose footer says that they
+        were written for this table; whatever else lies here is somebody's.
+
+        Args:
+            table: The id of the table.
+        """
+        # Before the log is read: what is committed in between is named by then.
+        paths = self.storage.paths()
+        delta = self.delta()
+        if delta is None:
+            return []
+        named = self._named(delta)
+        whole = [p for p in paths if PART.fullmatch(p) and p not in named]
+        if whole:
+            ever = self._ever_named()
+            whole = [p for p in whole if p not in ever]
+        found = [p for p in whole if table and self.read_stamp(p).get("fmembed.table") == table]
+        if local := self.storage.local:
+            half = (p.name for p in local.glob("part-*.tmp"))
+            found += [n for n in half if PART.fullmatch(HALF_WRITTEN.sub("", n))]
+        return sorted(found)
+
+    def remove(self, paths: Iterable[str]) -> None:
+        """Delete files that no version names."""
+        for path in paths:
+            self.storage.delete(path)
+
+    def read_columns(self, part: Part, columns: Sequence[str] | None) -> pa.Table:
+        """Read columns of one part, its checksums checked.
+
+        All of it is fetched, and compared with the checksum that it is named after, where all
+        columns are asked for or it is small; else the checksums of the pages that are read.
+
+        Raises:
+            DamagedError: It is missing, or not as it was written.
+        """
+        if columns is None or part.size_bytes <= _WHOLE_BYTES:
+            return self.read_whole(part, columns)
+        return self._read_pages(part, columns)
+
+    def _read_pages(self, part: Part, columns: Sequence[str]) -> pa.Table:
+        try:
+            with self.storage.open(part.path) as handle:
+                parquet = pq.ParquetFile(handle, page_checksum_verification=True)
+                rows = parquet.read(columns=list(columns))
+        except FileNotFoundError:
+            raise DamagedError(self.uri, f"{part.path}: committed, but missing") from None
+        except (pa.ArrowException, OSError) as e:
+            raise DamagedError(self.uri, f"{part.path}: not readable: {reason(e)}") from None
+        return self._counted(part, rows)
+
+    def read_whole(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read one part, compared with the checksum that it is named after.
+
+        Raises:
+            DamagedError: It is missing, or not as it was written.
+        """
+        try:
+            content = self.storage.get(part.path)
+        except FileNotFoundError:
+            raise DamagedError(self.uri, f"{part.path}: committed, but missing") from None
+        # What another tool has written, as Delta's own delete, has another name and no checksum.
+        if PART.fullmatch(part.path) and part.path != _part_name(content):
+            raise DamagedError(self.uri, f"{part.path}: its bytes do not match its checksum")
+        try:
+            parquet = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+            rows = parquet.read(columns=None if columns is None else list(columns))
+        except (pa.ArrowException, OSError) as e:
+            raise DamagedError(self.uri, f"{part.path}: not readable: {reason(e)}") from None
+        return self._counted(part, rows)
+
+    def _counted(self, part: Part, rows: pa.Table) -> pa.Table:
+        if rows.num_rows != part.num_rows:
+            raise DamagedError(
+                self.uri,
+                f"{part.path}: {rows.num_rows} rows where the log says {part.num_rows}",
+            )
+        return rows.replace_schema_metadata(None)
+
+    def read_schema(self, path: str) -> pa.Schema:
+        """The columns of one part."""
+        with self.storage.open(path) as handle:
+            return pq.read_schema(handle).remove_metadata()
+
+    def num_rows(self, path: str) -> int:
+        """Rows of a part by its footer; 0 where it cannot be read."""
+        try:
+            with self.storage.open(path) as handle:
+                return int(pq.read_metadata(handle).num_rows)
+        except (pa.ArrowException, OSError):
+            return 0
+
+    def schema(self) -> pa.Schema:
+        """The columns as the log has them: vectors are lists of any length."""
+        delta = self.delta()
+        return pa.schema([]) if delta is None else pa.schema(delta.schema().to_arrow())
+
+    def read_stamp(self, path: str) -> dict[str, str]:
+        """What the footer of a part says of whose it is; empty where it cannot be read."""
+        try:
+            with self.storage.open(path) as handle:
+                metadata = pq.read_metadata(handle).metadata or {}
+        except (pa.ArrowException, OSError):
+            return {}
+        return {
+            k.decode(): v.decode(errors="replace")
+            for k, v in metadata.items()
+            if k.startswith(b"fmembed.")
+        }  # fmt: skip
+
+    def read_ids(self, part: Part) -> list[str]:
+        """The source's ids of one part's rows: once for each, however many pieces it has.
+
+        Raises:
+            DamagedError: It is missing, or not as it was written.
+        """
+        try:
+            names = self.read_schema(part.path).names
+        except FileNotFoundError:
+            raise DamagedError(self.uri, f"{part.path}: committed, but missing") from None
+        except (pa.ArrowException, OSError) as e:
+            raise DamagedError(self.uri, f"{part.path}: not readable: {reason(e)}") from None
+        column = PARENT_ID if PARENT_ID in names else ROW_ID
+        # By ranges however small the part: each run reads the ids of all, and vectors of none.
+        ids = self._read_pages(part, [column])[column]
+        return list((pc.unique(ids) if column == PARENT_ID else ids).to_pylist())
+
+    def write(
+        self, rows: pa.Table, vectors: Sequence[str] = (), stamp: Mapping[str, str] | None = None
+    ) -> Part:
+        """Write rows as one part.
+
+        The part is named after the checksum of its bytes, so that `verify` needs no other record
+        of it, and put in one piece, so that a torn write leaves nothing behind.
+
+        Args:
+            rows: What to write.
+            vectors: The columns of vectors.
+            stamp: For the footer: the table's card, and which write of which run this is, so that
+                the same rows written twice are two parts of two names.
+        """
+        buffer = pa.BufferOutputStream()
+        # Dictionaries only grow vectors: 768 kB of them took 1,201 kB with, 689 kB without.
+        unlike = (ROW_ID, CONTENT_HASH, *vectors)
+        plain = [f.name for f in rows.schema if f.name not in unlike]
+        with pq.ParquetWriter(
+            buffer, rows.schema, compression="zstd", use_dictionary=plain, write_page_checksum=True
+        ) as writer:
+            writer.write_table(rows)
+            writer.add_key_value_metadata(dict(stamp or {}))
+        content = buffer.getvalue()
+        path = _part_name(content)
+        self.storage.put(path, memoryview(content).cast("B"))
+        return Part(path, content.size, rows.num_rows)
+
+    def create(self, schema: pa.Schema, configuration: Mapping[str, str], run_id: str) -> None:
+        """Begin a log, or begin one anew that never named a part.
+
+        Raises:
+            ConflictError: Somebody else has created it meanwhile.
+            StorageError: It cannot be written.
+        """
+        delta = self.delta()
+        if delta is not None and not self.is_bare():
+            raise self._conflict()
+        options: dict[str, Any] = {
+            "schema": Schema.from_arrow(_as_delta(schema)),
+            "configuration": {**_KEEP, **configuration},
+            "raise_if_key_not_exists": False,
+            "commit_properties": CommitProperties(custom_metadata={RUN: run_id}),
+        }
+        if delta is None:
+            self._begin(options)
+        else:
+            try:
+                DeltaTable.create(
+                    self.storage.delta_uri, mode="overwrite",
+                    storage_options=self.storage.delta_options(), **options,
+                )  # fmt: skip
+            except (DeltaError, OSError) as e:
+                raise StorageError(
+                    f"output.uri: cannot commit to {self.uri}: {reason(e)}"
+                ) from None
+        # Ours, even if the answer to a first try was lost and the client tried again.
+        stored = self.configuration()
+        if any(stored.get(name) != value for name, value in configuration.items()):
+            raise self._conflict()
+        version = self.version()
+        self._sync(version)
+        if self._pinned is not None:
+            self._pinned = version
+
+    def _begin(self, options: dict[str, Any]) -> None:
+        """Put the first entry in place whole and synced, unless there is one.
+
+        deltalake makes it elsewhere: what it writes here itself a power cut may leave empty, and a
+        log without its first entry could not even be mended.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            DeltaTable.create(Path(folder).as_uri(), **options)
+            content = Path(folder, _entry(0)).read_bytes()
+        self.storage.create(_entry(0), content)
+
+    def commit(
+        self,
+        parts: Iterable[Part],
+        schema: pa.Schema,
+        configuration: Mapping[str, str],
+        transaction: tuple[str, int],
+        removed: Iterable[Part] = (),
+    ) -> int:
+        """Add and remove parts, all or none, on top of the version that `pin` saw.
+
+        Only on that one: the ids that the run skips were read from it. So whatever two drivers do
+        at once, no row is committed twice; the later one fails and can be run again.
+
+        Args:
+            parts: What to add.
+            schema: Their schema; the table is created with it where there is none.
+            configuration: Metadata of a new table; of one that is there the fingerprint must be
+                the same.
+            transaction: (run id, number): committing the same number again is a no-op.
+            removed: What to remove.
+
+        Returns:
+            The version that holds the parts.
+
+        Raises:
+            TableError: The parts do not fit the table's columns, or cannot be seen from here.
+            ConflictError: Somebody else has committed in between; nothing was changed.
+            StorageError: The log cannot be written.
+        """
+        assert self._pinned is not None, "pin first"
+        run_id, number = transaction
+        parts = list(parts)
+        for part in parts:
+            self._check_visible(part)
+        delta = self.delta()
+        if delta is None and self._pinned == -1:
+            self.create(schema, configuration, run_id)
+            delta = self.delta()
+        if delta is None:
+            raise self._conflict()
+        last = delta.transaction_version(run_id)
+        if last is not None and last >= number:
+            self._pinned = int(delta.version())
+            return self._pinned
+        if delta.version() != self._pinned:
+            raise self._conflict()
+        if delta.metadata().configuration.get(FINGERPRINT) != configuration.get(FINGERPRINT):
+            raise self._conflict()
+        self.check_columns(delta, schema)
+        removed = list(removed)
+        if removed and delta.metadata().configuration.get("delta.appendOnly", "").lower() == "true":
+            raise TableError(
+                f"output.uri: {self.uri} has the property delta.appendOnly, so that no part can be "
+                "taken out of it; set it to false with the tool that has set it"
+            )
+        try:
+            self._transact(delta, parts, removed, transaction)
+        except (DeltaError, OSError) as e:
+            raise StorageError(f"output.uri: cannot commit to {self.uri}: {reason(e)}") from None
+        self._pinned += 1
+        self._sync(self._pinned)
+        self._checked = self._pinned  # written here, whole
+        return self._pinned
+
+    def _transact(
+        self,
+        delta: DeltaTable,
+        parts: list[Part],
+        removed: list[Part],
+        transaction: tuple[str, int],
+    ) -> None:
+        now_ms = int(time.time() * 1000)
+        actions: list[AddAction | RemoveAction] = [
+            AddAction(
+                p.path, p.size_bytes, {}, now_ms, True, json.dumps({"numRecords": p.num_rows})
+            )
+            for p in parts
+        ]
+        actions += [RemoveAction(p.path, True, now_ms, p.size_bytes) for p in removed]
+        names = [Transaction(*transaction), Transaction(_TRANSACTION, int(delta.version()) + 1)]
+        said = {
+            RUN: transaction[0],
+            FINGERPRINT: delta.metadata().configuration.get(FINGERPRINT, ""),
+            _ACTIONS: str(len(actions) + len(names)),
+        }
+        try:
+            delta.create_write_transaction(
+                actions,
+                mode="append",
+                schema=delta.schema(),
+                commit_properties=CommitProperties(custom_metadata=said, app_transactions=names),
+            )
+        except CommitFailedError:
+            # Ours, if the answer to a first try was lost and the client tried again.
+            fresh = self.delta()
+            if fresh is None or fresh.transaction_version(transaction[0]) != transaction[1]:
+                raise self._conflict() from None
+
+    def _sync(self, version: int) -> None:
+        """Make a version outlive a crash of the machine: only then may anything count on it."""
+        folder = f"_delta_log/{version:020d}"
+        names = (f"{folder}.json", f"{folder}.checkpoint.parquet", "_delta_log/_last_checkpoint")
+        self.storage.sync(*names)
+
+    def _conflict(self) -> ConflictError:
+        return ConflictError(
+            f"output.uri: {self.uri} was changed by somebody else during this run, so the rest was "
+            "not committed; run the same command again"
+        )
+
+    def check_columns(self, delta: DeltaTable, schema: pa.Schema) -> None:
+        """Make sure that rows of a schema fit the table.
+
+        Raises:
+            TableError: They have other columns.
+        """
+        have = [f.name for f in delta.schema().fields]
+        if have != schema.names:
+            raise TableError(
+                f"source.carry: the table at {self.uri} has the columns {', '.join(have)}, this "
+                f"run has {', '.join(schema.names)}; name the same columns or another output.uri"
+            )
+
+    def _check_visible(self, part: Part) -> None:
+        if self.storage.size_bytes(part.path) != part.size_bytes:
+            raise TableError(
+                f"output.uri: {self.uri} is not shared by all nodes: a part that a worker wrote "
+                "cannot be seen from the driver; give a path on shared storage or a URL"
+            )
+
+
+def what_is_cut(entry: bytes) -> str:
+    """What an entry of a log lacks that it was written with; empty where it is whole."""
+    try:
+        actions = [json.loads(line) for line in entry.splitlines() if line.strip()]
+        info: dict[str, Any] = next((a["commitInfo"] for a in actions if "commitInfo" in a), {})
+        expected = info.get(_ACTIONS)
+        if expected is not None and int(expected) != len(actions) - 1:
+            return f"has {len(actions) - 1} actions of {expected}"
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return "is cut or no JSON"
+    return ""
+
+
+def _entry(version: int) -> str:
+    return f"_delta_log/{version:020d}.json"
+
+
+def _part_name(content: Any) -> str:
+    return f"part-{hashlib.blake2b(content, digest_size=16).hexdigest()}.parquet"
+
+
+def _is_half_written(path: str) -> bool:
+    """Whether a file of a log's folder is what a commit that was killed has left."""
+    name = path.rpartition("/")[2]
+    return name.startswith(("_commit_", ".")) or bool(HALF_WRITTEN.search(name))
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether the log itself is at fault, as against the way to it."""
+    # What storage says of the way there quotes addresses, which may hold any of the signs below.
+    if _ON_THE_WAY.search(str(error)):
+        return False
+    signs = (
+        "Json error", "contiguous", "Invalid Checkpoint", "No table metadata", "Parquet",
+        "parquet", "parse",
+    )  # fmt: skip
+    return any(sign in str(error) for sign in signs)
+
+
+def _as_delta(schema: pa.Schema) -> pa.Schema:
+    """Delta Lake has no half precision: its log says float where the files hold float16."""
+
+    def widen(type_: pa.DataType) -> pa.DataType:
+        if pa.types.is_float16(type_):
+            return pa.float32()
+        if pa.types.is_list(type_) or pa.types.is_fixed_size_list(type_):
+            return pa.list_(widen(type_.value_type))
+        return type_
+
+    return pa.schema([field.with_type(widen(field.type)) for field in schema])

@@ -1,0 +1,234 @@
+"""Rows as the embed stage yields them -> Parquet parts: what a write task does.
+
+Rejected rows go into parts of their own; nothing is committed here.
+"""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fmembed.rows.columns import (
+    CONTENT_HASH,
+    DUPLICATE,
+    PARENT_ID,
+    PIECE,
+    PIECE_START,
+    PIECE_STOP,
+    REJECTED_SCHEMA,
+    ROW_ID,
+    SHARD,
+    SKIPPED,
+    STAGE,
+    TOTAL,
+    accepted,
+    reject,
+    table_schema,
+)
+from fmembed.rows.counts import sum_counts
+from fmembed.rows.ids import Keys, keys_of
+from fmembed.storage import Storage
+from fmembed.table.card import Card
+from fmembed.table.log import Log, Part
+
+REJECTED = "_rejected/"
+
+
+@dataclass(frozen=True)
+class ShardCount:
+    """Rows of a shard in some blocks; `total` and `skipped` come with its marker only."""
+
+    rows: int = 0
+    rejected: int = 0
+    skipped: int = 0
+    total: int | None = None
+
+    def __add__(self, other: ShardCount) -> ShardCount:
+        return ShardCount(
+            self.rows + other.rows,
+            self.rejected + other.rejected,
+            self.skipped + other.skipped,
+            self.total if other.total is None else other.total,
+        )
+
+    @property
+    def whole(self) -> bool:
+        """Whether every row of the shard is accounted for."""
+        return self.total is not None and self.rows + self.skipped == self.total
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one write task did with the rows it was given.
+
+    `num_rows` counts rows of the source, `part.num_rows` those of the table: more, where the pieces
+    of a row are rows. `counts` are what the stages counted, summed.
+    """
+
+    schema: pa.Schema
+    num_rows: int
+    part: Part | None
+    rejected: Part | None
+    keys: Keys
+    shards: dict[int, ShardCount]
+    num_units: int
+    num_truncated: int
+    counts: dict[str, float]
+    causes: dict[str, int]
+    busy_s: float
+
+
+def write_part(
+    uri: str,
+    blocks: list[pa.Table],
+    vectors: Sequence[str],
+    twice: frozenset[bytes] = frozenset(),
+    stamp: Mapping[str, str] | None = None,
+) -> Written:
+    """Write embedded rows as one part, and rejected ones as another.
+
+    Args:
+        uri: The table.
+        blocks: Rows as the embed stage yields them.
+        vectors: The columns of vectors.
+        twice: Keys of rows that another part already holds; they are rejected here.
+        stamp: For the footers of the parts, see `Log.write`.
+
+    Returns:
+        The parts, not committed, with what the driver needs to commit and to count them.
+    """
+    started = time.monotonic()
+    rows = pa.concat_tables(blocks)
+    rows = _reject_duplicates(rows, twice)
+    good = _keep(rows, accepted(rows))
+    bad = rows.filter(rows[STAGE].is_valid())
+    pieces_are_rows = "piece_units" in rows.schema.names
+    keys = keys_of(good[ROW_ID].to_pylist())
+    num_truncated = int(np.sum(good["truncated"].to_numpy(), dtype=np.int64))
+    units = int(np.sum(good["num_units"].to_numpy(), dtype=np.int64))
+    given = good
+    if pieces_are_rows:
+        good = _explode(good, vectors)
+    own = (ROW_ID, CONTENT_HASH, *vectors, "num_units", "truncated")
+    own += (PARENT_ID, PIECE, PIECE_START, PIECE_STOP, "piece_units", "piece_spans")
+    carried = [f for f in good.schema if f.name not in own and not f.name.startswith("_")]
+    fields = [good.schema.field(name) for name in vectors]
+    schema = table_schema(pa.schema(carried), fields, pieces_are_rows)
+    good = good.select(schema.names).cast(schema)
+    part = rejected = None
+    if good.num_rows:
+        part = Log(uri).write(good, vectors, stamp)
+    if bad.num_rows:
+        columns = [bad[ROW_ID], bad[STAGE], bad["_error"], bad["_message"]]
+        causes = pa.table([c.cast(pa.string()) for c in columns], schema=REJECTED_SCHEMA)
+        rejected = Log(f"{Storage(uri).uri}/{REJECTED}".rstrip("/")).write(causes, (), stamp)
+    return Written(
+        schema=schema,
+        num_rows=given.num_rows,
+        part=part,
+        rejected=rejected,
+        keys=keys,
+        shards=_count_shards(rows),
+        num_units=units,
+        num_truncated=num_truncated,
+        counts=sum_counts(rows),
+        causes=dict(collections.Counter(bad["_error"].to_pylist())),
+        busy_s=time.monotonic() - started,
+    )
+
+
+def _keep(rows: pa.Table, mask: npt.NDArray[np.bool_]) -> pa.Table:
+    """Filter, but chunks of which all rows stay are not copied: those are nearly all."""
+    kept, start = [], 0
+    for batch in rows.to_batches():
+        own = mask[start : start + batch.num_rows]
+        start += batch.num_rows
+        kept.append(batch if own.all() else batch.filter(pa.array(own)))
+    return pa.Table.from_batches(kept, rows.schema)
+
+
+def _explode(rows: pa.Table, vectors: Sequence[str]) -> pa.Table:
+    """Give each piece of a row a row of its own; all of them come in one part, so none is lost."""
+    counts = pc.list_value_length(rows["piece_units"]).to_numpy(zero_copy_only=False)
+    counts = counts.astype(np.int64)
+    owner = np.repeat(np.arange(rows.num_rows), counts)
+    piece = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    parents = rows[ROW_ID].take(pa.array(owner))
+    spans = pc.list_flatten(rows["piece_spans"])
+    ends = np.array(spans.to_pylist(), dtype=np.int64).reshape(-1, 2)
+    ids = [f"{parent}@{i}" for parent, i in zip(parents.to_pylist(), piece.tolist(), strict=True)]
+    flat = {
+        ROW_ID: pa.array(ids, pa.string()),
+        PARENT_ID: parents,
+        PIECE: pa.array(piece, pa.int32()),
+        PIECE_START: pa.array(ends[:, 0]),
+        PIECE_STOP: pa.array(ends[:, 1]),
+        "num_units": pc.list_flatten(rows["piece_units"]),
+        **{name: pc.list_flatten(rows[name]) for name in vectors},
+    }
+    rest = rows.drop_columns([*(n for n in flat if n in rows.schema.names), "piece_spans"])
+    rest = rest.drop_columns(["piece_units"]).take(pa.array(owner))
+    for name, column in flat.items():
+        rest = rest.append_column(name, column)
+    return rest
+
+
+def _count_shards(rows: pa.Table) -> dict[int, ShardCount]:
+    counts: dict[int, ShardCount] = collections.defaultdict(ShardCount)
+    is_marker = rows[TOTAL].is_valid()
+    grouped = pa.table({"shard": rows[SHARD], "bad": rows[STAGE].is_valid()})
+    grouped = grouped.filter(pc.invert(is_marker)).group_by("shard")
+    for g in grouped.aggregate([("bad", "count"), ("bad", "sum")]).to_pylist():
+        counts[g["shard"]] += ShardCount(rows=g["bad_count"], rejected=g["bad_sum"])
+    for m in rows.filter(is_marker).select([SHARD, TOTAL, SKIPPED]).to_pylist():
+        counts[m[SHARD]] += ShardCount(skipped=m[SKIPPED], total=m[TOTAL])
+    return dict(counts)
+
+
+def _reject_duplicates(rows: pa.Table, twice: frozenset[bytes]) -> pa.Table:
+    good = np.flatnonzero(accepted(rows))
+    keys = keys_of(rows[ROW_ID].take(pa.array(good)).to_pylist()).tolist()
+    seen = set(twice)
+    causes = {}
+    for i, key in zip(good.tolist(), keys, strict=True):
+        if key in seen:
+            causes[i] = (DUPLICATE, "another row of the source has the same id")
+        seen.add(key)
+    return reject(rows, "write", causes)
+
+
+def as_written(rows: pa.Table, card: Card, schema: pa.Schema) -> pa.Table:
+    """Rows of a part that another tool has written anew, with the types that runs write.
+
+    Args:
+        rows: Some columns of the part.
+        card: Of the table.
+        schema: The columns as its log has them.
+    """
+    for i, field in enumerate(rows.schema):
+        output = card.outputs.get(field.name)
+        if output is None:
+            column = rows[field.name].cast(schema.field(field.name).type)
+        else:
+            value = {"binary": "int8"}.get(output.precision, output.precision)
+            column = _as_vectors(rows[field.name].combine_chunks(), pa.type_for_alias(value))
+        rows = rows.set_column(i, field.with_type(column.type), column)
+    return rows
+
+
+def _as_vectors(column: pa.Array, value: pa.DataType) -> pa.Array:
+    """Lists of one length to fixed-size lists, in as many lists as they are."""
+    inner = column.type.value_type
+    if pa.types.is_list(inner) or pa.types.is_large_list(inner):
+        offsets = column.offsets.cast(pa.int32())
+        return pa.ListArray.from_arrays(offsets, _as_vectors(column.values, value))
+    flat = column.flatten()
+    dim = len(flat) // max(len(column), 1)
+    return pa.FixedSizeListArray.from_arrays(flat.cast(value), dim)

@@ -1,0 +1,133 @@
+"""Reading a table: the committed rows and nothing else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fmembed.errors import TableError, reason
+from fmembed.rows.columns import CONTENT_HASH, ROW_ID
+from fmembed.table.log import Part
+from fmembed.table.table import Table
+
+if TYPE_CHECKING:
+    import ray.data
+
+
+@overload
+def read(uri: str, version: int | None = ..., *, columns: list[str] | None = ...) -> pa.Table: ...
+@overload
+def read(
+    uri: str,
+    version: int | None = ...,
+    *,
+    engine: Literal["arrow"],
+    columns: list[str] | None = ...,
+) -> pa.Table: ...
+@overload
+def read(
+    uri: str, version: int | None = ..., *, engine: Literal["ray"], columns: list[str] | None = ...
+) -> ray.data.Dataset: ...
+
+
+def read(
+    uri: str,
+    version: int | None = None,
+    *,
+    engine: Literal["arrow", "ray"] = "arrow",
+    columns: list[str] | None = None,
+) -> Any:
+    """Read the committed rows of a table, and nothing else.
+
+    Args:
+        uri: The table.
+        version: Which version; None for the newest.
+        engine: "arrow" for a pyarrow Table, "ray" for a Ray Dataset.
+        columns: Only these.
+
+    Raises:
+        TableError: No table there, or no such version.
+    """
+    table = Table.open(uri)
+    newest = table.version()
+    if version is not None and not 0 <= version <= (newest or 0):
+        raise TableError(f"version: {uri} has the versions 0 to {newest}, not {version}")
+    names = table.rows.schema().names
+    if absent := [c for c in columns or () if c not in names]:
+        raise TableError(f"columns: {uri} has no {absent[0]!r}; it has {', '.join(names)}")
+    parts = table.rows.parts(version)
+    if version is not None and version != newest:
+        # What no newest version holds, a vacuum takes away, and nothing can mend that.
+        old = set(parts) - set(table.rows.parts())
+        if any(table.storage.size_bytes(part.path) is None for part in old):
+            raise TableError(
+                f"version: parts of version {version} of {uri} are gone, as by another tool's "
+                f"vacuum; the newest is {newest}"
+            )
+    if engine == "ray":
+        return _read_by_ray(table, parts, columns)
+    if not parts:
+        return _empty(table, columns)
+    found = [table.read_part(p, columns) for p in parts]
+    try:
+        # Another tool may have added columns, which the older parts lack.
+        return pa.concat_tables(found, promote_options="default")
+    except pa.ArrowException as e:
+        raise TableError(
+            f"table: another tool has changed the columns of {uri}, and its parts do not fit "
+            f"together: {reason(e)}"
+        ) from None
+
+
+def _empty(table: Table, columns: list[str] | None) -> pa.Table:
+    empty = table.rows.schema().empty_table()
+    return empty.select(columns) if columns is not None else empty
+
+
+def _read_by_ray(table: Table, parts: list[Part], columns: list[str] | None) -> Any:
+    """Not by Ray's own reader of Parquet, which checks no checksum."""
+    import ray.data
+
+    if not parts:
+        return ray.data.from_arrow(_empty(table, columns))
+    uri = table.uri
+
+    def read_one(batch: dict[str, Any]) -> pa.Table:
+        return Table(uri).read_part(parts[int(batch["id"][0])], columns)
+
+    numbers = ray.data.range(len(parts), override_num_blocks=len(parts))
+    return numbers.map_batches(read_one, batch_size=1)
+
+
+def sample(uri: str, columns: list[str], max_rows: int, not_null: str | None) -> pa.Table:
+    """Read a fixed sample: the rows with the smallest content hashes.
+
+    Memory is bounded by one part and the sample, whatever the table's size.
+
+    Args:
+        uri: The table.
+        columns: What to read besides row_id and content_hash.
+        max_rows: Size of the sample.
+        not_null: Leave out rows where this column is null.
+
+    Returns:
+        Rows in the order of their row ids.
+    """
+    table = Table.open(uri)
+    wanted = list(dict.fromkeys([ROW_ID, CONTENT_HASH, *columns]))
+    chosen: pa.Table | None = None
+    for part in table.rows.parts():
+        rows = table.read_part(part, wanted)
+        if not_null is not None:
+            rows = rows.filter(rows[not_null].is_valid())
+        chosen = rows if chosen is None else pa.concat_tables([chosen, rows])
+        if chosen.num_rows > max_rows:
+            order = pc.sort_indices(
+                chosen, sort_keys=[("content_hash", "ascending"), (ROW_ID, "ascending")]
+            )
+            chosen = chosen.take(order[:max_rows])
+    if chosen is None:
+        return read(uri, columns=wanted)
+    return chosen.take(pc.sort_indices(chosen, sort_keys=[(ROW_ID, "ascending")]))

@@ -1,0 +1,523 @@
+"""A table of embeddings in storage: what is in it, what runs may do to it, and how it is read.
+
+    <table>/part-<blake2b>.parquet   rows; each part is named after its own checksum
+    <table>/_delta_log/              which parts are committed; the table's card in its metadata
+    <table>/_rejected/               the rejected rows, a Delta table of the same make
+    <table>/_runs/, _shards/         records of runs (records.py)
+    <table>/_lock/                   who writes (lock.py)
+    <table>/_probes/, _report.html   what the probes found
+    <table>/_quarantine/             what `verify --repair` could not read
+
+Workers write parts (parts.py), the driver alone commits (log.py). The first thing that a run makes
+of a table is its log: so a folder without one is not a table, and nothing in it is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fmembed.errors import FmembedError, StorageError, TableError
+from fmembed.rows.columns import DUPLICATE, REJECTED_SCHEMA, ROW_ID
+from fmembed.rows.ids import RowIds, keys_of
+from fmembed.storage import HALF_WRITTEN, Storage, tell
+from fmembed.table.card import Card, fingerprint
+from fmembed.table.log import PART, Log, Part
+from fmembed.table.parts import REJECTED, as_written
+from fmembed.table.records import Commit, WholeShard, put_run, put_shards, read_runs, read_shards
+
+if TYPE_CHECKING:
+    pass
+
+# Where a run has died before its log was made, only these are left of it.
+_OWN_LOCK = re.compile(r"_lock/(\d{8,18}\.json|\.probe-[0-9a-f]{32})")
+# Folders that make the one above them somebody's table.
+_OF_TABLES = ("_delta_log", "_versions", ".hoodie", "metadata/version-hint.text")
+# deltalake decodes these in a local path, and looks for the log in another folder.
+_DECODED = re.compile(r"%[0-9A-Fa-f]{2}|\\")
+
+
+class Table:
+    """A table of embeddings, its rejected rows and its records."""
+
+    def __init__(self, uri: str) -> None:
+        self.rows = Log(uri)
+        self.uri = self.rows.uri
+        self.storage = self.rows.storage
+        self.rejected = Log(f"{self.uri}/_rejected")
+        # The parts that the ids of `row_ids` were read from; those of `_rejected` with its name.
+        self.known_parts: frozenset[str] = frozenset()
+        # Rejected rows whose id another row has, which are not among these ids.
+        self.num_twins = 0
+
+    @classmethod
+    def open(cls, uri: str) -> Table:
+        """Open a table that exists, if only with rejected rows.
+
+        Raises:
+            TableError: There is none.
+        """
+        uri = uri.removeprefix("file://")
+        if "://" not in uri and not os.path.isdir(Path(uri).expanduser()):
+            raise TableError(f"table: no such folder: {uri}")
+        table = cls(uri)
+        if table.card() is None:
+            lost = "; its parts are there: fmembed verify --repair makes it a log"
+            raise TableError(
+                f"table: {uri} is no fmembed table: it has no log of one"
+                + (lost if table.has_own_files() else "")
+            )
+        return table
+
+    @classmethod
+    def open_output(cls, uri: str, identity: dict[str, Any]) -> Table:
+        """Open where a run may write: nothing there yet, or a table of the same fingerprint.
+
+        Raises:
+            TableError: It cannot be written, holds something else, or another model's vectors.
+        """
+        uri = uri.removeprefix("file://")
+        local = Path(uri).expanduser()
+        if "://" not in uri and os.path.exists(local) and not os.path.isdir(local):
+            raise TableError(f"output.uri: {uri} is a file; give a folder or a URL")
+        if coded := _DECODED.search(uri if "://" in uri else str(local.absolute())):
+            raise TableError(
+                f"output.uri: Delta Lake opens no folder with {coded[0]} in its path ({uri}); "
+                "give another"
+            )
+        absent = (
+            [] if "://" in uri else [p for p in (local, *local.parents) if not os.path.exists(p)]
+        )
+        table = cls(uri)
+        try:
+            table.check_usable(identity)
+            # Learn now, not after an hour, that nothing can be written here.
+            tried = f"_lock/.probe-{uuid.uuid4().hex}"
+            table.storage.put(tried, b"")
+            table.storage.delete(tried)
+        except TableError:
+            raise
+        except FmembedError as e:
+            raise TableError(f"{e}; give a folder or URL that this user may write") from None
+        finally:
+            _remove_empty([table.uri + "/_lock", *absent])
+        return table
+
+    def check_usable(self, identity: dict[str, Any]) -> None:
+        """Make sure that a run with this identity may write here: nothing there, or its own table.
+
+        Looked at before Ray starts, and once more when the lock is had: whoever held it may have
+        made the table meanwhile.
+
+        Raises:
+            TableError: It holds something else, another model's vectors, or lies in another table.
+        """
+        card = self.card()
+        if card is None:
+            self._check_empty()
+        elif (
+            self.uri.endswith("/_rejected")
+            and Log(self.uri.removesuffix("/_rejected")).configuration().get("fmembed.table")
+            == card.table
+        ):
+            raise TableError(
+                f"output.uri: {self.uri} lies inside another table; give another folder"
+            )
+        elif card.fingerprint != fingerprint(identity) and not self._is_bare():
+            differ = [
+                f"{name} was {card.identity.get(name)!r}, is {identity.get(name)!r}"
+                for name in sorted(card.identity.keys() | identity.keys())
+                if card.identity.get(name) != identity.get(name)
+            ]
+            raise TableError(
+                f"output.uri: {self.uri} was made by another model or setting "
+                f"({'; '.join(differ)}); give another output.uri, or the same model and settings"
+            )
+
+    def _check_empty(self) -> None:
+        if self.rows.delta() is not None:
+            raise TableError(
+                f"output.uri: {self.uri} is another Delta table, no fmembed table; give another "
+                "folder"
+            )
+        if self.has_own_files():
+            raise TableError(
+                f"output.uri: {self.uri} holds parts of a table whose log is gone; nothing was "
+                "changed: fmembed verify --repair makes it a log, or give another folder"
+            )
+        for path in self.storage.paths():
+            within = [path] if not path.endswith("/") else self.storage.paths(path)
+            if path == "_delta_log/" and not any(p.endswith("/") for p in within):
+                continue  # `Log.delta` has found nothing in it
+            if path == "_lock/" and self._is_own_lock(within):
+                continue
+            raise TableError(
+                f"output.uri: {self.uri} is not empty (there is {path[:80]}) and no fmembed table; "
+                "give another folder"
+            )
+        if table := self._around():
+            raise TableError(
+                f"output.uri: {self.uri} lies inside another table ({table}); give another folder"
+            )
+
+    def _is_own_lock(self, within: Sequence[str]) -> bool:
+        """Whether `_lock` holds what a killed run has left there: nothing yet, or half a lock."""
+        files = [HALF_WRITTEN.sub("", path) for path in self.storage.sizes("_lock/")]
+        has_folder = any(path.endswith("/") for path in within)
+        return not has_folder and all(map(_OWN_LOCK.fullmatch, files))
+
+    def is_own(self) -> bool:
+        """Whether this project has made what lies here, even if its log cannot be read any more."""
+        try:
+            first = self.storage.get("_delta_log/00000000000000000000.json")
+        except FileNotFoundError:
+            first = b""
+        return b'"fmembed.fingerprint"' in first or self.has_own_files()
+
+    def has_own_files(self) -> bool:
+        """Whether parts lie here that say they are of a table of this project."""
+        paths = [*self.storage.paths(), *self.storage.paths(REJECTED)]
+        parts = [p for p in paths if PART.fullmatch(p.removeprefix(REJECTED))]
+        return any("fmembed.table" in self.rows.read_stamp(p) for p in parts)
+
+    def _around(self) -> str | None:
+        """The table that this folder is inside of, if any."""
+        if self.storage.local:
+            parents = Path(os.path.realpath(self.storage.local)).parents
+            return next(
+                (str(p) for p in parents if any((p / s).exists() for s in _OF_TABLES)), None
+            )
+        scheme, _, path = self.uri.partition("://")
+        names = path.strip("/").split("/")
+        for i in range(len(names) - 1, 0, -1):
+            parent = Storage(f"{scheme}://{'/'.join(names[:i])}")
+            with contextlib.suppress(StorageError):  # not this user's to look at
+                if parent.sizes("_delta_log/"):  # its first entries may have been tidied away
+                    return parent.uri
+        return None
+
+    def _is_bare(self) -> bool:
+        """Whether no row was ever committed, so that another model may have the table."""
+        rejected = self.rejected.delta()
+        return self.rows.is_bare() and (rejected is None or self.rejected.is_bare())
+
+    def claim(self, card: Card, schema: pa.Schema, run_id: str) -> Card:
+        """Make the table this run's to write: its logs are created where there are none.
+
+        Only under the lock, and after `check_usable`.
+
+        Args:
+            card: What the table will say of itself; of one that is there the id is kept.
+            schema: Its columns.
+            run_id: Whose claim.
+
+        Returns:
+            The table's card.
+
+        Raises:
+            TableError: It has other columns.
+            ConflictError: Somebody else has created it meanwhile.
+        """
+        known, delta = self.card(), self.rows.delta()
+        is_same = known is not None and known.fingerprint == card.fingerprint
+        if known is not None and is_same:
+            card = known
+        configuration = card.to_configuration()
+        if delta is not None and is_same and not self._is_bare():
+            self.rows.check_columns(delta, schema)
+        elif delta is None or not is_same or self.rows.schema().names != schema.names:
+            self.rows.create(schema, configuration, run_id)
+        if self.rejected.delta() is None:
+            if self.rows.version() > 0:
+                tell(f"the log of {self.rejected.uri} is gone; its rows are read again")
+            self.rejected.create(REJECTED_SCHEMA, configuration, run_id)
+        elif self.rejected.configuration().get("fmembed.fingerprint") != card.fingerprint:
+            self.rejected.create(REJECTED_SCHEMA, configuration, run_id)
+        return card
+
+    def card(self) -> Card | None:
+        """What the table says of itself; None where there is no log of ours.
+
+        Raises:
+            TableError: It says it in no way that this project does.
+        """
+        return Card.of(self.rows.configuration(), self.uri)
+
+    def version(self) -> int | None:
+        """The newest version, None where nothing was ever committed."""
+        version = self.rows.version()
+        return None if version < 0 else version
+
+    def schema(self) -> pa.Schema:
+        """The columns as the parts have them; empty where nothing was ever committed."""
+        parts = self.rows.parts()
+        return self.read_part(parts[0], None).schema if parts else pa.schema([])
+
+    def row_ids(self) -> RowIds:
+        """Ids of all rows that a run need not look at again, committed or rejected.
+
+        From here on this object commits only on top of what was read here.
+
+        Raises:
+            DamagedError: A part is missing, or not as it was written.
+        """
+        ids = RowIds()
+        known = set()
+        self.num_twins = 0
+        for log, folder in ((self.rows, ""), (self.rejected, REJECTED)):
+            for part in log.pin():
+                ids.add(keys_of(log.read_ids(part) if not folder else self._ids_rejected(part)))
+                known.add(folder + part.path)
+        self.known_parts = frozenset(known)
+        return ids
+
+    def _ids_rejected(self, part: Part) -> list[str]:
+        """Ids of rejected rows, but of none that another row has: that one may not be in the table
+        (it is committed later than its twin is rejected), or no longer.
+        """
+        rows = self.rejected.read_columns(part, [ROW_ID, "error"])
+        unlike = rows.filter(pc.not_equal(rows["error"], DUPLICATE))
+        self.num_twins += rows.num_rows - unlike.num_rows
+        return list(unlike[ROW_ID].to_pylist())
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether somebody has committed since `row_ids`."""
+        return self.rows.has_moved or self.rejected.has_moved
+
+    def strays(self) -> list[tuple[Log, str]]:
+        """What dead runs left behind: files of this table that no version names."""
+        card = self.card()
+        if card is None:
+            return []
+        return [(log, p) for log in (self.rows, self.rejected) for p in log.strays(card.table)]
+
+    def remove_strays(self, own: str = "") -> int:
+        """Delete what dead runs left behind; how many files. Only under the lock.
+
+        Nothing where a log has lost commits that a record speaks of: what looks like a dead run's
+        may be what they had added. Parts of runs that the logs know nothing of are kept aside in
+        `_quarantine`: of a run that died before its first commit, or of a table whose log and
+        records were taken back to an older backup.
+
+        Args:
+            own: The run that cleans up after itself.
+        """
+        strays = self.strays()
+        if not strays:
+            return 0
+        if lost := self.lost_runs():
+            tell(
+                f"the log of {self.uri} no longer holds what run {lost[0]} has committed; nothing "
+                "is deleted, and rows that are no longer in the table are embedded again "
+                "(fmembed verify --repair takes their parts back instead)"
+            )
+            return 0
+        num_aside = 0
+        for log, path in strays:
+            is_half = not PART.fullmatch(path)
+            run = "" if is_half else log.read_stamp(path).get("fmembed.run", "")
+            # A run without a name is nobody's own.
+            is_known = bool(run) and (
+                run == own or self.rows.held([run], [0])[0] or self.rejected.held([run], [0])[0]
+            )
+            if is_half or is_known:
+                log.remove([path])
+            else:
+                folder = REJECTED if log is self.rejected else ""
+                self.storage.move(folder + path, f"_quarantine/{run or 'unknown'}/{folder}{path}")
+                num_aside += 1
+        if num_aside:
+            tell(
+                f"{num_aside:,} parts of runs that the log of {self.uri} does not know were moved "
+                "to its _quarantine: nothing names them, they may be deleted"
+            )
+        return len(strays)
+
+    def lost_runs(self) -> list[str]:
+        """Runs with a commit on record that its log does not hold, as after it was cut back."""
+        commits = [commit for commit, _ in read_shards(self.storage)]
+        commits += [commit for commit, _ in read_runs(self.storage)]
+        held = self._held(commits)
+        return sorted({c.run for c, is_held in zip(commits, held, strict=True) if not is_held})
+
+    def _held(self, commits: Sequence[Commit]) -> list[bool]:
+        """Whether the logs hold each of some commits."""
+        runs = [c.run for c in commits]
+        by_rows = self.rows.held(runs, [c.rows for c in commits])
+        by_rejected = self.rejected.held(runs, [c.rejected for c in commits])
+        return [rows and rejected for rows, rejected in zip(by_rows, by_rejected, strict=True)]
+
+    def read_part(self, part: Part, columns: list[str] | None) -> pa.Table:
+        """Read columns of a part, its checksums checked, with the types that runs write.
+
+        Delta's own delete and optimize write lists of any length, and other kinds of text.
+
+        Raises:
+            DamagedError: It is missing, or not as it was written.
+        """
+        rows = self.rows.read_columns(part, columns)
+        if PART.fullmatch(part.path):
+            return rows
+        card = self.card()
+        assert card is not None
+        return as_written(rows, card, self.rows.schema())
+
+    def num_rejected(self) -> int:
+        """Rows in `_rejected`."""
+        return sum(part.num_rows for part in self.rejected.parts())
+
+    def read_rejected(self) -> pa.Table:
+        """All rejected rows: row_id, stage, error, message."""
+        parts = [self.rejected.read_whole(part) for part in self.rejected.parts()]
+        return pa.concat_tables([REJECTED_SCHEMA.empty_table(), *parts])
+
+    def rejected_by_cause(self, max_samples: int) -> list[dict[str, Any]]:
+        """Rejected rows by stage and error, most frequent first, with a few of each."""
+        rows = self.read_rejected()
+        groups: dict[tuple[str, str], dict[str, Any]] = {}
+        for row in rows.sort_by(ROW_ID).to_pylist():
+            key = (row.pop("stage"), row.pop("error"))
+            group = groups.setdefault(
+                key, {"stage": key[0], "error": key[1], "rows": 0, "samples": []}
+            )
+            group["rows"] += 1
+            if len(group["samples"]) < max_samples:
+                group["samples"].append(row)
+        return sorted(groups.values(), key=lambda g: (-g["rows"], g["stage"], g["error"]))
+
+    def forget_rejected(self, run_id: str) -> int:
+        """Let a run try the rejected rows again, as if they had never been read; how many.
+
+        Not those with an id that another row has: that row is embedded, and stays. Only under the
+        lock, and before `row_ids`.
+        """
+        removed, kept, num_forgotten = [], [REJECTED_SCHEMA.empty_table()], 0
+        for part in self.rejected.pin():
+            rows = self.rejected.read_whole(part)
+            twins = rows.filter(pc.equal(rows["error"], DUPLICATE))
+            if twins.num_rows < rows.num_rows:
+                removed.append(part)
+                kept.append(twins)
+                num_forgotten += rows.num_rows - twins.num_rows
+        if not removed:
+            return 0
+        rows = pa.concat_tables(kept)
+        configuration = self.rejected.configuration()
+        stamp = {**configuration, "fmembed.run": run_id, "fmembed.write": "forget"}
+        added = [self.rejected.write(rows, (), stamp)] if rows.num_rows else []
+        # The shards that they were read from are no longer whole: see `whole_shards`.
+        self.rejected.commit(
+            added, REJECTED_SCHEMA, configuration, (f"{run_id}-forget", 0), removed=removed
+        )
+        self.put_shards(Commit(run=f"{run_id}-forget", rejected=0), [])
+        return num_forgotten
+
+    def put_shards(self, commit: Commit, shards: Sequence[WholeShard]) -> None:
+        """Record the shards whose rows a run has committed, up to a commit."""
+        put_shards(self.storage, commit, shards)
+
+    def whole_shards(self) -> dict[str, int]:
+        """Key to rows of each shard whose rows are all in the table, committed or rejected.
+
+        That is: the newest version has every part that held one when the shard was recorded.
+        """
+        current = {part.path for part in self.rows.parts()}
+        current |= {REJECTED + part.path for part in self.rejected.parts()}
+        return {
+            shard.key: shard.rows
+            for _, shards in read_shards(self.storage)
+            for shard in shards
+            if shard.parts <= current
+        }
+
+    def put_run(self, commit: Commit, result: dict[str, Any]) -> None:
+        """Record what a run counted; `verify` compares the table with the last one."""
+        put_run(self.storage, commit, result)
+
+    def last_run(self) -> Any:
+        """What the last run that finished has counted, None where there is none.
+
+        The last by the versions that it made, of those that the logs hold: clocks differ.
+        """
+        versions = (self.rows.version(), self.rejected.version())
+        for commit, result in read_runs(self.storage):
+            is_past = (commit.rows_version, commit.rejected_version) <= versions
+            if is_past and self._held([commit])[0]:
+                return result
+        return None
+
+    def is_uncounted(self) -> bool:
+        """Whether no run that finished has counted what is in the table, as after a kill between
+        its last commit and its record.
+        """
+        if self.card() is None:
+            return False
+        last = self.last_run()
+        counts = [sum(part.num_rows for part in self.rows.parts()), self.num_rejected()]
+        if not isinstance(last, dict):
+            return any(counts)
+        return counts != [last.get("table_rows"), last.get("table_rejected")]
+
+    def put_probe(self, version: int | None, result: dict[str, Any]) -> None:
+        """Record what a probe of a version found."""
+        path = _probe_path(version, result["probe"], result["column"])
+        self._put_json(path, {**result, "parts": self._digest(version)})
+
+    def get_probe(self, version: int | None, name: str, column: str) -> Any:
+        """What a probe of a version's column found, None where it has not been run.
+
+        Nor where it was run on other rows: a log that was cut back comes to the same number again.
+        """
+        result = self._get_json(_probe_path(version, name, column))
+        if not isinstance(result, dict) or result.pop("parts", "") != self._digest(version):
+            return None
+        return result
+
+    def _digest(self, version: int | None) -> str:
+        """Of the parts of a version, which are named after their bytes."""
+        names = sorted(part.path for part in self.rows.parts(version))
+        return hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest()
+
+    def put_report(self, html: str) -> str:
+        """Write the report; where it is."""
+        self.storage.put("_report.html", html.encode())
+        return f"{self.uri}/_report.html"
+
+    @property
+    def has_report(self) -> bool:
+        """Whether there is one."""
+        return self.storage.size_bytes("_report.html") is not None
+
+    def _put_json(self, path: str, value: Any) -> None:
+        self.storage.put(path, json.dumps(value, indent=1).encode())
+
+    def _get_json(self, path: str) -> Any:
+        try:
+            return json.loads(self.storage.get(path))
+        except FileNotFoundError:
+            return None
+        except (ValueError, RecursionError):
+            tell(f"{path} in {self.uri} is no JSON; it is passed over")
+            return None
+
+
+def _probe_path(version: int | None, name: str, column: str) -> str:
+    return f"_probes/{version or 0:08d}-{name}-{column}.json"
+
+
+def _remove_empty(folders: list[Any]) -> None:
+    """Take away the folders that only looking has made, innermost first."""
+    for folder in map(Path, folders):
+        if os.path.isdir(folder) and not any(folder.iterdir()):
+            folder.rmdir()
