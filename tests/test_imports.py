@@ -7,8 +7,8 @@ import ast
 import pytest
 from conftest import ROOT
 
-# What each room may import of the project: a folder is a station of the line, a file at the top is a
-# door, the line, or ground that all stand on.
+# What each room may import of the project: a folder is a station of the line, a file at the top is
+# a door, the line, or ground that all stand on.
 GROUND = {
     "arrays": set(),
     "redaction": set(),
