@@ -17,7 +17,7 @@ from fmembed.errors import ModelError, SpecError, TableError, reason
 from fmembed.evaluate.facts import in_usd, pick_headlines, state_facts
 from fmembed.evaluate.page import make_map, render
 from fmembed.evaluate.source_again import cut_inputs, fetch_inputs
-from fmembed.evaluate.stored import _DAMAGED, Stored
+from fmembed.evaluate.stored import DAMAGED, Stored
 from fmembed.evaluate.text_tower import NO_MODEL, embed_captions, embed_prompts
 from fmembed.result import check_probe
 from fmembed.rows.columns import PARENT_ID, PIECE_START, PIECE_STOP
@@ -28,11 +28,6 @@ from fmembed.table.reading import sample
 from fmembed.table.table import Table
 
 _NO_SOURCE = "needs the source: give --from-config CONFIG"
-# What is read of an identity.
-_NAMED = (
-    "model.adapter", "model.dtype", "model.max_tokens", "model.prompt", "model.revision",
-    "model.weights", "preprocess.pieces_are_rows",
-)  # fmt: skip
 
 
 def evaluate(
@@ -241,7 +236,7 @@ def stored_results(table: Table, spec: RunSpec, run: dict[str, Any]) -> dict[str
     results = _stored_probes(table, run["version"], stored, names)
     if not table.has_report or len(results) < len(names) * len(stored.pooled):
         return None
-    if any(r.get("skipped") == _DAMAGED or r.get("missing") == _NO_SOURCE for r in results):
+    if any(r.get("skipped") == DAMAGED or r.get("missing") == _NO_SOURCE for r in results):
         return None
     found = {"probes": pick_headlines(results, stored), "report": f"{table.uri}/_report.html"}
     return {**run, **found}
@@ -262,7 +257,7 @@ def _stored_probes(
             raw = table.get_probe(version, name, column)
             if raw is not None:
                 probe = check_probe(raw, name, column)
-                found.append(probe or _skip(name, column, _DAMAGED))
+                found.append(probe or _skip(name, column, DAMAGED))
     return found
 
 

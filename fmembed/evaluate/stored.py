@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from fmembed.errors import TableError
-from fmembed.evaluate.probing import _NAMED
 from fmembed.rows.precision import Ranges, ranges_from_lists
 from fmembed.spec import Modality
 from fmembed.table.table import Table
 
-_DAMAGED = "the record of it is damaged; probe the table again"
+# What is read of an identity.
+_NAMED = (
+    "model.adapter", "model.dtype", "model.max_tokens", "model.prompt", "model.revision",
+    "model.weights", "preprocess.pieces_are_rows",
+)  # fmt: skip
+DAMAGED = "the record of it is damaged; probe the table again"
 
 
 @dataclass(frozen=True)
