@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_preprocess import bomb_png, picture, sound
+from media import bomb_png, picture, sound
 
 import fmembed
 from fmembed import RunSpec

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pytest
 from conftest import SENTENCES, run_cli
 from soak import Bench, Tally, wait_for
-from test_table import CONFIGURATION
+from tables import CONFIGURATION
 
 import fmembed
 from fmembed.errors import ConflictError, LockedError, StorageError

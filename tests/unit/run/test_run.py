@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_jsonl
-from test_table import CARD, CONFIGURATION, SCHEMA, block, write
+from tables import CARD, CONFIGURATION, SCHEMA, block, write
 
 import fmembed
 from fmembed import RunSpec, TableError

@@ -1,6 +1,6 @@
 """A real HTTP server that speaks OpenAI's embeddings protocol, with the faults that servers have.
 
-`python tests/fake_endpoint.py PORT_FILE` runs one in a process of its own.
+`python tests/helpers/fake_endpoint.py PORT_FILE` runs one in a process of its own.
 """
 
 from __future__ import annotations

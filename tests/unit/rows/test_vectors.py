@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import SENTENCES
+from media import sound as any_sound
 from test_families import RATE_HZ, sound
-from test_preprocess import sound as any_sound
 
 from fmembed.checkpoint.opening import Checkpoint, open_checkpoint
 from fmembed.errors import ModelError

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SENTENCES
+from encoding import embed, window
 from safetensors.numpy import load_file, save_file
-from test_encoder import embed, window
 
 from fmembed.checkpoint.opening import Checkpoint, open_checkpoint
 from fmembed.errors import ModelError

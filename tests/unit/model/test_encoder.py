@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import SENTENCES
+from encoding import embed, window
 
 from fmembed.checkpoint.opening import Checkpoint, open_checkpoint
 from fmembed.errors import ModelError
@@ -22,21 +23,9 @@ from fmembed.rows.columns import row_schema
 from fmembed.spec import ModelSpec, PreprocessSpec
 
 
-def embed(checkpoint: Checkpoint, texts: list[str], batch_tokens: int = 4096) -> Any:
-    out = Encoder(checkpoint, batch_tokens=batch_tokens)(window(checkpoint, texts))
-    return np.stack(out["embedding"].to_pylist())
-
-
 def pooling_of(checkpoint: Checkpoint) -> tuple[str, bool]:
     (output,) = checkpoint.outputs
     return output.pooling, output.normalize
-
-
-def window(checkpoint: Checkpoint, texts: list[str]) -> pa.Table:
-    rows = [{"row_id": str(i), "content_hash": "0", "_input": t} for i, t in enumerate(texts)]
-    return Preprocess(checkpoint, PreprocessSpec())(
-        pa.Table.from_pylist(rows, schema=row_schema(pa.schema([])))
-    )
 
 
 class Device:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import write_jsonl
 from deltalake import write_deltalake
-from test_table import CARD, CONFIGURATION, IDENTITY, SCHEMA, block, write
+from tables import CARD, CONFIGURATION, IDENTITY, SCHEMA, block, write
 
 from fmembed.cli import run
 from fmembed.table.reading import read

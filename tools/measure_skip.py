@@ -1,15 +1,19 @@
-"""What it costs to skip a million committed rows: `python tests/measure_skip.py`."""
+"""What it costs to skip a million committed rows: `python tools/measure_skip.py`."""
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from test_table import CONFIGURATION
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+
+from tables import CONFIGURATION
 
 from fmembed.rows.columns import table_schema
 from fmembed.run.work import skip_committed

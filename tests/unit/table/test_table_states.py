@@ -21,7 +21,7 @@ from disk import Disk
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from test_table import CARD, CONFIGURATION, DIM, IDENTITY, SCHEMA, block, write
+from tables import CARD, CONFIGURATION, DIM, IDENTITY, SCHEMA, block, write
 
 from fmembed.errors import ConflictError, DamagedError, FmembedError, TableError
 from fmembed.rows.columns import REJECTED_SCHEMA

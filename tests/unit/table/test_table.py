@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import shutil
@@ -17,61 +16,21 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import DeltaError, TableNotFoundError
+from tables import CARD, CONFIGURATION, DIM, IDENTITY, OUTPUT, SCHEMA, VECTORS, block, write
 
 from fmembed.errors import ConflictError, DamagedError, FmembedError, StorageError, TableError
-from fmembed.rows.columns import REJECTED_SCHEMA, row_schema, table_schema
+from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.rows.ids import keys_of
 from fmembed.storage import Storage
 from fmembed.table import log as log_module
-from fmembed.table.card import Card, StoredOutput, fingerprint
+from fmembed.table.card import fingerprint
 from fmembed.table.log import Part, _is_damage
-from fmembed.table.parts import Written, write_part
+from fmembed.table.parts import write_part
 from fmembed.table.reading import read
 from fmembed.table.records import Commit, WholeShard
 from fmembed.table.repair import repair
 from fmembed.table.table import Table
 from fmembed.table.verify import verify
-
-DIM = 4
-IDENTITY = {"model.weights": "w", "model.normalize": True, "model.dtype": "float32"}
-OUTPUT = StoredOutput(pooling="mean", normalize=True, precision="float32")
-CARD = Card(
-    table="0123abcd", fingerprint=fingerprint(IDENTITY), identity=IDENTITY,
-    outputs={"embedding": OUTPUT}, spec={},
-)  # fmt: skip
-CONFIGURATION = CARD.to_configuration()
-VECTORS = ("embedding",)
-
-
-def block(ids: list[str], bad: tuple[str, ...] = (), seed: int = 0) -> pa.Table:
-    """Rows as the embed stage yields them."""
-    rows = [
-        {"row_id": i, "content_hash": "0" * 32, "topic": "t"}
-        | ({"_stage": "read", "_error": "bad JSON", "_message": "m"} if i in bad else {})
-        for i in ids
-    ]
-    table = pa.Table.from_pylist(rows, schema=row_schema(pa.schema([("topic", pa.string())])))
-    vectors = np.random.default_rng(seed).normal(size=(len(ids), DIM)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    mask = pa.array([i in bad for i in ids])
-    table = table.drop_columns(["_input"])
-    table = table.append_column("num_units", pa.array([3] * len(ids), pa.int32()))
-    table = table.append_column("_counts", pa.nulls(len(ids), pa.string()))
-    table = table.append_column("truncated", pa.array([False] * len(ids)))
-    flat = pa.array(vectors.reshape(-1))
-    return table.append_column("embedding", pa.FixedSizeListArray.from_arrays(flat, DIM, mask=mask))
-
-
-SCHEMA = table_schema(
-    pa.schema([("topic", pa.string())]), [pa.field("embedding", pa.list_(pa.float32()))]
-)
-_WRITES = itertools.count()
-
-
-def write(uri: str, rows: pa.Table, twice: frozenset[bytes] = frozenset()) -> Written:
-    """One write task of a run."""
-    stamp = {**CONFIGURATION, "fmembed.run": "run", "fmembed.write": str(next(_WRITES))}
-    return write_part(uri, [rows], VECTORS, twice, stamp)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import run_cli, write_jsonl
-from test_table import CARD, SCHEMA, block, write
+from tables import CARD, SCHEMA, block, write
 
 from fmembed.cli import run
 from fmembed.errors import FmembedError

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 import soundfile
 import torch
+from media import RATE_HZ, bomb_png, picture, sound
 from PIL import Image
 
 from fmembed.checkpoint.opening import open_checkpoint
@@ -28,32 +29,6 @@ from fmembed.rows.columns import row_schema
 from fmembed.spec import ModelSpec, PreprocessSpec
 
 RNG = np.random.default_rng(0)
-RATE_HZ = 16_000
-
-
-def picture(width: int = 50, height: int = 40, kind: str = "PNG", mode: str = "RGB") -> bytes:
-    pixels = np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    sink = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(sink, kind)
-    return sink.getvalue()
-
-
-def sound(num_samples: int, rate_hz: int = RATE_HZ, channels: int = 1, kind: str = "WAV") -> bytes:
-    samples = np.random.default_rng(num_samples).normal(0, 0.1, (num_samples, channels))
-    sink = io.BytesIO()
-    soundfile.write(sink, samples, rate_hz, format=kind)
-    return sink.getvalue()
-
-
-def bomb_png(width: int = 60_000, height: int = 60_000) -> bytes:
-    """A header that promises 3.6 gigapixels, in 60 bytes."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + check
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
 def lying_wav() -> bytes:

@@ -1,6 +1,6 @@
 """Kill a run again and again, in random places, and count what is lost or there twice.
 
-    python tests/soak.py --minutes 15
+    python tools/soak.py --minutes 15
 
 Each kill (SIGKILL of the driver, of an actor, of a worker, or of a whole node of a simulated
 cluster) hits a run when it has computed a random share of what is left; then the same command is
@@ -197,7 +197,10 @@ def make_counted_model(
     BertModel(config).eval().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
         shutil.copy(tokenizer / name, folder / name)
-    shutil.copy(Path(__file__).parent / "counted_model.py", folder / "counted_model.py")
+    shutil.copy(
+        Path(__file__).parents[1] / "tests" / "helpers" / "counted_model.py",
+        folder / "counted_model.py",
+    )
     raw = json.loads((folder / "config.json").read_text())
     raw |= {"model_type": "counted", "log": str(log), "row_s": row_s, "dies": dies}
     names = {"AutoConfig": "CountedConfig", "AutoModel": "CountedModel"}
