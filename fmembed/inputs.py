@@ -9,20 +9,25 @@ import os
 import posixpath
 import re
 import sys
-from dataclasses import dataclass
+import uuid
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from fsspec.utils import glob_translate
 
 from fmembed.checkpoint.opening import Checkpoint, list_modalities, open_checkpoint
 from fmembed.devices import cpu_has_bfloat16, has_cuda
 from fmembed.errors import ModelError, SourceError, SpecError, TableError
 from fmembed.redaction import split_chain
+from fmembed.rows.columns import table_schema
+from fmembed.rows.precision import Ranges, delta_field, ranges_to_lists
 from fmembed.sources.opening import open_source
 from fmembed.sources.source import Source
 from fmembed.spec import RunSpec
 from fmembed.storage import resolve_package
+from fmembed.table.card import Card, StoredOutput, fingerprint
 from fmembed.table.table import Table
 
 # Of what a table holds, one of each kind that a source's pattern may match.
@@ -42,6 +47,24 @@ class Inputs:
     checkpoint: Checkpoint
     identity: dict[str, Any]
     table: Table
+
+    def card(self, ranges: Ranges) -> Card:
+        """What a table of these says of itself, if it is made now."""
+        return Card(
+            table=uuid.uuid4().hex,
+            fingerprint=fingerprint(self.identity),
+            identity=self.identity,
+            modality=self.checkpoint.modality,
+            outputs={o.column: StoredOutput(**asdict(o)) for o in self.checkpoint.outputs},
+            ranges=ranges_to_lists(ranges),
+            spec=self.spec.stored(),
+        )
+
+    def schema(self) -> pa.Schema:
+        """The columns of its log, before a vector is made."""
+        vectors = [delta_field(o) for o in self.checkpoint.outputs]
+        pieces_are_rows = self.spec.preprocess.pieces_are_rows(self.checkpoint.modality)
+        return table_schema(self.source.carried, vectors, pieces_are_rows)
 
 
 def open_inputs(spec: RunSpec) -> Inputs:

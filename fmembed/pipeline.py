@@ -1,20 +1,36 @@
-"""The line: read -> preprocess -> embed -> write parts -> commit -> probe -> report."""
+"""The line: read -> prepare -> embed -> write parts -> commit -> probe -> report.
+
+`fmembed.inputs` finds and checks what a run is of before Ray is imported, which takes seconds, as
+torch does; so what is imported here is imported late.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmembed.inputs import open_inputs
+from fmembed.errors import FmembedError
+from fmembed.inputs import Inputs, open_inputs
+from fmembed.result import RunResult, check_run
 from fmembed.spec import RunSpec
 
 if TYPE_CHECKING:
-    from fmembed.result import RunResult
+    from fmembed.run.cluster import Cluster
+    from fmembed.run.record import Run
+    from fmembed.run.work import Work
+    from fmembed.table.lock import Lock
+    from fmembed.table.table import Table
 
 
 def embed(
-    spec: RunSpec, *, retry_rejected: bool = False, verbose: bool = False, quiet: bool = False
+    spec: RunSpec,
+    *,
+    retry_rejected: bool = False,
+    verbose: bool = False,
+    quiet: bool = False,
+    stage: type | None = None,
 ) -> RunResult:
     """Run the whole line once; run it again to resume.
 
@@ -23,6 +39,7 @@ def embed(
         retry_rejected: Try the rows again that earlier runs have rejected.
         verbose: Show Ray's own output.
         quiet: Draw no progress.
+        stage: What stands in for the model, as `model.embed.Embed` is made and called.
 
     Returns:
         What was counted, and where the table and the report are.
@@ -37,9 +54,96 @@ def embed(
     # On a cluster what `dtype: auto` means depends on its nodes: it is joined first.
     joins = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
     inputs = None if joins else open_inputs(spec)
-    from fmembed.run.record import embed
 
-    return embed(spec, inputs, retry_rejected=retry_rejected, verbose=verbose, quiet=quiet)
+    from fmembed.run.cluster import Cluster
+    from fmembed.run.record import Run
+    from fmembed.run.work import find_work
+    from fmembed.table.lock import Lock
+
+    with Cluster(verbose) as cluster:
+        if inputs is None:
+            cluster.connect()
+            inputs = open_inputs(spec)
+        table, run = inputs.table, Run(inputs)
+        work = run.found(find_work(inputs))
+        if not work and not table.has_leftovers(retry_rejected):
+            result = run.finish()  # no lock is taken, no file changed
+        else:
+            with Lock(table.storage, run.id) as lock:
+                # Whoever had the lock may have made the table since it was looked at.
+                has_moved = table.clean_up(inputs.identity, run.id, retry_rejected)
+                work = run.found(find_work(inputs)) if has_moved else work
+                if work:
+                    cluster.connect()
+                    embed_rows(work, inputs, run, lock, quiet, stage)
+                result = run.finish()
+        run.check_rejected()
+        return evaluate(table, spec, result, cluster)
+
+
+def embed_rows(
+    work: Work, inputs: Inputs, run: Run, lock: Lock, quiet: bool, stage: type | None
+) -> None:
+    """Stream what is left through the stages and commit what comes out.
+
+    Rows never reach the driver: it holds references to blocks, has tasks write them as parts, and
+    commits the parts.
+    """
+    from fmembed.model.embed import Embed
+    from fmembed.run.commits import Commits
+    from fmembed.run.memory import bound_memory
+    from fmembed.run.passes import cleaned_up, passes
+    from fmembed.run.placement import place
+    from fmembed.run.progress import EMBED, READ, Progress
+    from fmembed.run.ranges import find_ranges
+    from fmembed.run.signals import Signals
+    from fmembed.run.stages import apply, prepare, stage_options
+    from fmembed.sources.opening import read
+
+    spec, checkpoint, table = inputs.spec, inputs.checkpoint, inputs.table
+    stage = stage or Embed
+    plan = place(inputs, work.source)
+    bound_memory(plan)
+    ranges = find_ranges(inputs, plan, stage, run.server_dim)
+    card = table.claim(inputs.card(ranges), inputs.schema(), run.id)
+    commits = Commits(spec.output, table, lock, run.id, card)
+    bound_memory(plan, commits)
+    options = stage_options(checkpoint, spec.preprocess, plan, ranges, run.server_dim)
+    with (
+        cleaned_up(table, lock, run.id),
+        Progress(inputs.source.num_rows, quiet) as progress,
+        Signals(commits) as signals,
+    ):
+        progress.watch({"Preprocess": READ, stage.__name__: EMBED})
+        run.begin(work, plan, commits, progress)
+        for one in passes(work, inputs, lock, commits, progress, signals):
+            with one as todo:
+                run.found(todo)
+                rows = read(todo.source, todo.known, num_cpus=plan.cpus_per_task)
+                pieces = prepare(rows, checkpoint, spec.preprocess, plan)
+                vectors = apply(stage, checkpoint, options, pieces, plan)
+                for bundle in vectors.iter_internal_ref_bundles():
+                    run.count(bundle)
+                    run.show(has_committed=commits.add(bundle))
+                commits.commit()
+                run.show(has_committed=True)
+    commits.check_rejected(at_end=True)
+
+
+def evaluate(table: Table, spec: RunSpec, result: RunResult, cluster: Cluster) -> RunResult:
+    """Probe what the table holds by now and write the report, unless that is done already."""
+    if not result.table_rows:
+        return result
+    # Late, because scikit-learn takes a second to import and the model should not wait for it.
+    from fmembed.evaluate import probing
+
+    if not (result.rows_embedded or result.rows_rejected):
+        known = probing.stored_results(table, spec, asdict(result))
+        if known is not None:
+            return RunResult(**known)
+    if spec.probes:
+        cluster.connect()
+    return RunResult(**probing.evaluate(table, spec, asdict(result), spec.source, spec.model))
 
 
 def probe(
@@ -70,6 +174,25 @@ def probe(
     """
     if isinstance(spec, str | Path):
         spec = RunSpec.from_yaml(str(spec))
-    from fmembed.run.record import probe
+    from fmembed.evaluate import probing
+    from fmembed.evaluate.stored_spec import stored_spec
+    from fmembed.run.cluster import Cluster
+    from fmembed.table.table import Table
 
-    return probe(uri, names, spec, overrides or {}, verbose=verbose)
+    table = Table.open(uri)
+    overrides = {**(overrides or {})}
+    if names is not None:
+        overrides["probes"] = list(names)
+    if spec is None:
+        spec, source, model = stored_spec(table, overrides)
+    else:
+        spec = RunSpec.from_yaml(None, {**spec.model_dump(mode="json"), **overrides})
+        probing.check_made_by(table, spec)
+        source, model = spec.source, spec.model
+    last = table.last_run()
+    if last is None or not table.rows.parts():
+        raise FmembedError(f"table: no run has finished on {uri}; run fmembed embed again first")
+    with Cluster(verbose) as cluster:
+        cluster.connect()
+        run = {**check_run(last, uri), "table": table.uri}
+        return RunResult(**probing.evaluate(table, spec, run, source, model))

@@ -14,11 +14,46 @@ from typing import Any
 
 import ray
 import ray.data
+import ray.exceptions
 from ray._private import ray_constants
 from ray.job_config import JobConfig
 
 from fmembed import signals
 from fmembed.redaction import scrub
+from fmembed.run.faults import explain
+
+
+def is_named() -> bool:
+    """Whether RAY_ADDRESS names a cluster to join."""
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
+class Cluster:
+    """Ray for as long as a run needs it: joined or started when first asked for, then left."""
+
+    def __init__(self, verbose: bool) -> None:
+        self._verbose = verbose
+        self._leaves = False
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def connect(self) -> None:
+        """Join the cluster that RAY_ADDRESS names, or start Ray here; once."""
+        self._leaves = connect(self._verbose) or self._leaves
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Leave.
+
+        Raises:
+            FmembedError: What the user should read of an error that Ray has raised.
+        """
+        try:
+            if isinstance(error, ray.exceptions.RayError):
+                raise explain(error) from error
+        finally:
+            if self._leaves:
+                ray.shutdown()
 
 
 def connect(verbose: bool) -> bool:
@@ -50,7 +85,7 @@ def connect(verbose: bool) -> bool:
         "logging_level": logging.INFO if verbose else logging.ERROR,
         "log_to_driver": verbose,
     }
-    if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
+    if is_named():
         with signals.kept_from_ray():
             ray.init(**options)
         return True

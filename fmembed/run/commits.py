@@ -58,7 +58,7 @@ class Commits:
         self._output = output
         self._table = table
         self._lock = lock
-        self._run_id = run_id
+        self.run_id = run_id
         self._configuration = card.to_configuration()
         self.last = Commit(run=run_id)
         self.num_commits = 0
@@ -101,8 +101,12 @@ class Commits:
         """Of the blocks that wait to be written or are being written."""
         return self._pending_bytes + sum(write.num_bytes for write in self._writes.values())
 
-    def add(self, bundle: Any) -> None:
-        """Take over a bundle of blocks; write and commit when it is time."""
+    def add(self, bundle: Any) -> bool:
+        """Take over a bundle of blocks; write and commit when it is time.
+
+        Returns:
+            Whether it was time to commit.
+        """
         self._pending.extend(bundle.block_refs)
         self._pending_bytes += bundle.size_bytes()
         if self._pending_bytes >= self._output.part_bytes:
@@ -114,6 +118,8 @@ class Commits:
         if now - self._last_commit >= every_s:
             self.commit()
             self.check_rejected(at_end=False)
+            return True
+        return False
 
     def commit(self) -> None:
         """Write what is pending, wait for all parts, and commit them in one transaction."""
@@ -141,7 +147,7 @@ class Commits:
         self.num_commits += 1
         rejected = [w.rejected for w in written if w.rejected is not None]
         parts = [w.part for w in written if w.part is not None]
-        transaction, made = (self._run_id, number), {}
+        transaction, made = (self.run_id, number), {}
         # Rejections first: either log may end up ahead of the other, and both ways the next run
         # reads the rows that are in neither, no more and no less.
         if rejected:
@@ -211,7 +217,7 @@ class Commits:
     def _submit(self, write: _Write) -> None:
         # Counted, so that the same rows twice are two parts: one of them may have to be undone.
         self._num_writes += 1
-        own = {"fmembed.run": self._run_id, "fmembed.write": str(self._num_writes)}
+        own = {"fmembed.run": self.run_id, "fmembed.write": str(self._num_writes)}
         # No CPU reserved: Ray Data has planned with all of them, and a write is short.
         task = ray.remote(num_cpus=0, max_retries=_MAX_WRITE_RETRIES)(_write_blocks)
         ref = task.remote(

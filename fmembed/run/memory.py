@@ -1,16 +1,19 @@
-"""What Ray Data may hold."""
+"""What Ray Data may hold between the stages."""
 
 from __future__ import annotations
 
-import ray
-import ray.data
-import ray.exceptions
-import ray.util.annotations
+from typing import Any, ClassVar
 
+import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+from fmembed.run.commits import Commits
 from fmembed.run.placement import Plan
 
 # What may wait in the object store for each actor: seconds of its work.
 _BUFFER_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
+# Ray's own 128 MiB are held several times over: by the task, its output buffer and the store.
+_BLOCK_BYTES = 32 * 2**20
 
 
 def store_bytes(plan: Plan, held_bytes: int) -> int:
@@ -25,13 +28,32 @@ def store_bytes(plan: Plan, held_bytes: int) -> int:
     return plan.max_actors * _BUFFER_BYTES[plan.device] + 2 * held_bytes
 
 
-# Ray's own 128 MiB are held several times over: by the task, its output buffer and the store.
-_BLOCK_BYTES = 32 * 2**20
+def bound_memory(plan: Plan, commits: Commits | None = None) -> None:
+    """Bound what the datasets that run from now on may hold.
 
-
-def bound_memory(plan: Plan) -> None:
-    """Before a pass; while it runs, `progress.Stages` moves the bound with what is held."""
+    Args:
+        plan: How many actors have to be kept busy.
+        commits: Who holds blocks that wait to be written: the bound moves with them.
+    """
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = _BLOCK_BYTES
     options = context.execution_options
     options.resource_limits = options.resource_limits.copy(object_store_memory=store_bytes(plan, 0))
+    _Bound.plan, _Bound.commits = plan, commits
+    others = [c for c in context.custom_execution_callback_classes if c is not _Bound]
+    context.custom_execution_callback_classes = [*others, _Bound]
+
+
+class _Bound(ExecutionCallback):
+    """Moves the bound of a running executor, which Ray Data (2.60) reads once a second."""
+
+    # On the class, because Ray makes the instance itself and pickles the class with its context.
+    plan: ClassVar[Plan | None] = None
+    commits: ClassVar[Commits | None] = None
+
+    def on_execution_step(self, executor: Any) -> None:
+        if self.plan is None or self.commits is None:
+            return
+        most = store_bytes(self.plan, self.commits.held_bytes)
+        options = executor._resource_manager._options
+        options.resource_limits = options.resource_limits.copy(object_store_memory=most)

@@ -6,7 +6,7 @@ Decided before the run, from what the cluster has, what the model takes and what
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -14,6 +14,7 @@ import ray
 
 from fmembed.checkpoint.opening import Checkpoint
 from fmembed.errors import SpecError
+from fmembed.inputs import Inputs
 from fmembed.rows.columns import INPUT
 from fmembed.sources.opening import read_here
 from fmembed.sources.shards import sample
@@ -62,7 +63,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Work:
+class Estimate:
     """What is to be embedded, as far as it can be known before it is read.
 
     `row_tokens` are the tokens, patches or frames of a row, `num_rows` is None where only reading
@@ -74,7 +75,7 @@ class Work:
     num_rows: int | None = None
 
 
-def estimate_work(source: Source, checkpoint: Checkpoint, in_chunks: bool) -> Work:
+def estimate_work(source: Source, checkpoint: Checkpoint, in_chunks: bool) -> Estimate:
     """Estimate by the first texts, or by what a picture or ten seconds of sound usually make."""
     row_tokens: float | None = _ROW_TOKENS.get(checkpoint.modality)
     if checkpoint.endpoint is not None or checkpoint.pads_text:
@@ -86,14 +87,31 @@ def estimate_work(source: Source, checkpoint: Checkpoint, in_chunks: bool) -> Wo
         lengths = [min(len(t) / _CHARACTERS_PER_TOKEN + 2, most) for t in texts]
         row_tokens = sum(lengths) / len(lengths) if lengths else None
     if row_tokens is None:
-        return Work(num_rows=source.num_rows)
+        return Estimate(num_rows=source.num_rows)
     if source.num_rows is not None:
-        return Work(row_tokens * source.num_rows, row_tokens, source.num_rows)
-    return Work(source.num_bytes / _CHARACTERS_PER_TOKEN or math.inf, row_tokens)
+        return Estimate(row_tokens * source.num_rows, row_tokens, source.num_rows)
+    return Estimate(source.num_bytes / _CHARACTERS_PER_TOKEN or math.inf, row_tokens)
+
+
+def place(inputs: Inputs, left: Source) -> Plan:
+    """Where the work on what is left of a source goes: a server's is one actor that asks it.
+
+    Raises:
+        SpecError: More GPUs are asked for than there are.
+    """
+    spec, checkpoint = inputs.spec, inputs.checkpoint
+    work = estimate_work(left, checkpoint, spec.preprocess.chunk_tokens is not None)
+    plan = plan_compute(spec.compute, checkpoint.modality, checkpoint.num_bytes(), work)
+    if checkpoint.endpoint is not None:
+        plan = replace(plan, device="cpu", min_actors=1, max_actors=1, gpus_per_actor=0.0)
+    return plan
 
 
 def plan_compute(
-    spec: ComputeSpec, modality: Modality = "text", model_bytes: int = 0, work: Work | None = None
+    spec: ComputeSpec,
+    modality: Modality = "text",
+    model_bytes: int = 0,
+    work: Estimate | None = None,
 ) -> Plan:
     """Split the cluster's CPUs and GPUs between actors and tasks so that both can run.
 
@@ -119,7 +137,7 @@ def plan_compute(
     Raises:
         SpecError: More GPUs are asked for than there are.
     """
-    work = work or Work()
+    work = work or Estimate()
     alive: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
     nodes = [n["Resources"] for n in alive if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
     num_nodes = max(len(nodes), 1)
@@ -181,7 +199,7 @@ def _count_cpu_actors(cpus: int, memory_bytes: float, model_bytes: int) -> int:
     return cpus // math.ceil(cpus / max(min(models, cpus), 1))
 
 
-def _choose_window(device: str, modality: Modality, num_actors: int, work: Work) -> int:
+def _choose_window(device: str, modality: Modality, num_actors: int, work: Estimate) -> int:
     """Rows of a window: some seconds of an actor's work, and of a small source a few each."""
     num_rows = _WINDOW_ROWS[device][modality]
     if work.row_tokens is not None and modality == "text":

@@ -7,14 +7,16 @@ way to count rows by operator while a dataset streams.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import ray
 import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from fmembed import terminal
@@ -30,7 +32,7 @@ class Stage:
     busy_s: float = 0.0
 
 
-class Stages:
+class Progress:
     """Counts by stage, fed by Ray Data's executor and by the driver; drawn on a terminal."""
 
     def __init__(self, num_rows: int | None, quiet: bool) -> None:
@@ -41,10 +43,9 @@ class Stages:
             quiet: Draw nothing. Nothing is drawn either where stderr is no terminal.
         """
         self.stages = {name: Stage() for name in (READ, EMBED, WRITE)}
-        self.store_bytes: int | None = None
         self._lock = threading.Lock()
         stream = terminal.stderr_to_draw_on()
-        self._progress = Progress(
+        self._bars = bars.Progress(
             TextColumn("{task.description:<17}"),
             BarColumn(),
             TextColumn("{task.completed:>10,.0f} rows"),
@@ -56,58 +57,54 @@ class Stages:
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._tasks = {name: self._progress.add_task(name, total=num_rows) for name in self.stages}
+        self._tasks = {name: self._bars.add_task(name, total=num_rows) for name in self.stages}
 
-    def __enter__(self) -> Stages:
-        self._progress.start()
+    def __enter__(self) -> Progress:
+        self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._bars.stop()
 
     def say(self, text: str) -> None:
         """Print a line on stderr, above what is drawn."""
         line = f"fmembed: {terminal.printable(text)}"
-        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def set(self, name: str, rows: int, busy_s: float) -> None:
         """Set a stage's totals."""
         with self._lock:
             self.stages[name] = Stage(rows, busy_s)
-        self._progress.update(self._tasks[name], completed=rows)
+        self._bars.update(self._tasks[name], completed=rows)
 
-    def watch(self, context: ray.data.DataContext) -> None:
-        """Follow the datasets that run under this context."""
-        _Counter.stages = self
-        context.custom_execution_callback_classes = [_Counter]
+    def watch(self, operators: Mapping[str, str]) -> None:
+        """Follow the datasets that run from now on.
 
-    def read(self, executor: Any) -> None:
-        """Take the row counts of a running executor's operators, and bound its object store.
-
-        Ray Data reads that bound once a second.
+        Args:
+            operators: What stands in the name of a Ray Data operator, to the stage that it is.
         """
-        if self.store_bytes is not None:
-            options = executor._resource_manager._options
-            limits = options.resource_limits.copy(object_store_memory=self.store_bytes)
-            options.resource_limits = limits
-        for operator in executor._topology or ():
-            if "Embed" in operator.name:
-                name = EMBED
-            elif "Preprocess" in operator.name:
-                name = READ
-            else:
-                continue
-            metrics = operator.metrics
-            self.set(name, metrics.row_outputs_taken or 0, metrics.block_generation_time or 0.0)
+        _Counter.progress, _Counter.operators = self, dict(operators)
+        context = ray.data.DataContext.get_current()
+        others = [c for c in context.custom_execution_callback_classes if c is not _Counter]
+        context.custom_execution_callback_classes = [*others, _Counter]
 
 
 class _Counter(ExecutionCallback):
+    """Takes the row counts of a running executor's operators."""
+
     # On the class, because Ray makes the instance itself and pickles the class with its context.
-    stages: ClassVar[Stages | None] = None
+    progress: ClassVar[Progress | None] = None
+    operators: ClassVar[dict[str, str]] = {}
 
     def on_execution_step(self, executor: Any) -> None:
-        if self.stages is not None:
-            self.stages.read(executor)
+        if self.progress is None:
+            return
+        for operator in executor._topology or ():
+            stage = next((s for part, s in self.operators.items() if part in operator.name), None)
+            if stage is not None:
+                metrics = operator.metrics
+                rows, busy_s = metrics.row_outputs_taken, metrics.block_generation_time
+                self.progress.set(stage, rows or 0, busy_s or 0.0)
 
     def after_execution_succeeds(self, executor: Any) -> None:
         self.on_execution_step(executor)

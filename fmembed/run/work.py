@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
+from fmembed.inputs import Inputs
 from fmembed.rows.ids import RowIds, keys_of
 from fmembed.sources.shards import plan_shards
 from fmembed.sources.source import Source
 
-if TYPE_CHECKING:
-    pass
+
+@dataclass(frozen=True)
+class Work:
+    """What no version of the table holds; true where there is any.
+
+    Args:
+        source: With the shards that are left to read.
+        known: Ids of the committed and rejected rows, which readers leave out.
+        num_skipped: Rows of the shards that need no second reading.
+    """
+
+    source: Source
+    known: RowIds
+    num_skipped: int
+
+    def __bool__(self) -> bool:
+        return bool(self.source.shards)
+
+
+def find_work(inputs: Inputs) -> Work:
+    """Compare the source with what the table's logs and records say by now."""
+    known = inputs.table.row_ids()
+    left, num_skipped = skip_committed(inputs.source, known, inputs.table.whole_shards())
+    return Work(left, known, num_skipped)
 
 
 def skip_committed(

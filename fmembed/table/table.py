@@ -295,6 +295,34 @@ class Table:
         """Whether somebody has committed since `row_ids`."""
         return self.rows.has_moved or self.rejected.has_moved
 
+    def has_leftovers(self, retry_rejected: bool) -> bool:
+        """Whether a run that has nothing to read has something to do all the same."""
+        if self.strays() or self.is_uncounted():
+            return True
+        return retry_rejected and self.num_rejected() > 0
+
+    def clean_up(self, identity: dict[str, Any], run_id: str, retry_rejected: bool) -> bool:
+        """Make the table ready for a run that has got the lock.
+
+        Whoever had the lock may have made the table meanwhile, or added to it.
+
+        Args:
+            identity: Of the run.
+            run_id: Of the run.
+            retry_rejected: Let it try the rejected rows again.
+
+        Returns:
+            Whether what is left to do has to be looked for again.
+
+        Raises:
+            TableError: It is another model's by now.
+        """
+        self.check_usable(identity)
+        self.remove_strays()
+        if retry_rejected:
+            self.forget_rejected(run_id)
+        return self.has_moved or retry_rejected
+
     def strays(self) -> list[tuple[Log, str]]:
         """What dead runs left behind: files of this table that no version names."""
         card = self.card()

@@ -20,9 +20,7 @@ from conftest import SENTENCES, run_cli, write_jsonl
 import fmembed
 from fmembed import RejectedError, RunSpec
 from fmembed.bench.ways import EmbedNothing
-from fmembed.run import record as run
-from fmembed.run.memory import _BUFFER_BYTES
-from fmembed.run.progress import _Counter
+from fmembed.run.memory import _BUFFER_BYTES, _Bound
 
 WORDS = ["river", "market", "engine", "garden"]
 ROWS = [
@@ -285,18 +283,18 @@ def test_what_waits_to_be_written_takes_no_room_from_the_stages(
     rows = [{"text": f"{WORDS[i % 4]} {i}", "key": f"{i}"} for i in range(12_000)]
     write_jsonl(tmp_path / "in.jsonl", rows)
     limits: list[float] = []
-    step = _Counter.on_execution_step
+    step = _Bound.on_execution_step
 
     def watch(self: Any, executor: Any) -> None:
         step(self, executor)
         limits.append(executor._resource_manager.get_global_limits().object_store_memory)
 
-    monkeypatch.setattr(_Counter, "on_execution_step", watch)
-    monkeypatch.setattr(run, "Embed", Slow)
+    monkeypatch.setattr(_Bound, "on_execution_step", watch)
     monkeypatch.setitem(_BUFFER_BYTES, "cpu", 2**20)
     source = {"label": None}
     result = fmembed.embed(
-        spec(tmp_path, tiny_bert, source=source, compute={"window_rows": 250}, probes=[])
+        spec(tmp_path, tiny_bert, source=source, compute={"window_rows": 250}, probes=[]),
+        stage=Slow,
     )
     assert result.rows_embedded == 12_000
     assert min(limits) <= result.compute["max_actors"] * 2**20 < max(limits) / 4

@@ -131,7 +131,7 @@ def test_what_ray_starts_outlives_a_terminal_that_goes() -> None:
 
 
 SLOW = """
-import time, fmembed.integrity
+import time, fmembed.table.verify
 from fmembed.cli import main
 def verify(_):
     print("begun", flush=True)

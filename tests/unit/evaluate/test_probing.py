@@ -117,7 +117,7 @@ def test_a_damaged_table_is_one_line(
     def look(*_: Any) -> Any:
         raise AssertionError("it was taken for whole")
 
-    monkeypatch.setattr("fmembed.run.record.connect", lambda _: False)  # what is said needs no Ray
+    monkeypatch.setattr("fmembed.run.cluster.connect", lambda _: False)  # what is said needs no Ray
     monkeypatch.setattr("fmembed.evaluate.probing._look", look)
     code = run(["probe", table.uri])
     out, err = capsys.readouterr()

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from fmembed.errors import SpecError
-from fmembed.run.placement import Work, plan_compute
+from fmembed.run.placement import Estimate, plan_compute
 from fmembed.spec import ComputeSpec
 
 GIB = 2.0**30
@@ -51,7 +51,7 @@ def test_no_actor_is_started_for_less_than_it_costs(
 ) -> None:
     _cluster(monkeypatch, [{"CPU": 8, "memory": 64 * GIB}])
     # 4 million tokens of 750,000 operations each: 60 s of a core.
-    plan = plan_compute(ComputeSpec(), "text", 1_500_000, Work(num_tokens))
+    plan = plan_compute(ComputeSpec(), "text", 1_500_000, Estimate(num_tokens))
     assert (plan.max_actors, plan.num_threads) == (actors, threads)
 
 

@@ -18,8 +18,8 @@ from fmembed.table.table import Table
 
 def test_the_driver_imports_neither_torch_nor_scikit_learn(tiny_bert: Path) -> None:
     program = (
-        "import sys; import fmembed.run, fmembed.evaluation; "
-        "from fmembed.checkpoint import open_checkpoint; from fmembed.spec import ModelSpec; "
+        "import sys; import fmembed.run.record, fmembed.evaluate.probing; "
+        "from fmembed.checkpoint.opening import open_checkpoint; from fmembed.spec import ModelSpec; "
         "open_checkpoint(ModelSpec(id=sys.argv[1]), False); "
         "print(sorted({'torch', 'transformers', 'sklearn'} & set(sys.modules)))"
     )
@@ -52,8 +52,8 @@ def test_what_was_checked_is_checked_again_under_the_lock(
             "output": {"uri": str(tmp_path / "out")},
         }
     )
-    monkeypatch.setattr("fmembed.run.record.Lock", Waited)
-    monkeypatch.setattr("fmembed.run.record.connect", lambda _: pytest.fail("the model would run"))
+    monkeypatch.setattr("fmembed.table.lock.Lock", Waited)
+    monkeypatch.setattr("fmembed.run.cluster.connect", lambda _: pytest.fail("the model would run"))
     with pytest.raises(TableError, match="was made by another model or setting"):
         fmembed.embed(spec)
     assert fmembed.read(str(tmp_path / "out"))["row_id"].to_pylist() == ["a"]

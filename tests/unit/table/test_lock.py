@@ -82,7 +82,7 @@ def test_silent_lock_of_another_machine_is_taken_over(
 
 def test_lock_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from fmembed.lock import Lock; from fmembed.storage import Storage\n"
+        "import os, sys; from fmembed.table.lock import Lock; from fmembed.storage import Storage\n"
         "Lock(Storage(sys.argv[1]), 'dead').__enter__(); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)

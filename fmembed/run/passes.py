@@ -1,0 +1,119 @@
+"""Once over what is left, and again after a loss that Ray does not mend by itself."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import TracebackType
+
+import ray.exceptions
+
+from fmembed.errors import Interrupted, LockedError, StorageError
+from fmembed.inputs import Inputs
+from fmembed.run.commits import Commits
+from fmembed.run.faults import is_loss, root_cause
+from fmembed.run.progress import Progress
+from fmembed.run.signals import Signals
+from fmembed.run.work import Work, find_work
+from fmembed.table.lock import Lock
+from fmembed.table.table import Table
+
+# Passes that may break in a row without a row committed; a pass that commits some starts anew.
+_MAX_BROKEN = 3
+
+
+def passes(
+    work: Work, inputs: Inputs, lock: Lock, commits: Commits, progress: Progress, signals: Signals
+) -> Iterator[Pass]:
+    """One pass; and after a loss another, of what is not committed by then.
+
+    Ray restarts actors and tasks and computes lost blocks again; it gives up where a node took with
+    it what cannot be computed again.
+
+    Args:
+        work: What is left to do.
+        inputs: Of the run.
+        lock: Ours still, before another pass begins.
+        commits: Where the rows of a pass go.
+        progress: Where a loss is told.
+        signals: What stops a pass.
+
+    Yields:
+        Each pass as a context, to read, embed and commit in.
+
+    Raises:
+        ray.exceptions.RayError: An error of the code, or losses that do not end.
+    """
+    num_broken = 0
+    while work:
+        num_before = commits.num_embedded
+        current = Pass(work, commits, signals)
+        yield current
+        lost = current.lost
+        if lost is None:
+            return
+        num_broken = 1 if commits.num_embedded > num_before else num_broken + 1
+        cause = root_cause(lost)
+        # An actor that dies on every try without a row done is no accident.
+        limit = 1 if isinstance(cause, ray.exceptions.ActorDiedError) else _MAX_BROKEN
+        if num_broken >= limit and commits.num_embedded == num_before:
+            raise lost
+        progress.say(
+            f"lost a node, actor or worker ({type(cause).__name__}); going on from "
+            f"the {commits.num_embedded:,} rows that this run has committed"
+        )
+        lock.check()
+        inputs.table.remove_strays(commits.run_id)
+        work = find_work(inputs)
+
+
+class Pass:
+    """What is read in one go. `lost` is the loss that ended it, None where it came to its end."""
+
+    def __init__(self, work: Work, commits: Commits, signals: Signals) -> None:
+        self._work = work
+        self._commits = commits
+        self._signals = signals
+        self.lost: BaseException | None = None
+
+    def __enter__(self) -> Work:
+        self._commits.begin(self._work.source.shards, self._work.known)
+        return self._work
+
+    def __exit__(
+        self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
+    ) -> bool:
+        """Commit what was embedded by then; end a pass that was lost as if nothing had been.
+
+        Raises:
+            Interrupted: It was; the message says what is committed.
+        """
+        commits = self._commits
+        try:
+            if isinstance(error, Interrupted):
+                self._signals.heard()
+                with contextlib.suppress(ray.exceptions.RayError):
+                    commits.commit()
+                raise Interrupted(
+                    f"{error}; {commits.num_embedded:,} rows of this run are committed, "
+                    "the same command resumes",
+                    error.exit_code - 128,
+                ) from None
+            if isinstance(error, ray.exceptions.RayError) and is_loss(error):
+                commits.commit_written()
+                self.lost = error
+        finally:
+            commits.settle()
+        return self.lost is not None
+
+
+@contextlib.contextmanager
+def cleaned_up(table: Table, lock: Lock, run_id: str) -> Iterator[None]:
+    """Remove what a run has written and not committed, however it ends."""
+    try:
+        yield
+    finally:
+        # What failed is worth more than that its leftovers could not be removed.
+        with contextlib.suppress(StorageError, LockedError):
+            lock.check()  # another run's parts are no strays
+            table.remove_strays(run_id)

@@ -1,0 +1,69 @@
+"""The ranges of int8: what a step of each dimension is a fraction of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fmembed.errors import SourceError
+from fmembed.inputs import Inputs
+from fmembed.rows.columns import accepted
+from fmembed.rows.precision import Ranges, measure_ranges, ranges_from_lists
+from fmembed.run.placement import Plan
+from fmembed.run.stages import apply, prepare, stage_options
+from fmembed.sources.opening import read
+from fmembed.sources.shards import sample
+from fmembed.table.card import fingerprint
+
+# Rows that the ranges are taken from, spread over so many shards.
+_NUM_ROWS, _NUM_SHARDS = 1024, 16
+
+
+def find_ranges(inputs: Inputs, plan: Plan, stage: type, dim: int) -> Ranges:
+    """The ranges that the table's card holds, else those of a sample; empty where none are needed.
+
+    Once for a table: they are stored in its metadata, and every later run takes those.
+
+    Raises:
+        SourceError: No row of the sample can be embedded.
+    """
+    if not any(o.precision == "int8" for o in inputs.checkpoint.outputs):
+        return {}
+    known = inputs.table.card()
+    if known is not None and known.fingerprint == fingerprint(inputs.identity):
+        return ranges_from_lists(known.ranges)
+    return _measure(inputs, plan, stage, dim)
+
+
+def _measure(inputs: Inputs, plan: Plan, stage: type, dim: int) -> Ranges:
+    """From rows spread over the whole source, in full precision."""
+    spec = inputs.spec.preprocess
+    exact = tuple(replace(o, precision="float32") for o in inputs.checkpoint.outputs)
+    checkpoint = replace(inputs.checkpoint, outputs=exact)
+    # A few rows only: one actor loads the model faster than several.
+    one = replace(plan, min_actors=1, max_actors=1)
+    rows = read(sample(inputs.source, _NUM_ROWS, _NUM_SHARDS), num_cpus=plan.cpus_per_task)
+    pieces = prepare(rows, checkpoint, spec, one)
+    options = stage_options(checkpoint, spec, one, {}, dim)
+    embedded = apply(stage, checkpoint, options, pieces, one)
+    needed = [o.column for o in inputs.checkpoint.outputs if o.precision == "int8"]
+    found: dict[str, list[Any]] = {column: [] for column in needed}
+    batches: Iterator[Any] = iter(embedded.iter_batches(batch_format="pyarrow", batch_size=None))
+    for batch in batches:
+        good = batch.filter(pa.array(accepted(batch)))
+        for column in needed:
+            flat = good[column].combine_chunks()
+            if options["pieces_are_rows"]:
+                flat = flat.flatten()
+            found[column].append(flat.flatten().to_numpy().reshape(-1, flat.type.list_size))
+    vectors = {c: np.concatenate(v) for c, v in found.items() if v}
+    if not vectors or not all(len(v) for v in vectors.values()):
+        raise SourceError(
+            "model.precision: int8 takes its ranges from a sample of the source, and none of "
+            f"its rows can be embedded ({inputs.source.spec.stored_name})"
+        )
+    return measure_ranges(vectors)

@@ -1,0 +1,98 @@
+"""The stages that Ray runs: rows to what the model takes, and that to vectors."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import ray.data
+import ray.util.annotations
+from ray.data import ActorPoolStrategy
+
+from fmembed.checkpoint.opening import Checkpoint
+from fmembed.prepare.stage import Preprocess
+from fmembed.rows.precision import Ranges
+from fmembed.run.placement import Plan
+from fmembed.spec import PreprocessSpec
+
+# Ray's own default is endless: a model that kills its process would never fail the run.
+MAX_ACTOR_RESTARTS = 3
+# Windows in flight per actor: one being embedded, one waiting. Ray hands out four by itself, and
+# the actor that loads first got five of eight windows while the other one had nothing to do.
+_MAX_WINDOWS_IN_FLIGHT = 2
+
+
+def prepare(
+    rows: ray.data.Dataset, checkpoint: Checkpoint, spec: PreprocessSpec, plan: Plan
+) -> ray.data.Dataset:
+    """Canonical rows to what the model takes, in windows: a task for each block."""
+    ready = rows.map_batches(
+        Preprocess(checkpoint, spec).stream,
+        batch_format="pyarrow",
+        batch_size=None,
+        num_cpus=plan.cpus_per_task,
+    )
+    return ready.repartition(target_num_rows_per_block=plan.window_rows)
+
+
+def apply(
+    stage: type,
+    checkpoint: Checkpoint,
+    options: dict[str, Any],
+    pieces: ray.data.Dataset,
+    plan: Plan,
+) -> ray.data.Dataset:
+    """What the model takes to columns of vectors, in a pool of actors.
+
+    Args:
+        stage: Made once in each actor, of the checkpoint and the options; then called with an Arrow
+            table for each window.
+        checkpoint: The model.
+        options: As `stage_options` says them.
+        pieces: Windows of rows.
+        plan: How many actors, and what each of them is given.
+    """
+    with warnings.catch_warnings():
+        # Ray 2.60 deprecates ray_remote_args and offers no other way to bound restarts.
+        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+        return pieces.map_batches(
+            stage,
+            fn_constructor_args=(checkpoint,),
+            fn_constructor_kwargs=options,
+            batch_format="pyarrow",
+            batch_size=plan.window_rows,
+            compute=ActorPoolStrategy(
+                min_size=plan.min_actors,
+                max_size=plan.max_actors,
+                max_tasks_in_flight_per_actor=_MAX_WINDOWS_IN_FLIGHT,
+            ),
+            num_cpus=plan.cpus_per_actor,
+            num_gpus=plan.gpus_per_actor or None,
+            scheduling_strategy="SPREAD",
+            max_restarts=MAX_ACTOR_RESTARTS,
+            max_task_retries=MAX_ACTOR_RESTARTS,
+        )
+
+
+def stage_options(
+    checkpoint: Checkpoint, spec: PreprocessSpec, plan: Plan, ranges: Ranges, dim: int
+) -> dict[str, Any]:
+    """What an actor of the model stage is told besides its checkpoint.
+
+    Args:
+        checkpoint: The model.
+        spec: Whether pieces are rows.
+        plan: Device, threads and the budget of a batch.
+        ranges: Of int8.
+        dim: Of a server's vectors.
+    """
+    pieces_are_rows = spec.pieces_are_rows(checkpoint.modality)
+    options: dict[str, Any] = {"ranges": ranges, "pieces_are_rows": pieces_are_rows}
+    if checkpoint.endpoint is not None:
+        return {**options, "dim": dim}
+    return {
+        **options,
+        "device": plan.device,
+        "num_threads": plan.num_threads,
+        "batch_tokens": plan.batch_tokens,
+    }
