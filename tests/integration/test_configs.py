@@ -117,7 +117,7 @@ def test_clip(tmp_path: Path, digits: Path, minilm: Path) -> None:
     )  # fmt: skip
     assert (result.rows_read, result.rows_embedded) == (400, 400)
     rows = fmembed.read(result.table)
-    assert rows["row_id"].to_pylist()[0] == "0/0000.png"
+    assert min(rows["row_id"].to_pylist()) == "0/0000.png"
     # A model that has seen nothing knows nothing: what counts is that both towers were asked.
     zeroshot, crossmodal = result.probes["zeroshot"], result.probes["crossmodal"]
     assert 0 <= zeroshot["value"] < 0.5

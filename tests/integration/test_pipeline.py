@@ -218,7 +218,7 @@ def test_whole_files_are_not_read_again_and_rejected_rows_can_be_tried_again(
     folder = tmp_path / "in"
     folder.mkdir()
     write_jsonl(folder / "a.jsonl", ROWS[:50])
-    bad = [{"text": None, "topic": "river", "key": "late"}, ROWS[3]]
+    bad = [{"text": None, "topic": "river", "key": "late"}, ROWS[60]]
     write_jsonl(folder / "b.jsonl", [*ROWS[50:80], *bad])
     with (folder / "b.jsonl").open("a") as f:
         f.write('{"text": "cut\n')
@@ -236,7 +236,7 @@ def test_whole_files_are_not_read_again_and_rejected_rows_can_be_tried_again(
         "1 null input (stage read)",
         "  late: column 'text' is null",
         "1 duplicate id (stage write)",
-        "  k3: another row of the source has the same id",
+        "  k60: another row of the source has the same id",
         "fmembed embed --retry-rejected, with the same config, tries them again",
     ]
     as_json = json.loads(run_cli("rejected", first.table, "--json", "--samples", "0").stdout)
