@@ -111,7 +111,7 @@ class Run:
         table, commits = self._inputs.table, self._commits
         num_embedded = commits.num_embedded if commits else 0
         num_rejected = commits.num_rejected if commits else 0
-        num_skipped = self._work.num_skipped if self._work else 0
+        num_skipped = self._work.num_skipped if self._work is not None else 0
         num_skipped += commits.num_skipped if commits else 0
         counts = dict(commits.counts) if commits else {}
         steady = None
