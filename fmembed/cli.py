@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated, Any, NoReturn
 
-# Before any import of numpy or torch: torch's OpenMP and Ray's own threads read these once.
+# Before anything imports huggingface_hub, which reads these once.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # Bars are drawn with control characters, of which none is let through.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

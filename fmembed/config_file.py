@@ -11,7 +11,7 @@ from fmembed.errors import SpecError
 from fmembed.redaction import redact as redact
 from fmembed.redaction import scrub as scrub
 
-# Of a config: its text, what it unfolds to, and the digits of a number in it.
+# A config's bytes, the values that it unfolds to, and the digits of a number in it, at most.
 MAX_CONFIG_BYTES, _MAX_NODES, _MAX_DIGITS = 2**20, 100_000, 100
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 # What PyYAML quotes of a document, for want of the name that it takes it for.

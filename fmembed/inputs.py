@@ -30,7 +30,7 @@ from fmembed.storage import resolve_package
 from fmembed.table.card import Card, StoredOutput, fingerprint
 from fmembed.table.table import Table
 
-# Of what a table holds, one of each kind that a source's pattern may match.
+# One name of each kind of file in a table: a source's pattern that matches one holds the table.
 _OWN_NAMES = (
     f"part-{'0' * 32}.parquet",
     f"_delta_log/{'0' * 20}.json",

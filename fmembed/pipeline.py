@@ -94,10 +94,11 @@ def embed_rows(
     from fmembed.run.memory import bound_memory
     from fmembed.run.passes import cleaned_up, passes
     from fmembed.run.placement import place
-    from fmembed.run.progress import EMBED, READ, Progress
+    from fmembed.run.progress import Progress
     from fmembed.run.ranges import find_ranges
     from fmembed.run.signals import Signals
     from fmembed.run.stages import apply, prepare, stage_options
+    from fmembed.run.verdict import EMBED, READ
     from fmembed.sources.opening import read
 
     spec, checkpoint, table = inputs.spec, inputs.checkpoint, inputs.table

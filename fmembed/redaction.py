@@ -183,7 +183,7 @@ def _scrub_word(word: re.Match[str]) -> str:
 def conceal(text: str, *uris: str) -> str:
     """`scrub`, and every piece of these URLs' secrets cut out, whatever encoding they come in."""
     for uri in uris:
-        # Of a path, or a URL without secrets, nothing is cut: its names are ordinary words.
+        # Nothing is cut of a path, or of a URL without secrets: its names are ordinary words.
         if redact(uri) != uri and (secrets := _secrets_in(uri)) is not None:
             text = secrets.sub("...", text)
     return scrub(text)

@@ -51,7 +51,7 @@ def explain(error: BaseException) -> FmembedError:
     lines = [line.strip() for line in str(root).splitlines() if line.strip()]
     rest = "committed rows stay, the same command resumes; -v shows Ray's own messages"
     if isinstance(root, ray.exceptions.ActorDiedError):
-        # Of an error in an actor's constructor Ray hands on the text alone.
+        # Ray hands on an error of an actor's constructor as text alone.
         if refused := re.search(r"fmembed\.errors\.ModelError: (.+)", str(root)):
             return ModelError(refused[1])
         return FmembedError(

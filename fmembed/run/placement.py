@@ -21,25 +21,26 @@ from fmembed.sources.shards import sample
 from fmembed.sources.source import Source
 from fmembed.spec import ComputeSpec, Modality
 
-# Sorted by length and cut into batches: seconds of an actor's work, so that at the end none waits
-# long for the last one.
+# Rows in a window, which an actor sorts by length and cuts into batches: a few seconds of its work,
+# so that none idles long at the end.
 _WINDOW_ROWS = {
     "cpu": {"text": 256, "image": 64, "audio": 32},
     "cuda": {"text": 4096, "image": 1024, "audio": 256},
 }
-# Of texts as many as make so many tokens, by the first rows' characters: a window costs Ray 16 ms,
-# which short rows felt (147 us a row in windows of 256, 81 in windows of 4,096).
+# Texts: this many tokens a window, their length estimated from the first rows. A window costs Ray
+# 16 ms, which short rows felt (147 us a row in windows of 256, 81 in windows of 4,096).
 _WINDOW_TOKENS = {"cpu": 2**15, "cuda": 2**20}
 _MIN_WINDOW_ROWS, _MAX_WINDOW_ROWS = 16, 2**13
 _CHARACTERS_PER_TOKEN = 4
 _SAMPLE_ROWS = 64
-# Of a picture of 224 pixels in patches of 16, and of ten seconds of sound in frames of 20 ms.
+# Patches of 16 pixels in a picture of 224, and frames of 20 ms in ten seconds of sound.
 _ROW_TOKENS = {"image": 196, "audio": 500}
 # What a core computes in float32, and how long it is busy before an actor begins: imports, mostly.
 _CORE_FLOP_PER_S, _START_S = 5e10, 15.0
-# So many windows an actor at least, so that the last ones do not leave some idle.
+# Windows for each actor at least: with fewer the last ones leave some of them idle.
 _MIN_WINDOWS = 4
-# Of a node's memory that the models of its CPU actors may take, and what a process takes besides.
+# The share of a node's memory that the models of its CPU actors may take, and what a process takes
+# besides its model.
 _MODELS_SHARE, _PROCESS_BYTES = 0.25, 2**29
 
 

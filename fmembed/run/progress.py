@@ -20,8 +20,7 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemai
 from rich.text import Text
 
 from fmembed import terminal
-
-READ, EMBED, WRITE = "read, preprocess", "embed", "write, commit"
+from fmembed.run.verdict import EMBED, READ, WRITE
 
 
 @dataclass

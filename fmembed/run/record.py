@@ -14,9 +14,9 @@ from fmembed.model.server import Endpoint
 from fmembed.result import RunResult
 from fmembed.run.commits import Commits, check_rejected
 from fmembed.run.placement import Plan
-from fmembed.run.progress import WRITE, Progress
+from fmembed.run.progress import Progress
 from fmembed.run.prometheus import RunMetrics
-from fmembed.run.verdict import PREFIXES, judge
+from fmembed.run.verdict import PREFIXES, WRITE, judge
 from fmembed.run.work import Work
 from fmembed.table.card import fingerprint
 from fmembed.table.records import Commit

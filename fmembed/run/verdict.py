@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _ACTOR, _BUDGET, _SECONDS = PREFIXES = ("actor/", "batch_tokens/", "seconds/")
-_READ, _WRITE = "read, preprocess", "write, commit"
+# The stages as they are shown and recorded.
+READ, EMBED, WRITE = "read, preprocess", "embed", "write, commit"
 _IDLE, _WASTE, _LOW_MFU = 0.10, 0.10, 0.25
 
 
@@ -55,13 +56,13 @@ def judge(
         return {}
     forward_s, copy_s = total("forward_s"), total("copy_s")
     could = sum(a.get("peak_flops", 0.0) * a.get("busy_s", 0.0) for a in actors.values())
-    both_s = stages[_READ]["busy_s"]
+    both_s = stages[READ]["busy_s"]
     preprocess_s = min(counts.get(f"{_SECONDS}preprocess", 0.0), both_s)
     found = {
         "seconds": {
             "read": round(both_s - preprocess_s, 2),
             "preprocess": round(preprocess_s, 2),
-            "write": round(stages[_WRITE]["busy_s"], 2),
+            "write": round(stages[WRITE]["busy_s"], 2),
             "load": round(total("load_s"), 2),
             "wait": round(wait_s, 2),
             "forward": round(forward_s, 2),

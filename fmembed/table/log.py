@@ -49,7 +49,7 @@ RUN, FINGERPRINT, _ACTIONS = "fmembed.run", "fmembed.fingerprint", "fmembed.acti
 # What readers of a table may have to know and these parts do not need; anything else, as deletion
 # vectors or renamed columns, would have the parts read otherwise than by their bytes.
 _READER_FEATURES = frozenset(("timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"))
-# Of a part below this a few columns are read with all of it, so that its checksum can be checked.
+# A part smaller than this is read whole even for a few columns: then its checksum can be checked.
 _WHOLE_BYTES = 64 * 2**20
 
 PART = re.compile(r"part-([0-9a-f]{32})\.parquet")
@@ -375,7 +375,7 @@ class Log:
         except (pa.ArrowException, OSError) as e:
             raise DamagedError(self.uri, f"{part.path}: not readable: {reason(e)}") from None
         column = PARENT_ID if PARENT_ID in names else ROW_ID
-        # By ranges however small the part: each run reads the ids of all, and vectors of none.
+        # Ranges of the file, however small it is: every run reads the ids of all parts and no vector.
         ids = self._read_pages(part, [column])[column]
         return list((pc.unique(ids) if column == PARENT_ID else ids).to_pylist())
 
