@@ -110,7 +110,7 @@ def _on_cpu(has_bfloat16: bool) -> tuple[Suite, ...]:
         *each(_FORWARD, "encoder", _EVERY),
     )
 
-    # Why `plan.plan_compute` gives each core an actor of its own.
+    # Why `placement.plan_compute` gives each core an actor of its own.
     one = Way(
         "fmembed, one actor of all cores", "fmembed", dtypes[-1], options=("compute.actors=1",)
     )

@@ -49,7 +49,7 @@ class Preprocess:
         """Replace the input by what the model takes.
 
         Args:
-            rows: Rows of `rows.row_schema`.
+            rows: Rows of `columns.row_schema`.
 
         Returns:
             The rows without `_input`, with `model_input: large_binary` (null for a rejected row),

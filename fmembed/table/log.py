@@ -375,7 +375,7 @@ class Log:
         except (pa.ArrowException, OSError) as e:
             raise DamagedError(self.uri, f"{part.path}: not readable: {reason(e)}") from None
         column = PARENT_ID if PARENT_ID in names else ROW_ID
-        # Ranges of the file, however small it is: every run reads the ids of all parts and no vector.
+        # By ranges, however small the part is: every run reads the ids of all and no vector.
         ids = self._read_pages(part, [column])[column]
         return list((pc.unique(ids) if column == PARENT_ID else ids).to_pylist())
 

@@ -19,7 +19,8 @@ from fmembed.table.table import Table
 def test_the_driver_imports_neither_torch_nor_scikit_learn(tiny_bert: Path) -> None:
     program = (
         "import sys; import fmembed.run.record, fmembed.evaluate.probing; "
-        "from fmembed.checkpoint.opening import open_checkpoint; from fmembed.spec import ModelSpec; "
+        "from fmembed.checkpoint.opening import open_checkpoint; "
+        "from fmembed.spec import ModelSpec; "
         "open_checkpoint(ModelSpec(id=sys.argv[1]), False); "
         "print(sorted({'torch', 'transformers', 'sklearn'} & set(sys.modules)))"
     )
