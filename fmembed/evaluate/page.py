@@ -45,7 +45,6 @@ def render(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fmembed.evaluate", "."), autoescape=True, trim_blocks=True
     )
-    linear = next((p for p in probes if p["probe"] == "linear"), {})
     html = environment.get_template("report.html.j2").render(
         title=title,
         run=run,
@@ -54,8 +53,9 @@ def render(
         probes=probes,
         why_no_probes=why_no_probes,
         map=map_,
-        confusion=linear.get("confusion"),
-        suspicious=linear.get("suspicious"),
+        # At most one of each, whichever probe has it: they are long.
+        confused=next((p for p in probes if p.get("confusion")), None),
+        suspicious=next((p["suspicious"] for p in probes if p.get("suspicious")), None),
         score=_score,
     )
     # A file's name may be no text: Python then holds its bytes as halves of surrogate pairs.

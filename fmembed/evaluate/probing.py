@@ -28,6 +28,8 @@ from fmembed.table.reading import sample
 from fmembed.table.table import Table
 
 _NO_SOURCE = "needs the source: give --from-config CONFIG"
+# What a probe needs that is a column: the field of `source` that names it.
+_COLUMN_OF = {"labels": "label", "captions": "caption"}
 
 
 def evaluate(
@@ -244,8 +246,8 @@ def stored_results(table: Table, spec: RunSpec, run: dict[str, Any]) -> dict[str
 
 def _runnable(spec: RunSpec) -> tuple[str, ...]:
     """The named probes that this source has columns for."""
-    needs = {"crossmodal": spec.source.caption}
-    return tuple(n for n in spec.probes if needs.get(n, spec.source.label) is not None)
+    absent = {n for n, column in _COLUMN_OF.items() if getattr(spec.source, column) is None}
+    return tuple(name for name in spec.probes if not probes.PROBES[name].NEEDS & absent)
 
 
 def _stored_probes(
@@ -279,34 +281,35 @@ def _probe(
     """Start the probes of one column; references to their results."""
     task = ray.remote(num_cpus=1)
     names = _runnable(spec)
+    needs = {need for name in names for need in probes.PROBES[name].NEEDS}
     hashes = rows["content_hash"].to_pylist()
-    labels = rows[spec.source.label].to_pylist() if spec.source.label is not None else []
-    splits = rows[spec.source.split].to_pylist() if spec.source.split is not None else None
-    started: list[Any] = []
-    if spec.source.label is not None:
-        made = probes.make_probe_data(
-            rows["row_id"].to_pylist(), hashes, vectors, labels, splits, texts, cheap
-        )
-        data = ray.put(made)
-        competitor = task(probes.cheap_accuracy).remote(data)
-        for name in names:
-            if name == "zeroshot":
-                prompts = task(embed_prompts).remote(spec, model, stored, column, made.classes)
-                started.append(task(_run).remote(name, column, data, prompts))
-            elif name != "crossmodal":
-                started.append(task(_run).remote(name, column, data, competitor))
-    if "crossmodal" in names:
+    # By what a probe calls it: arrays, or a text that says why there are none.
+    given: dict[str, Any] = {}
+    if "labels" in needs:
+        labels = rows[spec.source.label].to_pylist()
+        splits = rows[spec.source.split].to_pylist() if spec.source.split is not None else None
+        ids = rows["row_id"].to_pylist()
+        labelled = probes.label_rows(ids, hashes, vectors, labels, splits, texts, cheap)
+        given["labels"] = ray.put(labelled)
+        if "competitor" in needs:
+            given["competitor"] = task(probes.cheap_accuracy).remote(given["labels"])
+        if "prompts" in needs:
+            classes = labelled.classes
+            given["prompts"] = task(embed_prompts).remote(spec, model, stored, column, classes)
+    if "captions" in needs:
         captions = rows[spec.source.caption].to_pylist()
-        pairs = task(embed_captions).remote(model, stored, column, vectors, captions, hashes)
-        started.append(task(_run).remote("crossmodal", column, pairs))
-    return started
+        pairs = (model, stored, column, vectors, captions, hashes)
+        given["captions"] = task(embed_captions).remote(*pairs)
+    return [
+        task(_run).remote(name, column, **{n: given[n] for n in probes.PROBES[name].NEEDS})
+        for name in names
+    ]
 
 
-def _run(name: str, column: str, data: Any, *more: Any) -> dict[str, Any]:
-    if isinstance(data, str) or (more and isinstance(more[0], str)):
-        # Instead of vectors the reason why there are none.
-        return _skip(name, column, data if isinstance(data, str) else more[0])
-    return {**probes.run_probe(name, data, *more), "column": column}
+def _run(name: str, column: str, **given: Any) -> dict[str, Any]:
+    if why := next((value for value in given.values() if isinstance(value, str)), None):
+        return _skip(name, column, why)
+    return {**probes.run_probe(name, probes.Sample(**given)), "column": column}
 
 
 def _matrix(rows: pa.Table, column: str, stored: Stored) -> Floats:

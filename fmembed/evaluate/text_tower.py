@@ -36,7 +36,7 @@ def embed_captions(
     vectors: Floats,
     captions: list[str | None],
     hashes: list[str],
-) -> probes.PairData | str:
+) -> probes.CaptionedRows | str:
     given = [i for i, caption in enumerate(captions) if caption]
     kept = [str(captions[i]) for i in given]
     distinct, at = np.unique(np.array(kept, dtype=object).astype(str), return_inverse=True)
@@ -44,7 +44,7 @@ def embed_captions(
     if isinstance(found, str):
         return found
     codes = np.unique([hashes[i] for i in given], return_inverse=True)[1]
-    return probes.PairData(vectors[given], found[at], codes, np.asarray(at, dtype=np.int64))
+    return probes.CaptionedRows(vectors[given], found[at], codes, np.asarray(at, dtype=np.int64))
 
 
 def _embed_texts(
