@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fmembed.evaluate.stored import Stored
 from fmembed.spec import EndpointSpec, RunSpec
+from fmembed.table.card import Card, StoredOutput
 
 _UNITS = {"text": "tokens", "image": "patches", "audio": "samples"}
 
 
-def pick_headlines(results: list[dict[str, Any]], stored: Stored) -> dict[str, Any]:
-    several = len(stored.pooled) > 1
+def pick_headlines(results: list[dict[str, Any]], card: Card) -> dict[str, Any]:
+    several = len(card.pooled) > 1
     return {
         f"{r['probe']} {r['column']}" if several else r["probe"]: {"skipped": r["skipped"]}
         if "skipped" in r
@@ -32,9 +32,9 @@ def in_usd(spec: RunSpec, run: dict[str, Any]) -> float | None:
 
 
 def state_facts(
-    spec: RunSpec, stored: Stored, dims: dict[str, int], run: dict[str, Any]
+    spec: RunSpec, card: Card, dims: dict[str, int], run: dict[str, Any]
 ) -> list[tuple[str, str]]:
-    raw, identity, counts = spec.stored(), stored.identity, run["counts"]
+    raw, identity, counts = spec.stored(), card.identity, run["counts"]
     text = [
         ("tokens at most", str(identity["model.max_tokens"])),
         ("prompt", repr(identity["model.prompt"]) if identity["model.prompt"] else "none"),
@@ -54,7 +54,7 @@ def state_facts(
             ("requests", f"{counts.get('endpoint_requests', 0):,}"),
             ("requests sent again", f"{counts.get('endpoint_retries', 0):,}"),
         ]
-    units = "characters" if spec.model.endpoint is not None else _UNITS[stored.modality]
+    units = "characters" if spec.model.endpoint is not None else _UNITS[card.modality]
     return [
         ("source", f"{raw['source']['uri']} (format {spec.source.format})"),
         ("input column", spec.source.input),
@@ -63,9 +63,9 @@ def state_facts(
         ("revision", identity["model.revision"] or "a local folder"),
         ("weights, blake2b", identity["model.weights"] or "the server's"),
         *([("adapter", raw["model"]["adapter"])] if raw["model"]["adapter"] else []),
-        ("embeds", stored.modality),
-        *((f"column {c}", _describe(output, dims.get(c))) for c, output in stored.outputs.items()),
-        *(text if stored.modality == "text" else []),
+        ("embeds", card.modality),
+        *((f"column {c}", _describe(output, dims.get(c))) for c, output in card.outputs.items()),
+        *(text if card.modality == "text" else []),
         *pieces,
         ("dtype", identity["model.dtype"]),
         ("remote code", "allowed by the config" if spec.model.trust_remote_code else "off"),
@@ -84,16 +84,16 @@ def _bytes_a_row(counts: dict[str, int]) -> str:
     return f"{counts['input_bytes'] / counts['input_rows']:,.0f}"
 
 
-def _describe(output: dict[str, Any], dim: int | None) -> str:
-    parts = [output["pooling"]]
+def _describe(output: StoredOutput, dim: int | None) -> str:
+    parts = [output.pooling]
     if dim is not None:
         parts.append(f"{dim} numbers")
-    if output["layer"] is not None:
+    if output.layer is not None:
         parts.append(f"layer {output['layer']}")
-    if output["dims"] is not None:
+    if output.dims is not None:
         parts.append(f"the first {output['dims']} dimensions")
-    parts.append("normalised" if output["normalize"] else "not normalised")
-    return ", ".join([*parts, output["precision"]])
+    parts.append("normalised" if output.normalize else "not normalised")
+    return ", ".join([*parts, output.precision])
 
 
 def cost_usd(spec: EndpointSpec, num_tokens: int) -> float | None:

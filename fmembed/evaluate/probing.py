@@ -17,16 +17,22 @@ from fmembed.errors import ModelError, SpecError, TableError, reason
 from fmembed.evaluate.facts import in_usd, pick_headlines, state_facts
 from fmembed.evaluate.page import make_map, render
 from fmembed.evaluate.source_again import cut_inputs, fetch_inputs
-from fmembed.evaluate.stored import DAMAGED, Stored
 from fmembed.evaluate.text_tower import NO_MODEL, embed_captions, embed_prompts
 from fmembed.result import check_probe
 from fmembed.rows.columns import PARENT_ID, PIECE_START, PIECE_STOP
 from fmembed.rows.ids import keys_of
-from fmembed.rows.precision import dequantize
+from fmembed.rows.precision import dequantize, ranges_from_lists
 from fmembed.spec import ModelSpec, RunSpec, SourceSpec
+from fmembed.table.card import Card
 from fmembed.table.reading import sample
 from fmembed.table.table import Table
 
+# What evaluation reads of a card's identity.
+_NAMED = (
+    "model.adapter", "model.dtype", "model.max_tokens", "model.prompt", "model.revision",
+    "model.weights", "preprocess.pieces_are_rows",
+)  # fmt: skip
+DAMAGED = "the record of it is damaged; probe the table again"
 _NO_SOURCE = "needs the source: give --from-config CONFIG"
 # What a probe needs that is a column: the field of `source` that names it.
 _COLUMN_OF = {"labels": "label", "captions": "caption"}
@@ -57,30 +63,45 @@ def evaluate(
         TableError: It is not what its metadata say.
         SpecError: A column is named that the table has not.
     """
-    stored = Stored.of(table)
+    card = read_card(table)
     version = run["version"]
-    schema = _check_columns(table, spec, stored)
+    schema = _check_columns(table, spec, card)
     map_: dict[str, Any] | None = None
     left_out: list[dict[str, Any]] = []
     if spec.probes and schema.names:
-        map_, left_out = _look(table, schema, spec, stored, version, source, model)
-    found = [*_stored_probes(table, version, stored, tuple(probes.PROBES)), *left_out]
+        map_, left_out = _look(table, schema, spec, card, version, source, model)
+    found = [*_stored_probes(table, version, card, tuple(probes.PROBES)), *left_out]
     results = list({(r["probe"], r["column"]): r for r in found}.values())
     run = {
         **run,
-        "probes": pick_headlines(results, stored),
+        "probes": pick_headlines(results, card),
         "report": f"{table.uri}/_report.html",
         "usd": in_usd(spec, run),
     }
-    dims = {c: schema.field(c).type.list_size for c in stored.pooled if c in schema.names}
+    dims = {c: schema.field(c).type.list_size for c in card.pooled if c in schema.names}
     why = "no probe is named" if spec.source.label is not None else "no source.label names labels"
     if not dims:
         why = "no column holds one vector a row"
-    facts = state_facts(spec, stored, dims, run)
+    facts = state_facts(spec, card, dims, run)
     dim = next(iter(dims.values()), 0)
     html = render(spec.source.stored_name, run, facts, dim, results, why, map_)
     table.put_report(html)
     return run
+
+
+def read_card(table: Table) -> Card:
+    """The table's card, with all that is read of its identity here.
+
+    Raises:
+        TableError: It is none, or says less.
+    """
+    card = table.card()
+    assert card is not None
+    if missing := sorted(set(_NAMED) - card.identity.keys()):
+        raise TableError(
+            f"table: {table.uri}: its metadata are damaged (no {missing[0]}); embed it anew"
+        )
+    return card
 
 
 def check_made_by(table: Table, spec: RunSpec) -> None:
@@ -90,15 +111,15 @@ def check_made_by(table: Table, spec: RunSpec) -> None:
         SpecError: It is one.
         ModelError: Its checkpoint cannot be found or understood.
     """
-    stored = Stored.of(table)
-    modality, dtype = stored.modality, stored.identity["model.dtype"]
+    card = read_card(table)
+    modality, dtype = card.modality, card.identity["model.dtype"]
     if modality not in list_modalities(spec.model):
         raise ModelError(f"model.id: {spec.model.id} does not embed {modality}, as the table does")
     # `dtype: auto` goes by the device, and the table may have been made on another one.
     checkpoint = open_checkpoint(spec.model, dtype == "bfloat16", modality)
     identity = {**checkpoint.identity, **spec.preprocess.identity(modality)}
-    names = identity.keys() | stored.identity.keys()
-    differ = sorted(n for n in names if identity.get(n) != stored.identity.get(n))
+    names = identity.keys() | card.identity.keys()
+    differ = sorted(n for n in names if identity.get(n) != card.identity.get(n))
     if differ:
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise SpecError(
@@ -107,7 +128,7 @@ def check_made_by(table: Table, spec: RunSpec) -> None:
         )
 
 
-def _check_columns(table: Table, spec: RunSpec, stored: Stored) -> pa.Schema:
+def _check_columns(table: Table, spec: RunSpec, card: Card) -> pa.Schema:
     """The table's columns: vectors where its metadata say so, and all that the spec names."""
     try:
         schema = table.schema()
@@ -115,18 +136,16 @@ def _check_columns(table: Table, spec: RunSpec, stored: Stored) -> pa.Schema:
         raise TableError(f"table: {table.uri}: cannot read its parts: {reason(e)}") from None
     if not schema.names:
         return schema
-    if stored.identity["preprocess.pieces_are_rows"] and PARENT_ID not in schema.names:
+    if card.identity["preprocess.pieces_are_rows"] and PARENT_ID not in schema.names:
         raise TableError(f"table: {table.uri}: its metadata are damaged: no pieces; embed it anew")
-    for column in stored.pooled:
+    for column in card.pooled:
         type_ = schema.field(column).type if column in schema.names else pa.null()
-        shapes = [ends.shape for ends in stored.ranges.get(column, ())]
+        lengths = [len(ends) for ends in card.ranges.get(column, ())]
         if (
             not pa.types.is_fixed_size_list(type_)
             or not (pa.types.is_floating(type_.value_type) or pa.types.is_int8(type_.value_type))
             or not type_.list_size
-            or (
-                stored.outputs[column]["precision"] == "int8" and shapes != [(type_.list_size,)] * 2
-            )
+            or (card.outputs[column].precision == "int8" and lengths != [type_.list_size] * 2)
         ):
             raise TableError(
                 f"table: {table.uri}: its column {column} does not hold the vectors that its "
@@ -144,7 +163,7 @@ def _look(
     table: Table,
     schema: pa.Schema,
     spec: RunSpec,
-    stored: Stored,
+    card: Card,
     version: int | None,
     source: SourceSpec | None,
     model: ModelSpec | None,
@@ -156,8 +175,8 @@ def _look(
         a model, which replace none that an earlier look has found.
     """
     named = [c for c in (spec.source.label, spec.source.split, spec.source.caption) if c]
-    by_piece = stored.identity["preprocess.pieces_are_rows"]
-    has_texts = stored.modality == "text" and spec.source.input in schema.names
+    by_piece = card.identity["preprocess.pieces_are_rows"]
+    has_texts = card.modality == "text" and spec.source.input in schema.names
     has_texts = has_texts and pa.types.is_string(schema.field(spec.source.input).type)
     if has_texts:
         named.append(spec.source.input)
@@ -165,9 +184,9 @@ def _look(
         named += [PARENT_ID, PIECE_START, PIECE_STOP]
     task = ray.remote(num_cpus=1)
     rows: pa.Table = ray.get(
-        task(sample).remote(table.uri, [*named, *stored.pooled], probes.MAX_ROWS, spec.source.label)
+        task(sample).remote(table.uri, [*named, *card.pooled], probes.MAX_ROWS, spec.source.label)
     )
-    _check_sample(table, rows, stored)
+    _check_sample(table, rows, card)
     texts, cheap, missing = None, None, None
     if has_texts:
         texts = rows[spec.source.input].to_pylist()
@@ -176,8 +195,8 @@ def _look(
     elif source is None:
         missing = _NO_SOURCE
     else:
-        texts, cheap, missing = fetch_inputs(source, stored, rows)
-    vectors = {column: _matrix(rows, column, stored) for column in stored.pooled}
+        texts, cheap, missing = fetch_inputs(source, card, rows)
+    vectors = {column: _matrix(rows, column, card) for column in card.pooled}
     flat = None
     step = max(math.ceil(rows.num_rows / probes.MAX_MAP_ROWS), 1)
     if vectors:
@@ -185,8 +204,8 @@ def _look(
     results: list[dict[str, Any]] = ray.get(
         [
             future
-            for column in stored.pooled
-            for future in _probe(spec, stored, model, rows, column, vectors[column], texts, cheap)
+            for column in card.pooled
+            for future in _probe(spec, card, model, rows, column, vectors[column], texts, cheap)
         ]
     )
     left_out = [r for r in results if r.get("skipped") == NO_MODEL]
@@ -206,7 +225,7 @@ def _look(
     return map_, left_out
 
 
-def _check_sample(table: Table, rows: pa.Table, stored: Stored) -> None:
+def _check_sample(table: Table, rows: pa.Table, card: Card) -> None:
     """Refuse rows that no run has written: parts are files, which anybody may have made.
 
     Raises:
@@ -216,7 +235,7 @@ def _check_sample(table: Table, rows: pa.Table, stored: Stored) -> None:
         rows.validate(full=True)
         is_hash = pc.match_substring_regex(rows["content_hash"], "^[0-9a-f]{32}$")
         whole = pc.all(is_hash).as_py() is not False and not rows["row_id"].null_count
-        for column in stored.pooled:
+        for column in card.pooled:
             values = rows[column].combine_chunks()
             whole &= not values.null_count and not values.flatten().null_count
         keys_of(rows["row_id"].to_pylist())
@@ -233,14 +252,14 @@ def stored_results(table: Table, spec: RunSpec, run: dict[str, Any]) -> dict[str
 
     Or not with all that this spec gives them.
     """
-    stored = Stored.of(table)
+    card = read_card(table)
     names = _runnable(spec)
-    results = _stored_probes(table, run["version"], stored, names)
-    if not table.has_report or len(results) < len(names) * len(stored.pooled):
+    results = _stored_probes(table, run["version"], card, names)
+    if not table.has_report or len(results) < len(names) * len(card.pooled):
         return None
     if any(r.get("skipped") == DAMAGED or r.get("missing") == _NO_SOURCE for r in results):
         return None
-    found = {"probes": pick_headlines(results, stored), "report": f"{table.uri}/_report.html"}
+    found = {"probes": pick_headlines(results, card), "report": f"{table.uri}/_report.html"}
     return {**run, **found}
 
 
@@ -251,10 +270,10 @@ def _runnable(spec: RunSpec) -> tuple[str, ...]:
 
 
 def _stored_probes(
-    table: Table, version: int | None, stored: Stored, names: Sequence[str]
+    table: Table, version: int | None, card: Card, names: Sequence[str]
 ) -> list[dict[str, Any]]:
     found = []
-    for column in stored.pooled:
+    for column in card.pooled:
         for name in names:
             raw = table.get_probe(version, name, column)
             if raw is not None:
@@ -270,7 +289,7 @@ def _skip(name: str, column: str, why: str) -> dict[str, Any]:
 
 def _probe(
     spec: RunSpec,
-    stored: Stored,
+    card: Card,
     model: ModelSpec | None,
     rows: pa.Table,
     column: str,
@@ -295,10 +314,10 @@ def _probe(
             given["competitor"] = task(probes.cheap_accuracy).remote(given["labels"])
         if "prompts" in needs:
             classes = labelled.classes
-            given["prompts"] = task(embed_prompts).remote(spec, model, stored, column, classes)
+            given["prompts"] = task(embed_prompts).remote(spec, model, card, column, classes)
     if "captions" in needs:
         captions = rows[spec.source.caption].to_pylist()
-        pairs = (model, stored, column, vectors, captions, hashes)
+        pairs = (model, card, column, vectors, captions, hashes)
         given["captions"] = task(embed_captions).remote(*pairs)
     return [
         task(_run).remote(name, column, **{n: given[n] for n in probes.PROBES[name].NEEDS})
@@ -312,11 +331,11 @@ def _run(name: str, column: str, **given: Any) -> dict[str, Any]:
     return {**probes.run_probe(name, probes.Sample(**given)), "column": column}
 
 
-def _matrix(rows: pa.Table, column: str, stored: Stored) -> Floats:
+def _matrix(rows: pa.Table, column: str, card: Card) -> Floats:
     dim = rows.schema.field(column).type.list_size
     flat = rows[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    precision = stored.outputs[column]["precision"]
-    return dequantize(flat.reshape(-1, dim), column, precision, stored.ranges)
+    precision = card.outputs[column].precision
+    return dequantize(flat.reshape(-1, dim), column, precision, ranges_from_lists(card.ranges))
 
 
 def _map(

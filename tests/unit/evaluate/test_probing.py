@@ -13,8 +13,7 @@ from forged import NUM_ROWS, OUTPUT, RUN, SPEC, make_table
 
 from fmembed.cli import run
 from fmembed.errors import TableError
-from fmembed.evaluate.probing import _NO_SOURCE, _check_sample, stored_results
-from fmembed.evaluate.stored import Stored
+from fmembed.evaluate.probing import _NO_SOURCE, _check_sample, read_card, stored_results
 from fmembed.result import check_probe, check_run
 from fmembed.spec import RunSpec
 
@@ -166,7 +165,7 @@ def test_rows_that_no_run_has_written(case: str, tmp_path: Path) -> None:
     for name, column in ROWS[case].items():
         rows = rows.set_column(rows.schema.get_field_index(name), name, column)
     with pytest.raises(TableError, match="its rows are damaged"):
-        _check_sample(table, rows, Stored.of(table))
+        _check_sample(table, rows, read_card(table))
 
 
 def test_text_that_is_no_utf8(tmp_path: Path) -> None:
@@ -178,7 +177,7 @@ def test_text_that_is_no_utf8(tmp_path: Path) -> None:
     )
     rows = rows.set_column(rows.schema.get_field_index("topic"), "topic", bad)
     with pytest.raises(TableError, match="its rows are damaged"):
-        _check_sample(table, rows, Stored.of(table))
+        _check_sample(table, rows, read_card(table))
 
 
 def test_records_as_they_are_written_pass() -> None:
