@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from fmembed.result import RunResult
 from fmembed.spec import EndpointSpec, RunSpec
 from fmembed.table.card import Card, StoredOutput
 
@@ -25,16 +26,16 @@ def pick_headlines(results: list[dict[str, Any]], card: Card) -> dict[str, Any]:
     }
 
 
-def in_usd(spec: RunSpec, run: dict[str, Any]) -> float | None:
+def in_usd(spec: RunSpec, run: RunResult) -> float | None:
     if spec.model.endpoint is None:
         return None
-    return cost_usd(spec.model.endpoint, run["counts"].get("endpoint_tokens", 0))
+    return cost_usd(spec.model.endpoint, run.counts.get("endpoint_tokens", 0))
 
 
 def state_facts(
-    spec: RunSpec, card: Card, dims: dict[str, int], run: dict[str, Any]
+    spec: RunSpec, card: Card, dims: dict[str, int], run: RunResult
 ) -> list[tuple[str, str]]:
-    raw, identity, counts = spec.stored(), card.identity, run["counts"]
+    raw, identity, counts = spec.stored(), card.identity, run.counts
     text = [
         ("tokens at most", str(identity["model.max_tokens"])),
         ("prompt", repr(identity["model.prompt"]) if identity["model.prompt"] else "none"),
@@ -46,7 +47,7 @@ def state_facts(
     ]
     endpoint = []
     if spec.model.endpoint is not None:
-        usd = run["usd"]
+        usd = run.usd
         endpoint = [
             ("endpoint", raw["model"]["endpoint"]["base_url"]),
             ("tokens the server counted in this run", f"{counts.get('endpoint_tokens', 0):,}"),
@@ -70,11 +71,11 @@ def state_facts(
         ("dtype", identity["model.dtype"]),
         ("remote code", "allowed by the config" if spec.model.trust_remote_code else "off"),
         *endpoint,
-        (f"{units} in this run", f"{run['num_units']:,}"),
-        ("rows cut in this run", f"{run['num_truncated']:,}"),
+        (f"{units} in this run", f"{run.num_units:,}"),
+        ("rows cut in this run", f"{run.num_truncated:,}"),
         ("bytes a row between preprocessing and model", _bytes_a_row(counts)),
         ("batches halved for memory in this run", f"{counts.get('batches_halved', 0):,}"),
-        ("run", f"{run['run_id']}, started {run['started']}"),
+        ("run", f"{run.run_id}, started {run.started}"),
     ]
 
 

@@ -9,6 +9,8 @@ import jinja2
 import markupsafe
 import numpy.typing as npt
 
+from fmembed.result import RunResult
+
 # Paul Tol's bright and muted schemes: told apart by colour-blind readers too.
 _COLOURS = (
     "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#332288", "#999933",
@@ -21,7 +23,7 @@ _MAX_HOVER_CHARS = 200
 
 def render(
     title: str,
-    run: dict[str, Any],
+    run: RunResult,
     facts: Sequence[tuple[str, str]],
     dim: int,
     probes: Sequence[dict[str, Any]],
@@ -32,7 +34,7 @@ def render(
 
     Args:
         title: What was embedded.
-        run: A RunResult as JSON.
+        run: What the last run did.
         facts: Name and value of each line of "what was embedded, and by what".
         dim: Length of a vector.
         probes: Results of `probes.run_probe`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ from fmembed.evaluate.facts import in_usd, pick_headlines, state_facts
 from fmembed.evaluate.page import make_map, render
 from fmembed.evaluate.source_again import cut_inputs, fetch_inputs
 from fmembed.evaluate.text_tower import NO_MODEL, embed_captions, embed_prompts
-from fmembed.result import check_probe
+from fmembed.result import RunResult, check_probe
 from fmembed.rows.columns import PARENT_ID, PIECE_START, PIECE_STOP
 from fmembed.rows.ids import keys_of
 from fmembed.rows.precision import dequantize, ranges_from_lists
@@ -41,10 +42,10 @@ _COLUMN_OF = {"labels": "label", "captions": "caption"}
 def evaluate(
     table: Table,
     spec: RunSpec,
-    run: dict[str, Any],
+    result: RunResult,
     source: SourceSpec | None,
     model: ModelSpec | None,
-) -> dict[str, Any]:
+) -> RunResult:
     """Probe the newest version and write the report.
 
     Args:
@@ -52,19 +53,19 @@ def evaluate(
         spec: Which probes, of which columns, in which words; with no probe the vectors are not
             looked at, and the report has no map either. It may be the table's own, which anybody
             may have written: nothing that it names is opened.
-        run: The last run's counts, for the report.
+        result: What the last run counted, for the report.
         source: What the user says the rows came from, to read inputs from; None to do without.
         model: What the user says embedded them, for its text tower; None to do without.
 
     Returns:
-        `run` with `probes` and `report` filled in.
+        `result` with `probes`, `report` and `usd` filled in.
 
     Raises:
         TableError: It is not what its metadata say.
         SpecError: A column is named that the table has not.
     """
     card = read_card(table)
-    version = run["version"]
+    version = result.version
     schema = _check_columns(table, spec, card)
     map_: dict[str, Any] | None = None
     left_out: list[dict[str, Any]] = []
@@ -72,21 +73,21 @@ def evaluate(
         map_, left_out = _look(table, schema, spec, card, version, source, model)
     found = [*_stored_probes(table, version, card, tuple(probes.PROBES)), *left_out]
     results = list({(r["probe"], r["column"]): r for r in found}.values())
-    run = {
-        **run,
-        "probes": pick_headlines(results, card),
-        "report": f"{table.uri}/_report.html",
-        "usd": in_usd(spec, run),
-    }
+    result = replace(
+        result,
+        probes=pick_headlines(results, card),
+        report=f"{table.uri}/_report.html",
+        usd=in_usd(spec, result),
+    )
     dims = {c: schema.field(c).type.list_size for c in card.pooled if c in schema.names}
     why = "no probe is named" if spec.source.label is not None else "no source.label names labels"
     if not dims:
         why = "no column holds one vector a row"
-    facts = state_facts(spec, card, dims, run)
+    facts = state_facts(spec, card, dims, result)
     dim = next(iter(dims.values()), 0)
-    html = render(spec.source.stored_name, run, facts, dim, results, why, map_)
+    html = render(spec.source.stored_name, result, facts, dim, results, why, map_)
     table.put_report(html)
-    return run
+    return result
 
 
 def read_card(table: Table) -> Card:
@@ -247,20 +248,19 @@ def _check_sample(table: Table, rows: pa.Table, card: Card) -> None:
         )
 
 
-def stored_results(table: Table, spec: RunSpec, run: dict[str, Any]) -> dict[str, Any] | None:
-    """`run` with what earlier probes of this version found; None where some have not been run.
+def stored_results(table: Table, spec: RunSpec, result: RunResult) -> RunResult | None:
+    """`result` with what earlier probes of this version found; None where some have not been run.
 
     Or not with all that this spec gives them.
     """
     card = read_card(table)
     names = _runnable(spec)
-    results = _stored_probes(table, run["version"], card, names)
+    results = _stored_probes(table, result.version, card, names)
     if not table.has_report or len(results) < len(names) * len(card.pooled):
         return None
     if any(r.get("skipped") == DAMAGED or r.get("missing") == _NO_SOURCE for r in results):
         return None
-    found = {"probes": pick_headlines(results, card), "report": f"{table.uri}/_report.html"}
-    return {**run, **found}
+    return replace(result, probes=pick_headlines(results, card), report=f"{table.uri}/_report.html")
 
 
 def _runnable(spec: RunSpec) -> tuple[str, ...]:

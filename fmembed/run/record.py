@@ -34,7 +34,7 @@ from fmembed.inputs import Inputs, open_inputs
 from fmembed.model.embed import Embed
 from fmembed.model.server import Endpoint
 from fmembed.prepare.stage import Preprocess
-from fmembed.result import RunResult, check_run
+from fmembed.result import RunResult
 from fmembed.rows.columns import accepted, table_schema
 from fmembed.rows.ids import RowIds
 from fmembed.rows.precision import (
@@ -112,12 +112,12 @@ def embed(
 
         found = None
         if not (result.rows_embedded or result.rows_rejected):
-            found = stored_results(table, spec, asdict(result))
+            found = stored_results(table, spec, result)
         if found is None:
             if spec.probes:
                 leave = connect(verbose) or leave
-            found = evaluate(table, spec, asdict(result), spec.source, spec.model)
-        return RunResult(**found)
+            found = evaluate(table, spec, result, spec.source, spec.model)
+        return found
     except ray.exceptions.RayError as e:
         raise explain(e) from e
     finally:
@@ -149,10 +149,9 @@ def probe(
     last = table.last_run()
     if last is None or not table.rows.parts():
         raise FmembedError(f"table: no run has finished on {uri}; run fmembed embed again first")
-    run = {**check_run(last, uri), "table": table.uri}
     try:
         leave = connect(verbose)
-        return RunResult(**evaluate(table, spec, run, source, model))
+        return evaluate(table, spec, last, source, model)
     except ray.exceptions.RayError as e:
         raise explain(e) from e
     finally:
@@ -501,12 +500,12 @@ class _Run:
             compute=self._compute,
         )
         if commits and (num_embedded or num_rejected):
-            self._table.put_run(commits.last, asdict(result))
+            self._table.put_run(commits.last, result)
         elif self._table.is_uncounted():
             last = Commit(
                 run=self.id,
                 rows_version=self._table.rows.version(),
                 rejected_version=self._table.rejected.version(),
             )
-            self._table.put_run(last, asdict(result))
+            self._table.put_run(last, result)
         return result

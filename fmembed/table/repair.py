@@ -12,7 +12,6 @@ import contextlib
 import re
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -206,8 +205,7 @@ class _Repair:
                 self._quarantine(run_path(commit), "the log does not hold its commits")
         num_rows = sum(part.num_rows for part in table.rows.parts())
         num_rejected = table.num_rejected()
-        last = table.last_run()
-        if not self._done and last is not None:
+        if not self._done and table.has_run:
             return
         result = RunResult(
             run_id=self._run_id,
@@ -224,7 +222,7 @@ class _Repair:
             "rows_version": table.rows.version(),
             "rejected_version": table.rejected.version(),
         }
-        put_run(storage, self._commit.model_copy(update=versions), asdict(result))
+        put_run(storage, self._commit.model_copy(update=versions), result)
         self._done.append(f"_runs: {num_rows:,} rows and {num_rejected:,} rejected are on record")
 
 

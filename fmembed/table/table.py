@@ -20,14 +20,15 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from fmembed.errors import FmembedError, StorageError, TableError
+from fmembed.result import RunResult, check_run
 from fmembed.rows.columns import DUPLICATE, REJECTED_SCHEMA, ROW_ID
 from fmembed.rows.ids import RowIds, keys_of
 from fmembed.storage import HALF_WRITTEN, Storage, tell
@@ -35,9 +36,6 @@ from fmembed.table.card import Card, fingerprint
 from fmembed.table.log import PART, Log, Part
 from fmembed.table.parts import REJECTED, as_written
 from fmembed.table.records import Commit, WholeShard, put_run, put_shards, read_runs, read_shards
-
-if TYPE_CHECKING:
-    pass
 
 # Where a run has died before its log was made, only these are left of it.
 _OWN_LOCK = re.compile(r"_lock/(\d{8,18}\.json|\.probe-[0-9a-f]{32})")
@@ -441,33 +439,47 @@ class Table:
             if shard.parts <= current
         }
 
-    def put_run(self, commit: Commit, result: dict[str, Any]) -> None:
+    def put_run(self, commit: Commit, result: RunResult) -> None:
         """Record what a run counted; `verify` compares the table with the last one."""
         put_run(self.storage, commit, result)
 
-    def last_run(self) -> Any:
+    def last_run(self) -> RunResult | None:
         """What the last run that finished has counted, None where there is none.
 
         The last by the versions that it made, of those that the logs hold: clocks differ.
+
+        Raises:
+            TableError: Its record is not as a run writes it.
         """
+        return next((check_run(raw, self.uri) for raw in self._counted()), None)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a run that finished has left a record, damaged or not."""
+        return any(True for _ in self._counted())
+
+    def _counted(self) -> Iterator[Any]:
+        """What runs have put on record whose commits the logs hold, the last one first."""
         versions = (self.rows.version(), self.rejected.version())
         for commit, result in read_runs(self.storage):
             is_past = (commit.rows_version, commit.rejected_version) <= versions
             if is_past and self._held([commit])[0]:
-                return result
-        return None
+                yield result
 
     def is_uncounted(self) -> bool:
         """Whether no run that finished has counted what is in the table, as after a kill between
-        its last commit and its record.
+        its last commit and its record, or where that record is damaged.
         """
         if self.card() is None:
             return False
-        last = self.last_run()
+        try:
+            last = self.last_run()
+        except TableError:
+            return True
         counts = [sum(part.num_rows for part in self.rows.parts()), self.num_rejected()]
-        if not isinstance(last, dict):
+        if last is None:
             return any(counts)
-        return counts != [last.get("table_rows"), last.get("table_rejected")]
+        return counts != [last.table_rows, last.table_rejected]
 
     def put_probe(self, version: int | None, result: dict[str, Any]) -> None:
         """Record what a probe of a version found."""

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fmembed.errors import DamagedError
+from fmembed.errors import DamagedError, TableError
 from fmembed.rows.columns import DUPLICATE, PARENT_ID, ROW_ID
 from fmembed.rows.ids import Keys, RowIds, keys_of
 from fmembed.table.log import ENTRY, FINGERPRINT, PART, Log, Part, what_is_cut
@@ -119,12 +119,9 @@ def verify(uri: str) -> VerifyResult:
         for p in parts
         if not PART.fullmatch(p.path)
     ]
-    run = table.last_run()
-    run = run if isinstance(run, dict) or run is None else {}
-    counts: list[str] = []
-    _verify_counts(run, len(all_keys), num_rejected, counts)
-    changed = run is not None and bool(table.rows.history(since=run.get("version") or 0))
-    (notes if changed else problems).extend(counts)
+    wrong, since = _compare_record(table, len(all_keys), num_rejected)
+    changed = since is not None and bool(table.rows.history(since=since))
+    (notes if changed else problems).extend(wrong)
     return VerifyResult(
         table=table.uri,
         version=table.version() or 0,
@@ -187,23 +184,31 @@ def _verify_norms(column: str, norms: Any, normalized: bool, problems: list[str]
         )
 
 
-def _verify_counts(run: Any, rows: int, rejected: int, problems: list[str]) -> None:
+def _compare_record(table: Table, rows: int, rejected: int) -> tuple[list[str], int | None]:
+    """Hold the last run's record to itself and to what was counted.
+
+    Returns:
+        What is wrong, and the version that the record speaks of, None without one.
+    """
+    try:
+        run = table.last_run()
+    except TableError:
+        return ["the record of the last run is damaged"], 0
     if run is None:
-        problems.append("no run has finished on this table")
-        return
-    names = ("rows_read", "rows_embedded", "rows_rejected", "rows_skipped")
-    if not all(isinstance(run.get(n), int) for n in (*names, "table_rows", "table_rejected")):
-        problems.append("the record of the last run is damaged")
-        return
-    counted = run["rows_embedded"] + run["rows_rejected"] + run["rows_skipped"]
-    if run["rows_read"] != counted:
-        problems.append(
-            f"the last run read {run['rows_read']} rows, "
-            f"but embedded, rejected and skipped {counted}"
+        return ["no run has finished on this table"], None
+    wrong = []
+    counted = run.rows_embedded + run.rows_rejected + run.rows_skipped
+    if run.rows_read != counted:
+        wrong.append(
+            f"the last run read {run.rows_read} rows, but embedded, rejected and skipped {counted}"
         )
-    for what, have in (("table_rows", rows), ("table_rejected", rejected)):
-        if run[what] != have:
-            problems.append(
-                f"{what} was {run[what]} when the last run ended, is {have}; if a later run was "
+    for what, said, have in (
+        ("table_rows", run.table_rows, rows),
+        ("table_rejected", run.table_rejected, rejected),
+    ):
+        if said != have:
+            wrong.append(
+                f"{what} was {said} when the last run ended, is {have}; if a later run was "
                 "stopped, run the same command again"
             )
+    return wrong, run.version or 0

@@ -181,8 +181,8 @@ def test_text_that_is_no_utf8(tmp_path: Path) -> None:
 
 
 def test_records_as_they_are_written_pass() -> None:
-    assert check_run({**RUN, "verdict": VERDICT}, "")["verdict"] == VERDICT
-    assert check_run({**RUN, "verdict": {}}, "")["verdict"] == {}
+    assert check_run({**RUN, "verdict": VERDICT}, "").verdict == VERDICT
+    assert check_run({**RUN, "verdict": {}}, "").verdict == {}
     assert check_probe(json.loads(json.dumps(PROBE)), "knn", "embedding") == PROBE
     skipped = {k: PROBE[k] for k in ("probe", "column", "version", "num_train", "num_test")}
     skipped |= {"seconds": 0.0, "skipped": "why"}
@@ -213,12 +213,12 @@ def test_records_of_other_shapes_do_not(change: dict[str, Any]) -> None:
 
 def test_an_earlier_result_without_the_source_is_not_enough_for_embed(tmp_path: Path) -> None:
     table = make_table(tmp_path / "out")
-    own, made = RunSpec.parse(SPEC), check_run(RUN, "") | {"table": table.uri}
+    own, made = RunSpec.parse(SPEC), check_run(RUN, table.uri)
     table.put_report("x")
     table.put_probe(1, PROBE)
     found = stored_results(table, own, made)
     assert found is not None
-    assert found["probes"]["knn"]["value"] == 0.9
+    assert found.probes["knn"]["value"] == 0.9
     table.put_probe(1, {**PROBE, "missing": _NO_SOURCE})
     assert stored_results(table, own, made) is None
     table.put_probe(1, {**PROBE, "num_test": "x"})
