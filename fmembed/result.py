@@ -163,8 +163,7 @@ def check_run(raw: Any, uri: str) -> RunResult:
         TableError: It is none.
     """
     if isinstance(raw, dict):
-        added = {"probes": {}, "report": None, "usd": None}
-        raw = {**raw, **added, "table": uri}
+        raw = {**raw, "table": uri, "probes": {}, "report": None, "usd": None}
     try:
         # As JSON once more: there half of a surrogate pair, which is no UTF-8, is no text.
         return _RUN_RESULT.validate_json(json.dumps(raw))

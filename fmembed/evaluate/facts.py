@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from fmembed.result import RunResult
@@ -12,7 +13,7 @@ from fmembed.table.card import Card, StoredOutput
 _UNITS = {"text": "tokens", "image": "patches", "audio": "samples"}
 
 
-def pick_headlines(results: list[dict[str, Any]], card: Card) -> dict[str, Any]:
+def pick_headlines(results: Sequence[dict[str, Any]], card: Card) -> dict[str, Any]:
     several = len(card.pooled) > 1
     return {
         f"{r['probe']} {r['column']}" if several else r["probe"]: {"skipped": r["skipped"]}
@@ -90,9 +91,9 @@ def _describe(output: StoredOutput, dim: int | None) -> str:
     if dim is not None:
         parts.append(f"{dim} numbers")
     if output.layer is not None:
-        parts.append(f"layer {output['layer']}")
+        parts.append(f"layer {output.layer}")
     if output.dims is not None:
-        parts.append(f"the first {output['dims']} dimensions")
+        parts.append(f"the first {output.dims} dimensions")
     parts.append("normalised" if output.normalize else "not normalised")
     return ", ".join([*parts, output.precision])
 

@@ -26,7 +26,7 @@ _C_GRID = tuple(float(c) for c in 10.0 ** np.arange(-2, 6))
 _FIT_SEED = 0
 
 
-# What a probe may ask for: the fields of `Sample`.
+# What a probe may ask for: the fields of `Sample`. Prompts and competitor come with labels only.
 Need = Literal["labels", "captions", "prompts", "competitor"]
 
 

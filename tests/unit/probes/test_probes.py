@@ -45,6 +45,8 @@ def test_the_config_names_every_probe_and_a_probe_only_what_a_sample_has() -> No
     for probe in PROBES.values():
         assert probe.NEEDS
         assert set(get_args(Need)) >= probe.NEEDS
+        # Both are made of the labelled rows.
+        assert "labels" in probe.NEEDS or not probe.NEEDS & {"prompts", "competitor"}
 
 
 @pytest.mark.parametrize("name", ["knn", "linear", "clustering"])
