@@ -21,9 +21,9 @@ from fmembed.errors import DamagedError, TableError
 from fmembed.result import RunResult
 from fmembed.rows.columns import DUPLICATE, PARENT_ID, REJECTED_SCHEMA, ROW_ID
 from fmembed.rows.ids import RowIds, keys_of
-from fmembed.table.card import Card
+from fmembed.table.card import TABLE, Card
 from fmembed.table.lock import Lock
-from fmembed.table.log import ENTRY, PART, Log, Part, what_is_cut
+from fmembed.table.log import ENTRY, PART, RUN, WRITE, Log, Part, what_is_cut
 from fmembed.table.parts import REJECTED
 from fmembed.table.records import Commit, put_run, put_shards, read_runs, read_shards, run_path
 from fmembed.table.table import Table
@@ -86,7 +86,7 @@ class _Repair:
         for log in (table.rows, table.rejected):
             for path in filter(PART.fullmatch, log.storage.paths()):
                 stamp = log.read_stamp(path)
-                own = {k: v for k, v in stamp.items() if k not in ("fmembed.run", "fmembed.write")}
+                own = {k: v for k, v in stamp.items() if k not in (RUN, WRITE)}
                 card = Card.of(own, table.uri)
                 if card is not None:
                     found[card.table + card.fingerprint] = card
@@ -118,7 +118,7 @@ class _Repair:
         if log.delta() is None:
             schema = None if is_rows else REJECTED_SCHEMA
             for path in filter(PART.fullmatch, log.storage.paths()) if schema is None else ():
-                if log.read_stamp(path).get("fmembed.table") == card.table:
+                if log.read_stamp(path).get(TABLE) == card.table:
                     schema = log.read_schema(path)
                     break
             if schema is None:

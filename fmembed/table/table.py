@@ -32,8 +32,8 @@ from fmembed.result import RunResult, check_run
 from fmembed.rows.columns import DUPLICATE, REJECTED_SCHEMA, ROW_ID
 from fmembed.rows.ids import RowIds, keys_of
 from fmembed.storage import HALF_WRITTEN, Storage, tell
-from fmembed.table.card import Card, fingerprint
-from fmembed.table.log import PART, Log, Part
+from fmembed.table.card import FINGERPRINT, TABLE, Card, fingerprint
+from fmembed.table.log import PART, RUN, WRITE, Log, Part
 from fmembed.table.parts import REJECTED, as_written
 from fmembed.table.records import Commit, WholeShard, put_run, put_shards, read_runs, read_shards
 
@@ -125,8 +125,7 @@ class Table:
             self._check_empty()
         elif (
             self.uri.endswith("/_rejected")
-            and Log(self.uri.removesuffix("/_rejected")).configuration().get("fmembed.table")
-            == card.table
+            and Log(self.uri.removesuffix("/_rejected")).configuration().get(TABLE) == card.table
         ):
             raise TableError(
                 f"output.uri: {self.uri} lies inside another table; give another folder"
@@ -180,13 +179,13 @@ class Table:
             first = self.storage.get("_delta_log/00000000000000000000.json")
         except FileNotFoundError:
             first = b""
-        return b'"fmembed.fingerprint"' in first or self.has_own_files()
+        return f'"{FINGERPRINT}"'.encode() in first or self.has_own_files()
 
     def has_own_files(self) -> bool:
         """Whether parts lie here that say they are of a table of this project."""
         paths = [*self.storage.paths(), *self.storage.paths(REJECTED)]
         parts = [p for p in paths if PART.fullmatch(p.removeprefix(REJECTED))]
-        return any("fmembed.table" in self.rows.read_stamp(p) for p in parts)
+        return any(TABLE in self.rows.read_stamp(p) for p in parts)
 
     def _around(self) -> str | None:
         """The table that this folder is inside of, if any."""
@@ -239,7 +238,7 @@ class Table:
             if self.rows.version() > 0:
                 tell(f"the log of {self.rejected.uri} is gone; its rows are read again")
             self.rejected.create(REJECTED_SCHEMA, configuration, run_id)
-        elif self.rejected.configuration().get("fmembed.fingerprint") != card.fingerprint:
+        elif self.rejected.configuration().get(FINGERPRINT) != card.fingerprint:
             self.rejected.create(REJECTED_SCHEMA, configuration, run_id)
         return card
 
@@ -324,7 +323,7 @@ class Table:
         num_aside = 0
         for log, path in strays:
             is_half = not PART.fullmatch(path)
-            run = "" if is_half else log.read_stamp(path).get("fmembed.run", "")
+            run = "" if is_half else log.read_stamp(path).get(RUN, "")
             # A run without a name is nobody's own.
             is_known = bool(run) and (
                 run == own or self.rows.held([run], [0])[0] or self.rejected.held([run], [0])[0]
@@ -412,7 +411,7 @@ class Table:
             return 0
         rows = pa.concat_tables(kept)
         configuration = self.rejected.configuration()
-        stamp = {**configuration, "fmembed.run": run_id, "fmembed.write": "forget"}
+        stamp = {**configuration, RUN: run_id, WRITE: "forget"}
         added = [self.rejected.write(rows, (), stamp)] if rows.num_rows else []
         # The shards that they were read from are no longer whole: see `whole_shards`.
         self.rejected.commit(
