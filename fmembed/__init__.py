@@ -28,12 +28,16 @@ if os.environ.get("PYTHONPATH") and "" in os.environ["PYTHONPATH"].split(os.path
 from typing import TYPE_CHECKING, Any
 
 from fmembed.errors import (
+    ConflictError,
+    DamagedError,
     FmembedError,
     Interrupted,
+    LockedError,
     ModelError,
     RejectedError,
     SourceError,
     SpecError,
+    StorageError,
     TableError,
     UserError,
 )
@@ -49,9 +53,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ComputeSpec",
+    "ConflictError",
+    "DamagedError",
     "FmembedError",
     "HubDataset",
     "Interrupted",
+    "LockedError",
     "ModelError",
     "ModelSpec",
     "OutputSpec",
@@ -61,6 +68,7 @@ __all__ = [
     "SourceError",
     "SourceSpec",
     "SpecError",
+    "StorageError",
     "TableError",
     "UserError",
     "__version__",

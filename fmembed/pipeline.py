@@ -7,13 +7,12 @@ torch does; so what is imported here is imported late.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmembed.errors import FmembedError
 from fmembed.inputs import Inputs, open_inputs
-from fmembed.result import RunResult, check_run
+from fmembed.result import RunResult
 from fmembed.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -139,12 +138,12 @@ def evaluate(table: Table, spec: RunSpec, result: RunResult, cluster: Cluster) -
     from fmembed.evaluate import probing
 
     if not (result.rows_embedded or result.rows_rejected):
-        known = probing.stored_results(table, spec, asdict(result))
+        known = probing.stored_results(table, spec, result)
         if known is not None:
-            return RunResult(**known)
+            return known
     if spec.probes:
         cluster.connect()
-    return RunResult(**probing.evaluate(table, spec, asdict(result), spec.source, spec.model))
+    return probing.evaluate(table, spec, result, spec.source, spec.model)
 
 
 def probe(
@@ -195,5 +194,4 @@ def probe(
         raise FmembedError(f"table: no run has finished on {uri}; run fmembed embed again first")
     with Cluster(verbose) as cluster:
         cluster.connect()
-        run = {**check_run(last, uri), "table": table.uri}
-        return RunResult(**probing.evaluate(table, spec, run, source, model))
+        return probing.evaluate(table, spec, last, source, model)

@@ -10,9 +10,44 @@ import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from typing_extensions import TypedDict  # pydantic takes the one of typing from 3.12 on
 
 from fmembed.errors import TableError
+
+# For what is read: a later version may say more, which is passed over.
+_CHECKED = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+
+class StageTime(TypedDict):
+    """Rows that a stage has seen, and seconds that its tasks or actors were at work, summed."""
+
+    rows: int
+    busy_s: float
+
+
+class ActorTime(TypedDict):
+    """Seconds of one actor, and what it computed."""
+
+    load_s: float
+    wait_s: float
+    busy_s: float
+    forward_s: float
+    copy_s: float
+    tokens: float
+
+
+class Verdict(TypedDict):
+    """Where the time of a run went: see `run.verdict.judge`."""
+
+    seconds: dict[str, float]
+    actors: dict[str, ActorTime]
+    wait_share: float
+    padding_waste: float
+    tokens_per_s: float
+    mfu: float | None
+    batch_tokens: dict[str, int]
+    advice: str
 
 
 @dataclass(frozen=True)
@@ -21,12 +56,16 @@ class RunResult:
 
     `rows_per_s` is over the whole run, start included; `steady_rows_per_s` from when as many
     windows have come out of the model as there are actors to the last commit, without their rows.
+    `verdict` is empty where nothing was embedded. `probes`, `report` and `usd` are what evaluation
+    adds; the record beside the table is without them.
     """
+
+    __pydantic_config__ = _CHECKED
 
     run_id: str
     started: str
     table: str
-    version: int | None
+    version: Annotated[int, Field(ge=0)] | None
     fingerprint: str
     rows_read: int = 0
     rows_embedded: int = 0
@@ -42,66 +81,18 @@ class RunResult:
     usd: float | None = None
     causes: dict[str, int] = field(default_factory=dict)
     steady_rows_per_s: float | None = None
-    stages: dict[str, Any] = field(default_factory=dict)
-    verdict: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, StageTime] = field(default_factory=dict)
+    verdict: Verdict | Annotated[dict[str, Any], Field(max_length=0)] = field(default_factory=dict)
     compute: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)
     report: str | None = None
 
 
+_RUN_RESULT = TypeAdapter(RunResult)
+
+
 class _Record(BaseModel):
-    # A later version may say more.
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
-
-
-class _Stage(_Record):
-    rows: int
-    busy_s: float
-
-
-class _Actor(_Record):
-    load_s: float
-    wait_s: float
-    busy_s: float
-    forward_s: float
-    copy_s: float
-    tokens: float
-
-
-class _Verdict(_Record):
-    seconds: dict[str, float]
-    actors: dict[str, _Actor]
-    wait_share: float
-    padding_waste: float
-    tokens_per_s: float
-    mfu: float | None
-    batch_tokens: dict[str, int]
-    advice: str
-
-
-class _Run(_Record):
-    """The fields of `RunResult`, but for what probing adds."""
-
-    run_id: str
-    started: str
-    version: int | None = Field(ge=0)
-    fingerprint: str
-    rows_read: int = 0
-    rows_embedded: int = 0
-    rows_rejected: int = 0
-    rows_skipped: int = 0
-    rows_per_s: float = 0.0
-    seconds: float = 0.0
-    table_rows: int = 0
-    table_rejected: int = 0
-    num_units: int = 0
-    num_truncated: int = 0
-    counts: dict[str, int] = {}
-    causes: dict[str, int] = {}
-    steady_rows_per_s: float | None = None
-    stages: dict[str, _Stage] = {}
-    verdict: _Verdict | Annotated[dict[str, Any], Field(max_length=0)] = {}
-    compute: dict[str, Any] = {}
+    model_config = _CHECKED
 
 
 class _Interval(_Record):
@@ -161,15 +152,21 @@ class _Probe(_Record):
         return self
 
 
-def check_run(raw: Any, uri: str) -> dict[str, Any]:
-    """The record of a run, as `table.Table.last_run` has read it.
+def check_run(raw: Any, uri: str) -> RunResult:
+    """The record of a run, as it was read from beside a table.
+
+    Args:
+        raw: Any JSON.
+        uri: Where the table is now: it may have been moved.
 
     Raises:
         TableError: It is none.
     """
+    if isinstance(raw, dict):
+        raw = {**raw, "table": uri, "probes": {}, "report": None, "usd": None}
     try:
         # As JSON once more: there half of a surrogate pair, which is no UTF-8, is no text.
-        return _Run.model_validate_json(json.dumps(raw)).model_dump()
+        return _RUN_RESULT.validate_json(json.dumps(raw))
     except ValidationError as e:
         field = ".".join(str(key) for key in e.errors(include_url=False)[0]["loc"])[:80]
         raise TableError(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from fmembed.evaluate.stored import Stored
+from fmembed.result import RunResult
 from fmembed.spec import EndpointSpec, RunSpec
+from fmembed.table.card import Card, StoredOutput
 
 _UNITS = {"text": "tokens", "image": "patches", "audio": "samples"}
 
 
-def pick_headlines(results: list[dict[str, Any]], stored: Stored) -> dict[str, Any]:
-    several = len(stored.pooled) > 1
+def pick_headlines(results: Sequence[dict[str, Any]], card: Card) -> dict[str, Any]:
+    several = len(card.pooled) > 1
     return {
         f"{r['probe']} {r['column']}" if several else r["probe"]: {"skipped": r["skipped"]}
         if "skipped" in r
@@ -25,16 +27,16 @@ def pick_headlines(results: list[dict[str, Any]], stored: Stored) -> dict[str, A
     }
 
 
-def in_usd(spec: RunSpec, run: dict[str, Any]) -> float | None:
+def in_usd(spec: RunSpec, run: RunResult) -> float | None:
     if spec.model.endpoint is None:
         return None
-    return cost_usd(spec.model.endpoint, run["counts"].get("endpoint_tokens", 0))
+    return cost_usd(spec.model.endpoint, run.counts.get("endpoint_tokens", 0))
 
 
 def state_facts(
-    spec: RunSpec, stored: Stored, dims: dict[str, int], run: dict[str, Any]
+    spec: RunSpec, card: Card, dims: dict[str, int], run: RunResult
 ) -> list[tuple[str, str]]:
-    raw, identity, counts = spec.stored(), stored.identity, run["counts"]
+    raw, identity, counts = spec.stored(), card.identity, run.counts
     text = [
         ("tokens at most", str(identity["model.max_tokens"])),
         ("prompt", repr(identity["model.prompt"]) if identity["model.prompt"] else "none"),
@@ -46,7 +48,7 @@ def state_facts(
     ]
     endpoint = []
     if spec.model.endpoint is not None:
-        usd = run["usd"]
+        usd = run.usd
         endpoint = [
             ("endpoint", raw["model"]["endpoint"]["base_url"]),
             ("tokens the server counted in this run", f"{counts.get('endpoint_tokens', 0):,}"),
@@ -54,7 +56,7 @@ def state_facts(
             ("requests", f"{counts.get('endpoint_requests', 0):,}"),
             ("requests sent again", f"{counts.get('endpoint_retries', 0):,}"),
         ]
-    units = "characters" if spec.model.endpoint is not None else _UNITS[stored.modality]
+    units = "characters" if spec.model.endpoint is not None else _UNITS[card.modality]
     return [
         ("source", f"{raw['source']['uri']} (format {spec.source.format})"),
         ("input column", spec.source.input),
@@ -63,18 +65,18 @@ def state_facts(
         ("revision", identity["model.revision"] or "a local folder"),
         ("weights, blake2b", identity["model.weights"] or "the server's"),
         *([("adapter", raw["model"]["adapter"])] if raw["model"]["adapter"] else []),
-        ("embeds", stored.modality),
-        *((f"column {c}", _describe(output, dims.get(c))) for c, output in stored.outputs.items()),
-        *(text if stored.modality == "text" else []),
+        ("embeds", card.modality),
+        *((f"column {c}", _describe(output, dims.get(c))) for c, output in card.outputs.items()),
+        *(text if card.modality == "text" else []),
         *pieces,
         ("dtype", identity["model.dtype"]),
         ("remote code", "allowed by the config" if spec.model.trust_remote_code else "off"),
         *endpoint,
-        (f"{units} in this run", f"{run['num_units']:,}"),
-        ("rows cut in this run", f"{run['num_truncated']:,}"),
+        (f"{units} in this run", f"{run.num_units:,}"),
+        ("rows cut in this run", f"{run.num_truncated:,}"),
         ("bytes a row between preprocessing and model", _bytes_a_row(counts)),
         ("batches halved for memory in this run", f"{counts.get('batches_halved', 0):,}"),
-        ("run", f"{run['run_id']}, started {run['started']}"),
+        ("run", f"{run.run_id}, started {run.started}"),
     ]
 
 
@@ -84,16 +86,16 @@ def _bytes_a_row(counts: dict[str, int]) -> str:
     return f"{counts['input_bytes'] / counts['input_rows']:,.0f}"
 
 
-def _describe(output: dict[str, Any], dim: int | None) -> str:
-    parts = [output["pooling"]]
+def _describe(output: StoredOutput, dim: int | None) -> str:
+    parts = [output.pooling]
     if dim is not None:
         parts.append(f"{dim} numbers")
-    if output["layer"] is not None:
-        parts.append(f"layer {output['layer']}")
-    if output["dims"] is not None:
-        parts.append(f"the first {output['dims']} dimensions")
-    parts.append("normalised" if output["normalize"] else "not normalised")
-    return ", ".join([*parts, output["precision"]])
+    if output.layer is not None:
+        parts.append(f"layer {output.layer}")
+    if output.dims is not None:
+        parts.append(f"the first {output.dims} dimensions")
+    parts.append("normalised" if output.normalize else "not normalised")
+    return ", ".join([*parts, output.precision])
 
 
 def cost_usd(spec: EndpointSpec, num_tokens: int) -> float | None:

@@ -9,6 +9,8 @@ import jinja2
 import markupsafe
 import numpy.typing as npt
 
+from fmembed.result import RunResult
+
 # Paul Tol's bright and muted schemes: told apart by colour-blind readers too.
 _COLOURS = (
     "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#332288", "#999933",
@@ -21,7 +23,7 @@ _MAX_HOVER_CHARS = 200
 
 def render(
     title: str,
-    run: dict[str, Any],
+    run: RunResult,
     facts: Sequence[tuple[str, str]],
     dim: int,
     probes: Sequence[dict[str, Any]],
@@ -32,7 +34,7 @@ def render(
 
     Args:
         title: What was embedded.
-        run: A RunResult as JSON.
+        run: What the last run did.
         facts: Name and value of each line of "what was embedded, and by what".
         dim: Length of a vector.
         probes: Results of `probes.run_probe`.
@@ -45,7 +47,6 @@ def render(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fmembed.evaluate", "."), autoescape=True, trim_blocks=True
     )
-    linear = next((p for p in probes if p["probe"] == "linear"), {})
     html = environment.get_template("report.html.j2").render(
         title=title,
         run=run,
@@ -54,8 +55,9 @@ def render(
         probes=probes,
         why_no_probes=why_no_probes,
         map=map_,
-        confusion=linear.get("confusion"),
-        suspicious=linear.get("suspicious"),
+        # At most one of each, whichever probe has it: they are long.
+        confused=next((p for p in probes if p.get("confusion")), None),
+        suspicious=next((p["suspicious"] for p in probes if p.get("suspicious")), None),
         score=_score,
     )
     # A file's name may be no text: Python then holds its bytes as halves of surrogate pairs.

@@ -4,39 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 
 from fmembed import probes
-from fmembed.arrays import Floats
 from fmembed.checkpoint.opening import list_modalities, open_checkpoint
-from fmembed.errors import ModelError, SpecError, TableError, reason
+from fmembed.errors import ModelError, SpecError
 from fmembed.evaluate.facts import in_usd, pick_headlines, state_facts
 from fmembed.evaluate.page import make_map, render
-from fmembed.evaluate.source_again import cut_inputs, fetch_inputs
-from fmembed.evaluate.stored import DAMAGED, Stored
+from fmembed.evaluate.sample import NO_SOURCE, TableSample, check_columns, read_card, read_sample
 from fmembed.evaluate.text_tower import NO_MODEL, embed_captions, embed_prompts
-from fmembed.result import check_probe
-from fmembed.rows.columns import PARENT_ID, PIECE_START, PIECE_STOP
-from fmembed.rows.ids import keys_of
-from fmembed.rows.precision import dequantize
+from fmembed.result import RunResult, check_probe
 from fmembed.spec import ModelSpec, RunSpec, SourceSpec
-from fmembed.table.reading import sample
+from fmembed.table.card import Card
 from fmembed.table.table import Table
 
-_NO_SOURCE = "needs the source: give --from-config CONFIG"
+_DAMAGED = "the record of it is damaged; probe the table again"
+# What a probe needs that is a column: the field of `source` that names it.
+_COLUMN_OF = {"labels": "label", "captions": "caption"}
 
 
 def evaluate(
     table: Table,
     spec: RunSpec,
-    run: dict[str, Any],
+    result: RunResult,
     source: SourceSpec | None,
     model: ModelSpec | None,
-) -> dict[str, Any]:
+) -> RunResult:
     """Probe the newest version and write the report.
 
     Args:
@@ -44,41 +41,52 @@ def evaluate(
         spec: Which probes, of which columns, in which words; with no probe the vectors are not
             looked at, and the report has no map either. It may be the table's own, which anybody
             may have written: nothing that it names is opened.
-        run: The last run's counts, for the report.
+        result: What the last run counted, for the report.
         source: What the user says the rows came from, to read inputs from; None to do without.
         model: What the user says embedded them, for its text tower; None to do without.
 
     Returns:
-        `run` with `probes` and `report` filled in.
+        `result` with `probes`, `report` and `usd` filled in.
 
     Raises:
         TableError: It is not what its metadata say.
         SpecError: A column is named that the table has not.
     """
-    stored = Stored.of(table)
-    version = run["version"]
-    schema = _check_columns(table, spec, stored)
-    map_: dict[str, Any] | None = None
+    card = read_card(table)
+    schema = check_columns(table, spec, card)
     left_out: list[dict[str, Any]] = []
+    map_: dict[str, Any] | None = None
     if spec.probes and schema.names:
-        map_, left_out = _look(table, schema, spec, stored, version, source, model)
-    found = [*_stored_probes(table, version, stored, tuple(probes.PROBES)), *left_out]
-    results = list({(r["probe"], r["column"]): r for r in found}.values())
-    run = {
-        **run,
-        "probes": pick_headlines(results, stored),
-        "report": f"{table.uri}/_report.html",
-        "usd": in_usd(spec, run),
-    }
-    dims = {c: schema.field(c).type.list_size for c in stored.pooled if c in schema.names}
-    why = "no probe is named" if spec.source.label is not None else "no source.label names labels"
-    if not dims:
-        why = "no column holds one vector a row"
-    facts = state_facts(spec, stored, dims, run)
-    dim = next(iter(dims.values()), 0)
-    html = render(spec.source.stored_name, run, facts, dim, results, why, map_)
-    table.put_report(html)
-    return run
+        sample = read_sample(table, schema, spec, card, source)
+        flat = _project(sample)
+        for found in _run_probes(sample, spec, card, model):
+            # For want of a model: it must replace none that an earlier evaluation has found.
+            if found.get("skipped") == NO_MODEL:
+                left_out.append(found)
+            else:
+                table.put_probe(result.version, found)
+        map_ = _draw(flat, sample, spec.source.label)
+    stored = _stored_probes(table, result.version, card, tuple(probes.PROBES))
+    found_by = {(p["probe"], p["column"]): p for p in [*stored, *left_out]}
+    results = list(found_by.values())
+    result = replace(_with_headlines(result, table, card, results), usd=in_usd(spec, result))
+    _write_report(table, spec, card, schema, result, results, map_)
+    return result
+
+
+def stored_results(table: Table, spec: RunSpec, result: RunResult) -> RunResult | None:
+    """`result` with what earlier probes of this version found; None where some have not been run.
+
+    Or not with all that this spec gives them.
+    """
+    card = read_card(table)
+    names = _runnable(spec)
+    results = _stored_probes(table, result.version, card, names)
+    if not table.has_report or len(results) < len(names) * len(card.pooled):
+        return None
+    if any(r.get("skipped") == _DAMAGED or r.get("missing") == NO_SOURCE for r in results):
+        return None
+    return _with_headlines(result, table, card, results)
 
 
 def check_made_by(table: Table, spec: RunSpec) -> None:
@@ -88,15 +96,15 @@ def check_made_by(table: Table, spec: RunSpec) -> None:
         SpecError: It is one.
         ModelError: Its checkpoint cannot be found or understood.
     """
-    stored = Stored.of(table)
-    modality, dtype = stored.modality, stored.identity["model.dtype"]
+    card = read_card(table)
+    modality, dtype = card.modality, card.identity["model.dtype"]
     if modality not in list_modalities(spec.model):
         raise ModelError(f"model.id: {spec.model.id} does not embed {modality}, as the table does")
     # `dtype: auto` goes by the device, and the table may have been made on another one.
     checkpoint = open_checkpoint(spec.model, dtype == "bfloat16", modality)
     identity = {**checkpoint.identity, **spec.preprocess.identity(modality)}
-    names = identity.keys() | stored.identity.keys()
-    differ = sorted(n for n in names if identity.get(n) != stored.identity.get(n))
+    names = identity.keys() | card.identity.keys()
+    differ = sorted(n for n in names if identity.get(n) != card.identity.get(n))
     if differ:
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise SpecError(
@@ -105,160 +113,75 @@ def check_made_by(table: Table, spec: RunSpec) -> None:
         )
 
 
-def _check_columns(table: Table, spec: RunSpec, stored: Stored) -> pa.Schema:
-    """The table's columns: vectors where its metadata say so, and all that the spec names."""
-    try:
-        schema = table.schema()
-    except (pa.ArrowException, OSError) as e:
-        raise TableError(f"table: {table.uri}: cannot read its parts: {reason(e)}") from None
-    if not schema.names:
-        return schema
-    if stored.identity["preprocess.pieces_are_rows"] and PARENT_ID not in schema.names:
-        raise TableError(f"table: {table.uri}: its metadata are damaged: no pieces; embed it anew")
-    for column in stored.pooled:
-        type_ = schema.field(column).type if column in schema.names else pa.null()
-        shapes = [ends.shape for ends in stored.ranges.get(column, ())]
-        if (
-            not pa.types.is_fixed_size_list(type_)
-            or not (pa.types.is_floating(type_.value_type) or pa.types.is_int8(type_.value_type))
-            or not type_.list_size
-            or (
-                stored.outputs[column]["precision"] == "int8" and shapes != [(type_.list_size,)] * 2
-            )
-        ):
-            raise TableError(
-                f"table: {table.uri}: its column {column} does not hold the vectors that its "
-                "metadata promise; embed it anew"
-            )
-    for field in ("label", "split", "caption"):
-        column = getattr(spec.source, field)
-        if column is not None and column not in schema.names:
-            has = ", ".join(name[:80] for name in schema.names[:20])
-            raise SpecError(f"source.{field}: no column {column[:80]!r} in the table; it has {has}")
-    return schema
-
-
-def _look(
-    table: Table,
-    schema: pa.Schema,
-    spec: RunSpec,
-    stored: Stored,
-    version: int | None,
-    source: SourceSpec | None,
-    model: ModelSpec | None,
-) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """Run the probes and put their results beside the table.
-
-    Returns:
-        The map, where there is a vector; and the results of probes that were left out for want of
-        a model, which replace none that an earlier look has found.
-    """
-    named = [c for c in (spec.source.label, spec.source.split, spec.source.caption) if c]
-    by_piece = stored.identity["preprocess.pieces_are_rows"]
-    has_texts = stored.modality == "text" and spec.source.input in schema.names
-    has_texts = has_texts and pa.types.is_string(schema.field(spec.source.input).type)
-    if has_texts:
-        named.append(spec.source.input)
-    if by_piece:
-        named += [PARENT_ID, PIECE_START, PIECE_STOP]
-    task = ray.remote(num_cpus=1)
-    rows: pa.Table = ray.get(
-        task(sample).remote(table.uri, [*named, *stored.pooled], probes.MAX_ROWS, spec.source.label)
-    )
-    _check_sample(table, rows, stored)
-    texts, cheap, missing = None, None, None
-    if has_texts:
-        texts = rows[spec.source.input].to_pylist()
-        if by_piece:
-            texts = cut_inputs(texts, rows)
-    elif source is None:
-        missing = _NO_SOURCE
-    else:
-        texts, cheap, missing = fetch_inputs(source, stored, rows)
-    vectors = {column: _matrix(rows, column, stored) for column in stored.pooled}
-    flat = None
-    step = max(math.ceil(rows.num_rows / probes.MAX_MAP_ROWS), 1)
-    if vectors:
-        flat = task(probes.project).remote(next(iter(vectors.values()))[::step])
-    results: list[dict[str, Any]] = ray.get(
-        [
-            future
-            for column in stored.pooled
-            for future in _probe(spec, stored, model, rows, column, vectors[column], texts, cheap)
-        ]
-    )
-    left_out = [r for r in results if r.get("skipped") == NO_MODEL]
-    for r in results:
-        if None in r.get("baselines", {}).values():
-            r["missing"] = missing or "no text has a word"
-        if r not in left_out:
-            table.put_probe(version, r)
-    if flat is None or not rows.num_rows:
-        return None, left_out
-    map_ = _map(
-        spec,
-        ray.get(flat),
-        rows.take(list(range(0, rows.num_rows, step))),
-        texts[::step] if texts else None,
-    )
-    return map_, left_out
-
-
-def _check_sample(table: Table, rows: pa.Table, stored: Stored) -> None:
-    """Refuse rows that no run has written: parts are files, which anybody may have made.
-
-    Raises:
-        TableError: Texts that are no UTF-8, hashes that are none, rows without id or vector.
-    """
-    try:
-        rows.validate(full=True)
-        is_hash = pc.match_substring_regex(rows["content_hash"], "^[0-9a-f]{32}$")
-        whole = pc.all(is_hash).as_py() is not False and not rows["row_id"].null_count
-        for column in stored.pooled:
-            values = rows[column].combine_chunks()
-            whole &= not values.null_count and not values.flatten().null_count
-        keys_of(rows["row_id"].to_pylist())
-    except (pa.ArrowException, AttributeError, TypeError, KeyError) as e:
-        raise TableError(f"table: {table.uri}: its rows are damaged: {reason(e)}") from None
-    if not whole:
-        raise TableError(
-            f"table: {table.uri}: its rows are damaged: an id, a content hash or a vector is none"
-        )
-
-
-def stored_results(table: Table, spec: RunSpec, run: dict[str, Any]) -> dict[str, Any] | None:
-    """`run` with what earlier probes of this version found; None where some have not been run.
-
-    Or not with all that this spec gives them.
-    """
-    stored = Stored.of(table)
-    names = _runnable(spec)
-    results = _stored_probes(table, run["version"], stored, names)
-    if not table.has_report or len(results) < len(names) * len(stored.pooled):
-        return None
-    if any(r.get("skipped") == DAMAGED or r.get("missing") == _NO_SOURCE for r in results):
-        return None
-    found = {"probes": pick_headlines(results, stored), "report": f"{table.uri}/_report.html"}
-    return {**run, **found}
-
-
 def _runnable(spec: RunSpec) -> tuple[str, ...]:
     """The named probes that this source has columns for."""
-    needs = {"crossmodal": spec.source.caption}
-    return tuple(n for n in spec.probes if needs.get(n, spec.source.label) is not None)
+    absent = {n for n, column in _COLUMN_OF.items() if getattr(spec.source, column) is None}
+    return tuple(name for name in spec.probes if not probes.PROBES[name].NEEDS & absent)
 
 
-def _stored_probes(
-    table: Table, version: int | None, stored: Stored, names: Sequence[str]
+def _run_probes(
+    sample: TableSample, spec: RunSpec, card: Card, model: ModelSpec | None
 ) -> list[dict[str, Any]]:
-    found = []
-    for column in stored.pooled:
+    """Run each probe that can run on each column, a task each."""
+    names = _runnable(spec)
+    started = []
+    for column in card.pooled:
+        given = _gather(names, column, sample, spec, card, model)
         for name in names:
-            raw = table.get_probe(version, name, column)
-            if raw is not None:
-                probe = check_probe(raw, name, column)
-                found.append(probe or _skip(name, column, DAMAGED))
-    return found
+            needed = {need: given[need] for need in probes.PROBES[name].NEEDS}
+            started.append(ray.remote(num_cpus=1)(_run).remote(name, column, **needed))
+    results: list[dict[str, Any]] = ray.get(started)
+    for found in results:
+        if None in found.get("baselines", {}).values():
+            found["missing"] = sample.missing or "no text has a word"
+    return results
+
+
+def _gather(
+    names: Sequence[str],
+    column: str,
+    sample: TableSample,
+    spec: RunSpec,
+    card: Card,
+    model: ModelSpec | None,
+) -> dict[str, Any]:
+    """What these probes need of one column, by the need: references to it.
+
+    Behind a reference there may be a text instead, which says why there is nothing.
+    """
+    needs = {need for name in names for need in probes.PROBES[name].NEEDS}
+    task = ray.remote(num_cpus=1)
+    vectors = sample.vectors[column]
+    hashes = sample.rows["content_hash"].to_pylist()
+    given: dict[str, Any] = {}
+    if "labels" in needs:
+        labelled = probes.label_rows(
+            sample.rows["row_id"].to_pylist(),
+            hashes,
+            vectors,
+            sample.values(spec.source.label) or [],
+            sample.values(spec.source.split),
+            sample.texts,
+            sample.cheap,
+        )
+        given["labels"] = ray.put(labelled)
+        if "competitor" in needs:
+            given["competitor"] = task(probes.cheap_accuracy).remote(given["labels"])
+        if "prompts" in needs:
+            classes = labelled.classes
+            given["prompts"] = task(embed_prompts).remote(spec, model, card, column, classes)
+    if "captions" in needs:
+        captions = sample.values(spec.source.caption) or []
+        given["captions"] = task(embed_captions).remote(
+            model, card, column, vectors, captions, hashes
+        )
+    return given
+
+
+def _run(name: str, column: str, **given: Any) -> dict[str, Any]:
+    if why := next((value for value in given.values() if isinstance(value, str)), None):
+        return _skip(name, column, why)
+    return {**probes.run_probe(name, probes.Sample(**given)), "column": column}
 
 
 def _skip(name: str, column: str, why: str) -> dict[str, Any]:
@@ -266,64 +189,63 @@ def _skip(name: str, column: str, why: str) -> dict[str, Any]:
     return {**result, "num_train": 0, "num_test": 0, "seconds": 0.0, "skipped": why}
 
 
-def _probe(
-    spec: RunSpec,
-    stored: Stored,
-    model: ModelSpec | None,
-    rows: pa.Table,
-    column: str,
-    vectors: Floats,
-    texts: list[str | None] | None,
-    cheap: tuple[str, Floats] | None,
-) -> list[Any]:
-    """Start the probes of one column; references to their results."""
-    task = ray.remote(num_cpus=1)
-    names = _runnable(spec)
-    hashes = rows["content_hash"].to_pylist()
-    labels = rows[spec.source.label].to_pylist() if spec.source.label is not None else []
-    splits = rows[spec.source.split].to_pylist() if spec.source.split is not None else None
-    started: list[Any] = []
-    if spec.source.label is not None:
-        made = probes.make_probe_data(
-            rows["row_id"].to_pylist(), hashes, vectors, labels, splits, texts, cheap
-        )
-        data = ray.put(made)
-        competitor = task(probes.cheap_accuracy).remote(data)
+def _stored_probes(
+    table: Table, version: int | None, card: Card, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    found = []
+    for column in card.pooled:
         for name in names:
-            if name == "zeroshot":
-                prompts = task(embed_prompts).remote(spec, model, stored, column, made.classes)
-                started.append(task(_run).remote(name, column, data, prompts))
-            elif name != "crossmodal":
-                started.append(task(_run).remote(name, column, data, competitor))
-    if "crossmodal" in names:
-        captions = rows[spec.source.caption].to_pylist()
-        pairs = task(embed_captions).remote(model, stored, column, vectors, captions, hashes)
-        started.append(task(_run).remote("crossmodal", column, pairs))
-    return started
+            raw = table.get_probe(version, name, column)
+            if raw is not None:
+                found.append(check_probe(raw, name, column) or _skip(name, column, _DAMAGED))
+    return found
 
 
-def _run(name: str, column: str, data: Any, *more: Any) -> dict[str, Any]:
-    if isinstance(data, str) or (more and isinstance(more[0], str)):
-        # Instead of vectors the reason why there are none.
-        return _skip(name, column, data if isinstance(data, str) else more[0])
-    return {**probes.run_probe(name, data, *more), "column": column}
+def _with_headlines(
+    result: RunResult, table: Table, card: Card, results: Sequence[dict[str, Any]]
+) -> RunResult:
+    headlines = pick_headlines(results, card)
+    return replace(result, probes=headlines, report=f"{table.uri}/_report.html")
 
 
-def _matrix(rows: pa.Table, column: str, stored: Stored) -> Floats:
-    dim = rows.schema.field(column).type.list_size
-    flat = rows[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    precision = stored.outputs[column]["precision"]
-    return dequantize(flat.reshape(-1, dim), column, precision, stored.ranges)
-
-
-def _map(
-    spec: RunSpec, flat: tuple[str, Any], rows: pa.Table, texts: list[str | None] | None
-) -> dict[str, Any] | None:
-    method, points = flat
-    if not len(points):
+def _project(sample: TableSample) -> Any:
+    """Lay the first column's vectors on a plane, in a task; None without a column."""
+    if not sample.vectors:
         return None
-    ids = rows["row_id"].to_pylist()
-    label = spec.source.label
-    labels = rows[label].to_pylist() if label is not None else [None] * len(ids)
+    vectors = next(iter(sample.vectors.values()))
+    return ray.remote(num_cpus=1)(probes.project).remote(vectors[_shown(sample)])
+
+
+def _shown(sample: TableSample) -> slice:
+    """The rows on the map: every so many-th."""
+    return slice(None, None, max(math.ceil(sample.rows.num_rows / probes.MAX_MAP_ROWS), 1))
+
+
+def _draw(flat: Any, sample: TableSample, label: str | None) -> dict[str, Any] | None:
+    """The map for the page; None without a row."""
+    if flat is None or not sample.rows.num_rows:
+        return None
+    method, points = ray.get(flat)
+    shown = _shown(sample)
+    ids = sample.rows["row_id"].to_pylist()[shown]
+    labels = (sample.values(label) or [None] * sample.rows.num_rows)[shown]
     named = [None if v is None else str(v) for v in labels]
-    return make_map(method, points, ids, named, texts)
+    return make_map(method, points, ids, named, sample.texts[shown] if sample.texts else None)
+
+
+def _write_report(
+    table: Table,
+    spec: RunSpec,
+    card: Card,
+    schema: pa.Schema,
+    result: RunResult,
+    results: Sequence[dict[str, Any]],
+    map_: dict[str, Any] | None,
+) -> None:
+    dims = {c: schema.field(c).type.list_size for c in card.pooled if c in schema.names}
+    why = "no probe is named" if spec.source.label is not None else "no source.label names labels"
+    if not dims:
+        why = "no column holds one vector a row"
+    facts = state_facts(spec, card, dims, result)
+    dim = next(iter(dims.values()), 0)
+    table.put_report(render(spec.source.stored_name, result, facts, dim, results, why, map_))

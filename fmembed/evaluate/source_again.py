@@ -11,30 +11,30 @@ import ray
 from fmembed import probes
 from fmembed.arrays import Floats
 from fmembed.errors import FmembedError
-from fmembed.evaluate.stored import Stored
 from fmembed.rows.columns import PARENT_ID, PIECE_START, PIECE_STOP
 from fmembed.rows.ids import RowIds, keys_of
 from fmembed.sources.opening import open_source
 from fmembed.sources.reading import read_shard
 from fmembed.sources.source import Shard, Source
 from fmembed.spec import SourceSpec
+from fmembed.table.card import Card
 
 _MAX_FETCH_BYTES = 10 * 2**30
 
 
 def fetch_inputs(
-    spec: SourceSpec, stored: Stored, rows: pa.Table
+    spec: SourceSpec, card: Card, rows: pa.Table
 ) -> tuple[list[str | None] | None, tuple[str, Floats] | None, str | None]:
     """Texts of the sample, or cheap features of its pictures or sounds, from the source again.
 
     Returns:
         The texts, or the features, or why there is neither.
     """
-    by_piece = stored.identity["preprocess.pieces_are_rows"]
-    if by_piece and stored.modality != "text":
-        return None, None, f"pieces of {stored.modality} have no cheap features"
+    by_piece = card.identity["preprocess.pieces_are_rows"]
+    if by_piece and card.modality != "text":
+        return None, None, f"pieces of {card.modality} have no cheap features"
     try:
-        source = open_source(spec, (stored.modality,))
+        source = open_source(spec, (card.modality,))
     except FmembedError as e:
         return None, None, f"the source cannot be read again: {e}"
     if source.num_bytes > _MAX_FETCH_BYTES:
@@ -52,7 +52,7 @@ def fetch_inputs(
         if known_hash != content_hash:
             return None, None, "the source has changed since"
         inputs.append(value)
-    if stored.modality == "text":
+    if card.modality == "text":
         return cut_inputs(inputs, rows) if by_piece else inputs, None, None
     if not inputs:
         return None, None, "there is no row"

@@ -9,63 +9,63 @@ from fmembed import probes
 from fmembed.arrays import Floats
 from fmembed.checkpoint.opening import list_modalities, open_checkpoint
 from fmembed.errors import FmembedError
-from fmembed.evaluate.stored import Stored
 from fmembed.prepare.stage import Preprocess
 from fmembed.rows.columns import row_schema
 from fmembed.spec import ModelSpec, PreprocessSpec, RunSpec
+from fmembed.table.card import Card
 
 # Why a probe, or its cheap competitor, is left out where nobody but the table names what it needs.
 NO_MODEL = "needs the model: give --from-config CONFIG"
 
 
 def embed_prompts(
-    spec: RunSpec, model: ModelSpec | None, stored: Stored, column: str, classes: list[str]
+    spec: RunSpec, model: ModelSpec | None, card: Card, column: str, classes: list[str]
 ) -> Floats | str:
     """Every template with every class, shape (classes, templates, dim), or why there is none."""
-    templates = spec.zeroshot.templates or probes.TEMPLATES[stored.modality]
+    templates = spec.zeroshot.templates or probes.TEMPLATES[card.modality]
     words = [spec.zeroshot.classes.get(c, c) for c in classes]
     texts = [t.replace("{}", w) for w in words for t in templates]
-    found = _embed_texts(model, stored, column, texts)
+    found = _embed_texts(model, card, column, texts)
     return found if isinstance(found, str) else found.reshape(len(words), len(templates), -1)
 
 
 def embed_captions(
     model: ModelSpec | None,
-    stored: Stored,
+    card: Card,
     column: str,
     vectors: Floats,
     captions: list[str | None],
     hashes: list[str],
-) -> probes.PairData | str:
+) -> probes.CaptionedRows | str:
     given = [i for i, caption in enumerate(captions) if caption]
     kept = [str(captions[i]) for i in given]
     distinct, at = np.unique(np.array(kept, dtype=object).astype(str), return_inverse=True)
-    found = _embed_texts(model, stored, column, distinct.tolist())
+    found = _embed_texts(model, card, column, distinct.tolist())
     if isinstance(found, str):
         return found
     codes = np.unique([hashes[i] for i in given], return_inverse=True)[1]
-    return probes.PairData(vectors[given], found[at], codes, np.asarray(at, dtype=np.int64))
+    return probes.CaptionedRows(vectors[given], found[at], codes, np.asarray(at, dtype=np.int64))
 
 
 def _embed_texts(
-    model: ModelSpec | None, stored: Stored, column: str, texts: list[str]
+    model: ModelSpec | None, card: Card, column: str, texts: list[str]
 ) -> Floats | str:
     """Embed texts by the tower that shares the column's space, or say why that cannot be."""
     if model is None:
         return NO_MODEL
     from fmembed.model.encoder import Encoder
 
-    output = stored.outputs[column]
+    output = card.outputs[column]
     try:
-        if "text" not in list_modalities(model) or output["pooling"] != "projection":
+        if "text" not in list_modalities(model) or output.pooling != "projection":
             return "needs a model with a text tower, and its projection"
         same_space = {
             "modality": "text", "outputs": {}, "pooling": None, "layer": None, "prompt": None,
-            "precision": "float32", "dims": output["dims"], "normalize": output["normalize"],
-            "dtype": stored.identity["model.dtype"],
+            "precision": "float32", "dims": output.dims, "normalize": output.normalize,
+            "dtype": card.identity["model.dtype"],
         }  # fmt: skip
         checkpoint = open_checkpoint(model.model_copy(update=same_space), False, "text")
-        digests = (stored.identity["model.weights"], stored.identity["model.adapter"])
+        digests = (card.identity["model.weights"], card.identity["model.adapter"])
         if (checkpoint.digest, checkpoint.adapter_digest) != digests:
             return "the checkpoint has changed since the table was made"
         encoder = Encoder(checkpoint)

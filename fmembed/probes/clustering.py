@@ -7,19 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from fmembed.probes.data import SEED, Ints, ProbeData, bootstrap, cheap_features, shuffled
+from fmembed.probes.data import SEED, Ints, Need, Sample, bootstrap, cheap_features, shuffled
 
-NAME, VERSION = "clustering", 1
+VERSION = 1
+NEEDS: frozenset[Need] = frozenset(("labels",))
 _METRICS = ("V-measure", "NMI", "ARI")
 _NUM_BOOTSTRAP = 200
 
 
-def run(data: ProbeData, cheap: dict[str, float] | None) -> dict[str, Any]:
+def run(sample: Sample) -> dict[str, Any]:
     """V-measure, NMI and ARI of the clusters of all rows, whatever their split.
 
-    `cheap`, an accuracy, has no place here: the competitor is k-means on the same features.
+    Its competitor is no accuracy, but k-means on the cheap features.
     """
-    del cheap
+    data = sample.split_rows()
     found = _cluster(data.vectors, len(data.classes))
     scores = [{"metric": m, **_score(m, data.labels, found)} for m in _METRICS]
     competitor = None

@@ -5,41 +5,21 @@ A query counts as found at k when any of the items that belong to it is among th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fmembed.probes.data import SEED, Bools, Floats, Ints, bootstrap
+from fmembed.probes.data import SEED, Bools, Floats, Ints, Need, Sample, bootstrap
 
-NAME, VERSION = "crossmodal", 1
+VERSION = 1
+NEEDS: frozenset[Need] = frozenset(("captions",))
 _KS = (1, 5, 10)
 _CHUNK_ROWS = 1024
 
 
-@dataclass(frozen=True)
-class PairData:
-    """Rows and their captions, in one space.
-
-    Shapes: vectors and captions (rows, dim); the codes (rows,): rows of one content have one row
-    code, equal captions one caption code, and belong to each other's.
-    """
-
-    vectors: Floats
-    captions: Floats
-    row_codes: Ints
-    caption_codes: Ints
-
-    @property
-    def why_not(self) -> str | None:
-        """Why the probe cannot run on this, or None."""
-        if len(np.unique(self.caption_codes)) < 2:
-            return "needs rows with at least two captions (source.caption)"
-        return None
-
-
-def run(data: PairData) -> dict[str, Any]:
+def run(sample: Sample) -> dict[str, Any]:
     """Recall at 1, 5 and 10, from rows to captions and back."""
+    data = sample.captioned_rows()
     rows, row_at = _unique(data.vectors, data.row_codes)
     captions, caption_at = _unique(data.captions, data.caption_codes)
     pairs = np.unique(np.stack([row_at, caption_at], axis=1), axis=0)

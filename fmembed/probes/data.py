@@ -1,11 +1,11 @@
-"""What every probe gets, and what every probe shares: the split, the intervals, the baselines."""
+"""What a probe is, what it gets, and what probes share: the split, the intervals, the baselines."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,41 @@ _C_GRID = tuple(float(c) for c in 10.0 ** np.arange(-2, 6))
 _FIT_SEED = 0
 
 
+# What a probe may ask for: the fields of `Sample`. Prompts and competitor come with labels only.
+Need = Literal["labels", "captions", "prompts", "competitor"]
+
+
+class Probe(Protocol):
+    """A module of this folder: a named protocol whose version goes up when its numbers change."""
+
+    VERSION: int
+    NEEDS: frozenset[Need]
+
+    def run(self, sample: Sample) -> dict[str, Any]:
+        """Score the vectors of one column.
+
+        Args:
+            sample: What NEEDS names; everything else in it is None.
+
+        Returns:
+            JSON: `scores`, each with metric, value, low and high (a 95 % interval) and perhaps k;
+            `headline`, the one of them that is shown first; `baselines` by name, value, low and
+            high each, or None where its input is missing. A probe may add `confusion` (classes,
+            counts) and `suspicious` (row_id, label, predicted, probability, text), which the report
+            shows, and put its own `num_train` and `num_test` over those of the sample.
+
+        Raises:
+            UnfitError: These rows do not suffice.
+        """
+        ...
+
+
+class UnfitError(Exception):
+    """Why rows do not suffice for a probe; it is then left out, and the report says so."""
+
+
 @dataclass(frozen=True)
-class ProbeData:
+class LabelledRows:
     """Labelled rows read back from a table.
 
     Shapes: vectors (rows, dim) float32; labels (rows,) positions in `classes`; bucket (rows,) 0 to
@@ -49,22 +82,85 @@ class ProbeData:
     cheap_name: str = "TF-IDF"
 
     @property
-    def why_not(self) -> str | None:
-        """Why no probe can run on this, or None."""
-        train, test = self.labels[~self.test], self.labels[self.test]
-        if len(np.unique(train)) < 2 or not len(test):
-            return (
-                "needs at least two labels with rows in the train split, and rows in the test one"
-            )
-        return None
+    def is_split(self) -> bool:
+        """Whether there are two labels to train on, and rows to test with."""
+        return len(np.unique(self.labels[~self.test])) > 1 and bool(self.test.any())
+
+
+@dataclass(frozen=True)
+class CaptionedRows:
+    """Rows and their captions, in one space.
+
+    Shapes: vectors and captions (rows, dim); the codes (rows,): rows of one content have one row
+    code, equal captions one caption code, and belong to each other's.
+    """
+
+    vectors: Floats
+    captions: Floats
+    row_codes: Ints
+    caption_codes: Ints
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a probe gets of one column: what it needs, and None for the rest.
+
+    `labels` are the labelled rows, `captions` the rows with a caption, `prompts` the vectors of
+    each label's templates, shape (classes, templates, dim) in the order of `labels.classes`, and
+    `competitor` the accuracy that `cheap_accuracy` gave for the labelled rows, None without inputs.
+    """
+
+    labels: LabelledRows | None = None
+    captions: CaptionedRows | None = None
+    prompts: Floats | None = None
+    competitor: dict[str, float] | None = None
 
     @property
-    def why_not_zeroshot(self) -> str | None:
-        """Why a probe that trains nothing cannot run on this, or None."""
-        return None if len(self.classes) > 1 else "needs at least two labels"
+    def counts(self) -> dict[str, int]:
+        """Rows to learn from, rows to be judged by, and of labelled rows the labels."""
+        if self.labels is not None:
+            test = self.labels.test
+            return {
+                "num_train": int((~test).sum()),
+                "num_test": int(test.sum()),
+                "num_classes": len(self.labels.classes),
+            }
+        return {"num_train": 0, "num_test": len(self.captions.vectors) if self.captions else 0}
+
+    def labelled_rows(self) -> LabelledRows:
+        """The labelled rows, for a probe that trains nothing.
+
+        Raises:
+            UnfitError: There are fewer than two labels.
+        """
+        if self.labels is None or len(self.labels.classes) < 2:
+            raise UnfitError("needs at least two labels")
+        return self.labels
+
+    def split_rows(self) -> LabelledRows:
+        """The labelled rows, for a probe that is trained on one split and judged by the other.
+
+        Raises:
+            UnfitError: There is nothing to be told apart, or nothing to judge by.
+        """
+        if self.labels is None or not self.labels.is_split:
+            raise UnfitError(
+                "needs at least two labels with rows in the train split, and rows in the test one"
+            )
+        return self.labels
+
+    def captioned_rows(self) -> CaptionedRows:
+        """The rows with a caption.
+
+        Raises:
+            UnfitError: There are fewer than two captions.
+        """
+        if self.captions is None or len(np.unique(self.captions.caption_codes)) < 2:
+            raise UnfitError("needs rows with at least two captions (source.caption)")
+        return self.captions
 
 
-def make_probe_data(
+def label_rows(
     row_ids: list[str],
     content_hashes: list[str],
     vectors: Floats,
@@ -72,7 +168,7 @@ def make_probe_data(
     splits: list[Any] | None,
     texts: list[str | None] | None,
     cheap: tuple[str, Floats] | None = None,
-) -> ProbeData:
+) -> LabelledRows:
     """Choose, split and code the labelled rows.
 
     Where the dataset names no split, a row's content hash decides: a fifth is test. So the split
@@ -91,7 +187,7 @@ def make_probe_data(
         names = [str(splits[i]).lower() for i in chosen]
         if "test" in names and len(set(names)) > 1:
             test, named_split = np.array([n == "test" for n in names], dtype=np.bool_), True
-    return ProbeData(
+    return LabelledRows(
         row_ids=[row_ids[i] for i in chosen],
         vectors=vectors[chosen],
         labels=np.array([code[str(labels[i])] for i in chosen], dtype=np.int64),
@@ -130,7 +226,7 @@ def shuffled(labels: Ints) -> Ints:
     return np.random.default_rng(SEED).permutation(labels)
 
 
-def majority(data: ProbeData) -> dict[str, float]:
+def majority(data: LabelledRows) -> dict[str, float]:
     """Accuracy on the test split of always saying the train split's most frequent label."""
     most = np.bincount(data.labels[~data.test]).argmax()
     truth = data.labels[data.test]
@@ -175,7 +271,7 @@ def fit(features: Any, labels: Ints, c: float) -> LogisticRegression:
         return model.fit(features.astype(np.float64), labels)
 
 
-def cheap_features(data: ProbeData, fit_on: Bools) -> Any:
+def cheap_features(data: LabelledRows, fit_on: Bools) -> Any:
     """TF-IDF of the texts, fitted on some rows, or what `cheap` holds; None without either."""
     if data.texts is None:
         return data.cheap
@@ -190,11 +286,11 @@ def cheap_features(data: ProbeData, fit_on: Bools) -> Any:
     return vectorizer.transform(texts)
 
 
-def cheap_accuracy(data: ProbeData) -> dict[str, float] | None:
+def cheap_accuracy(data: LabelledRows) -> dict[str, float] | None:
     """The cheap competitor: logistic regression on cheap features, same split; None without."""
     train, test = ~data.test, data.test
     features = cheap_features(data, train)
-    if features is None or data.why_not is not None:
+    if features is None or not data.is_split:
         return None
     model, _ = fit_logistic(features[train], data.labels[train], data.bucket[train])
     return accuracy(data.labels[test], model.predict(features[test].astype(np.float64)))

@@ -10,20 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from fmembed.probes.data import Floats, Ints, ProbeData, accuracy, majority, shuffled
+from fmembed.probes.data import Floats, Ints, Need, Sample, accuracy, majority, shuffled
 
-NAME, VERSION = "knn", 1
+VERSION = 1
+NEEDS: frozenset[Need] = frozenset(("labels", "competitor"))
 _KS = (10, 20, 100, 200)
 _TEMPERATURE = 0.07
 _CHUNK_ROWS = 1024
 
 
-def run(data: ProbeData, cheap: dict[str, float] | None) -> dict[str, Any]:
+def run(sample: Sample) -> dict[str, Any]:
     """Accuracy on the test split for each k, capped at the train size.
 
-    `cheap` is the competitor's accuracy there. The headline is the smallest k, not the best one:
-    choosing k by the test split would flatter the vectors.
+    The headline is the smallest k, not the best one: choosing k by the test split would flatter
+    the vectors.
     """
+    data = sample.split_rows()
     train, test = ~data.test, data.test
     ks = sorted({min(k, int(train.sum())) for k in _KS})
     truth = data.labels[test]
@@ -40,7 +42,7 @@ def run(data: ProbeData, cheap: dict[str, float] | None) -> dict[str, Any]:
         "baselines": {
             "majority": majority(data),
             "shuffled labels": accuracy(truth, chance[ks[0]]),
-            f"{data.cheap_name} + logistic regression": cheap,
+            f"{data.cheap_name} + logistic regression": sample.competitor,
         },
     }
 

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from fmembed.probes.data import (
-    ProbeData,
+    LabelledRows,
+    Need,
+    Sample,
     accuracy,
     bootstrap,
     fit,
@@ -16,14 +18,16 @@ from fmembed.probes.data import (
     shuffled,
 )
 
-NAME, VERSION = "linear", 1
+VERSION = 1
+NEEDS: frozenset[Need] = frozenset(("labels", "competitor"))
 _NUM_SUSPICIOUS = 10
 
 
-def run(data: ProbeData, cheap: dict[str, float] | None) -> dict[str, Any]:
-    """Accuracy and macro-F1 on the test split; `cheap` is the competitor's accuracy there."""
+def run(sample: Sample) -> dict[str, Any]:
+    """Accuracy and macro-F1 on the test split, its confusion matrix and the suspicious labels."""
     from sklearn.metrics import confusion_matrix, f1_score
 
+    data = sample.split_rows()
     train, test = ~data.test, data.test
     truth = data.labels[test]
     model, c = fit_logistic(data.vectors[train], data.labels[train], data.bucket[train])
@@ -51,7 +55,7 @@ def run(data: ProbeData, cheap: dict[str, float] | None) -> dict[str, Any]:
             "shuffled labels": accuracy(
                 truth, chance.predict(data.vectors[test].astype(np.float64))
             ),
-            f"{data.cheap_name} + logistic regression": cheap,
+            f"{data.cheap_name} + logistic regression": sample.competitor,
         },
         "confusion": {
             "classes": data.classes,
@@ -63,11 +67,11 @@ def run(data: ProbeData, cheap: dict[str, float] | None) -> dict[str, Any]:
     }
 
 
-def _suspicious(data: ProbeData, c: float) -> list[dict[str, Any]]:
+def _suspicious(data: LabelledRows, c: float) -> list[dict[str, Any]]:
     """The rows whose label a model that has not seen them believes least.
 
     Five models, each asked about the fifth it was not fitted on; copies of a text share a fifth, so
-     a wrong label cannot vouch for itself (after Northcutt et al. 2021, confident learning).
+    a wrong label cannot vouch for itself (after Northcutt et al. 2021, confident learning).
     """
     belief = np.full(len(data.labels), np.nan)
     guess = np.full(len(data.labels), -1)

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fmembed.probes.data import Floats, Ints, ProbeData, accuracy, bootstrap, majority, shuffled
+from fmembed.probes.data import Floats, Ints, Need, Sample, accuracy, bootstrap, majority, shuffled
 
-NAME, VERSION = "zeroshot", 1
+VERSION = 1
+NEEDS: frozenset[Need] = frozenset(("labels", "prompts"))
 TEMPLATES = {
     "image": ("a photo of a {}.", "a picture of the {}.", "an image of one {}."),
     "audio": ("this is a sound of {}.", "the sound of {}.", "a recording of {}."),
@@ -21,17 +22,14 @@ TEMPLATES = {
 _SCALE = 100.0
 
 
-def run(data: ProbeData, prompts: Floats) -> dict[str, Any]:
+def run(sample: Sample) -> dict[str, Any]:
     """Accuracy among the first 1 and 5, and mean recall by class.
 
     On the test split where the dataset names one, else on all labelled rows: nothing is trained, so
     no row has to be kept back.
-
-    Args:
-        data: Labelled rows.
-        prompts: Vectors of each class's templates, in the order of `data.classes`, shape
-            (classes, templates, dim).
     """
+    data, prompts = sample.labelled_rows(), sample.prompts
+    assert prompts is not None
     rows = data.test if data.named_split else np.ones_like(data.test)
     truth = data.labels[rows]
     vectors = _normalized(data.vectors[rows])

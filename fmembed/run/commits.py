@@ -22,6 +22,7 @@ from fmembed.sources.source import Shard
 from fmembed.spec import OutputSpec
 from fmembed.table.card import Card
 from fmembed.table.lock import Lock
+from fmembed.table.log import RUN, WRITE
 from fmembed.table.parts import REJECTED, ShardCount, Written, write_part
 from fmembed.table.records import Commit, WholeShard
 from fmembed.table.table import Table
@@ -217,7 +218,7 @@ class Commits:
     def _submit(self, write: _Write) -> None:
         # Counted, so that the same rows twice are two parts: one of them may have to be undone.
         self._num_writes += 1
-        own = {"fmembed.run": self.run_id, "fmembed.write": str(self._num_writes)}
+        own = {RUN: self.run_id, WRITE: str(self._num_writes)}
         # No CPU reserved: Ray Data has planned with all of them, and a write is short.
         task = ray.remote(num_cpus=0, max_retries=_MAX_WRITE_RETRIES)(_write_blocks)
         ref = task.remote(

@@ -96,14 +96,14 @@ class Run:
         table, commits = self._inputs.table, self._commits
         result = self._result()
         if commits and (result.rows_embedded or result.rows_rejected):
-            table.put_run(commits.last, asdict(result))
+            table.put_run(commits.last, result)
         elif table.is_uncounted():
             last = Commit(
                 run=self.id,
                 rows_version=table.rows.version(),
                 rejected_version=table.rejected.version(),
             )
-            table.put_run(last, asdict(result))
+            table.put_run(last, result)
         return result
 
     def _result(self) -> RunResult:

@@ -1,17 +1,4 @@
-"""RunSpec, its parts and its fingerprint; the error tree.
-
-FmembedError            exit 1: the run failed
-├── RejectedError       exit 1: too many rows were rejected
-├── StorageError        exit 1: storage is full, forbidden or out of reach (storage.py)
-├── LockedError         exit 1: another run is writing the table (lock.py)
-├── ConflictError       exit 1: somebody else has changed the table (table.py)
-├── Interrupted         exit 129, 130 or 143: stopped by a signal
-└── UserError           exit 2: the user's input; nothing was written
-    ├── SpecError       a field of the config
-    ├── SourceError     the dataset
-    ├── ModelError      the checkpoint
-    └── TableError      the output table
-"""
+"""What a table says of itself: one card, in its logs' metadata and in each part's footer."""
 
 from __future__ import annotations
 
@@ -23,8 +10,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from fmembed.errors import TableError
-from fmembed.redaction import redact as redact
-from fmembed.redaction import scrub as scrub
 from fmembed.spec import Modality, Precision
 
 
@@ -39,7 +24,10 @@ def fingerprint(identity: dict[str, Any]) -> str:
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
 
-_PREFIX = "fmembed."
+# Before each name of ours among the metadata of a log, a commit or a part.
+PREFIX = "fmembed."
+TABLE, FINGERPRINT = f"{PREFIX}table", f"{PREFIX}fingerprint"
+_OUTPUTS = f"{PREFIX}outputs"
 # Plain texts; the others are JSON.
 _PLAIN = ("table", "fingerprint", "modality")
 
@@ -82,13 +70,13 @@ class Card(BaseModel):
         Raises:
             TableError: Not as any version of this project writes it.
         """
-        if f"{_PREFIX}fingerprint" not in configuration:
+        if FINGERPRINT not in configuration:
             return None
-        if f"{_PREFIX}outputs" not in configuration:
+        if _OUTPUTS not in configuration:
             raise TableError(f"table: {uri} was made by an earlier version; embed it anew")
-        names = [n for n in cls.model_fields if f"{_PREFIX}{n}" in configuration]
+        names = [n for n in cls.model_fields if f"{PREFIX}{n}" in configuration]
         try:
-            raw = {n: _load(n, configuration[f"{_PREFIX}{n}"]) for n in names}
+            raw = {n: _load(n, configuration[f"{PREFIX}{n}"]) for n in names}
             return cls.model_validate(raw)
         except ValidationError as e:
             field = ".".join(str(key) for key in e.errors(include_url=False)[0]["loc"][:2])[:80]
@@ -109,7 +97,7 @@ class Card(BaseModel):
     def to_configuration(self) -> dict[str, str]:
         """As texts by name, for a log's metadata and a part's footer."""
         raw = self.model_dump(mode="json")
-        return {f"{_PREFIX}{n}": v if n in _PLAIN else json.dumps(v) for n, v in raw.items()}
+        return {f"{PREFIX}{n}": v if n in _PLAIN else json.dumps(v) for n, v in raw.items()}
 
     @property
     def pooled(self) -> list[str]:

@@ -10,7 +10,7 @@ never come twice, so that a slow watcher cannot create one that was already used
 
 The lock is for people: it tells the second who is first. What keeps a table exact even where a lock
 fails (a machine that slept through its own heartbeat) is that a commit is refused unless the table
-is as the run last saw it: see `table.Log.commit`.
+is as the run last saw it: see `log.Log.commit`.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from fmembed.errors import (
 )
 from fmembed.rows.columns import CONTENT_HASH, PARENT_ID, ROW_ID
 from fmembed.storage import HALF_WRITTEN, Storage
+from fmembed.table.card import FINGERPRINT, PREFIX, TABLE
 
 # Old versions stay readable: Delta readers and writers forget after 30 days otherwise.
 _KEEP = {
@@ -44,8 +45,11 @@ _KEEP = {
 # Common to all commits of all runs: two transactions of one name conflict, so that a commit made
 # on a version that is no longer the newest fails. Appends of different names would both succeed.
 _TRANSACTION = "fmembed"
-# On each commit: whose it is, for which model, and of how many actions, so that a cut entry shows.
-RUN, FINGERPRINT, _ACTIONS = "fmembed.run", "fmembed.fingerprint", "fmembed.actions"
+# On each commit, besides FINGERPRINT: whose it is, and of how many actions, so that a cut entry
+# shows.
+RUN, _ACTIONS = f"{PREFIX}run", f"{PREFIX}actions"
+# In a part's footer, beside the card and RUN: which of the run's writes it is of.
+WRITE = f"{PREFIX}write"
 # What readers of a table may have to know and these parts do not need; anything else, as deletion
 # vectors or renamed columns, would have the parts read otherwise than by their bytes.
 _READER_FEATURES = frozenset(("timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"))
@@ -268,7 +272,7 @@ class Log:
         if whole:
             ever = self._ever_named()
             whole = [p for p in whole if p not in ever]
-        found = [p for p in whole if table and self.read_stamp(p).get("fmembed.table") == table]
+        found = [p for p in whole if table and self.read_stamp(p).get(TABLE) == table]
         if local := self.storage.local:
             half = (p.name for p in local.glob("part-*.tmp"))
             found += [n for n in half if PART.fullmatch(HALF_WRITTEN.sub("", n))]
@@ -359,7 +363,7 @@ class Log:
         return {
             k.decode(): v.decode(errors="replace")
             for k, v in metadata.items()
-            if k.startswith(b"fmembed.")
+            if k.startswith(PREFIX.encode())
         }  # fmt: skip
 
     def read_ids(self, part: Part) -> list[str]:

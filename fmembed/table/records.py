@@ -11,11 +11,12 @@ tool, what is no longer in the table is read again. A record that cannot be read
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fmembed.result import RunResult
 from fmembed.storage import Storage, tell
 
 
@@ -89,9 +90,9 @@ def read_shards(storage: Storage) -> list[tuple[Commit, list[WholeShard]]]:
     return found
 
 
-def put_run(storage: Storage, commit: Commit, result: dict[str, Any]) -> None:
+def put_run(storage: Storage, commit: Commit, result: RunResult) -> None:
     """Record what a run counted, named after the versions that it made."""
-    record = _RunRecord(commit=commit, result=result)
+    record = _RunRecord(commit=commit, result=asdict(result))
     storage.put(run_path(commit), record.model_dump_json(indent=1).encode())
 
 
@@ -102,7 +103,10 @@ def run_path(commit: Commit) -> str:
 
 
 def read_runs(storage: Storage) -> Iterator[tuple[Commit, Any]]:
-    """What runs have counted, those of the newest versions first; each is read when asked for."""
+    """What runs have counted, those of the newest versions first; each is read when asked for.
+
+    The counts are any JSON: `result.check_run` makes a RunResult of them.
+    """
     for path in reversed(storage.paths("_runs/")):  # their names begin with the versions
         record = _read(storage, path, _RunRecord)
         if record is not None:

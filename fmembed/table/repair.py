@@ -12,7 +12,6 @@ import contextlib
 import re
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,9 +21,9 @@ from fmembed.errors import DamagedError, TableError
 from fmembed.result import RunResult
 from fmembed.rows.columns import DUPLICATE, PARENT_ID, REJECTED_SCHEMA, ROW_ID
 from fmembed.rows.ids import RowIds, keys_of
-from fmembed.table.card import Card
+from fmembed.table.card import TABLE, Card
 from fmembed.table.lock import Lock
-from fmembed.table.log import ENTRY, PART, Log, Part, what_is_cut
+from fmembed.table.log import ENTRY, PART, RUN, WRITE, Log, Part, what_is_cut
 from fmembed.table.parts import REJECTED
 from fmembed.table.records import Commit, put_run, put_shards, read_runs, read_shards, run_path
 from fmembed.table.table import Table
@@ -87,7 +86,7 @@ class _Repair:
         for log in (table.rows, table.rejected):
             for path in filter(PART.fullmatch, log.storage.paths()):
                 stamp = log.read_stamp(path)
-                own = {k: v for k, v in stamp.items() if k not in ("fmembed.run", "fmembed.write")}
+                own = {k: v for k, v in stamp.items() if k not in (RUN, WRITE)}
                 card = Card.of(own, table.uri)
                 if card is not None:
                     found[card.table + card.fingerprint] = card
@@ -119,7 +118,7 @@ class _Repair:
         if log.delta() is None:
             schema = None if is_rows else REJECTED_SCHEMA
             for path in filter(PART.fullmatch, log.storage.paths()) if schema is None else ():
-                if log.read_stamp(path).get("fmembed.table") == card.table:
+                if log.read_stamp(path).get(TABLE) == card.table:
                     schema = log.read_schema(path)
                     break
             if schema is None:
@@ -206,8 +205,7 @@ class _Repair:
                 self._quarantine(run_path(commit), "the log does not hold its commits")
         num_rows = sum(part.num_rows for part in table.rows.parts())
         num_rejected = table.num_rejected()
-        last = table.last_run()
-        if not self._done and last is not None:
+        if not self._done and table.has_run:
             return
         result = RunResult(
             run_id=self._run_id,
@@ -224,7 +222,7 @@ class _Repair:
             "rows_version": table.rows.version(),
             "rejected_version": table.rejected.version(),
         }
-        put_run(storage, self._commit.model_copy(update=versions), asdict(result))
+        put_run(storage, self._commit.model_copy(update=versions), result)
         self._done.append(f"_runs: {num_rows:,} rows and {num_rejected:,} rejected are on record")
 
 

@@ -20,24 +20,22 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from fmembed.errors import FmembedError, StorageError, TableError
+from fmembed.result import RunResult, check_run
 from fmembed.rows.columns import DUPLICATE, REJECTED_SCHEMA, ROW_ID
 from fmembed.rows.ids import RowIds, keys_of
 from fmembed.storage import HALF_WRITTEN, Storage, tell
-from fmembed.table.card import Card, fingerprint
-from fmembed.table.log import PART, Log, Part
+from fmembed.table.card import FINGERPRINT, TABLE, Card, fingerprint
+from fmembed.table.log import PART, RUN, WRITE, Log, Part
 from fmembed.table.parts import REJECTED, as_written
 from fmembed.table.records import Commit, WholeShard, put_run, put_shards, read_runs, read_shards
-
-if TYPE_CHECKING:
-    pass
 
 # Where a run has died before its log was made, only these are left of it.
 _OWN_LOCK = re.compile(r"_lock/(\d{8,18}\.json|\.probe-[0-9a-f]{32})")
@@ -127,8 +125,7 @@ class Table:
             self._check_empty()
         elif (
             self.uri.endswith("/_rejected")
-            and Log(self.uri.removesuffix("/_rejected")).configuration().get("fmembed.table")
-            == card.table
+            and Log(self.uri.removesuffix("/_rejected")).configuration().get(TABLE) == card.table
         ):
             raise TableError(
                 f"output.uri: {self.uri} lies inside another table; give another folder"
@@ -182,13 +179,13 @@ class Table:
             first = self.storage.get("_delta_log/00000000000000000000.json")
         except FileNotFoundError:
             first = b""
-        return b'"fmembed.fingerprint"' in first or self.has_own_files()
+        return f'"{FINGERPRINT}"'.encode() in first or self.has_own_files()
 
     def has_own_files(self) -> bool:
         """Whether parts lie here that say they are of a table of this project."""
         paths = [*self.storage.paths(), *self.storage.paths(REJECTED)]
         parts = [p for p in paths if PART.fullmatch(p.removeprefix(REJECTED))]
-        return any("fmembed.table" in self.rows.read_stamp(p) for p in parts)
+        return any(TABLE in self.rows.read_stamp(p) for p in parts)
 
     def _around(self) -> str | None:
         """The table that this folder is inside of, if any."""
@@ -241,7 +238,7 @@ class Table:
             if self.rows.version() > 0:
                 tell(f"the log of {self.rejected.uri} is gone; its rows are read again")
             self.rejected.create(REJECTED_SCHEMA, configuration, run_id)
-        elif self.rejected.configuration().get("fmembed.fingerprint") != card.fingerprint:
+        elif self.rejected.configuration().get(FINGERPRINT) != card.fingerprint:
             self.rejected.create(REJECTED_SCHEMA, configuration, run_id)
         return card
 
@@ -354,7 +351,7 @@ class Table:
         num_aside = 0
         for log, path in strays:
             is_half = not PART.fullmatch(path)
-            run = "" if is_half else log.read_stamp(path).get("fmembed.run", "")
+            run = "" if is_half else log.read_stamp(path).get(RUN, "")
             # A run without a name is nobody's own.
             is_known = bool(run) and (
                 run == own or self.rows.held([run], [0])[0] or self.rejected.held([run], [0])[0]
@@ -442,7 +439,7 @@ class Table:
             return 0
         rows = pa.concat_tables(kept)
         configuration = self.rejected.configuration()
-        stamp = {**configuration, "fmembed.run": run_id, "fmembed.write": "forget"}
+        stamp = {**configuration, RUN: run_id, WRITE: "forget"}
         added = [self.rejected.write(rows, (), stamp)] if rows.num_rows else []
         # The shards that they were read from are no longer whole: see `whole_shards`.
         self.rejected.commit(
@@ -469,33 +466,47 @@ class Table:
             if shard.parts <= current
         }
 
-    def put_run(self, commit: Commit, result: dict[str, Any]) -> None:
+    def put_run(self, commit: Commit, result: RunResult) -> None:
         """Record what a run counted; `verify` compares the table with the last one."""
         put_run(self.storage, commit, result)
 
-    def last_run(self) -> Any:
+    def last_run(self) -> RunResult | None:
         """What the last run that finished has counted, None where there is none.
 
         The last by the versions that it made, of those that the logs hold: clocks differ.
+
+        Raises:
+            TableError: Its record is not as a run writes it.
         """
+        return next((check_run(raw, self.uri) for raw in self._counted()), None)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a run that finished has left a record, damaged or not."""
+        return any(True for _ in self._counted())
+
+    def _counted(self) -> Iterator[Any]:
+        """What runs have put on record whose commits the logs hold, the last one first."""
         versions = (self.rows.version(), self.rejected.version())
         for commit, result in read_runs(self.storage):
             is_past = (commit.rows_version, commit.rejected_version) <= versions
             if is_past and self._held([commit])[0]:
-                return result
-        return None
+                yield result
 
     def is_uncounted(self) -> bool:
         """Whether no run that finished has counted what is in the table, as after a kill between
-        its last commit and its record.
+        its last commit and its record, or where that record is damaged.
         """
         if self.card() is None:
             return False
-        last = self.last_run()
+        try:
+            last = self.last_run()
+        except TableError:
+            return True
         counts = [sum(part.num_rows for part in self.rows.parts()), self.num_rejected()]
-        if not isinstance(last, dict):
+        if last is None:
             return any(counts)
-        return counts != [last.get("table_rows"), last.get("table_rejected")]
+        return counts != [last.table_rows, last.table_rejected]
 
     def put_probe(self, version: int | None, result: dict[str, Any]) -> None:
         """Record what a probe of a version found."""

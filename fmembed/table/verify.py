@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,14 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fmembed.errors import DamagedError
+from fmembed.errors import DamagedError, TableError
 from fmembed.rows.columns import DUPLICATE, PARENT_ID, ROW_ID
 from fmembed.rows.ids import Keys, RowIds, keys_of
-from fmembed.table.log import ENTRY, FINGERPRINT, PART, Log, Part, what_is_cut
+from fmembed.table.card import FINGERPRINT, Card
+from fmembed.table.log import ENTRY, PART, Log, Part, what_is_cut
 from fmembed.table.parts import REJECTED
 from fmembed.table.table import Table
 
 _UNIT_NORM_TOLERANCE = 1e-3
+_NO_KEYS: Keys = np.empty(0, dtype="S16")
 
 
 @dataclass(frozen=True)
@@ -55,61 +57,142 @@ def verify(uri: str) -> VerifyResult:
     card = table.card()
     assert card is not None
     problems: list[str] = []
-    keys: list[Keys] = []
-    parents: list[Keys] = []
-    outputs = card.outputs
-    dims: dict[str, set[int]] = {}
-    norms = {column: [np.empty(0, dtype=np.float32)] for column in outputs}
+    embedded = _Embedded(card)
     parts = table.rows.parts()
-    for part in parts:
-        rows = _verify_part(part, "", lambda part: table.read_part(part, None), problems)
-        if rows is None:
-            continue
-        _verify_stamp(table.rows, part, "", card.fingerprint, problems)
-        keys.append(keys_of(rows[ROW_ID].to_pylist()))
-        if PARENT_ID in rows.schema.names:
-            parents.append(keys_of(rows[PARENT_ID].to_pylist()))
-        for column, output in outputs.items():
-            if column not in rows.schema.names or not _holds_vectors(rows.schema.field(column)):
-                problems.append(f"{part.path}: {column} does not hold the vectors it promises")
-                continue
-            vectors = _flatten(rows[column])
-            dims.setdefault(column, set()).add(vectors.shape[1])
-            num_bad = int((~np.isfinite(vectors)).any(axis=1).sum()) + rows[column].null_count
-            if num_bad:
-                problems.append(f"{part.path}: {num_bad} vectors are null, NaN or infinite")
-            if output.precision in ("float32", "float16"):
-                norms[column].append(np.linalg.norm(vectors.astype(np.float32), axis=1))
-    all_keys = np.concatenate([np.empty(0, dtype="S16"), *keys])
+    for part, rows in _read_parts(table.rows, parts, table, card, problems):
+        problems += embedded.add(part, rows)
     num_rejected = num_both = 0
-    known = RowIds(np.concatenate([np.empty(0, dtype="S16"), *(parents or keys)]))
-    for part in table.rejected.parts():
-        rows = _verify_part(part, REJECTED, table.rejected.read_whole, problems)
-        if rows is None:
-            continue
-        _verify_stamp(table.rejected, part, REJECTED, card.fingerprint, problems)
+    known = embedded.read_ids()
+    rejected = table.rejected.parts()
+    for _, rows in _read_parts(table.rejected, rejected, table, card, problems):
         num_rejected += rows.num_rows
         unlike = rows.filter(pc.not_equal(rows["error"], DUPLICATE))
         num_both += int(known.contains(keys_of(unlike[ROW_ID].to_pylist())).sum())
     if num_both:
         problems.append(f"{num_both} rows are both embedded and rejected")
-    if num_twice := len(all_keys) - len(np.unique(all_keys)):
-        problems.append(f"{num_twice} rows repeat a row_id")
-    for column, found in dims.items():
-        if len(found) > 1:
-            problems.append(f"{column}: vectors of several dimensions: {sorted(found)}")
-        _verify_norms(column, np.concatenate(norms[column]), outputs[column].normalize, problems)
-    first = next(iter(outputs))
-    all_norms = np.concatenate(norms[first])
-    for log, path in table.strays():
-        prefix = REJECTED if log is table.rejected else ""
-        problems.append(f"{prefix}{path}: a stray file that no commit names")
-    for log, prefix in ((table.rows, ""), (table.rejected, REJECTED)):
-        _verify_log(log, prefix, problems)
+    problems += embedded.problems()
+    problems += _list_strays(table)
+    problems += [*_list_cut(table.rows, ""), *_list_cut(table.rejected, REJECTED)]
     problems += [
         f"the log no longer holds what run {run} has committed; --repair takes its parts back"
         for run in table.lost_runs()
     ]
+    notes = _list_foreign(table, parts)
+    wrong, since = _compare_record(table, embedded.num_rows, num_rejected)
+    changed = since is not None and bool(table.rows.history(since=since))
+    (notes if changed else problems).extend(wrong)
+    norms = embedded.norms_of_first()
+    return VerifyResult(
+        table=table.uri,
+        version=table.version() or 0,
+        fingerprint=card.fingerprint,
+        rows=embedded.num_rows,
+        rows_rejected=num_rejected,
+        parts=len(parts),
+        dim=embedded.dim_of_first(),
+        norm_min=float(norms.min(initial=np.inf)) if len(norms) else 0.0,
+        norm_max=float(norms.max(initial=0.0)),
+        problems=problems,
+        notes=notes,
+    )
+
+
+class _Embedded:
+    """What the parts of embedded rows hold, counted a part at a time."""
+
+    def __init__(self, card: Card) -> None:
+        self._outputs = card.outputs
+        self._first = next(iter(card.outputs))
+        self._keys: list[Keys] = [_NO_KEYS]
+        self._parents: list[Keys] = []
+        self._dims: dict[str, set[int]] = {}
+        self._norms = {column: [np.empty(0, dtype=np.float32)] for column in card.outputs}
+
+    def add(self, part: Part, rows: pa.Table) -> list[str]:
+        """Count a part; what is wrong with it."""
+        self._keys.append(keys_of(rows[ROW_ID].to_pylist()))
+        if PARENT_ID in rows.schema.names:
+            self._parents.append(keys_of(rows[PARENT_ID].to_pylist()))
+        problems = []
+        for column, output in self._outputs.items():
+            if column not in rows.schema.names or not _holds_vectors(rows.schema.field(column)):
+                problems.append(f"{part.path}: {column} does not hold the vectors it promises")
+                continue
+            vectors = _flatten(rows[column])
+            self._dims.setdefault(column, set()).add(vectors.shape[1])
+            num_bad = int((~np.isfinite(vectors)).any(axis=1).sum()) + rows[column].null_count
+            if num_bad:
+                problems.append(f"{part.path}: {num_bad} vectors are null, NaN or infinite")
+            if output.precision in ("float32", "float16"):
+                self._norms[column].append(np.linalg.norm(vectors.astype(np.float32), axis=1))
+        return problems
+
+    @property
+    def num_rows(self) -> int:
+        return sum(map(len, self._keys))
+
+    def read_ids(self) -> RowIds:
+        """Ids of the rows of the source that are embedded: where pieces are rows, their parents."""
+        return RowIds(np.concatenate([_NO_KEYS, *(self._parents or self._keys)]))
+
+    def problems(self) -> list[str]:
+        """What is wrong with the parts taken together."""
+        problems = []
+        if num_twice := self.num_rows - len(np.unique(np.concatenate(self._keys))):
+            problems.append(f"{num_twice} rows repeat a row_id")
+        for column, dims in self._dims.items():
+            if len(dims) > 1:
+                problems.append(f"{column}: vectors of several dimensions: {sorted(dims)}")
+            norms = np.concatenate(self._norms[column])
+            problems += _check_norms(column, norms, self._outputs[column].normalize)
+        return problems
+
+    def dim_of_first(self) -> int:
+        return min(self._dims.get(self._first, ()), default=0)
+
+    def norms_of_first(self) -> Any:
+        return np.concatenate(self._norms[self._first])
+
+
+def _read_parts(
+    log: Log, parts: list[Part], table: Table, card: Card, problems: list[str]
+) -> Iterator[tuple[Part, pa.Table]]:
+    """Parts with their rows; one that cannot be read is left out, and said in `problems`."""
+    prefix = _prefix(table, log)
+    for part in parts:
+        try:
+            rows = log.read_whole(part) if prefix else table.read_part(part, None)
+        except DamagedError as e:
+            problems.append(f"{prefix}{e.what}")
+            continue
+        stamp = log.read_stamp(part.path)
+        if stamp.get(FINGERPRINT, card.fingerprint) != card.fingerprint:
+            problems.append(
+                f"{prefix}{part.path}: made by another model or setting than the table's"
+            )
+        yield part, rows
+
+
+def _prefix(table: Table, log: Log) -> str:
+    """The folder of a log in its table."""
+    return REJECTED if log is table.rejected else ""
+
+
+def _list_strays(table: Table) -> list[str]:
+    return [
+        f"{_prefix(table, log)}{path}: a stray file that no commit names"
+        for log, path in table.strays()
+    ]
+
+
+def _list_cut(log: Log, prefix: str) -> list[str]:
+    entries = filter(ENTRY.fullmatch, sorted(log.storage.sizes("_delta_log/")))
+    cut = ((path, what_is_cut(log.storage.get(path))) for path in entries)
+    return [f"{prefix}{path} {why}" for path, why in cut if why]
+
+
+def _list_foreign(table: Table, parts: list[Part]) -> list[str]:
+    """What other tools have done to the table."""
     notes = [
         f"version {e['version']}: {e.get('operation')} by {e.get('engineInfo', 'another tool')}"
         for e in table.rows.history(since=0)
@@ -119,47 +202,7 @@ def verify(uri: str) -> VerifyResult:
         for p in parts
         if not PART.fullmatch(p.path)
     ]
-    run = table.last_run()
-    run = run if isinstance(run, dict) or run is None else {}
-    counts: list[str] = []
-    _verify_counts(run, len(all_keys), num_rejected, counts)
-    changed = run is not None and bool(table.rows.history(since=run.get("version") or 0))
-    (notes if changed else problems).extend(counts)
-    return VerifyResult(
-        table=table.uri,
-        version=table.version() or 0,
-        fingerprint=card.fingerprint,
-        rows=len(all_keys),
-        rows_rejected=num_rejected,
-        parts=len(parts),
-        dim=min(dims.get(first, ()), default=0),
-        norm_min=float(all_norms.min(initial=np.inf)) if len(all_norms) else 0.0,
-        norm_max=float(all_norms.max(initial=0.0)),
-        problems=problems,
-        notes=notes,
-    )
-
-
-def _verify_part(
-    part: Part, prefix: str, read: Callable[[Part], pa.Table], problems: list[str]
-) -> pa.Table | None:
-    try:
-        return read(part)
-    except DamagedError as e:
-        problems.append(f"{prefix}{e.what}")
-        return None
-
-
-def _verify_stamp(log: Log, part: Part, prefix: str, fingerprint: str, problems: list[str]) -> None:
-    stamp = log.read_stamp(part.path)
-    if stamp.get(FINGERPRINT, fingerprint) != fingerprint:
-        problems.append(f"{prefix}{part.path}: made by another model or setting than the table's")
-
-
-def _verify_log(log: Log, prefix: str, problems: list[str]) -> None:
-    entries = filter(ENTRY.fullmatch, sorted(log.storage.sizes("_delta_log/")))
-    cut = ((path, what_is_cut(log.storage.get(path))) for path in entries)
-    problems += [f"{prefix}{path} {why}" for path, why in cut if why]
+    return notes
 
 
 def _holds_vectors(field: pa.Field) -> bool:
@@ -178,32 +221,42 @@ def _flatten(column: pa.ChunkedArray) -> Any:
     return flat.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
 
 
-def _verify_norms(column: str, norms: Any, normalized: bool, problems: list[str]) -> None:
+def _check_norms(column: str, norms: Any, normalized: bool) -> list[str]:
+    problems = []
     if num_zero := int((norms == 0).sum()):
         problems.append(f"{column}: {num_zero} vectors are all zero")
     if normalized and (num_off := int((np.abs(norms - 1) > _UNIT_NORM_TOLERANCE).sum())):
         problems.append(
             f"{column}: {num_off} vectors have not the length 1 that the model promises"
         )
+    return problems
 
 
-def _verify_counts(run: Any, rows: int, rejected: int, problems: list[str]) -> None:
+def _compare_record(table: Table, rows: int, rejected: int) -> tuple[list[str], int | None]:
+    """Hold the last run's record to itself and to what was counted.
+
+    Returns:
+        What is wrong, and the version that the record speaks of, None without one.
+    """
+    try:
+        run = table.last_run()
+    except TableError:
+        return ["the record of the last run is damaged"], 0
     if run is None:
-        problems.append("no run has finished on this table")
-        return
-    names = ("rows_read", "rows_embedded", "rows_rejected", "rows_skipped")
-    if not all(isinstance(run.get(n), int) for n in (*names, "table_rows", "table_rejected")):
-        problems.append("the record of the last run is damaged")
-        return
-    counted = run["rows_embedded"] + run["rows_rejected"] + run["rows_skipped"]
-    if run["rows_read"] != counted:
-        problems.append(
-            f"the last run read {run['rows_read']} rows, "
-            f"but embedded, rejected and skipped {counted}"
+        return ["no run has finished on this table"], None
+    wrong = []
+    counted = run.rows_embedded + run.rows_rejected + run.rows_skipped
+    if run.rows_read != counted:
+        wrong.append(
+            f"the last run read {run.rows_read} rows, but embedded, rejected and skipped {counted}"
         )
-    for what, have in (("table_rows", rows), ("table_rejected", rejected)):
-        if run[what] != have:
-            problems.append(
-                f"{what} was {run[what]} when the last run ended, is {have}; if a later run was "
+    for what, said, have in (
+        ("table_rows", run.table_rows, rows),
+        ("table_rejected", run.table_rejected, rejected),
+    ):
+        if said != have:
+            wrong.append(
+                f"{what} was {said} when the last run ended, is {have}; if a later run was "
                 "stopped, run the same command again"
             )
+    return wrong, run.version or 0

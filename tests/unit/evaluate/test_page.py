@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fmembed.evaluate.page import make_map, render
+from fmembed.result import RunResult
 
 EVIL = "</script><script>alert(1)</script>\"'&"
 ALL_EVIL = [
@@ -53,11 +54,11 @@ def make(text: str) -> str:
         "seconds": {text: 1.0}, "actors": {text: actor}, "wait_share": 0.1, "padding_waste": 0.1,
         "tokens_per_s": 1.0, "mfu": 0.5, "batch_tokens": {text: 1}, "advice": text,
     }  # fmt: skip
-    run = {
-        "table": text, "version": 1, "fingerprint": text, "table_rows": 2, "table_rejected": 0,
-        "rows_skipped": 0, "rows_per_s": 1.0, "rows_embedded": 2, "seconds": 2.0,
-        "stages": {text: {"rows": 2, "busy_s": 1.0}}, "causes": {text: 1}, "verdict": verdict,
-    }  # fmt: skip
+    run = RunResult(
+        run_id=text, started=text, table=text, version=1, fingerprint=text, table_rows=2,
+        rows_per_s=1.0, rows_embedded=2, seconds=2.0, stages={text: {"rows": 2, "busy_s": 1.0}},
+        causes={text: 1}, verdict=verdict,
+    )  # fmt: skip
     map_ = make_map(text, np.array([[0.0, 1.0], [2.0, 3.0]]), [text, "y"], [text, None], [text, ""])
     return render(text, run, [(text, text)], 3, [probe, skipped], text, map_)
 

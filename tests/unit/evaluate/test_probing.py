@@ -13,8 +13,8 @@ from forged import NUM_ROWS, OUTPUT, RUN, SPEC, make_table
 
 from fmembed.cli import run
 from fmembed.errors import TableError
-from fmembed.evaluate.probing import _NO_SOURCE, _check_sample, stored_results
-from fmembed.evaluate.stored import Stored
+from fmembed.evaluate.probing import stored_results
+from fmembed.evaluate.sample import NO_SOURCE, check_rows, read_card
 from fmembed.result import check_probe, check_run
 from fmembed.spec import RunSpec
 
@@ -118,7 +118,7 @@ def test_a_damaged_table_is_one_line(
         raise AssertionError("it was taken for whole")
 
     monkeypatch.setattr("fmembed.run.cluster.connect", lambda _: False)  # what is said needs no Ray
-    monkeypatch.setattr("fmembed.evaluate.probing._look", look)
+    monkeypatch.setattr("fmembed.evaluate.probing.read_sample", look)
     code = run(["probe", table.uri])
     out, err = capsys.readouterr()
     assert (code, out, err.count("\n")) == (2, "", 1), err
@@ -166,7 +166,7 @@ def test_rows_that_no_run_has_written(case: str, tmp_path: Path) -> None:
     for name, column in ROWS[case].items():
         rows = rows.set_column(rows.schema.get_field_index(name), name, column)
     with pytest.raises(TableError, match="its rows are damaged"):
-        _check_sample(table, rows, Stored.of(table))
+        check_rows(table, rows, read_card(table))
 
 
 def test_text_that_is_no_utf8(tmp_path: Path) -> None:
@@ -178,12 +178,12 @@ def test_text_that_is_no_utf8(tmp_path: Path) -> None:
     )
     rows = rows.set_column(rows.schema.get_field_index("topic"), "topic", bad)
     with pytest.raises(TableError, match="its rows are damaged"):
-        _check_sample(table, rows, Stored.of(table))
+        check_rows(table, rows, read_card(table))
 
 
 def test_records_as_they_are_written_pass() -> None:
-    assert check_run({**RUN, "verdict": VERDICT}, "")["verdict"] == VERDICT
-    assert check_run({**RUN, "verdict": {}}, "")["verdict"] == {}
+    assert check_run({**RUN, "verdict": VERDICT}, "").verdict == VERDICT
+    assert check_run({**RUN, "verdict": {}}, "").verdict == {}
     assert check_probe(json.loads(json.dumps(PROBE)), "knn", "embedding") == PROBE
     skipped = {k: PROBE[k] for k in ("probe", "column", "version", "num_train", "num_test")}
     skipped |= {"seconds": 0.0, "skipped": "why"}
@@ -214,13 +214,13 @@ def test_records_of_other_shapes_do_not(change: dict[str, Any]) -> None:
 
 def test_an_earlier_result_without_the_source_is_not_enough_for_embed(tmp_path: Path) -> None:
     table = make_table(tmp_path / "out")
-    own, made = RunSpec.parse(SPEC), check_run(RUN, "") | {"table": table.uri}
+    own, made = RunSpec.parse(SPEC), check_run(RUN, table.uri)
     table.put_report("x")
     table.put_probe(1, PROBE)
     found = stored_results(table, own, made)
     assert found is not None
-    assert found["probes"]["knn"]["value"] == 0.9
-    table.put_probe(1, {**PROBE, "missing": _NO_SOURCE})
+    assert found.probes["knn"]["value"] == 0.9
+    table.put_probe(1, {**PROBE, "missing": NO_SOURCE})
     assert stored_results(table, own, made) is None
     table.put_probe(1, {**PROBE, "num_test": "x"})
     assert stored_results(table, own, made) is None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from typing import Any
+from dataclasses import fields
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,14 +14,18 @@ from PIL import Image
 
 from fmembed.probes import (
     CHEAP,
-    PairData,
+    PROBES,
+    CaptionedRows,
+    Need,
+    Sample,
     cheap_accuracy,
-    make_probe_data,
+    label_rows,
     project,
     run_probe,
 )
 from fmembed.probes.knn import knn_predict
 from fmembed.probes.zeroshot import class_vectors
+from fmembed.spec import ProbeName
 
 
 def data(noise: float, wrong: int = 0) -> Any:
@@ -31,12 +36,22 @@ def data(noise: float, wrong: int = 0) -> Any:
     labels = [f"class {(t + (i < wrong)) % 3}" for i, t in enumerate(truth)]
     texts = [f"word{t} filler{i % 7}" for i, t in enumerate(truth)]
     hashes = [hashlib.blake2b(str(i).encode(), digest_size=16).hexdigest() for i in range(300)]
-    return make_probe_data([f"r{i}" for i in range(300)], hashes, vectors, labels, None, texts)
+    return label_rows([f"r{i}" for i in range(300)], hashes, vectors, labels, None, texts)
+
+
+def test_the_config_names_every_probe_and_a_probe_only_what_a_sample_has() -> None:
+    assert tuple(PROBES) == get_args(ProbeName)
+    assert set(get_args(Need)) == {f.name for f in fields(Sample)}
+    for probe in PROBES.values():
+        assert probe.NEEDS
+        assert set(get_args(Need)) >= probe.NEEDS
+        # Both are made of the labelled rows.
+        assert "labels" in probe.NEEDS or not probe.NEEDS & {"prompts", "competitor"}
 
 
 @pytest.mark.parametrize("name", ["knn", "linear", "clustering"])
 def test_good_vectors_score_and_baselines_do_not(name: str) -> None:
-    result = run_probe(name, data(noise=0.05), None)
+    result = run_probe(name, Sample(data(noise=0.05)))
     assert result["headline"]["value"] > 0.99
     assert result["headline"]["low"] <= result["headline"]["value"] <= result["headline"]["high"]
     assert result["baselines"]["majority"]["value"] < 0.5
@@ -45,12 +60,12 @@ def test_good_vectors_score_and_baselines_do_not(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["knn", "linear"])
 def test_vectors_that_say_nothing_score_as_chance(name: str) -> None:
-    result = run_probe(name, data(noise=1000.0), None)
+    result = run_probe(name, Sample(data(noise=1000.0)))
     assert result["headline"]["value"] < 0.6
 
 
 def test_wrong_labels_are_the_suspicious_ones() -> None:
-    result = run_probe("linear", data(noise=0.05, wrong=4), None)
+    result = run_probe("linear", Sample(data(noise=0.05, wrong=4)))
     assert {s["row_id"] for s in result["suspicious"][:4]} == {"r0", "r1", "r2", "r3"}
 
 
@@ -73,16 +88,16 @@ def test_split_keeps_copies_together_and_rows_in_place() -> None:
     hashes = [hashlib.blake2b(str(i // 2).encode()).hexdigest() for i in range(200)]
     rows = [f"r{i}" for i in range(200)]
     vectors = np.zeros((200, 2), np.float32)
-    full = make_probe_data(rows, hashes, vectors, ["a"] * 200, None, None)
+    full = label_rows(rows, hashes, vectors, ["a"] * 200, None, None)
     assert (full.test[::2] == full.test[1::2]).all()
     assert 0.1 < full.test.mean() < 0.3
-    half = make_probe_data(rows[:100], hashes[:100], vectors[:100], ["a"] * 100, None, None)
+    half = label_rows(rows[:100], hashes[:100], vectors[:100], ["a"] * 100, None, None)
     assert (half.test == full.test[:100]).all()
 
 
 def test_the_datasets_own_split_wins() -> None:
     splits = ["train"] * 8 + ["test"] * 2
-    own = make_probe_data(
+    own = label_rows(
         list("abcdefghij"), ["0" * 32] * 10, np.zeros((10, 2), np.float32), ["x", "y"] * 5, splits,
         None,
     )  # fmt: skip
@@ -90,8 +105,8 @@ def test_the_datasets_own_split_wins() -> None:
 
 
 def test_one_label_is_skipped_with_a_reason() -> None:
-    one = make_probe_data(["a"], ["0" * 32], np.zeros((1, 2), np.float32), ["x"], None, None)
-    assert "two labels" in run_probe("knn", one, None)["skipped"]
+    one = label_rows(["a"], ["0" * 32], np.zeros((1, 2), np.float32), ["x"], None, None)
+    assert "two labels" in run_probe("knn", Sample(one))["skipped"]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 60])
@@ -116,10 +131,10 @@ def test_zeroshot_averages_normalised_templates_and_normalises_again() -> None:
     found = class_vectors(prompts)
     np.testing.assert_allclose(found, [[0.5**0.5, 0.5**0.5], [0, 1]], atol=1e-6)
     rows = np.array([[3, 2.9], [0, 7], [1, 0]], np.float32)
-    made = make_probe_data(
+    made = label_rows(
         ["a", "b", "c"], ["0" * 32, "1" * 32, "2" * 32], rows, ["x", "y", "y"], None, None
     )
-    result = run_probe("zeroshot", made, prompts)
+    result = run_probe("zeroshot", Sample(made, prompts=prompts))
     # Rows a and c are nearer to class x; c is of class y.
     assert result["headline"]["value"] == pytest.approx(2 / 3)
     recall = next(s for s in result["scores"] if s["metric"] == "mean recall by class")
@@ -137,8 +152,8 @@ def test_zeroshot_counts_the_first_five_and_keeps_to_a_named_split() -> None:
     )
     splits = ["train"] * 4 + ["test"] * 4
     hashes = [f"{i:032x}" for i in range(8)]
-    made = make_probe_data(classes, hashes, rows, classes, splits, None)
-    result = run_probe("zeroshot", made, prompts)
+    made = label_rows(classes, hashes, rows, classes, splits, None)
+    result = run_probe("zeroshot", Sample(made, prompts=prompts))
     assert [(s["metric"], s.get("k"), s["value"]) for s in result["scores"][:2]] == [
         ("accuracy", 1, 0.0), ("accuracy", 5, 1.0),
     ]  # fmt: skip
@@ -151,9 +166,8 @@ def test_crossmodal_is_what_sorting_everything_gives() -> None:
     caption_codes = np.array([0, 1, 2, 2, 3, 4, 5, 6, 7, 7])
     rows = rng.normal(size=(8, 4)).astype(np.float32)
     captions = (rng.normal(size=(8, 4)) + rows).astype(np.float32)
-    result = run_probe(
-        "crossmodal", PairData(rows[row_codes], captions[caption_codes], row_codes, caption_codes)
-    )
+    pairs_of = CaptionedRows(rows[row_codes], captions[caption_codes], row_codes, caption_codes)
+    result = run_probe("crossmodal", Sample(captions=pairs_of))
     found = {(s["metric"], s["k"]): s["value"] for s in result["scores"]}
     pairs = set(zip(row_codes.tolist(), caption_codes.tolist(), strict=True))
     for way, queries, candidates, own in (
@@ -171,10 +185,10 @@ def test_crossmodal_is_what_sorting_everything_gives() -> None:
 def test_crossmodal_breaks_ties_by_order_and_needs_two_captions() -> None:
     same = np.ones((3, 2), np.float32)
     codes = np.arange(3)
-    result = run_probe("crossmodal", PairData(same, same, codes, codes))
+    result = run_probe("crossmodal", Sample(captions=CaptionedRows(same, same, codes, codes)))
     assert result["headline"]["value"] == pytest.approx(1 / 3)
-    one = PairData(same, same, codes, np.zeros(3, np.int64))
-    assert "two captions" in run_probe("crossmodal", one)["skipped"]
+    one = CaptionedRows(same, same, codes, np.zeros(3, np.int64))
+    assert "two captions" in run_probe("crossmodal", Sample(captions=one))["skipped"]
 
 
 def test_cheap_features_tell_pictures_and_sounds_apart() -> None:
@@ -204,14 +218,14 @@ def test_cheap_features_compete_under_their_name() -> None:
     hashes = [hashlib.blake2b(str(i).encode(), digest_size=16).hexdigest() for i in range(100)]
     noise = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
     cheap = ("raw pixels", np.eye(2, dtype=np.float32)[truth])
-    made = make_probe_data(
+    made = label_rows(
         [str(i) for i in range(100)], hashes, noise, truth.tolist(), None, None, cheap
     )
     competitor = cheap_accuracy(made)
     assert competitor is not None
     assert competitor["value"] == 1
     for probe, name in (("knn", "logistic regression"), ("clustering", "k-means")):
-        result = run_probe(probe, made, competitor)
+        result = run_probe(probe, Sample(made, competitor=competitor))
         assert result["baselines"][f"raw pixels + {name}"]["value"] == 1
         assert result["headline"]["value"] < 0.8
 

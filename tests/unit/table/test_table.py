@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 from tables import CARD, CONFIGURATION, DIM, IDENTITY, OUTPUT, SCHEMA, VECTORS, block, write
 
 from fmembed.errors import ConflictError, DamagedError, FmembedError, StorageError, TableError
+from fmembed.result import RunResult
 from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.rows.ids import keys_of
 from fmembed.storage import Storage
@@ -48,9 +50,12 @@ def table(tmp_path: Path) -> Table:
                 [written.rejected], REJECTED_SCHEMA, CONFIGURATION, ("run", number)
             )
         table.rows.commit([written.part], written.schema, CONFIGURATION, ("run", number))
-    run = {"rows_read": 6, "rows_embedded": 5, "rows_rejected": 1, "rows_skipped": 0}
+    result = RunResult(
+        run_id="run", started="2026-01-01T00:00:00", table=table.uri, version=2, fingerprint="f",
+        rows_read=6, rows_embedded=5, rows_rejected=1, table_rows=5, table_rejected=1,
+    )  # fmt: skip
     commit = Commit(run="run", rows=1, rejected=0, rows_version=2, rejected_version=1)
-    table.put_run(commit, run | {"table_rows": 5, "table_rejected": 1, "version": 2})
+    table.put_run(commit, result)
     return table
 
 
@@ -419,7 +424,9 @@ def test_a_record_that_is_none_is_passed_over_with_a_line(
     Path(table.uri, "_shards", "other.json").write_bytes(content)
     Path(table.uri, "_runs", "9999999999-0000000000-other.json").write_bytes(content)
     assert table.whole_shards() == {"all": 6}
-    assert table.last_run()["rows_read"] == 6
+    last = table.last_run()
+    assert last is not None
+    assert last.rows_read == 6
     assert capsys.readouterr().err.count("it is passed over") == 2
     assert verify(table.uri).problems == []
 
@@ -656,7 +663,9 @@ def test_retry_of_a_part_with_twins_alone(table: Table) -> None:
 
 def test_the_last_run_is_the_last_by_version(table: Table) -> None:
     """Neither a clock that goes wrong nor a record of lost commits changes that."""
-    counts = {"rows_read": 1, "started": "2001-01-01T00:00:00"}
+    last = table.last_run()
+    assert last is not None
+    counts = replace(last, rows_read=1, started="2001-01-01T00:00:00")
     table.row_ids()
     written = write(table.uri, block(["n"], seed=7))
     assert written.part is not None
@@ -665,9 +674,21 @@ def test_the_last_run_is_the_last_by_version(table: Table) -> None:
     table.put_run(later, counts)
     assert table.last_run() == counts
     unknown = Commit(run="lost", rows=3, rows_version=9, rejected_version=1)
-    table.put_run(unknown, counts | {"rows_read": 2})
+    table.put_run(unknown, replace(counts, rows_read=2))
     assert table.last_run() == counts
     assert table.lost_runs() == ["lost"]
+
+
+def test_a_damaged_record_is_told_and_counted_anew(table: Table) -> None:
+    assert not table.is_uncounted()
+    path = next(Path(table.uri, "_runs").iterdir())
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "result": {**record["result"], "table_rows": "x"}}))
+    with pytest.raises(TableError, match=r"the record of its last run .* \(table_rows\)"):
+        table.last_run()
+    assert table.has_run
+    assert table.is_uncounted()
+    assert "the record of the last run is damaged" in verify(table.uri).problems
 
 
 def test_what_a_probe_found_is_of_its_version_alone(table: Table) -> None:
