@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 # What rows may unfold to at a time, and what a column chunk may whatever its footer says: writers
 # are known that count its bytes wrongly.
-BATCH_BYTES = 64 * 2**20
+BATCH_BYTES = 32 * 2**20
 # More than the header of a dictionary's page takes: it has no statistics.
 _HEADER_BYTES = 64
 _MAX_DEPTH = 8
