@@ -106,6 +106,7 @@ FORMS = (
 )
 
 
+@pytest.mark.slow
 @given(
     urls(ANY, ANY),
     st.sampled_from(FORMS),

@@ -36,6 +36,7 @@ def handlers() -> Iterator[None]:
         signal.signal(signum, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", ALL)
 def test_a_signal_waits_for_a_commit_and_is_sent_again_until_it_is_heard(
     signum: signal.Signals,

@@ -15,6 +15,8 @@ from fmembed.bench import data, suites, ways
 from fmembed.bench.suites import STEADY, WHOLE, Bar, Suite, Way
 from fmembed.errors import SpecError
 
+pytestmark = pytest.mark.slow
+
 RUNS = {
     "ours": [
         {"rows_per_s": rate, "whole_rows_per_s": whole, "wait_share": share, "parts": {"read": s},

@@ -215,6 +215,7 @@ def test_attention_that_is_not_installed_is_refused(tiny_bert: Path) -> None:
 
 
 # torch.compile writes C++ and has it built; CI has a compiler.
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 # torch's own compiler uses what torch deprecates.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")

@@ -58,12 +58,14 @@ def test_good_vectors_score_and_baselines_do_not(name: str) -> None:
     assert result["baselines"]["shuffled labels"]["value"] < 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["knn", "linear"])
 def test_vectors_that_say_nothing_score_as_chance(name: str) -> None:
     result = run_probe(name, Sample(data(noise=1000.0)))
     assert result["headline"]["value"] < 0.6
 
 
+@pytest.mark.slow
 def test_wrong_labels_are_the_suspicious_ones() -> None:
     result = run_probe("linear", Sample(data(noise=0.05, wrong=4)))
     assert {s["row_id"] for s in result["suspicious"][:4]} == {"r0", "r1", "r2", "r3"}
@@ -213,6 +215,7 @@ def test_cheap_features_tell_pictures_and_sounds_apart() -> None:
     assert not bands[2].any()
 
 
+@pytest.mark.slow
 def test_cheap_features_compete_under_their_name() -> None:
     truth = np.arange(100) % 2
     hashes = [hashlib.blake2b(str(i).encode(), digest_size=16).hexdigest() for i in range(100)]

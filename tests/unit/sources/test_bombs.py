@@ -26,6 +26,8 @@ from fmembed.errors import SourceError
 from fmembed.sources.opening import open_source
 from fmembed.spec import SourceSpec
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 # Above what the process holds before it reads: a row of 64 MiB several times over.
 MOST_MIB = 400

@@ -243,6 +243,7 @@ def test_readable_without_this_project(table: Table) -> None:
 # --- damage ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_is_read_without_a_word(table: Table) -> None:
     """Neither in the pages nor in the footer, which no checksum of Parquet covers."""
     expected = {

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 from deltalake import DeltaTable
 from disk import Disk
 from hypothesis import HealthCheck, Phase, settings
@@ -33,6 +34,8 @@ from fmembed.table.records import Commit, WholeShard
 from fmembed.table.repair import repair
 from fmembed.table.table import Table
 from fmembed.table.verify import verify
+
+pytestmark = pytest.mark.slow
 
 SOURCE = [f"id{i}" for i in range(30)]
 BAD = {"id3", "id17"}  # rows that every run rejects
