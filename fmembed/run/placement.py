@@ -15,7 +15,7 @@ import ray
 from fmembed.checkpoint.opening import Checkpoint
 from fmembed.errors import SpecError
 from fmembed.rows.columns import INPUT
-from fmembed.sources.opening import read_here
+from fmembed.sources.reading import read_here
 from fmembed.sources.shards import sample
 from fmembed.sources.source import Source
 from fmembed.spec import ComputeSpec, Modality

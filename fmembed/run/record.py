@@ -54,7 +54,7 @@ from fmembed.run.prometheus import RunMetrics
 from fmembed.run.signals import Signals
 from fmembed.run.verdict import PREFIXES, judge
 from fmembed.run.work import skip_committed
-from fmembed.sources.opening import read
+from fmembed.sources.reading_by_ray import read
 from fmembed.sources.shards import sample
 from fmembed.sources.source import Source
 from fmembed.spec import ModelSpec, RunSpec, SourceSpec

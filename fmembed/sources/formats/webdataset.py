@@ -11,9 +11,15 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from fmembed.sources.source import File, RawRow, Shard, Source
+import pyarrow as pa
 
-SAMPLED_TAR_ROWS, SAMPLED_TAR_MEMBERS = 10, 10_000
+from fmembed.sources.formats.base import Format, sample
+from fmembed.sources.source import File, RawRow, Rejection, Shard, Source
+from fmembed.spec import SourceSpec
+
+_SAMPLE_ROWS, _SAMPLE_MEMBERS = 10, 10_000
+# Members of these extensions are text; all others are bytes.
+_TEXTS = ("txt", "text", "caption")
 # Of a tar member's long name or extended header.
 _MAX_HEADER_BYTES = 2**20
 
@@ -25,10 +31,10 @@ def read_webdataset(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
     never leads anywhere.
     """
     wanted = frozenset(source.spec.wanted)
-    samples = itertools.groupby(tar_members(source, file), key=lambda found: found[0])
+    samples = itertools.groupby(_members(source, file), key=lambda found: found[0])
     for i, (key, members) in enumerate(samples):
         row: dict[Any, Any] = {"__key__": key}
-        fate: tuple[str, str] | None = None
+        fate: Rejection | None = None
         for _key, name, member, archive in members:
             if name not in wanted:
                 continue
@@ -45,7 +51,25 @@ def read_webdataset(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
         yield f"{file.name}#{i}", fate or row
 
 
-def tar_members(
+def webdataset_schema(source: Source, file: File) -> pa.Schema:
+    members = itertools.islice(_members(source, file), _SAMPLE_MEMBERS)
+    samples = itertools.groupby(members, key=lambda found: found[0])
+    names: dict[str, None] = {}
+    try:
+        for _, members_of_sample in itertools.islice(samples, _SAMPLE_ROWS):
+            names.update((name, None) for _, name, *_ in members_of_sample)
+    except Exception:  # the rest of the file is broken; its rows will be rejected with the cause
+        if not names:
+            raise
+    # What is carried beside the input (cls, txt, json) is text.
+    return pa.schema([pa.field(c, pa.string()) for c in ("__key__", *names)])
+
+
+def _is_text(spec: SourceSpec, _: pa.Schema) -> bool:
+    return spec.input in _TEXTS
+
+
+def _members(
     source: Source, file: File
 ) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.TarFile]]:
     """Key and extension of each member, and where to read it before the next one is asked for."""
@@ -86,3 +110,12 @@ _EXTENSIONS = (
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )  # fmt: skip
+
+
+WEBDATASET = Format(
+    name="webdataset",
+    suffixes=(".tar", ".tar.gz", ".tgz"),
+    rows=read_webdataset,
+    schema=sample(webdataset_schema),
+    is_text=_is_text,
+)

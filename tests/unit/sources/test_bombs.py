@@ -31,8 +31,8 @@ MIB = 2**20
 MOST_MIB = 400
 READ = """
 import json, sys
-from fmembed.readers import read_shard
-from fmembed.source import open_source
+from fmembed.sources.opening import open_source
+from fmembed.sources.reading import read_shard
 from fmembed.spec import SourceSpec
 
 def peak_mib():
