@@ -59,7 +59,7 @@ def read_whole(fs: Any, path: str, most: int, size: int = 0) -> bytes:
             if not stat.S_ISREG(facts.st_mode):
                 raise _not_regular(path)
             return _read_up_to(file, most, facts.st_size)
-    # One request where the listing tells the size; a web server's word for it is not taken.
+    # Where a listing tells the size one request does; a web server's word for it is not taken.
     if size and "https" not in _protocols(fs):
         return bytes(fs.cat_file(path))
     with fs.open(path, "rb") as file:

@@ -135,7 +135,7 @@ def _open_root(spec: SourceSpec) -> tuple[Any, str] | None:
     try:
         fs, folder = open_fs(spec.root)
         if isinstance(getattr(fs, "fs", None), fsspec.AbstractFileSystem):
-            # The checks are of the inner one's links and redirects, which the outer one hides.
+            # Links and redirects are checked on the innermost filesystem, which this would hide.
             raise ValueError("a root is a folder or one URL, not a cache or folder of another")
         return fs, folder
     except Exception as e:  # by filesystem

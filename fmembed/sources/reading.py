@@ -137,7 +137,7 @@ def _fetch(source: Source, rows: Iterator[RawRow], root: tuple[Any, str]) -> Ite
         if not isinstance(path, str):
             message = f"column {column!r}: takes a path, got {type(path).__name__}"
             return row_id, {**row, FETCHED: ("wrong type", message)}
-        # As the config names the root, or without its login and signature.
+        # It may begin with the root, as the config writes that or without its login and signature.
         given = path.removeprefix((source.spec.root or "").rstrip("/") + "/")
         given = given.removeprefix(root[1].rstrip("/") + "/")
         if given.startswith("/") or "://" in given or ".." in given.split("/") or "\\" in given:

@@ -48,7 +48,7 @@ def with_keys(spec: SourceSpec, shards: Iterable[Shard], revision: str = "") -> 
         shards: What to name.
         revision: Of a dataset that is no list of files; else each file's own counts.
     """
-    # The limits only reject, and what was rejected is on record as such.
+    # Limits stay out of the key: all they do is reject rows, and rejected rows are on record.
     limits = {"max_text_bytes", "max_media_bytes"}
     settings = spec.model_dump(mode="json", exclude={"label", "split", "carry", "caption", *limits})
     settings["uri"] = unsigned(spec.uri)

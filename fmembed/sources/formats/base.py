@@ -19,7 +19,7 @@ CHUNK_ROWS = 1000
 # A table of this size is handed on, however few its rows: a sound may be a hundred megabytes.
 CHUNK_BYTES = 16 * 2**20
 READ_BYTES = 2**20
-# Of a line: Python holds an empty object of two bytes in 72.
+# Values in a line of JSON or a row of CSV: an empty object, two bytes long, takes Python 72.
 MAX_VALUES = 4_000_000
 # Leaves and levels of a carried column's type; what has more is kept as JSON.
 _MAX_LEAVES, _MAX_LEVELS = 1000, 16
@@ -58,8 +58,8 @@ class Format:
         rows: Yields a file's rows in order, or those of the shard's `start` to `stop` if the format
             is cut. A bad row is yielded as a `Rejection` and the next one follows; what raises ends
             the file, and is recorded as a rejected row.
-        schema: Names and types of the columns of these files; `sample` makes one of a function
-            that looks at the beginning of one file. None with `open`.
+        schema: Names and types of the columns of these files; `by_first_file` makes one
+            of a function that looks at the beginning of one file. None with `open`.
         cut: Cuts a file of this filesystem into shards; None where a file is never cut.
         modality: Set where each file is one row, of this modality.
         is_text: Whether the input is text, asked if the model takes text and pictures or sounds.
@@ -79,7 +79,7 @@ class Format:
     markers: tuple[str, ...] = ()
 
 
-def sample(
+def by_first_file(
     file_schema: Callable[[Source, File], pa.Schema],
 ) -> Callable[[Source, Sequence[File]], pa.Schema]:
     """Make of a file's columns those of many files.

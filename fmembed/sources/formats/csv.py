@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from fsspec.utils import infer_compression
 
-from fmembed.sources.formats.base import MAX_VALUES, READ_BYTES, Format, sample
+from fmembed.sources.formats.base import MAX_VALUES, READ_BYTES, Format, by_first_file
 from fmembed.sources.source import BadRow, File, RawRow, Shard, Source
 
 
@@ -79,7 +79,7 @@ class _Lines:
         if not line:
             raise StopIteration
         if self._length > self._most:
-            # Its end is where a line ends and all quotes are closed.
+            # The row ends where a line ends and all quotes are closed.
             while line and (line[-1] not in "\r\n" or self._num_quotes % 2):
                 line = self._read(READ_BYTES)
             most = f"source.max_text_bytes = {self._most:,}"
@@ -116,5 +116,5 @@ CSV = Format(
     name="csv",
     suffixes=(".csv", ".tsv", ".csv.gz", ".tsv.gz"),
     rows=read_csv,
-    schema=sample(csv_schema),
+    schema=by_first_file(csv_schema),
 )

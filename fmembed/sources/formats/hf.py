@@ -96,7 +96,7 @@ def load_hf(spec: SourceSpec) -> Any:
     if dataset.features and wanted <= set(dataset.features):
         dataset = dataset.select_columns(sorted(wanted))
     for name, feature in (dataset.features or {}).items():
-        # Undecoded: decoding is ours, a row at a time, and one bad picture is one rejected row.
+        # Left undecoded: we decode row by row, so that one bad picture is one rejected row.
         undecoded = _undecoded(feature)
         if undecoded != feature:
             dataset = dataset.cast_column(name, undecoded)

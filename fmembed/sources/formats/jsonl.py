@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import codecs
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
-from fsspec.utils import infer_compression
 
-from fmembed.sources.formats.base import MAX_VALUES, READ_BYTES, Format, is_bounded, sample
+from fmembed.sources.formats.base import MAX_VALUES, Format, by_first_file, is_bounded
+from fmembed.sources.formats.lines import read_lines
 from fmembed.sources.source import File, RawRow, Rejection, Shard, Source
 
 # What the columns' types are taken from.
@@ -49,43 +48,9 @@ def jsonl_schema(source: Source, file: File) -> pa.Schema:
 
 def _numbered_lines(source: Source, file: File) -> Iterator[tuple[int, bytes | int]]:
     """Number and content of each line that is not blank; its length, where it is too long."""
-    with source.fs.open(file.path, "rb", compression=infer_compression(file.name)) as handle:
-        for i, line in enumerate(_lines(handle, source.spec.max_text_bytes)):
-            if i == 0 and isinstance(line, bytes):
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if isinstance(line, int) or (line and not line.isspace()):
-                yield i, line
-
-
-def _lines(handle: Any, most: int) -> Iterator[bytes | int]:
-    """A file's lines, without their ends; of one longer than `most` bytes only its length.
-
-    A megabyte of gzip may hold a line of a gigabyte: no more of it is kept than is allowed.
-    """
-    # Decompressors give what they have before they fail on what follows.
-    read = getattr(handle, "read1", handle.read)
-    kept: list[bytes] = []
-    length = 0
-
-    def line() -> bytes | int:
-        return length if length > most else b"".join(kept)
-
-    while chunk := bytes(read(READ_BYTES)):
-        for is_rest, piece in zip(
-            itertools.chain(itertools.repeat(False, chunk.count(b"\n")), [True]),
-            chunk.split(b"\n"),
-            strict=True,
-        ):
-            length += len(piece)
-            if length > most:
-                kept = []
-            else:
-                kept.append(piece)
-            if not is_rest:
-                yield line()
-                kept, length = [], 0
-    if length:
-        yield line()
+    for i, line in enumerate(read_lines(source, file)):
+        if isinstance(line, int) or (line and not line.isspace()):
+            yield i, line
 
 
 def _parse(line: bytes | int, source: Source) -> dict[str, Any] | Rejection:
@@ -129,5 +94,5 @@ JSONL = Format(
     name="jsonl",
     suffixes=(".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst"),
     rows=read_jsonl,
-    schema=sample(jsonl_schema),
+    schema=by_first_file(jsonl_schema),
 )

@@ -17,8 +17,8 @@ from fmembed.sources.formats.base import (
     CHUNK_BYTES,
     CHUNK_ROWS,
     Format,
+    by_first_file,
     rejection,
-    sample,
     too_large,
     too_large_row,
 )
@@ -142,7 +142,7 @@ def batch_rows(batch: pa.RecordBatch, source: Source) -> Iterator[dict[Any, Any]
     cuts = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), batch.num_rows]
     for start, stop in itertools.pairwise(cuts):
         for i in np.flatnonzero(~is_good[start:stop]).tolist():
-            # Alone in its piece, or first of it: only its id is taken.
+            # A row that is too large is alone in its piece or first in it; only its id is taken.
             assert i == 0
             ids = [c for c in (source.spec.id,) if c in batch.schema.names]
             (row,) = _values(batch.slice(start, 1).select(ids)) if ids else ({},)
@@ -194,6 +194,6 @@ PARQUET = Format(
     name="parquet",
     suffixes=(".parquet", ".pq"),
     rows=read_parquet,
-    schema=sample(parquet_schema),
+    schema=by_first_file(parquet_schema),
     cut=cut_row_groups,
 )

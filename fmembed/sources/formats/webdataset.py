@@ -13,14 +13,14 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from fmembed.sources.formats.base import Format, sample
+from fmembed.sources.formats.base import Format, by_first_file
 from fmembed.sources.source import File, RawRow, Rejection, Shard, Source
 from fmembed.spec import SourceSpec
 
 _SAMPLE_ROWS, _SAMPLE_MEMBERS = 10, 10_000
 # Members of these extensions are text; all others are bytes.
 _TEXTS = ("txt", "text", "caption")
-# Of a tar member's long name or extended header.
+# What a tar member's long name or extended header may take.
 _MAX_HEADER_BYTES = 2**20
 
 
@@ -76,12 +76,13 @@ def _members(
     with source.fs.open(file.path, "rb") as raw:
         buffered = io.BufferedReader(raw)
         start = buffered.peek(2)
-        # By us, a little at a time: ten kilobytes, which tarfile unfolds at once, may be gigabytes.
+        # Unfolded here, a little at a time: tarfile unfolds ten kilobytes at once, which may become
+        # gigabytes.
         unfold = next((open_ for magic, open_ in _UNFOLD.items() if start.startswith(magic)), None)
         stream: Any = unfold(buffered) if unfold else buffered
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as archive:
             while (member := archive.next()) is not None:
-                # It would keep them all.
+                # tarfile would keep the header of every member.
                 archive.members = []  # type: ignore[attr-defined]
                 archive.pax_headers = {}
                 if not member.isdir():
@@ -116,6 +117,6 @@ WEBDATASET = Format(
     name="webdataset",
     suffixes=(".tar", ".tar.gz", ".tgz"),
     rows=read_webdataset,
-    schema=sample(webdataset_schema),
+    schema=by_first_file(webdataset_schema),
     is_text=_is_text,
 )
