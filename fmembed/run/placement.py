@@ -16,7 +16,7 @@ from fmembed.checkpoint.opening import Checkpoint
 from fmembed.errors import SpecError
 from fmembed.inputs import Inputs
 from fmembed.rows.columns import INPUT
-from fmembed.sources.opening import read_here
+from fmembed.sources.reading import read_here
 from fmembed.sources.shards import sample
 from fmembed.sources.source import Source
 from fmembed.spec import ComputeSpec, Modality

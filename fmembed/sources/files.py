@@ -14,19 +14,13 @@ from urllib.parse import unquote
 
 import fsspec.asyn
 
+from fmembed.sources.source import BadRow
+
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 10
 _READ_BYTES = 2**20
 # Regular files by their mode, but made by the kernel as they are read.
 _OF_THE_KERNEL = ("/proc/", "/sys/")
-
-
-class RefusedError(OSError):
-    """A file that is not opened: `cause` is the row's, the message tells more."""
-
-    def __init__(self, cause: str, message: str) -> None:
-        super().__init__(message)
-        self.cause = cause
 
 
 def is_local(fs: Any) -> bool:
@@ -35,7 +29,7 @@ def is_local(fs: Any) -> bool:
 
 
 class TooLargeError(Exception):
-    """A file holds more than a row may: `num_bytes` at least."""
+    """A file holds more than a row may: `num_bytes` at least. Which field says so, callers know."""
 
     def __init__(self, num_bytes: int) -> None:
         super().__init__(f"{num_bytes:,} bytes")
@@ -52,7 +46,7 @@ def read_whole(fs: Any, path: str, most: int, size: int = 0) -> bytes:
         size: What a listing says of it, 0 where it says nothing.
 
     Raises:
-        RefusedError: A local one that is no regular file.
+        BadRow: A local one that is no regular file.
         TooLargeError: It holds more.
     """
     if size > most:
@@ -65,7 +59,7 @@ def read_whole(fs: Any, path: str, most: int, size: int = 0) -> bytes:
             if not stat.S_ISREG(facts.st_mode):
                 raise _not_regular(path)
             return _read_up_to(file, most, facts.st_size)
-    # One request where the listing tells the size; a web server's word for it is not taken.
+    # Where a listing tells the size one request does; a web server's word for it is not taken.
     if size and "https" not in _protocols(fs):
         return bytes(fs.cat_file(path))
     with fs.open(path, "rb") as file:
@@ -88,7 +82,7 @@ def check_regular(fs: Any, path: str) -> None:
     """Refuse what is no file: opening a pipe waits for ever, and a device may do anything.
 
     Raises:
-        RefusedError: A local pipe, socket, device, folder, or page of the kernel.
+        BadRow: A local pipe, socket, device, folder, or page of the kernel.
     """
     if is_local(fs):
         of_kernel = os.path.realpath(path).startswith(_OF_THE_KERNEL)
@@ -102,7 +96,7 @@ def open_root(fs: Any, folder: str, most: int) -> Callable[[str], bytes]:
     Local links are followed as long as they stay inside; so are redirects. The root may be a link.
 
     Returns:
-        A function from a path below the root to the file's content. It raises RefusedError where
+        A function from a path below the root to the file's content. It raises BadRow where
         that is outside, or no regular file, TooLargeError where it has more than `most` bytes.
     """
     folder = folder.rstrip("/")
@@ -112,7 +106,7 @@ def open_root(fs: Any, folder: str, most: int) -> Callable[[str], bytes]:
         def read_local(path: str) -> bytes:
             real = os.path.realpath(f"{folder}/{path}")
             if not real.startswith(root):
-                raise RefusedError("outside the root", "a link leads out of source.root")
+                raise BadRow("outside the root", "a link leads out of source.root")
             return read_whole(fs, real, most)
 
         return read_local
@@ -127,7 +121,7 @@ async def _get_below(fs: Any, folder: str, path: str, most: int) -> bytes:
     root, url = fs.encode_url(folder), fs.encode_url(f"{folder}/{path}")
     for _ in range(_MAX_REDIRECTS):
         if not _is_below(url, root):
-            raise RefusedError("outside the root", "its URL or a redirect leads out of source.root")
+            raise BadRow("outside the root", "its URL or a redirect leads out of source.root")
         async with session.get(url, **{**fs.kwargs, "allow_redirects": False}) as answer:
             target = answer.headers.get("Location")
             if answer.status not in _REDIRECTS or target is None:
@@ -144,7 +138,7 @@ async def _get_below(fs: Any, folder: str, path: str, most: int) -> bytes:
             url = answer.url.join(fs.encode_url(target))
             if root.user is not None:
                 url = url.with_user(root.user).with_password(root.password)
-    raise RefusedError("unreadable file", f"more than {_MAX_REDIRECTS} redirects")
+    raise BadRow("unreadable file", f"more than {_MAX_REDIRECTS} redirects")
 
 
 def _is_below(url: Any, root: Any) -> bool:
@@ -168,5 +162,5 @@ def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
-def _not_regular(path: str) -> RefusedError:
-    return RefusedError("not a regular file", f"{os.path.basename(path)} is no regular file")
+def _not_regular(path: str) -> BadRow:
+    return BadRow("not a regular file", f"{os.path.basename(path)} is no regular file")

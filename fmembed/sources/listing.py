@@ -7,9 +7,10 @@ import os
 import posixpath
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
@@ -19,18 +20,30 @@ from fsspec.implementations.local import LocalFileSystem
 from fmembed.errors import SourceError, reason
 from fmembed.redaction import redact, split_chain
 from fmembed.sources.files import is_local
-from fmembed.sources.formats.registry import ALL_SUFFIXES
+from fmembed.sources.formats.registry import FORMATS
 from fmembed.sources.source import File
 from fmembed.spec import SourceSpec
 from fmembed.storage import filesystem, resolve_package
 
-if TYPE_CHECKING:
-    pass
+
+@dataclass(frozen=True)
+class Listing:
+    """Files of a filesystem, by path. Their names are relative to `root`.
+
+    `is_file` says that the URI names this one file, and so whatever its suffix.
+    """
+
+    fs: Any
+    root: str
+    files: list[File]
+    is_file: bool
 
 
-def list_files(spec: SourceSpec) -> tuple[Any, str, list[File], bool]:
-    """The filesystem, the folder that names are relative to, the files, and whether several could
-    be meant: a folder or a glob.
+def list_files(spec: SourceSpec) -> Listing:
+    """List the files that `source.uri` names: one, a glob's, or all below a folder.
+
+    Raises:
+        SourceError: There is none, or it cannot be listed.
     """
     uri, shown = spec.uri, redact(spec.uri)
     if uri.startswith("package:"):
@@ -43,7 +56,7 @@ def list_files(spec: SourceSpec) -> tuple[Any, str, list[File], bool]:
         if _is_glob(inner, root):
             found = _followed(inner, inner.glob(root, detail=True))
             root = posixpath.dirname(root[: min(root.find(c) for c in "*?[" if c in root)] + "x")
-        elif not (_is_web(root) and root.lower().endswith(ALL_SUFFIXES)) and inner.isdir(root):
+        elif not _is_web_file(root) and inner.isdir(root):
             found = _find(inner, root)
         else:
             is_file = True
@@ -67,7 +80,7 @@ def list_files(spec: SourceSpec) -> tuple[Any, str, list[File], bool]:
     files.sort(key=lambda f: f.path)
     if not files:
         raise SourceError(f"source.uri: no file in {shown}")
-    return fs, root, files, is_file
+    return Listing(fs, root, files, is_file)
 
 
 def open_fs(uri: str) -> tuple[Any, str]:
@@ -90,6 +103,12 @@ def open_fs(uri: str) -> tuple[Any, str]:
 
 def _is_web(uri: str) -> bool:
     return uri.lower().startswith(("http://", "https://"))
+
+
+def _is_web_file(uri: str) -> bool:
+    """Whether a URL's suffix says that it is a file: asking whether it is a folder takes a page."""
+    suffixes = tuple(s for format_ in FORMATS.values() for s in format_.suffixes)
+    return _is_web(uri) and uri.lower().endswith(suffixes)
 
 
 def unsigned(uri: str) -> str:

@@ -8,25 +8,24 @@ import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
-from fmembed.sources.formats.parquet import plan_row_groups
+from fmembed.sources.formats.registry import FORMATS
 from fmembed.sources.listing import unsigned
-from fmembed.sources.source import FOLDERS, File, Shard, Source
+from fmembed.sources.source import File, Shard, Source
 from fmembed.spec import Format, SourceSpec
 
-if TYPE_CHECKING:
-    pass
-
 _SHARD_FILES = 512
-# Of files that are rows: what a read task holds at once.
-_FOLDER_SHARD_BYTES = 16 * 2**20
-# Of more files than these, small ones share a read task, which costs Ray some 20 ms whatever it
-# reads, and are not opened before it (a Parquet file's end, from a local disk: 0.3 ms).
+# Where files are rows: what a read task holds at once.
+_FILE_ROWS_BYTES = 16 * 2**20
+# With more files than these, small ones share a read task, because each task costs Ray some 20 ms
+# whatever it reads; and they are not opened to be cut (a Parquet file, from a local disk: 0.3 ms).
 _MANY_FILES = 1000
 _GROUP_BYTES = 4 * 2**20
 # One file in so many ends its group by its name, so that a new file moves no other group's ends.
 _GROUP_FILES = 256
+_THREADS = 16
 
 
 def sample(source: Source, num_rows: int, num_shards: int) -> Source:
@@ -42,36 +41,43 @@ def sample(source: Source, num_rows: int, num_shards: int) -> Source:
 
 
 def with_keys(spec: SourceSpec, shards: Iterable[Shard], revision: str = "") -> tuple[Shard, ...]:
-    """Name each shard after all that decides which rows it yields."""
-    # The limits only reject, and what was rejected is on record as such.
+    """Name each shard after all that decides which rows it yields.
+
+    Args:
+        spec: The source.
+        shards: What to name.
+        revision: Of a dataset that is no list of files; else each file's own counts.
+    """
+    # Limits stay out of the key: all they do is reject rows, and rejected rows are on record.
     limits = {"max_text_bytes", "max_media_bytes"}
     settings = spec.model_dump(mode="json", exclude={"label", "split", "carry", "caption", *limits})
     settings["uri"] = unsigned(spec.uri)
     settings["root"] = unsigned(spec.root) if spec.root else None
 
     def key(shard: Shard) -> str | None:
-        revisions = [f.revision for f in shard.files] or [revision]
-        if not all(revisions):
+        if not all(f.revision for f in shard.files):
             return None
-        files = [(f.name, f.size, f.revision) for f in shard.files]
+        files = [] if revision else [(f.name, f.size, f.revision) for f in shard.files]
         content = json.dumps([settings, revision, files, shard.start, shard.stop])
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
     return tuple(replace(shard, key=key(shard)) for shard in shards)
 
 
-def plan_shards(format_: Format, fs: Any, files: list[File]) -> Iterator[Shard]:
-    if format_ in FOLDERS:
-        for group in _group(files, _FOLDER_SHARD_BYTES):
+def plan_shards(name: Format, fs: Any, files: list[File]) -> Iterator[Shard]:
+    """Group files that are rows, or many and small; cut the others, as far as the format can."""
+    format_ = FORMATS[name]
+    if format_.modality is not None:
+        for group in _group(files, _FILE_ROWS_BYTES):
             yield Shard(group, num_rows=len(group))
         return
     small: list[File] = []
     if len(files) > _MANY_FILES:
         small = [f for f in files if f.size < _GROUP_BYTES]
         files = [f for f in files if f.size >= _GROUP_BYTES]
-    if format_ == "parquet":
-        with ThreadPoolExecutor(16) as pool:
-            for shards in pool.map(lambda f: plan_row_groups(fs, f), files):
+    if format_.cut is not None:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for shards in pool.map(partial(format_.cut, fs), files):
                 yield from shards
     else:
         yield from (Shard((file,)) for file in files)

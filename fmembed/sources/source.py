@@ -9,10 +9,19 @@ import pyarrow as pa
 
 from fmembed.spec import Format, Modality, SourceSpec
 
-# Formats where each file is a row.
-FOLDERS = ("text_folder", "image_folder", "audio_folder")
-# One row as a reader hands it over: its fallback id, and its columns or (error, message).
-RawRow = tuple[str, dict[str, Any] | tuple[str, str]]
+# Why a row is not embedded: the error that is counted, and a message that tells more.
+Rejection = tuple[str, str]
+# One row as a reader hands it over: its id where no column is the id, and its columns or why not.
+# No exception: its traceback would keep what was read of the row.
+RawRow = tuple[str, dict[str, Any] | Rejection]
+
+
+class BadRow(Exception):  # noqa: N818 - a row's fate, not a failure of the run
+    """A row, or a file of rows, that is rejected: the two parts of a `Rejection`."""
+
+    def __init__(self, error: str, message: str) -> None:
+        super().__init__(message)
+        self.error, self.message = error, message
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +39,13 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What one read task reads: files, one file's part, or a saved dataset's part.
+    """What one read task reads: files, or a part of one.
 
-    `start` and `stop` are row groups of a Parquet file, rows of a saved dataset, or shards of a
-    streamed one; None means all. `first_row` numbers the first row of a Parquet shard. `num_rows`
-    is None where only reading tells. `key` changes when the content does: a shard whose key is on
-    record as committed is not read again; None where storage does not tell of changes, or where
-    each file is a row and its id is enough.
+    `start` and `stop` are in the format's own unit (row groups of a Parquet file, rows of a saved
+    dataset, shards of a streamed one); None means all. `first_row` numbers the first row of a
+    Parquet shard. `num_rows` is None where only reading tells. `key` changes when the content does:
+    a shard whose key is on record as committed is not read again; None where storage does not tell
+    of changes, or where each file is a row and its id is enough. `max_rows` cuts a sample short.
     """
 
     files: tuple[File, ...] = ()
@@ -53,7 +62,8 @@ class Source:
     """A source that was found, listed and checked.
 
     The shards stay on the driver: a task gets its own one, and the rest `without_shards`. `root` is
-    the filesystem, and the folder in it, below which the input column's paths are.
+    the filesystem, and the folder in it, below which the input column's paths are. With
+    `file_is_row` a file's name is its row's id, so that it is known without reading it.
     """
 
     spec: SourceSpec
@@ -63,6 +73,7 @@ class Source:
     carried: pa.Schema
     modality: Modality = "text"
     root: tuple[Any, str] | None = None
+    file_is_row: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -90,8 +101,3 @@ class Source:
         """What a row's content may hold, in bytes."""
         spec = self.spec
         return spec.max_text_bytes if self.modality == "text" else spec.max_media_bytes
-
-    @property
-    def file_is_row(self) -> bool:
-        """Whether each file is one row, so that its id is known without reading it."""
-        return self.format in FOLDERS

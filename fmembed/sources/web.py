@@ -52,6 +52,6 @@ def open_web(url: str) -> tuple[WebFiles, str]:
     if not is_whole:
         raise ValueError("no host can be told; in a user or password write / as %2F, and so on")
     origin = f"{parts.scheme}://{host}"
-    # Nothing is unfolded for a server: of a body of a megabyte it may be gigabytes, at once.
+    # No server may compress its answers: a body of a megabyte could unfold to gigabytes, at once.
     options = {"auto_decompress": False, "headers": {"Accept-Encoding": "identity"}}
     return WebFiles(origin, login, parts.query, client_kwargs=options), origin + parts.path

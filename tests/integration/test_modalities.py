@@ -17,7 +17,8 @@ from media import bomb_png, picture, sound
 import fmembed
 from fmembed import RunSpec
 from fmembed.cli import run
-from fmembed.sources.opening import open_source, read_here
+from fmembed.sources.opening import open_source
+from fmembed.sources.reading import read_here
 from fmembed.spec import SourceSpec
 
 GOOD = {f"{'ab'[i % 2]}/{i:02}": picture(20 + i, 30) for i in range(24)}

@@ -46,7 +46,14 @@ ALLOWED = {
 }
 # Of those that take seconds to import; within a function in the files that are named.
 HEAVY = {
-    "ray": {"run", "evaluate", "bench", "table/reading.py", "model/meter.py", "sources/opening.py"},
+    "ray": {
+        "run",
+        "evaluate",
+        "bench",
+        "table/reading.py",
+        "model/meter.py",
+        "sources/reading_by_ray.py",
+    },
     "torch": {"model", "bench", "devices.py"},
     "sklearn": {"probes"},
 }

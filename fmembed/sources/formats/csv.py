@@ -7,18 +7,19 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
 from fsspec.utils import infer_compression
 
-from fmembed.sources.formats.base import MAX_VALUES, READ_BYTES, BadRow
-from fmembed.sources.source import File, RawRow, Shard, Source
+from fmembed.sources.formats.base import MAX_VALUES, READ_BYTES, Format, by_first_file
+from fmembed.sources.source import BadRow, File, RawRow, Shard, Source
 
 
 def read_csv(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
-    with open_csv(source, file) as handle:
-        lines = CsvLines(handle, source.spec.max_text_bytes, delimiter_of(file))
-        reader = csv.reader(lines, delimiter=delimiter_of(file), strict=True)
+    with _open(source, file) as handle:
+        lines = _Lines(handle, source.spec.max_text_bytes, _delimiter(file))
+        reader = csv.reader(lines, delimiter=_delimiter(file), strict=True)
         header = next(reader, [])
-        # Of a million columns only these are kept of each row.
+        # A file may have a million columns: of each row only these are kept.
         wanted = {name: i for i, name in enumerate(header) if name in source.spec.wanted}
         missing = [c for c in (source.spec.input, source.spec.id) if c and c not in wanted]
         if missing:
@@ -43,7 +44,15 @@ def read_csv(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
                 yield f"{file.name}#{i}", {name: values[at] for name, at in wanted.items()}
 
 
-class CsvLines:
+def csv_schema(source: Source, file: File) -> pa.Schema:
+    # Text as it stands: a guessed integer would turn 01234 into 1234.
+    with _open(source, file) as handle:
+        lines = _Lines(handle, source.spec.max_text_bytes, _delimiter(file))
+        header = next(csv.reader(lines, delimiter=_delimiter(file)), [])
+    return pa.schema([pa.field(c, pa.string()) for c in header])
+
+
+class _Lines:
     """Lines for csv.reader, that end a row which grows too large.
 
     A field in quotes may go over any number of lines, and csv.reader holds it all.
@@ -57,7 +66,7 @@ class CsvLines:
         """What is read from here on is the next row."""
         self._length = self._num_values = self._num_quotes = 0
 
-    def __iter__(self) -> CsvLines:
+    def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
@@ -70,7 +79,7 @@ class CsvLines:
         if not line:
             raise StopIteration
         if self._length > self._most:
-            # Its end is where a line ends and all quotes are closed.
+            # The row ends where a line ends and all quotes are closed.
             while line and (line[-1] not in "\r\n" or self._num_quotes % 2):
                 line = self._read(READ_BYTES)
             most = f"source.max_text_bytes = {self._most:,}"
@@ -87,7 +96,7 @@ class CsvLines:
         return line
 
 
-def open_csv(source: Source, file: File) -> Any:
+def _open(source: Source, file: File) -> Any:
     # The module's default limit of 131,072 characters a field is below a long article.
     csv.field_size_limit(2**31 - 1)
     # Undecodable bytes become lone surrogates, which only their own row fails on later.
@@ -99,5 +108,13 @@ def open_csv(source: Source, file: File) -> Any:
     )  # fmt: skip
 
 
-def delimiter_of(file: File) -> str:
+def _delimiter(file: File) -> str:
     return "\t" if ".tsv" in file.name.lower() else ","
+
+
+CSV = Format(
+    name="csv",
+    suffixes=(".csv", ".tsv", ".csv.gz", ".tsv.gz"),
+    rows=read_csv,
+    schema=by_first_file(csv_schema),
+)

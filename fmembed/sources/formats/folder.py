@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pyarrow as pa
+
 from fmembed.sources.files import read_whole
+from fmembed.sources.formats.base import Format
 from fmembed.sources.source import File, RawRow, Shard, Source
 
 
@@ -16,3 +19,34 @@ def read_folder(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
     if source.spec.label:
         row[source.spec.label] = posixpath.basename(posixpath.dirname(file.name)) or None
     yield file.name, row
+
+
+def folder_schema(source: Source, files: Sequence[File]) -> pa.Schema:
+    """The content, by whatever name, and the folder's name as label if there are folders."""
+    names = {source.spec.input}
+    if any("/" in f.name for f in files):
+        names.add(source.spec.label or "label")
+    return pa.schema([pa.field(name, pa.string()) for name in names])
+
+
+TEXT_FOLDER = Format(
+    name="text_folder",
+    suffixes=(".txt", ".md"),
+    rows=read_folder,
+    schema=folder_schema,
+    modality="text",
+)
+IMAGE_FOLDER = Format(
+    name="image_folder",
+    suffixes=(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
+    rows=read_folder,
+    schema=folder_schema,
+    modality="image",
+)
+AUDIO_FOLDER = Format(
+    name="audio_folder",
+    suffixes=(".wav", ".flac", ".ogg", ".mp3"),
+    rows=read_folder,
+    schema=folder_schema,
+    modality="audio",
+)

@@ -11,34 +11,58 @@ import pyarrow as pa
 
 from fmembed.errors import SourceError, reason
 from fmembed.redaction import redact
-from fmembed.sources.formats.base import CHUNK_ROWS
-from fmembed.sources.formats.parquet import batch_rows
-from fmembed.sources.formats.unfolding import (
-    has_compressed_buffers,
-)
-from fmembed.sources.source import RawRow, Shard, Source
+from fmembed.sources.formats.base import CHUNK_ROWS, Format, Opened
+from fmembed.sources.formats.parquet import SHARD_ROWS, batch_rows
+from fmembed.sources.formats.unfolding import has_compressed_buffers
+from fmembed.sources.source import File, RawRow, Shard, Source
 from fmembed.spec import SourceSpec
 
-SAVED_DATASET = ("state.json", "dataset_dict.json")
+_SAVED = ("state.json", "dataset_dict.json")
 
 
-def read_hf(source: Source, shard: Shard) -> Iterator[RawRow]:
-    prefix = source.spec.hf.split or "data"
+def open_hf(spec: SourceSpec) -> Opened:
+    """Load a dataset and cut it: at rows, or into the shards that a streamed one has.
+
+    Raises:
+        SourceError: There is none, or it cannot be read.
+    """
+    if Path(spec.uri).exists():  # workers have another working folder
+        spec = spec.model_copy(update={"uri": str(Path(spec.uri).resolve())})
+    if _is_saved(spec):
+        _check_saved(Path(spec.uri))
+    dataset = load_hf(spec)
+    # A streamed dataset does not say when it has changed.
+    revision = "" if spec.hf.streaming else str(dataset._fingerprint)
+    whole = (File(spec.uri, spec.hf.split or "data", 0, revision),)
+    if spec.hf.streaming:
+        shards = [Shard(whole, i, i + 1) for i in range(dataset.num_shards)]
+    else:
+        shards = []
+        for start in range(0, len(dataset), SHARD_ROWS):
+            stop = min(start + SHARD_ROWS, len(dataset))
+            shards.append(Shard(whole, start, stop, num_rows=stop - start))
+    if spec.hf.streaming and not dataset.features:  # only a row tells its columns, and no types
+        names: dict[str, Any] = next(iter(dataset), {})
+        return Opened(spec, pa.schema([(name, pa.null()) for name in names]), shards)
+    return Opened(spec, dataset.features.arrow_schema, shards, revision)
+
+
+def read_hf(source: Source, shard: Shard, whole: File) -> Iterator[RawRow]:
     dataset = load_hf(source.spec)
     if source.spec.hf.streaming:
         for s in range(shard.start or 0, shard.stop or 0):
             piece = dataset.shard(num_shards=dataset.num_shards, index=s)
             for i, row in enumerate(piece):
-                yield f"{prefix}/{s}#{i}", row
+                yield f"{whole.name}/{s}#{i}", row
         return
-    # As Arrow holds it, on disk: a row is looked at before it becomes Python's.
+    # As Arrow holds it on disk: a row's size is looked at before it becomes Python's.
     stored = dataset.with_format("arrow")
     i = shard.start or 0
     for start in range(i, shard.stop or 0, CHUNK_ROWS):
         table: pa.Table = stored[start : min(start + CHUNK_ROWS, shard.stop or 0)]
         for batch in table.to_batches():
             for row in batch_rows(batch, source):
-                yield f"{prefix}#{i}", row
+                yield f"{whole.name}#{i}", row
                 i += 1
 
 
@@ -53,7 +77,7 @@ def load_hf(spec: SourceSpec) -> Any:
     hf = spec.hf
     _check_data_files(Path(spec.uri))
     try:
-        if any((Path(spec.uri) / name).exists() for name in SAVED_DATASET):
+        if _is_saved(spec):
             dataset = datasets.load_from_disk(spec.uri)
             if isinstance(dataset, datasets.DatasetDict) and hf.split in dataset:
                 dataset = dataset[hf.split]
@@ -72,7 +96,7 @@ def load_hf(spec: SourceSpec) -> Any:
     if dataset.features and wanted <= set(dataset.features):
         dataset = dataset.select_columns(sorted(wanted))
     for name, feature in (dataset.features or {}).items():
-        # Undecoded: decoding is ours, a row at a time, and one bad picture is one rejected row.
+        # Left undecoded: we decode row by row, so that one bad picture is one rejected row.
         undecoded = _undecoded(feature)
         if undecoded != feature:
             dataset = dataset.cast_column(name, undecoded)
@@ -93,7 +117,11 @@ def _undecoded(feature: Any) -> Any:
     return feature
 
 
-def check_saved(folder: Path) -> None:
+def _is_saved(spec: SourceSpec) -> bool:
+    return any((Path(spec.uri) / name).exists() for name in _SAVED)
+
+
+def _check_saved(folder: Path) -> None:
     """Refuse a saved dataset of which a small file would unfold to much, or lies elsewhere.
 
     Once for each run: it looks into every record batch.
@@ -103,18 +131,18 @@ def check_saved(folder: Path) -> None:
             list of files.
     """
     try:
-        _check_saved(folder)
+        _check_splits(folder)
     except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as e:
         raise SourceError(f"source.uri: cannot load dataset {folder}: {reason(e)}") from None
 
 
-def _check_saved(folder: Path) -> None:
+def _check_splits(folder: Path) -> None:
     try:
-        told = json.loads((folder / SAVED_DATASET[1]).read_bytes())["splits"]
+        told = json.loads((folder / _SAVED[1]).read_bytes())["splits"]
     except FileNotFoundError:
         told = [""]
     for split in told:
-        state = json.loads((folder / split / SAVED_DATASET[0]).read_bytes())
+        state = json.loads((folder / split / _SAVED[0]).read_bytes())
         for name in [split, *(entry["filename"] for entry in state["_data_files"])]:
             if "/" in name or name == "..":
                 raise SourceError(
@@ -159,3 +187,6 @@ def _check_data_files(folder: Path) -> None:
             raise SourceError(
                 f"source.uri: {card} has {value[:200]!a} read, which is not in the dataset's folder"
             )
+
+
+HF = Format(name="hf", suffixes=(), rows=read_hf, open=open_hf, markers=_SAVED)

@@ -2,70 +2,58 @@
 
 from __future__ import annotations
 
-import codecs
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
-from fsspec.utils import infer_compression
 
-from fmembed.sources.formats.base import MAX_VALUES, READ_BYTES, is_bounded
-from fmembed.sources.source import File, RawRow, Shard, Source
+from fmembed.sources.formats.base import MAX_VALUES, Format, by_first_file, is_bounded
+from fmembed.sources.formats.lines import read_lines
+from fmembed.sources.source import File, RawRow, Rejection, Shard, Source
 
-
-def _lines(handle: Any, most: int) -> Iterator[bytes | int]:
-    """A file's lines, without their ends; of one longer than `most` bytes only its length.
-
-    A megabyte of gzip may hold a line of a gigabyte: no more of it is kept than is allowed.
-    """
-    # Decompressors give what they have before they fail on what follows.
-    read = getattr(handle, "read1", handle.read)
-    kept: list[bytes] = []
-    length = 0
-
-    def line() -> bytes | int:
-        return length if length > most else b"".join(kept)
-
-    while chunk := bytes(read(READ_BYTES)):
-        for is_rest, piece in zip(
-            itertools.chain(itertools.repeat(False, chunk.count(b"\n")), [True]),
-            chunk.split(b"\n"),
-            strict=True,
-        ):
-            length += len(piece)
-            if length > most:
-                kept = []
-            else:
-                kept.append(piece)
-            if not is_rest:
-                yield line()
-                kept, length = [], 0
-    if length:
-        yield line()
+# What the columns' types are taken from.
+_SAMPLE_ROWS = 10_000
+_SAMPLE_BYTES = 32 * 2**20
 
 
 def read_jsonl(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
     wanted = source.spec.wanted
-    for i, line in json_lines(source, file):
-        row = parse_json(line, source)
+    for i, line in _numbered_lines(source, file):
+        row = _parse(line, source)
         if isinstance(row, dict):
             row = {c: row[c] for c in wanted if c in row}
         yield f"{file.name}#{i}", row
 
 
-def json_lines(source: Source, file: File) -> Iterator[tuple[int, bytes | int]]:
+def jsonl_schema(source: Source, file: File) -> pa.Schema:
+    objects: list[dict[str, Any]] = []
+    num_bytes = 0
+    try:
+        for _, line in itertools.islice(_numbered_lines(source, file), _SAMPLE_ROWS):
+            row = _parse(line, source)
+            if isinstance(row, dict):
+                objects.append(row)
+                num_bytes += len(line) if isinstance(line, bytes) else 0
+            if num_bytes > _SAMPLE_BYTES:
+                break
+    except Exception:  # the rest of the file is broken; its rows will be rejected with the cause
+        if not objects:
+            raise
+    if not objects:
+        raise ValueError("no JSON object in it")
+    return _infer_schema(objects, source.spec.wanted)
+
+
+def _numbered_lines(source: Source, file: File) -> Iterator[tuple[int, bytes | int]]:
     """Number and content of each line that is not blank; its length, where it is too long."""
-    with source.fs.open(file.path, "rb", compression=infer_compression(file.name)) as handle:
-        for i, line in enumerate(_lines(handle, source.spec.max_text_bytes)):
-            if i == 0 and isinstance(line, bytes):
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if isinstance(line, int) or (line and not line.isspace()):
-                yield i, line
+    for i, line in enumerate(read_lines(source, file)):
+        if isinstance(line, int) or (line and not line.isspace()):
+            yield i, line
 
 
-def parse_json(line: bytes | int, source: Source) -> dict[str, Any] | tuple[str, str]:
+def _parse(line: bytes | int, source: Source) -> dict[str, Any] | Rejection:
     most = source.spec.max_text_bytes
     if isinstance(line, int):
         return "row too large", f"{line:,} bytes, more than source.max_text_bytes = {most:,}"
@@ -82,7 +70,7 @@ def parse_json(line: bytes | int, source: Source) -> dict[str, Any] | tuple[str,
     return value
 
 
-def infer_schema(objects: list[dict[str, Any]], wanted: Sequence[str]) -> pa.Schema:
+def _infer_schema(objects: list[dict[str, Any]], wanted: Sequence[str]) -> pa.Schema:
     """The columns, with the types of those that are wanted: there may be a million others."""
     fields = {n: pa.string() for n in dict.fromkeys(itertools.chain.from_iterable(objects))}
     for name in wanted:
@@ -100,3 +88,11 @@ def _infer_type(values: list[Any]) -> pa.DataType:
         return pa.array(values).type
     except (pa.ArrowException, UnicodeError, OverflowError, RecursionError):
         return pa.string()
+
+
+JSONL = Format(
+    name="jsonl",
+    suffixes=(".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst"),
+    rows=read_jsonl,
+    schema=by_first_file(jsonl_schema),
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fmembed.sources.files import (
-    check_regular,
-)
+from fmembed.sources.files import check_regular
 from fmembed.sources.formats.base import (
     CHUNK_BYTES,
     CHUNK_ROWS,
-    BadRow,
+    Format,
+    by_first_file,
+    rejection,
     too_large,
     too_large_row,
-    unreadable_row,
 )
 from fmembed.sources.formats.unfolding import (
     BATCH_BYTES,
@@ -30,11 +29,10 @@ from fmembed.sources.formats.unfolding import (
     dictionary_bytes,
     unfolded_bytes,
 )
-from fmembed.sources.source import File, RawRow, Shard, Source
+from fmembed.sources.source import BadRow, File, RawRow, Shard, Source
 
-if TYPE_CHECKING:
-    pass
-
+_SHARD_BYTES = 64 * 2**20
+SHARD_ROWS = 50_000
 # Rows that are told one by one as lost.
 _MAX_LOST_ROWS = 1_000_000
 
@@ -64,10 +62,35 @@ def read_parquet(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
                         yield f"{file.name}#{first + i}", row
                         i += 1
             except (OSError, PageError, pa.ArrowException, BadRow) as e:
-                fate = (e.error, e.message) if isinstance(e, BadRow) else unreadable_row(e)
+                fate = rejection(e, source)
                 for lost in range(i, min(num_rows, i + _MAX_LOST_ROWS)):
                     yield f"{file.name}#{first + lost}", fate
             first += num_rows
+
+
+def parquet_schema(source: Source, file: File) -> pa.Schema:
+    with source.fs.open(file.path, "rb") as handle:
+        return pq.read_schema(handle)
+
+
+def cut_row_groups(fs: Any, file: File) -> list[Shard]:
+    """Cut a Parquet file at row groups, about 64 MiB or 50,000 rows a shard."""
+    try:
+        check_regular(fs, file.path)
+        with fs.open(file.path, "rb") as handle:
+            metadata = pq.read_metadata(handle)
+    except (OSError, pa.ArrowException, BadRow):
+        return [Shard((file,))]  # the read task finds the same and rejects it with its cause
+    shards: list[Shard] = []
+    start = first_row = num_rows = num_bytes = 0
+    for i in range(metadata.num_row_groups):
+        num_rows += metadata.row_group(i).num_rows
+        num_bytes += metadata.row_group(i).total_byte_size
+        last = i + 1 == metadata.num_row_groups
+        if num_rows and (num_rows >= SHARD_ROWS or num_bytes >= _SHARD_BYTES or last):
+            shards.append(Shard((file,), start, i + 1, first_row, num_rows))
+            start, first_row, num_rows, num_bytes = i + 1, first_row + num_rows, 0, 0
+    return shards
 
 
 def _leaves(metadata: pq.FileMetaData, columns: Sequence[str]) -> list[int]:
@@ -91,7 +114,7 @@ def _batch_size(
     row_bytes = sum(map(unfolded_bytes, columns)) // max(group.num_rows, 1)
     # Twice, because small values stand in the pages' statistics too; `batch_rows` looks closer.
     if row_bytes > 2 * source.most_bytes:
-        raise too_large(row_bytes, source)
+        raise BadRow(*too_large(row_bytes, source))
     largest = row_bytes
     for column in columns:
         if column.physical_type != "BYTE_ARRAY":
@@ -119,7 +142,7 @@ def batch_rows(batch: pa.RecordBatch, source: Source) -> Iterator[dict[Any, Any]
     cuts = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), batch.num_rows]
     for start, stop in itertools.pairwise(cuts):
         for i in np.flatnonzero(~is_good[start:stop]).tolist():
-            # Alone in its piece, or first of it: only its id is taken.
+            # A row that is too large is alone in its piece or first in it; only its id is taken.
             assert i == 0
             ids = [c for c in (source.spec.id,) if c in batch.schema.names]
             (row,) = _values(batch.slice(start, 1).select(ids)) if ids else ({},)
@@ -167,25 +190,10 @@ def _values(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     ]
 
 
-_SHARD_BYTES = 64 * 2**20
-SHARD_ROWS = 50_000
-
-
-def plan_row_groups(fs: Any, file: File) -> list[Shard]:
-    """Cut a Parquet file at row groups, about 64 MiB or 50,000 rows a shard."""
-    try:
-        check_regular(fs, file.path)
-        with fs.open(file.path, "rb") as handle:
-            metadata = pq.read_metadata(handle)
-    except (OSError, pa.ArrowException):
-        return [Shard((file,))]  # the read task finds the same and rejects it with its cause
-    shards: list[Shard] = []
-    start = first_row = num_rows = num_bytes = 0
-    for i in range(metadata.num_row_groups):
-        num_rows += metadata.row_group(i).num_rows
-        num_bytes += metadata.row_group(i).total_byte_size
-        last = i + 1 == metadata.num_row_groups
-        if num_rows and (num_rows >= SHARD_ROWS or num_bytes >= _SHARD_BYTES or last):
-            shards.append(Shard((file,), start, i + 1, first_row, num_rows))
-            start, first_row, num_rows, num_bytes = i + 1, first_row + num_rows, 0, 0
-    return shards
+PARQUET = Format(
+    name="parquet",
+    suffixes=(".parquet", ".pq"),
+    rows=read_parquet,
+    schema=by_first_file(parquet_schema),
+    cut=cut_row_groups,
+)

@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 # What rows may unfold to at a time, and what a column chunk may whatever its footer says: writers
 # are known that count its bytes wrongly.
 BATCH_BYTES = 32 * 2**20
-# More than the header of a dictionary's page takes: it has no statistics.
+# Enough for the header of a dictionary's page, which has no statistics.
 _HEADER_BYTES = 64
 _MAX_DEPTH = 8
-# Bytes of a value; one of another type is counted by the footer.
+# Bytes of a value, by type; other types are as long as the footer says.
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 # Fields of PageHeader: what it unfolds to, its bytes, and the data headers (1 and 2), of which the
 # first field is the number of values.
@@ -140,7 +140,7 @@ def _start(chunk: pq.ColumnChunkMetaData) -> int:
 def _check(content: bytes, chunk: pq.ColumnChunkMetaData) -> None:
     most = max(2 * unfolded_bytes(chunk), BATCH_BYTES)
     at = num_bytes = num_values = 0
-    # As far as Arrow reads; of what comes behind it nothing is unfolded.
+    # Only as far as Arrow reads: what comes after that is not unfolded.
     while num_values < chunk.num_values and at < len(content):
         header, at = _page(content, at, chunk)
         at += max(header.get(_STORED, 0), 0)

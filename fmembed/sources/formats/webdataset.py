@@ -11,10 +11,16 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from fmembed.sources.source import File, RawRow, Shard, Source
+import pyarrow as pa
 
-SAMPLED_TAR_ROWS, SAMPLED_TAR_MEMBERS = 10, 10_000
-# Of a tar member's long name or extended header.
+from fmembed.sources.formats.base import Format, by_first_file
+from fmembed.sources.source import File, RawRow, Rejection, Shard, Source
+from fmembed.spec import SourceSpec
+
+_SAMPLE_ROWS, _SAMPLE_MEMBERS = 10, 10_000
+# Members of these extensions are text; all others are bytes.
+_TEXTS = ("txt", "text", "caption")
+# What a tar member's long name or extended header may take.
 _MAX_HEADER_BYTES = 2**20
 
 
@@ -25,10 +31,10 @@ def read_webdataset(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
     never leads anywhere.
     """
     wanted = frozenset(source.spec.wanted)
-    samples = itertools.groupby(tar_members(source, file), key=lambda found: found[0])
+    samples = itertools.groupby(_members(source, file), key=lambda found: found[0])
     for i, (key, members) in enumerate(samples):
         row: dict[Any, Any] = {"__key__": key}
-        fate: tuple[str, str] | None = None
+        fate: Rejection | None = None
         for _key, name, member, archive in members:
             if name not in wanted:
                 continue
@@ -45,19 +51,38 @@ def read_webdataset(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
         yield f"{file.name}#{i}", fate or row
 
 
-def tar_members(
+def webdataset_schema(source: Source, file: File) -> pa.Schema:
+    members = itertools.islice(_members(source, file), _SAMPLE_MEMBERS)
+    samples = itertools.groupby(members, key=lambda found: found[0])
+    names: dict[str, None] = {}
+    try:
+        for _, members_of_sample in itertools.islice(samples, _SAMPLE_ROWS):
+            names.update((name, None) for _, name, *_ in members_of_sample)
+    except Exception:  # the rest of the file is broken; its rows will be rejected with the cause
+        if not names:
+            raise
+    # What is carried beside the input (cls, txt, json) is text.
+    return pa.schema([pa.field(c, pa.string()) for c in ("__key__", *names)])
+
+
+def _is_text(spec: SourceSpec, _: pa.Schema) -> bool:
+    return spec.input in _TEXTS
+
+
+def _members(
     source: Source, file: File
 ) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.TarFile]]:
     """Key and extension of each member, and where to read it before the next one is asked for."""
     with source.fs.open(file.path, "rb") as raw:
         buffered = io.BufferedReader(raw)
         start = buffered.peek(2)
-        # By us, a little at a time: ten kilobytes, which tarfile unfolds at once, may be gigabytes.
+        # Unfolded here, a little at a time: tarfile unfolds ten kilobytes at once, which may become
+        # gigabytes.
         unfold = next((open_ for magic, open_ in _UNFOLD.items() if start.startswith(magic)), None)
         stream: Any = unfold(buffered) if unfold else buffered
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as archive:
             while (member := archive.next()) is not None:
-                # It would keep them all.
+                # tarfile would keep the header of every member.
                 archive.members = []  # type: ignore[attr-defined]
                 archive.pax_headers = {}
                 if not member.isdir():
@@ -86,3 +111,12 @@ _EXTENSIONS = (
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )  # fmt: skip
+
+
+WEBDATASET = Format(
+    name="webdataset",
+    suffixes=(".tar", ".tar.gz", ".tgz"),
+    rows=read_webdataset,
+    schema=by_first_file(webdataset_schema),
+    is_text=_is_text,
+)

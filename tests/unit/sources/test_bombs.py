@@ -33,8 +33,8 @@ MIB = 2**20
 MOST_MIB = 400
 READ = """
 import json, sys
-from fmembed.sources.reading import read_shard
 from fmembed.sources.opening import open_source
+from fmembed.sources.reading import read_shard
 from fmembed.spec import SourceSpec
 
 def peak_mib():

@@ -17,9 +17,10 @@ import pytest
 from conftest import write_jsonl
 
 from fmembed.errors import SourceError
-from fmembed.sources.files import RefusedError, open_root, read_whole
+from fmembed.sources.files import open_root, read_whole
 from fmembed.sources.opening import open_source
 from fmembed.sources.reading import read_shard
+from fmembed.sources.source import BadRow
 from fmembed.spec import SourceSpec
 from fmembed.storage import filesystem
 
@@ -102,7 +103,7 @@ def test_the_whole_disk_may_be_the_root(tmp_path: Path) -> None:
     root = tree(tmp_path)
     read_below = open_root(*filesystem("/"), 2**20)
     assert read_below(str(root / "file")[1:]) == b"secret"
-    with pytest.raises(RefusedError, match="no regular file"):
+    with pytest.raises(BadRow, match="no regular file"):
         read_below("proc/self/environ")
 
 
@@ -172,7 +173,7 @@ def test_a_file_that_becomes_a_pipe_is_not_waited_for(
 ) -> None:
     os.mkfifo(tmp_path / "a.txt")
     monkeypatch.setattr("fmembed.sources.files.check_regular", lambda *_: None)
-    with pytest.raises(RefusedError, match="no regular file"):
+    with pytest.raises(BadRow, match="no regular file"):
         read_whole(filesystem(str(tmp_path))[0], str(tmp_path / "a.txt"), 2**20)
 
 

@@ -17,8 +17,8 @@ import pytest
 from fmembed.checkpoint.opening import open_checkpoint
 from fmembed.errors import SourceError
 from fmembed.prepare.stage import Preprocess
-from fmembed.sources.opening import open_source, read_here
-from fmembed.sources.reading import read_shard
+from fmembed.sources.opening import open_source
+from fmembed.sources.reading import read_here, read_shard
 from fmembed.spec import ModelSpec, PreprocessSpec, SourceSpec
 
 GOOD = [{"id": f"g{i}", "text": f"good {i}"} for i in range(4)]

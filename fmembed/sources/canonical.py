@@ -1,0 +1,135 @@
+"""Rows as they were read -> canonical rows (rows.row_schema): each value is checked and cast, and a
+bad one makes a rejected row of its own row alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import reprlib
+from typing import Any
+
+import pyarrow as pa
+
+from fmembed.rows.columns import ERROR, MESSAGE, SHARD, STAGE, clean_message
+from fmembed.sources.formats.base import FETCHED
+from fmembed.sources.source import BadRow, RawRow, Source
+from fmembed.spec import SourceSpec
+
+_MAX_ID_BYTES = 4096
+
+
+def canonical(source: Source, chunk: list[RawRow], shard: int, schema: pa.Schema) -> pa.Table:
+    """Turn rows into a table.
+
+    Args:
+        source: What they are from.
+        chunk: Rows as a format's reader yields them.
+        shard: Which of the source's shards they are from.
+        schema: `rows.row_schema` of the source.
+    """
+    spec = source.spec
+    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
+    for fallback_id, raw in chunk:
+        row: dict[str, Any] = {"row_id": fallback_id}
+        try:
+            if isinstance(raw, tuple):
+                raise BadRow(*raw)
+            if spec.id is not None:
+                row["row_id"] = _row_id(raw.get(spec.id), spec.id)
+            value = raw.get(FETCHED, raw.get(spec.input))
+            if FETCHED in raw and isinstance(value, tuple):
+                raise BadRow(*value)
+            if source.modality == "text":
+                row["_input"], content = _text(value, spec)
+                raw = {**raw, spec.input: row["_input"]}
+            else:
+                row["_input"] = content = _bytes(value, spec)
+            for field in source.carried:
+                row[field.name] = _cast(raw.get(field.name), field)
+            row["content_hash"] = hashlib.blake2b(content, digest_size=16).hexdigest()
+        except BadRow as e:
+            row = {"row_id": row["row_id"], STAGE: "read", ERROR: e.error}
+            row[MESSAGE] = clean_message(spec.conceal(e.message))
+        row[SHARD] = shard
+        for name, values in columns.items():
+            values.append(row.get(name))
+    return pa.table(
+        [pa.array(v, t) for v, t in zip(columns.values(), schema.types, strict=True)], schema=schema
+    )
+
+
+def _row_id(value: Any, column: str) -> str:
+    if value is None or value == "":
+        raise BadRow("null id", f"column {column!r} is empty")
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise BadRow(
+            "wrong type",
+            f"column {column!r}: takes text or an integer as id, got {type(value).__name__}",
+        )
+    try:
+        row_id = str(value).encode()
+    except UnicodeError:
+        raise BadRow("not UTF-8", f"column {column!r}") from None
+    except ValueError:  # Python's own limit of 4,300 digits
+        raise BadRow("id too long", f"column {column!r}: an integer of too many digits") from None
+    if len(row_id) > _MAX_ID_BYTES:
+        message = f"column {column!r}: {len(row_id):,} bytes, more than {_MAX_ID_BYTES:,}"
+        raise BadRow("id too long", message)
+    return row_id.decode()
+
+
+def _text(value: Any, spec: SourceSpec) -> tuple[str, bytes]:
+    """The text and its raw bytes, or the reason why it cannot be embedded."""
+    if value is None:
+        raise BadRow("null input", f"column {spec.input!r} is null")
+    try:
+        if isinstance(value, bytes):
+            text, content = value.decode("utf-8", errors=spec.encoding_errors), value
+        elif isinstance(value, str):
+            text, content = value, value.encode()
+        else:
+            raise BadRow(
+                "wrong type", f"column {spec.input!r}: takes text, got {type(value).__name__}"
+            )
+    except UnicodeDecodeError as e:
+        raise BadRow(
+            "not UTF-8",
+            f"byte {e.object[e.start]:#04x} at position {e.start}; "
+            "source.encoding_errors: replace or ignore would keep the row",
+        ) from None
+    except UnicodeEncodeError as e:
+        raise BadRow("not UTF-8", f"undecodable character at position {e.start}") from None
+    if not text.strip():
+        raise BadRow("empty input", f"column {spec.input!r} holds no text")
+    return text, content
+
+
+def _bytes(value: Any, spec: SourceSpec) -> bytes:
+    """The bytes of a picture or sound, as a column of bytes or of `datasets` Image or Audio."""
+    if isinstance(value, dict):
+        # Only the bytes: a path that a row names is never opened.
+        value = value.get("bytes")
+    if value is None:
+        raise BadRow("null input", f"column {spec.input!r} holds no bytes")
+    if not isinstance(value, bytes):
+        raise BadRow(
+            "wrong type", f"column {spec.input!r}: takes bytes, got {type(value).__name__}"
+        )
+    if not value:
+        raise BadRow("empty input", f"column {spec.input!r} holds no byte")
+    return value
+
+
+def _cast(value: Any, field: pa.Field) -> Any:
+    if isinstance(value, bytes) and pa.types.is_string(field.type):
+        value = value.decode(errors="replace").strip()
+    try:
+        if value is not None and pa.types.is_string(field.type) and not isinstance(value, str):
+            value = json.dumps(value, default=str)
+        return pa.scalar(value, field.type).as_py() if value is not None else None
+    except RecursionError:
+        raise BadRow("wrong type", f"column {field.name!r}: is nested too deeply") from None
+    except (pa.ArrowException, UnicodeError, TypeError, ValueError, OverflowError):
+        shown = ascii(value[:80]) if isinstance(value, str | bytes) else reprlib.repr(value)
+        raise BadRow("wrong type", f"column {field.name!r}: {shown} is no {field.type}") from None

@@ -1,0 +1,53 @@
+"""A text file's lines, for formats that are made of them."""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from fsspec.utils import infer_compression
+
+from fmembed.sources.formats.base import READ_BYTES
+from fmembed.sources.source import File, Source
+
+
+def read_lines(source: Source, file: File) -> Iterator[bytes | int]:
+    """A file's lines, unfolded, as bytes without their ends or a mark of the byte order.
+
+    Of one longer than `source.max_text_bytes` only its length: a megabyte of gzip may hold a line
+    of a gigabyte, and no more of it is kept than is allowed.
+    """
+    with source.fs.open(file.path, "rb", compression=infer_compression(file.name)) as handle:
+        for i, line in enumerate(_lines(handle, source.spec.max_text_bytes)):
+            if i == 0 and isinstance(line, bytes):
+                line = line.removeprefix(codecs.BOM_UTF8)
+            yield line
+
+
+def _lines(handle: Any, most: int) -> Iterator[bytes | int]:
+    # Decompressors give what they have before they fail on what follows.
+    read = getattr(handle, "read1", handle.read)
+    kept: list[bytes] = []
+    length = 0
+
+    def line() -> bytes | int:
+        return length if length > most else b"".join(kept)
+
+    while chunk := bytes(read(READ_BYTES)):
+        for is_rest, piece in zip(
+            itertools.chain(itertools.repeat(False, chunk.count(b"\n")), [True]),
+            chunk.split(b"\n"),
+            strict=True,
+        ):
+            length += len(piece)
+            if length > most:
+                kept = []
+            else:
+                kept.append(piece)
+            if not is_rest:
+                yield line()
+                kept, length = [], 0
+    if length:
+        yield line()
