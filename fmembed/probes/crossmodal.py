@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fmembed.probes.data import SEED, Bools, Floats, Ints, Need, Sample, bootstrap
+from fmembed.probes.data import SEED, Bools, Floats, Ints, Need, Sample, bootstrap, normalized
 
 VERSION = 1
 NEEDS: frozenset[Need] = frozenset(("captions",))
@@ -50,9 +50,7 @@ def run(sample: Sample) -> dict[str, Any]:
 def _unique(vectors: Floats, codes: Ints) -> tuple[Floats, Ints]:
     """One normalised vector for each code, and where each row's is."""
     _, first, at = np.unique(codes, return_index=True, return_inverse=True)
-    chosen = vectors[first].astype(np.float32)
-    norms = np.maximum(np.linalg.norm(chosen, axis=1, keepdims=True), 1e-12)
-    return chosen / norms, np.asarray(at, dtype=np.int64)
+    return normalized(vectors[first]), np.asarray(at, dtype=np.int64)
 
 
 def _best_ranks(queries: Floats, candidates: Floats, pairs: Ints) -> Ints:

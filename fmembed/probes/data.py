@@ -202,6 +202,12 @@ def label_rows(
     )
 
 
+def normalized(vectors: Floats) -> Floats:
+    """Vectors of length 1 along the last axis, float32; a vector of zeros stays one."""
+    vectors = vectors.astype(np.float32)
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12))
+
+
 def accuracy(truth: Ints, predicted: Ints) -> dict[str, float]:
     """Share of equal entries with its bootstrap 95 % interval."""
     return bootstrap(len(truth), lambda rows: float(np.mean(truth[rows] == predicted[rows])))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fmembed.probes.data import Floats, Ints, Need, Sample, accuracy, majority, shuffled
+from fmembed.probes.data import Floats, Ints, Need, Sample, accuracy, majority, normalized, shuffled
 
 VERSION = 1
 NEEDS: frozenset[Need] = frozenset(("labels", "competitor"))
@@ -62,7 +62,7 @@ def knn_predict(
     Returns:
         For each k the predicted labels, shape (test rows,).
     """
-    train, test = _normalized(train), _normalized(test)
+    train, test = normalized(train), normalized(test)
     predicted: dict[int, list[Ints]] = {k: [] for k in ks}
     for start in range(0, len(test), _CHUNK_ROWS):
         similarity = test[start : start + _CHUNK_ROWS] @ train.T
@@ -78,9 +78,3 @@ def knn_predict(
             np.add.at(votes, (rows, labels[:, :k].ravel()), weights[:, :k].ravel())
             predicted[k].append(votes.argmax(axis=1))
     return {k: np.concatenate(chunks) for k, chunks in predicted.items()}
-
-
-def _normalized(vectors: Floats) -> Floats:
-    vectors = vectors.astype(np.float32)
-    norms: Floats = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return np.asarray(vectors / norms)

@@ -10,7 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from fmembed.probes.data import Floats, Ints, Need, Sample, accuracy, bootstrap, majority, shuffled
+from fmembed.probes.data import (
+    Floats,
+    Ints,
+    Need,
+    Sample,
+    accuracy,
+    bootstrap,
+    majority,
+    normalized,
+    shuffled,
+)
 
 VERSION = 1
 NEEDS: frozenset[Need] = frozenset(("labels", "prompts"))
@@ -32,7 +42,7 @@ def run(sample: Sample) -> dict[str, Any]:
     assert prompts is not None
     rows = data.test if data.named_split else np.ones_like(data.test)
     truth = data.labels[rows]
-    vectors = _normalized(data.vectors[rows])
+    vectors = normalized(data.vectors[rows])
     logits = _SCALE * vectors @ class_vectors(prompts).T
     predicted = np.asarray(logits.argmax(axis=1), dtype=np.int64)
     scores = [{"metric": "accuracy", "k": 1, **accuracy(truth, predicted)}]
@@ -58,12 +68,7 @@ def run(sample: Sample) -> dict[str, Any]:
 
 def class_vectors(prompts: Floats) -> Floats:
     """One vector a class, shape (classes, dim)."""
-    return _normalized(_normalized(prompts).mean(axis=1))
-
-
-def _normalized(vectors: Floats) -> Floats:
-    vectors = vectors.astype(np.float32)
-    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12))
+    return normalized(normalized(prompts).mean(axis=1))
 
 
 def _recall(truth: Ints, predicted: Ints) -> dict[str, float]:
