@@ -26,7 +26,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fmembed.redaction import scrub
-from fmembed.spec import Modality
+from fmembed.rows.outputs import DEFAULT
+from fmembed.spec import OWN_COLUMNS, Modality
 
 _MAX_MESSAGE = 500
 
@@ -38,11 +39,10 @@ SHARD, TOTAL, SKIPPED = "_shard", "_total", "_skipped"
 PARENT_ID, PIECE, PIECE_START, PIECE_STOP = "parent_id", "piece", "piece_start", "piece_stop"
 # The cause of a row whose id another row has: the one rejection whose id is also embedded.
 DUPLICATE = "duplicate id"
-# What no carried column may be called: the table's own columns.
-RESERVED = (
-    ROW_ID, CONTENT_HASH, "embedding", "num_units", "truncated",
-    PARENT_ID, PIECE, PIECE_START, PIECE_STOP,
-)  # fmt: skip
+# How much the model saw of a row: its tokens, patches or samples; and whether that is not all.
+NUM_UNITS, TRUNCATED = "num_units", "truncated"
+# What no carried column may be called.
+RESERVED = (*OWN_COLUMNS, DEFAULT)
 _BOOKKEEPING = (
     pa.field(STAGE, pa.string()),
     pa.field(ERROR, pa.string()),
@@ -84,8 +84,8 @@ def table_schema(
             *(pieces if pieces_are_rows else []),
             pa.field(CONTENT_HASH, pa.string(), nullable=False),
             *(field.with_nullable(False) for field in vectors),
-            pa.field("num_units", pa.int32(), nullable=False),
-            pa.field("truncated", pa.bool_(), nullable=False),
+            pa.field(NUM_UNITS, pa.int32(), nullable=False),
+            pa.field(TRUNCATED, pa.bool_(), nullable=False),
             *carried,
         ]
     )
