@@ -22,7 +22,7 @@ from fmembed.evaluate.text_tower import NO_MODEL, embed_captions, embed_prompts
 from fmembed.result import check_probe
 from fmembed.rows.columns import PARENT_ID, PIECE_START, PIECE_STOP
 from fmembed.rows.ids import keys_of
-from fmembed.rows.precision import dequantize
+from fmembed.rows.precision import PRECISIONS, dequantize
 from fmembed.spec import ModelSpec, RunSpec, SourceSpec
 from fmembed.table.reading import sample
 from fmembed.table.table import Table
@@ -117,14 +117,14 @@ def _check_columns(table: Table, spec: RunSpec, stored: Stored) -> pa.Schema:
         raise TableError(f"table: {table.uri}: its metadata are damaged: no pieces; embed it anew")
     for column in stored.pooled:
         type_ = schema.field(column).type if column in schema.names else pa.null()
-        shapes = [ends.shape for ends in stored.ranges.get(column, ())]
+        precision = PRECISIONS[stored.outputs[column]["precision"]]
+        ends = stored.ranges.get(column, ())
+        shapes = [tuple(map(precision.stored_dim, end.shape)) for end in ends]
         if (
             not pa.types.is_fixed_size_list(type_)
-            or not (pa.types.is_floating(type_.value_type) or pa.types.is_int8(type_.value_type))
+            or type_.value_type not in [p.arrow for p in PRECISIONS.values()]
             or not type_.list_size
-            or (
-                stored.outputs[column]["precision"] == "int8" and shapes != [(type_.list_size,)] * 2
-            )
+            or (precision.needs_ranges and shapes != [(type_.list_size,)] * 2)
         ):
             raise TableError(
                 f"table: {table.uri}: its column {column} does not hold the vectors that its "

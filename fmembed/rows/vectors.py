@@ -18,7 +18,7 @@ from fmembed.rows.columns import accepted, reject
 from fmembed.rows.counts import sum_counts, with_counts
 from fmembed.rows.outputs import Output
 from fmembed.rows.pieces import INPUT_COLUMNS, PIECE_COLUMNS, Piece, unpack
-from fmembed.rows.precision import Ranges, finish
+from fmembed.rows.precision import PRECISIONS, Ranges, finish
 
 # Row position -> (error, message).
 Causes = dict[int, tuple[str, str]]
@@ -61,9 +61,10 @@ class Stage:
             joined[output.column] = column = self._join(
                 output, vectors[output.column], causes, weights_P, num_pieces
             )
-            # The encoder has looked for NaN and infinity; what is new comes of narrowing.
-            for i in column.not_finite() if output.precision == "float16" else ():
-                cause = ("not finite", f"{output.column}: beyond the range of float16")
+            # The model has looked for NaN and infinity; what is new comes of narrowing.
+            narrows = PRECISIONS[output.precision].may_overflow
+            for i in column.not_finite() if narrows else ():
+                cause = ("not finite", f"{output.column}: beyond the range of {output.precision}")
                 bad.setdefault(i, cause)
         rows = reject(rows, "embed", {int(good[i]): cause for i, cause in bad.items()})
         dropped = INPUT_COLUMNS if self._pieces_are_rows else (*INPUT_COLUMNS, *PIECE_COLUMNS)
@@ -125,7 +126,7 @@ class _Column:
         """Scatter the kept rows into a column of `num_rows`, null elsewhere.
 
         Returns:
-            `fixed_size_list<float32|float16|int8>[dim]`, in as many lists as there are counts.
+            `fixed_size_list<number as stored>[stored dim]`, in as many lists as there are counts.
         """
         values, dim = self.values, self.values.shape[1]
         missing = np.ones(num_rows, dtype=np.bool_)

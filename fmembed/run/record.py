@@ -38,6 +38,7 @@ from fmembed.result import RunResult, check_run
 from fmembed.rows.columns import accepted, table_schema
 from fmembed.rows.ids import RowIds
 from fmembed.rows.precision import (
+    PRECISIONS,
     Ranges,
     delta_field,
     measure_ranges,
@@ -263,7 +264,7 @@ class _Run:
         self._compute = asdict(plan)
         self._num_shards = self.num_shards
         bound_memory(plan)
-        if any(o.precision == "int8" for o in checkpoint.outputs):
+        if any(PRECISIONS[o.precision].needs_ranges for o in checkpoint.outputs):
             known = self._table.card()
             is_known = known is not None and known.fingerprint == fingerprint(self._identity)
             self._ranges = (
@@ -431,7 +432,9 @@ class _Run:
         rows = read(sampled, num_cpus=plan.cpus_per_task)
         # A few rows only: one actor loads the model faster than several.
         one = replace(plan, min_actors=1, max_actors=1)
-        needed = [o.column for o in self._checkpoint.outputs if o.precision == "int8"]
+        needed = [
+            o.column for o in self._checkpoint.outputs if PRECISIONS[o.precision].needs_ranges
+        ]
         found: dict[str, list[Any]] = {column: [] for column in needed}
         pieces_are_rows = self._spec.preprocess.pieces_are_rows(checkpoint.modality)
         batches: Iterator[Any] = iter(

@@ -34,6 +34,7 @@ from fmembed.rows.columns import (
 )
 from fmembed.rows.counts import sum_counts
 from fmembed.rows.ids import Keys, keys_of
+from fmembed.rows.precision import PRECISIONS
 from fmembed.storage import Storage
 from fmembed.table.card import Card
 from fmembed.table.log import Log, Part
@@ -217,8 +218,8 @@ def as_written(rows: pa.Table, card: Card, schema: pa.Schema) -> pa.Table:
         if output is None:
             column = rows[field.name].cast(schema.field(field.name).type)
         else:
-            value = {"binary": "int8"}.get(output.precision, output.precision)
-            column = _as_vectors(rows[field.name].combine_chunks(), pa.type_for_alias(value))
+            value = PRECISIONS[output.precision].arrow
+            column = _as_vectors(rows[field.name].combine_chunks(), value)
         rows = rows.set_column(i, field.with_type(column.type), column)
     return rows
 

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from fmembed.errors import DamagedError
 from fmembed.rows.columns import DUPLICATE, PARENT_ID, ROW_ID
 from fmembed.rows.ids import Keys, RowIds, keys_of
+from fmembed.rows.precision import PRECISIONS
 from fmembed.table.log import ENTRY, FINGERPRINT, PART, Log, Part, what_is_cut
 from fmembed.table.parts import REJECTED
 from fmembed.table.table import Table
@@ -78,8 +79,9 @@ def verify(uri: str) -> VerifyResult:
             num_bad = int((~np.isfinite(vectors)).any(axis=1).sum()) + rows[column].null_count
             if num_bad:
                 problems.append(f"{part.path}: {num_bad} vectors are null, NaN or infinite")
-            if output.precision in ("float32", "float16"):
-                norms[column].append(np.linalg.norm(vectors.astype(np.float32), axis=1))
+            precision = PRECISIONS[output.precision]
+            if precision.has_norms:
+                norms[column].append(np.linalg.norm(precision.read(vectors, None), axis=1))
     all_keys = np.concatenate([np.empty(0, dtype="S16"), *keys])
     num_rejected = num_both = 0
     known = RowIds(np.concatenate([np.empty(0, dtype="S16"), *(parents or keys)]))
