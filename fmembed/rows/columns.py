@@ -12,6 +12,10 @@ Between stages rows are Arrow tables with these columns:
     _total, _skipped int64   null, but on the marker row (null row_id) that ends each shard: how
                              many rows the shard holds, and how many of them were committed before
 
+From prepare to the model there are also the columns of `rows.pieces` (model_input, input_dtype,
+input_shapes, piece_units, piece_spans, num_units, truncated), after it one for each output, and on
+some rows what the stages have counted (`rows.counts`).
+
 A rejected row keeps travelling, without input or vector, so that the writer sees every row that
 was read exactly once: rows read = rows embedded + rows rejected is a count, not a hope. By its
 marker the driver knows when all rows of a shard are committed, so that it is not read again.

@@ -14,10 +14,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fmembed.arrays import Floats, Ints
-from fmembed.rows.columns import accepted, reject
+from fmembed.rows.columns import reject
 from fmembed.rows.counts import sum_counts, with_counts
 from fmembed.rows.outputs import Output
-from fmembed.rows.pieces import INPUT_COLUMNS, PIECE_COLUMNS, Piece, unpack
+from fmembed.rows.pieces import INPUT_COLUMNS, PIECE_COLUMNS, Piece, unpack_pieces
 from fmembed.rows.precision import PRECISIONS, Ranges, finish
 
 # Row position -> (error, message).
@@ -49,9 +49,8 @@ class Stage:
         counts: Callable[[], dict[str, Any]],
     ) -> pa.Table:
         """Embed a window of rows; a row is rejected if one of its pieces is."""
-        good = np.flatnonzero(accepted(rows))
-        pieces, num_pieces = unpack(rows, good)
-        input_bytes = rows["model_input"].nbytes
+        found = unpack_pieces(rows)
+        pieces, good, num_pieces = found.pieces, found.positions, found.num_pieces
         vectors, causes = embed(pieces)
         owner_P = np.repeat(np.arange(len(good)), num_pieces)
         bad = {int(owner_P[i]): cause for i, cause in reversed(causes.items())}
@@ -73,7 +72,7 @@ class Stage:
         kept[list(bad)] = False
         for name, column in joined.items():
             rows = rows.append_column(name, column.to_arrow(kept, good[kept], rows.num_rows))
-        own = {**counts(), "input_bytes": input_bytes, "input_rows": len(good)}
+        own = {**counts(), "input_bytes": found.input_bytes, "input_rows": len(good)}
         return with_counts(rows, {**sum_counts(rows), **own})
 
     def _join(
