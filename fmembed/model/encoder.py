@@ -30,9 +30,10 @@ from fmembed.model.meter import Meter, measure_cost, peak_flops, synchronize
 from fmembed.model.pooling import load_dense, pick_layer, pool
 from fmembed.model.process import bound_kernels, keep_freed_memory
 from fmembed.model.tower import Tower, lengths
-from fmembed.rows.pieces import Piece
+from fmembed.rows.counts import add_counts
+from fmembed.rows.pieces import Piece, unpack_pieces
 from fmembed.rows.precision import Ranges
-from fmembed.rows.vectors import Causes, Stage, Vectors
+from fmembed.rows.vectors import Causes, VectorColumns, Vectors
 
 _COUNTED_TOKENS = 64
 _OUT_OF_MEMORY = "out of memory"
@@ -77,8 +78,8 @@ class Encoder:
         self._dense = load_dense(checkpoint, self._device)
         with loading(checkpoint.id), torch.inference_mode():
             first = self._forward([self._tower.example()])
-        self._dims = {column: int(rows[0].shape[-1]) for column, rows in first.items()}
-        self._stage = Stage(checkpoint.outputs, self._dims, ranges or {}, pieces_are_rows)
+        dims = {column: int(rows[0].shape[-1]) for column, rows in first.items()}
+        self._columns = VectorColumns(checkpoint.outputs, dims, ranges or {}, pieces_are_rows)
         self.num_halved = 0
         self._batch_tokens, how = self._choose_budget(batch_tokens)
         # With the first window, because windows' counts are summed.
@@ -98,13 +99,13 @@ class Encoder:
         counted, and once how large a batch is and who chose that.
         """
         before = self.num_halved
-
-        def counts() -> dict[str, Any]:
-            said, self._said = self._said, {}
-            return {"batches_halved": self.num_halved - before, **said, **self._meter.stop()}
-
         self._meter.start()
-        return self._stage.run(rows, self.embed, counts)
+        pieces = unpack_pieces(rows)
+        vectors, causes = self.embed(pieces.pieces)
+        rows = self._columns.join(rows, pieces, vectors, causes)
+        counts = {"batches_halved": self.num_halved - before, **pieces.counts}
+        said, self._said = self._said, {}
+        return add_counts(rows, {**counts, **said, **self._meter.stop()})
 
     @torch.inference_mode()
     def embed(self, pieces: Sequence[Piece]) -> tuple[Vectors, Causes]:
@@ -128,7 +129,7 @@ class Encoder:
         vectors: Vectors = {
             o.column: [None] * len(pieces)
             if o.pooling == "tokens"
-            else torch.zeros(len(pieces), self._dims[o.column], device=self._device)
+            else torch.zeros(len(pieces), self._columns.dims[o.column], device=self._device)
             for o in self._checkpoint.outputs
         }
         causes: Causes = {

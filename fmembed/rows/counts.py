@@ -24,6 +24,14 @@ def sum_counts(rows: pa.Table) -> dict[str, float]:
     return dict(counts)
 
 
+def add_counts(rows: pa.Table, counts: Mapping[str, float]) -> pa.Table:
+    """Put counts on the first row, beside what was counted of these rows before.
+
+    A figure that was counted before is replaced: each stage has names of its own.
+    """
+    return with_counts(rows, {**sum_counts(rows), **counts})
+
+
 def with_counts(rows: pa.Table, counts: Mapping[str, float]) -> pa.Table:
     """Put counts on the first row, in place of what was counted there before; of no row, none."""
     said = pa.array([json.dumps(counts), *[None] * (rows.num_rows - 1)], pa.string())

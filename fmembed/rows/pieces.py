@@ -81,13 +81,18 @@ class Pieces:
     """The pieces of a window of rows, those of one row side by side.
 
     `positions` says which rows have any, shape (rows with pieces,): those that are not rejected;
-    `num_pieces` how many each of these has; `input_bytes` what all of them took to travel.
+    `num_pieces` how many each of these has; `num_bytes` is what all of them took to travel.
     """
 
     pieces: list[Piece]
     positions: Ints
     num_pieces: Ints
-    input_bytes: int
+    num_bytes: int
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """What the embed stage adds to its counts of them."""
+        return {"input_bytes": self.num_bytes, "input_rows": len(self.positions)}
 
 
 def pack_pieces(rows: pa.Table, prepared: Sequence[Prepared | None]) -> pa.Table:
@@ -118,10 +123,10 @@ def pack_pieces(rows: pa.Table, prepared: Sequence[Prepared | None]) -> pa.Table
 def unpack_pieces(rows: pa.Table) -> Pieces:
     """The pieces of the rows that are not rejected, as views into the column."""
     positions = np.flatnonzero(accepted(rows))
-    input_bytes = rows[MODEL_INPUT].nbytes
+    num_bytes = rows[MODEL_INPUT].nbytes
     chosen = rows.take(pa.array(positions)) if len(positions) != rows.num_rows else rows
     if not chosen.num_rows:
-        return Pieces([], positions, np.zeros(0, dtype=np.int64), input_bytes)
+        return Pieces([], positions, np.zeros(0, dtype=np.int64), num_bytes)
     inputs = _whole(chosen[MODEL_INPUT])
     shapes = _whole(chosen[INPUT_SHAPES])
     num_pieces = np.asarray(shapes.value_lengths(), dtype=np.int64)
@@ -142,7 +147,7 @@ def unpack_pieces(rows: pa.Table) -> Pieces:
             values = np.frombuffer(content, dtype, size, start)
             pieces.append(Piece(values if len(shape) == 1 else values.reshape(shape), num_units))
             start += size * itemsize
-    return Pieces(pieces, positions, num_pieces, input_bytes)
+    return Pieces(pieces, positions, num_pieces, num_bytes)
 
 
 def _whole(column: pa.ChunkedArray) -> Any:
