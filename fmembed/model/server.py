@@ -23,7 +23,7 @@ from fmembed.rows.vectors import Causes, VectorColumns, Vectors
 from fmembed.spec import EndpointSpec
 
 _MAX_MESSAGE = 300
-# Answers that came whole and are wrong: too few, twice the same place, no numbers.
+# Tries where an answer arrives whole but is wrong: too few vectors, two for one text, no numbers.
 _MAX_WRONG_ANSWERS = 3
 # What a server says of the texts themselves; anything else is not a row's fault.
 _REFUSALS = (400, 413, 422)

@@ -17,7 +17,7 @@ from fmembed.rows.pieces import Prepared, Refused
 from fmembed.spec import PreprocessSpec
 from fmembed.startup import uncollected
 
-# Characters, from which only a part of a text is shown to the tokenizer.
+# A text of more characters is shown to the tokenizer only in part.
 _LONG = 2**17
 
 
@@ -52,7 +52,7 @@ def tokenize(
     ]
 
 
-# Of a text: token ids and span of each piece, and whether the model does not see all of it.
+# A text's pieces, each as token ids and span; and whether the model does not see all of it.
 _Encoded = tuple[list[tuple[list[int], tuple[int, int]]], bool]
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 # What the stages counted, as JSON: on the first row of each block or window, else null.
 COUNTS = "_counts"
-# Of these counts, the seconds that a stage's processes were at work.
+# How the names of those counts begin that are seconds for which a stage's processes were at work.
 SECONDS = "seconds/"
 
 
