@@ -52,6 +52,15 @@ Pooling = Literal["cls", "mean", "cls+mean", "last", "max", "pooler", "projectio
 Precision = Literal["float32", "float16", "int8", "binary"]
 ProbeName = Literal["knn", "linear", "clustering", "zeroshot", "crossmodal"]
 
+# The columns that fmembed itself makes, and so what neither a column of vectors nor a carried one
+# may be called: those of the table, and those that rows have on their way to the model. All the
+# others begin with an underscore.
+OWN_COLUMNS = (
+    "row_id", "content_hash", "parent_id", "piece", "piece_start", "piece_stop", "num_units",
+    "truncated",
+    "model_input", "input_dtype", "input_shapes", "piece_units", "piece_spans",
+)  # fmt: skip
+
 
 class HubDataset(_Part):
     """What a Hugging Face dataset takes besides its id or folder."""
@@ -190,12 +199,9 @@ class ModelSpec(VectorSpec):
     @classmethod
     def _check_outputs(cls, value: dict[str, VectorSpec]) -> dict[str, VectorSpec]:
         for name in value:
-            if not name.isidentifier() or name.startswith("_") or name in _NO_OUTPUT:
+            if not name.isidentifier() or name.startswith("_") or name in OWN_COLUMNS:
                 raise ValueError(f"{name!r} cannot name a column of vectors; give another name")
         return value
-
-
-_NO_OUTPUT = frozenset(("row_id", "content_hash", "num_units", "truncated", "parent_id"))
 
 
 class PreprocessSpec(_Part):

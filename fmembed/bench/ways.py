@@ -303,16 +303,22 @@ class EmbedNothing:
 
     def __init__(self, checkpoint: Any, *, pieces_are_rows: bool, **_: Any) -> None:
         from fmembed.model.meter import Meter
-        from fmembed.rows.vectors import Stage
+        from fmembed.rows.vectors import VectorColumns
 
         vectors = np.random.default_rng(0).standard_normal((_MAX_BATCH_ROWS * 8, _DIM))
         self._vectors = vectors.astype(np.float32)
-        self._stage = Stage(checkpoint.outputs, {"embedding": _DIM}, {}, pieces_are_rows)
+        dims = {"embedding": _DIM}
+        self._columns = VectorColumns(checkpoint.outputs, dims, {}, pieces_are_rows)
         self._meter = Meter(0.0, lambda: 1.0, lambda _: 0.0)
 
     def __call__(self, rows: Any) -> Any:
+        from fmembed.rows.counts import add_counts
+        from fmembed.rows.pieces import unpack_pieces
+
         self._meter.start()
-        return self._stage.run(rows, self.embed, self._meter.stop)
+        pieces = unpack_pieces(rows)
+        rows = self._columns.join(rows, pieces, *self.embed(pieces.pieces))
+        return add_counts(rows, {**pieces.counts, **self._meter.stop()})
 
     def embed(self, pieces: Any) -> tuple[dict[str, Any], dict[int, Any]]:
         with self._meter.timed("forward_s"):

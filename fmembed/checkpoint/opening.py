@@ -38,13 +38,13 @@ from fmembed.checkpoint.files import (
 from fmembed.checkpoint.modules import read_modules, resolve_prompt
 from fmembed.errors import ModelError
 from fmembed.rows.outputs import DEFAULT, Output
+from fmembed.rows.precision import PRECISIONS
 from fmembed.spec import EndpointSpec, Modality, ModelSpec, VectorSpec
 
 # Raised when the arithmetic changes by more than its rounding, so that old tables are not continued
 # with new vectors.
 _CONTRACT = 2
 _FALLBACK_MAX_TOKENS = 512
-_TOKENS_ARE_FLOATS = ("float32", "float16")
 
 
 @dataclass(frozen=True)
@@ -280,8 +280,9 @@ def _resolve_outputs(
             )
         if layer is not None and pooling in ("pooler", "projection"):
             raise ModelError(f"{where}.layer: {pooling} is made of the last layer; name a pooling")
-        if pooling == "tokens" and precision not in _TOKENS_ARE_FLOATS:
-            raise ModelError(f"{where}.precision: tokens takes {' or '.join(_TOKENS_ARE_FLOATS)}")
+        if pooling == "tokens" and not PRECISIONS[precision].for_tokens:
+            takes = " or ".join(name for name, p in PRECISIONS.items() if p.for_tokens)
+            raise ModelError(f"{where}.precision: tokens takes {takes}")
         dims = choose("dims", None)
         # What the checkpoint says of normalising is said of its own pooled vector.
         own_way = pooling == default and layer is None

@@ -15,7 +15,7 @@ from fmembed.errors import SpecError, TableError, reason
 from fmembed.evaluate.source_again import cut_inputs, fetch_inputs
 from fmembed.rows.columns import PARENT_ID, PIECE_START, PIECE_STOP
 from fmembed.rows.ids import keys_of
-from fmembed.rows.precision import dequantize, ranges_from_lists
+from fmembed.rows.precision import PRECISIONS, dequantize, ranges_from_lists
 from fmembed.spec import RunSpec, SourceSpec
 from fmembed.table.card import Card
 from fmembed.table.reading import sample
@@ -98,11 +98,11 @@ def _holds_vectors(type_: pa.DataType, card: Card, column: str) -> bool:
     """Whether numbers of one length come in this type, and with ranges where they need some."""
     if not pa.types.is_fixed_size_list(type_) or not type_.list_size:
         return False
-    value = type_.value_type
-    if not (pa.types.is_floating(value) or pa.types.is_int8(value)):
+    if type_.value_type not in [precision.arrow for precision in PRECISIONS.values()]:
         return False
-    lengths = [len(ends) for ends in card.ranges.get(column, ())]
-    return card.outputs[column].precision != "int8" or lengths == [type_.list_size] * 2
+    precision = PRECISIONS[card.outputs[column].precision]
+    lengths = [precision.stored_dim(len(ends)) for ends in card.ranges.get(column, ())]
+    return not precision.needs_ranges or lengths == [type_.list_size] * 2
 
 
 def read_sample(

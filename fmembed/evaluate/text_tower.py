@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-import pyarrow as pa
 
 from fmembed import probes
 from fmembed.arrays import Floats
 from fmembed.checkpoint.opening import list_modalities, open_checkpoint
 from fmembed.errors import FmembedError
-from fmembed.prepare.stage import Preprocess
-from fmembed.rows.columns import row_schema
-from fmembed.spec import ModelSpec, PreprocessSpec, RunSpec
+from fmembed.model.embed import embed_here
+from fmembed.rows.columns import ERROR, MESSAGE
+from fmembed.rows.outputs import DEFAULT
+from fmembed.spec import ModelSpec, RunSpec
 from fmembed.table.card import Card
 
 # Why a probe, or its cheap competitor, is left out where nobody but the table names what it needs.
@@ -53,8 +53,6 @@ def _embed_texts(
     """Embed texts by the tower that shares the column's space, or say why that cannot be."""
     if model is None:
         return NO_MODEL
-    from fmembed.model.encoder import Encoder
-
     output = card.outputs[column]
     try:
         if "text" not in list_modalities(model) or output.pooling != "projection":
@@ -68,14 +66,11 @@ def _embed_texts(
         digests = (card.identity["model.weights"], card.identity["model.adapter"])
         if (checkpoint.digest, checkpoint.adapter_digest) != digests:
             return "the checkpoint has changed since the table was made"
-        encoder = Encoder(checkpoint)
+        embedded = embed_here(checkpoint, texts)
     except FmembedError as e:
         return f"its text tower cannot be loaded: {e}"
-    rows = [{"row_id": str(i), "_input": text} for i, text in enumerate(texts)]
-    table = pa.Table.from_pylist(rows, schema=row_schema(pa.schema([])))
-    embedded = encoder(Preprocess(checkpoint, PreprocessSpec())(table))
-    for error, message in zip(embedded["_error"], embedded["_message"], strict=True):
+    for error, message in zip(embedded[ERROR], embedded[MESSAGE], strict=True):
         if error.is_valid:
             return f"a text cannot be embedded: {error}: {message}"
-    flat = embedded["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    flat = embedded[DEFAULT].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return np.asarray(flat, dtype=np.float32).reshape(len(texts), -1)

@@ -9,22 +9,74 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-# By torch's type of device. On a CPU more than 4k tokens were slower (cache); a GPU wants many.
+import torch
+
+from fmembed.devices import device_name
+from fmembed.model.forward import Model
+from fmembed.model.meter import time_batch
+
+# Tokens of a batch by type of device, as torch names it. On a CPU more than 4k were slower (cache);
+# a GPU wants many.
 DEFAULT = {"cpu": 4096, "cuda": 65536}
-# Of sounds on a CPU, over the bytes of a number: the first layers of a speech model make 64 times
-# as many frames. A wav2vec 2.0 of 6 layers, 384 wide, on two AVX-512 cores, frames/s: float32
-# 4,086 with 1,024 tokens and 3,148 with 4,096; bfloat16 5,490 with 1,024, 6,842 with 2,048 and
-# 6,193 with 4,096.
+# Sounds on a CPU: this divided by the bytes of a number, so 1,024 tokens in float32. Fewer than for
+# texts, because the first layers of a speech model make 64 times as many frames. A wav2vec 2.0 of 6
+# layers, 384 wide, on two AVX-512 cores, frames/s: float32 4,086 with 1,024 tokens and 3,148 with
+# 4,096; bfloat16 5,490 with 1,024, 6,842 with 2,048 and 6,193 with 4,096.
 CPU_AUDIO_BYTES = 4096
 BUDGETS = {
     "cpu": (1024, 2048, 4096, 8192),
     "cuda": (16384, 32768, 65536, 131072, 262144),
 }
-# Of each row that is measured: a paragraph.
+# Tokens of the rows that are measured: a paragraph.
 ROW_TOKENS = 128
 _LIMIT_S, _ROUNDS, _TOLERANCE = 2.0, 3, 0.03
+
+
+def choose_budget(given: int | Literal["auto"] | None, model: Model) -> tuple[int, str]:
+    """The token budget of a model's batches, and who chose it.
+
+    Args:
+        given: By the config: a number, "auto" for what is best for this model on its device, or
+            None for the device's default.
+        model: Is run to measure it, once for each checkpoint, device and number of threads.
+
+    Returns:
+        Tokens of a batch; and given, measured, cached or default.
+    """
+    kind, checkpoint = model.device.type, model.checkpoint
+    default, budgets = DEFAULT[kind], BUDGETS[kind]
+    if given and given != "auto":
+        return given, "given"
+    if kind == "cpu" and checkpoint.modality == "audio":
+        item_bytes = getattr(torch, checkpoint.dtype).itemsize
+        return CPU_AUDIO_BYTES // item_bytes, "default"
+    # A compiled model would compile for each budget; pictures and sounds have sizes of their own,
+    # of which a few make a batch.
+    if not given or checkpoint.modality != "text" or checkpoint.compile:
+        return default, "default"
+    # A power of two, as the budgets are, so that rows fill them.
+    row_tokens = 2 ** (min(ROW_TOKENS, checkpoint.max_tokens).bit_length() - 1)
+    key = {
+        "weights": checkpoint.digest,
+        "adapter": checkpoint.adapter_digest,
+        "family": checkpoint.family,
+        "attention": model.tower.attention,
+        "dtype": checkpoint.dtype,
+        "device": device_name(model.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "row_tokens": row_tokens,
+    }
+    if (known := recall(key, budgets)) is not None:
+        return known, "cached"
+    row = model.tower.example(row_tokens)
+    found = choose(
+        budgets, lambda n: time_batch(model, [row] * (n // row_tokens)), default, row_tokens
+    )
+    remember(key, found or default)
+    return (found, "measured") if found else (default, "default")
 
 
 def choose(
@@ -36,8 +88,8 @@ def choose(
 ) -> int | None:
     """The smallest budget whose tokens/s are within 3 % of the best.
 
-    Start-up counts: nothing is measured that, at the last batch's rate, would not end in time. The
-    best of a few rounds counts, because other processes start at the same time.
+    It delays the start, so nothing is measured that, at the last batch's rate, would not end in
+    time. The best of a few rounds counts, because other processes start at the same time.
 
     Args:
         budgets: Tokens of a batch, ascending.

@@ -1,29 +1,64 @@
-"""The embed stage: pieces to vectors, in Ray's actors or here."""
+"""The embed stage: pieces to vectors, in Ray's actors or in this process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from fmembed.checkpoint.opening import Checkpoint
 from fmembed.model.server import EndpointEncoder
+from fmembed.prepare.stage import Preprocess
+from fmembed.rows.columns import row_schema
+from fmembed.spec import PreprocessSpec
 from fmembed.startup import uncollected
 
 
 class Embed:
-    """The embed stage. Its processes import torch, which takes two seconds; the driver does not."""
+    """The embed stage as Ray's actors make it.
+
+    Their processes import torch, which takes two seconds; the driver does not.
+    """
 
     @uncollected()
     def __init__(self, checkpoint: Checkpoint, **options: Any) -> None:
-        self._stage: Callable[[pa.Table], pa.Table]
-        if checkpoint.endpoint is not None:
-            self._stage = EndpointEncoder(checkpoint, **options)
-        else:
-            from fmembed.model.encoder import Encoder
+        """Load the model, or make a client of the server that has it.
 
-            self._stage = Encoder(checkpoint, **options)
+        Args:
+            checkpoint: Which model.
+            options: As for `encoder.Encoder`, or for `server.EndpointEncoder`.
+        """
+        self._encoder = _load(checkpoint, **options)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        return self._stage(rows)
+        """Replace the columns of `rows.pieces` by a column of vectors for each output."""
+        return self._encoder(rows)
+
+
+def embed_here(checkpoint: Checkpoint, inputs: Sequence[str | bytes]) -> pa.Table:
+    """Embed a few inputs in this process.
+
+    Args:
+        checkpoint: Which model; no server.
+        inputs: Texts, or the files of pictures or sounds.
+
+    Returns:
+        A row for each input, in order: a column of vectors for each output, and `_error` and
+        `_message` of those that have none.
+
+    Raises:
+        ModelError: The model or its tokenizer cannot be loaded.
+    """
+    encoder = _load(checkpoint)
+    rows = [{"row_id": str(i), "_input": given} for i, given in enumerate(inputs)]
+    table = pa.Table.from_pylist(rows, row_schema(pa.schema([]), checkpoint.modality))
+    return encoder(Preprocess(checkpoint, PreprocessSpec())(table))
+
+
+def _load(checkpoint: Checkpoint, **options: Any) -> Callable[[pa.Table], pa.Table]:
+    if checkpoint.endpoint is not None:
+        return EndpointEncoder(checkpoint, **options)
+    from fmembed.model.encoder import Encoder
+
+    return Encoder(checkpoint, **options)

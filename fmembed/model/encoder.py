@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,33 +13,25 @@ from torch import Tensor
 
 from fmembed.arrays import Ints
 from fmembed.checkpoint.opening import Checkpoint
-from fmembed.checkpoint.processors import loading
-from fmembed.devices import device_name
 from fmembed.errors import ModelError
 from fmembed.model.batching import plan_batches
-from fmembed.model.budget import (
-    BUDGETS,
-    CPU_AUDIO_BYTES,
-    DEFAULT,
-    ROW_TOKENS,
-    choose,
-    recall,
-    remember,
-)
-from fmembed.model.meter import Meter, measure_cost, peak_flops, synchronize
-from fmembed.model.pooling import load_dense, pick_layer, pool
+from fmembed.model.budget import choose_budget
+from fmembed.model.failures import OUT_OF_MEMORY, cause_of, free_memory
+from fmembed.model.forward import Model
+from fmembed.model.meter import Meter, count_flop, peak_flops, synchronize
 from fmembed.model.process import bound_kernels, keep_freed_memory
-from fmembed.model.tower import Tower, lengths
-from fmembed.rows.pieces import Piece
+from fmembed.rows.counts import add_counts
+from fmembed.rows.pieces import Piece, unpack_pieces
 from fmembed.rows.precision import Ranges
-from fmembed.rows.vectors import Causes, Stage, Vectors
-
-_COUNTED_TOKENS = 64
-_OUT_OF_MEMORY = "out of memory"
+from fmembed.rows.vectors import Causes, VectorColumns, Vectors
 
 
 class Encoder:
-    """A loaded checkpoint as a Ray Data stage: one instance an actor, one call a window of rows."""
+    """A loaded checkpoint as a Ray Data stage: one instance an actor, one call a window of rows.
+
+    `num_halved` counts the batches that did not fit; `cost` tells the model's FLOP for rows of
+    given lengths, 0 where they cannot be counted.
+    """
 
     def __init__(
         self,
@@ -71,23 +63,17 @@ class Encoder:
         if num_threads is not None:
             # Ray sets OMP_NUM_THREADS to the CPUs reserved, and reuses workers with their threads.
             torch.set_num_threads(num_threads)
-        self._device = torch.device(device)
-        self._checkpoint = checkpoint
-        self._tower = Tower(checkpoint, self._device)
-        self._dense = load_dense(checkpoint, self._device)
-        with loading(checkpoint.id), torch.inference_mode():
-            first = self._forward([self._tower.example()])
-        self._dims = {column: int(rows[0].shape[-1]) for column, rows in first.items()}
-        self._stage = Stage(checkpoint.outputs, self._dims, ranges or {}, pieces_are_rows)
+        self._model = model = Model(checkpoint, torch.device(device))
+        self._tower = model.tower
+        self._columns = VectorColumns(checkpoint.outputs, model.dims, ranges or {}, pieces_are_rows)
         self.num_halved = 0
-        self._batch_tokens, how = self._choose_budget(batch_tokens)
-        # With the first window, because windows' counts are summed.
-        self._said = {f"batch_tokens/{self._batch_tokens}/{how}": 1}
+        self._batch_tokens, how = choose_budget(batch_tokens, model)
+        # Reported once: the counts of all windows are added up.
+        self._news = {f"batch_tokens/{self._batch_tokens}/{how}": 1}
         load_s = time.perf_counter() - began
         dtype = getattr(torch, checkpoint.dtype)
-        # FLOP of the model for rows of these lengths.
-        self.cost = self._measure_cost()
-        self._meter = Meter(load_s, lambda: peak_flops(self._device, dtype), self.cost)
+        self.cost = count_flop(model)
+        self._meter = Meter(load_s, lambda: peak_flops(model.device, dtype), self.cost)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Replace `model_input` by a column of vectors for each output.
@@ -98,13 +84,13 @@ class Encoder:
         counted, and once how large a batch is and who chose that.
         """
         before = self.num_halved
-
-        def counts() -> dict[str, Any]:
-            said, self._said = self._said, {}
-            return {"batches_halved": self.num_halved - before, **said, **self._meter.stop()}
-
         self._meter.start()
-        return self._stage.run(rows, self.embed, counts)
+        pieces = unpack_pieces(rows)
+        vectors, causes = self.embed(pieces.pieces)
+        rows = self._columns.join(rows, pieces, vectors, causes)
+        news, self._news = self._news, {}
+        counts = {"batches_halved": self.num_halved - before, **pieces.counts, **news}
+        return add_counts(rows, {**counts, **self._meter.stop()})
 
     @torch.inference_mode()
     def embed(self, pieces: Sequence[Piece]) -> tuple[Vectors, Causes]:
@@ -124,50 +110,11 @@ class Encoder:
             ModelError: An output asks for a layer or a pooling that the model has not.
             RuntimeError: The device itself has failed.
         """
-        # They stay on the device until the window is done: one copy back, and no waiting between.
-        vectors: Vectors = {
-            o.column: [None] * len(pieces)
-            if o.pooling == "tokens"
-            else torch.zeros(len(pieces), self._dims[o.column], device=self._device)
-            for o in self._checkpoint.outputs
-        }
         causes: Causes = {
             i: ("audio too short", f"{pieces[i].num_units} samples make no frame of this model")
             for i in np.flatnonzero(self._tower.is_too_short(pieces)).tolist()
         }
-        long_enough = [i for i in range(len(pieces)) if i not in causes]
-        batches = list(self._plan(pieces, np.array(long_enough, dtype=np.int64)))
-        while batches:
-            batch = batches.pop(0)
-            try:
-                with self._meter.timed("forward_s"):
-                    found = self._forward([pieces[i] for i in batch])
-            except ModelError:
-                raise
-            except Exception as e:
-                cause = _cause(e)
-            else:
-                own = self._lengths(pieces, batch)
-                self._meter.batch(own, self._tower.num_slots(own))
-                for column, rows in found.items():
-                    if isinstance(rows, Tensor):
-                        vectors[column][self._tower.send(torch.from_numpy(batch))] = rows
-                        continue
-                    for i, row in zip(batch.tolist(), rows, strict=True):
-                        vectors[column][i] = row
-                continue
-            # Out of the except clause, because the exception's frames hold the batch's tensors.
-            if len(batch) == 1:
-                causes[int(batch[0])] = cause
-            elif cause[0] == _OUT_OF_MEMORY:
-                own = self._lengths(pieces, batch)
-                self._shrink(int(own.sum() if self._tower.packs else len(own) * own.max()))
-                batches = list(self._plan(pieces, np.concatenate([batch, *batches])))
-            else:
-                batches[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-        # A GPU may still be at work on what it was sent.
-        with self._meter.timed("forward_s"):
-            synchronize(self._device)
+        vectors = self._run_batches(pieces, causes)
         for column, rows in vectors.items():
             if isinstance(rows, Tensor):
                 with self._meter.timed("copy_s"):
@@ -179,125 +126,66 @@ class Encoder:
                 causes.setdefault(i, ("not finite", "the model's output has NaN or infinity"))
         return vectors, causes
 
-    def _forward(self, pieces: list[Piece]) -> dict[str, Any]:
-        states = self._tower.states(pieces)
-        found: dict[str, Any] = {}
-        for output in self._checkpoint.outputs:
-            if output.pooling == "tokens":
-                hidden_BLD = pick_layer(states, output.layer).float().cpu().numpy()
-                mask_BL = states.mask_BL.bool().cpu().numpy()
-                found[output.column] = [h[m] for h, m in zip(hidden_BLD, mask_BL, strict=True)]
+    def _run_batches(self, pieces: Sequence[Piece], causes: Causes) -> Vectors:
+        """Run all pieces that have no cause; to those on which the model fails, give one.
+
+        Vectors stay on the device until the window is done: one copy back, and no waiting between.
+        """
+        vectors = self._model.no_vectors(len(pieces))
+        long_enough = [i for i in range(len(pieces)) if i not in causes]
+        batches = self._plan(pieces, np.array(long_enough, dtype=np.int64))
+        while batches:
+            batch = batches.pop(0)
+            try:
+                with self._meter.timed("forward_s"):
+                    found = self._model.forward([pieces[i] for i in batch])
+            except ModelError:
+                raise
+            except Exception as e:
+                cause = cause_of(e)
+            else:
+                lengths = self._model.lengths(pieces, batch)
+                self._meter.batch(lengths, self._tower.num_slots(lengths))
+                for column, rows in found.items():
+                    if isinstance(rows, Tensor):
+                        vectors[column][self._tower.send(torch.from_numpy(batch))] = rows
+                        continue
+                    for i, row in zip(batch.tolist(), rows, strict=True):
+                        vectors[column][i] = row
                 continue
-            vectors_BD: Tensor = pool(states, output.pooling, output.layer)
-            for dense in self._dense:
-                vectors_BD = dense(vectors_BD)
-            found[output.column] = vectors_BD
-        return found
+            # Out of the except clause, because the exception's frames hold the batch's tensors.
+            if len(batch) == 1:
+                causes[int(batch[0])] = cause
+            elif cause[0] == OUT_OF_MEMORY:
+                self._shrink(self._model.lengths(pieces, batch))
+                batches = self._plan(pieces, np.concatenate([batch, *batches]))
+            else:
+                batches[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+        # A GPU may still be at work on what it was sent.
+        with self._meter.timed("forward_s"):
+            synchronize(self._model.device)
+        return vectors
 
-    def _choose_budget(self, given: int | Literal["auto"] | None) -> tuple[int, str]:
-        """Tokens of a batch; and whether that was given, measured, cached or is the default."""
-        kind, checkpoint = self._device.type, self._checkpoint
-        default, budgets = DEFAULT[kind], BUDGETS[kind]
-        if given and given != "auto":
-            return given, "given"
-        if kind == "cpu" and checkpoint.modality == "audio":
-            item_bytes = getattr(torch, checkpoint.dtype).itemsize
-            return CPU_AUDIO_BYTES // item_bytes, "default"
-        # A compiled model would compile for each budget; pictures and sounds have sizes of their
-        # own, of which a few make a batch.
-        if not given or checkpoint.modality != "text" or checkpoint.compile:
-            return default, "default"
-        # A power of two, as the budgets are, so that rows fill them.
-        row_tokens = 2 ** (min(ROW_TOKENS, checkpoint.max_tokens).bit_length() - 1)
-        key = {
-            "weights": checkpoint.digest,
-            "adapter": checkpoint.adapter_digest,
-            "family": checkpoint.family,
-            "attention": self._tower.attention,
-            "dtype": checkpoint.dtype,
-            "device": device_name(self._device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "row_tokens": row_tokens,
-        }
-        if (known := recall(key, budgets)) is not None:
-            return known, "cached"
-        row = self._tower.example(row_tokens)
-        with torch.inference_mode():
-            found = choose(
-                budgets, lambda n: self._seconds([row] * (n // row_tokens)), default, row_tokens
-            )
-        remember(key, found or default)
-        return (found, "measured") if found else (default, "default")
+    def _plan(self, pieces: Sequence[Piece], positions: Ints) -> list[Ints]:
+        return list(_plan(self._model, pieces, positions, self._batch_tokens))
 
-    def _seconds(self, rows: list[Piece]) -> float | None:
-        """What a batch takes; None where the model fails on it."""
-        began = time.perf_counter()
-        try:
-            self._forward(rows)
-            synchronize(self._device)
-            return time.perf_counter() - began
-        except Exception as e:
-            _cause(e)
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
-
-    def _measure_cost(self) -> Callable[[Ints], float]:
-        """The model's FLOP for rows of given lengths; 0 where they cannot be counted."""
-
-        def run(num_tokens: int) -> int:
-            example = self._tower.example(num_tokens)
-            self._forward([example])
-            return int(self._lengths([example], np.zeros(1, dtype=np.int64))[0])
-
-        is_text = self._checkpoint.modality == "text"
-        try:
-            if self._checkpoint.compile:
-                return lambda _: 0.0
-            with torch.inference_mode():
-                most = min(self._checkpoint.max_tokens, _COUNTED_TOKENS)
-                return measure_cost(run, not is_text, most)
-        except Exception:  # what an operator says that cannot be counted
-            return lambda _: 0.0
-
-    def _plan(self, pieces: Sequence[Piece], positions: Ints) -> Iterator[Ints]:
-        """Positions of the rows of each batch; rows that padding would change share a shape."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i in positions.tolist():
-            shape = () if self._tower.can_pad else pieces[i].values.shape
-            groups.setdefault(shape, []).append(i)
-        for group in map(np.array, groups.values()):
-            lengths_of_group = self._lengths(pieces, group)
-            packed = self._tower.packs
-            for batch in plan_batches(lengths_of_group, self._batch_tokens, packed=packed):
-                yield group[batch]
-
-    def _lengths(self, pieces: Sequence[Piece], positions: Ints) -> Ints:
-        return lengths(pieces, positions, self._checkpoint.unit_size)
-
-    def _shrink(self, num_tokens: int) -> None:
+    def _shrink(self, lengths: Ints) -> None:
         """Halve the budget for good: what did not fit once will not fit the next time."""
         self.num_halved += 1
+        num_tokens = int(lengths.sum() if self._tower.packs else len(lengths) * lengths.max())
         self._batch_tokens = max(min(self._batch_tokens, num_tokens) // 2, 1)
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self._model.device)
 
 
-def _cause(error: Exception) -> tuple[str, str]:
-    """Why a row cannot be embedded, if it was the only one of its batch.
-
-    Raises:
-        RuntimeError: Not the rows but the device is at fault: a CUDA context that has failed once
-            fails every later call, so the process has to end and Ray starts another.
-    """
-    message = (str(error).splitlines() or [type(error).__name__])[0]
-    # On a CPU the allocator raises a plain RuntimeError.
-    if (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or "can't allocate memory" in message
-    ):
-        return _OUT_OF_MEMORY, "the row alone does not fit into the device's memory"
-    if "CUDA error" in message or "CUBLAS_STATUS" in message:
-        raise RuntimeError(f"the GPU failed: {message}") from error
-    return "model error", f"{type(error).__name__}: {message}"
+def _plan(
+    model: Model, pieces: Sequence[Piece], positions: Ints, batch_tokens: int
+) -> Iterator[Ints]:
+    """Positions of the rows of each batch; rows that padding would change share a shape."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i in positions.tolist():
+        shape = () if model.tower.can_pad else pieces[i].values.shape
+        groups.setdefault(shape, []).append(i)
+    for group in map(np.array, groups.values()):
+        lengths = model.lengths(pieces, group)
+        for batch in plan_batches(lengths, batch_tokens, packed=model.tower.packs):
+            yield group[batch]

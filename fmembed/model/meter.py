@@ -10,17 +10,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fmembed.arrays import Ints
+from fmembed.model.failures import cause_of, free_memory
 from fmembed.model.linear import FusedLinear, fused_dtypes
+from fmembed.rows.pieces import Piece
+
+if TYPE_CHECKING:
+    from fmembed.model.forward import Model
 
 _CPU_SIZE, _CUDA_SIZE, _REPEATS = 1024, 8192, 4
-# Each costs 100 ms of a core; twice as many products in twice as many windows cost a run of 1,500
-# articles 2 % of its rate.
+# Tokens of the longer of the two texts whose FLOP are counted.
+_COUNTED_TOKENS = 64
+# Windows before which the peak is measured. Each time takes 100 ms of a core; twice as many
+# products in twice as many windows cost a run of 1,500 articles 2 % of its rate.
 _PEAK_WINDOWS = 4
 
 
@@ -54,10 +62,11 @@ class Meter:
             self._counts["load_s"] = self._load_s
         else:
             self._counts["wait_s"] = now - self._ended
-        # At the start other processes start too: once alone it gave a third of what it gave later.
+        # More than once, because other processes start at the same time: the first measurement
+        # alone gave a third of what later ones did.
         if self._num_windows < _PEAK_WINDOWS:
             found = self._peak()
-            # Windows' figures are summed, so each says by how much it is more than the last.
+            # Counts are added up over windows, so report only the rise over the last peak.
             self._counts["peak_flops"] = max(found - self._peak_flops, 0.0)
             self._peak_flops = max(found, self._peak_flops)
         self._num_windows += 1
@@ -145,33 +154,54 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def measure_cost(run: Callable[[int], int], fixed: bool, longest: int) -> Callable[[Ints], float]:
-    """What the model computes for rows of given lengths, by counting two of its runs.
+@torch.inference_mode()
+def time_batch(model: Model, pieces: list[Piece]) -> float | None:
+    """Seconds that a batch takes; None where the model fails on it."""
+    began = time.perf_counter()
+    try:
+        model.forward(pieces)
+        synchronize(model.device)
+        return time.perf_counter() - began
+    except Exception as e:
+        cause_of(e)
+    free_memory(model.device)
+    return None
 
-    Matrix products and convolutions grow with the length, attention with its square: two lengths
-    tell both factors.
 
-    Args:
-        run: Runs the model on one row of about so many tokens; returns how many they were.
-        fixed: All rows have one length, whatever `run` is asked for.
-        longest: Most tokens to ask for.
+def count_flop(model: Model) -> Callable[[Ints], float]:
+    """The model's FLOP for rows of given lengths; 0 where they cannot be counted.
+
+    Two runs are counted. Matrix products and convolutions grow with the length, attention with its
+    square: two lengths tell both factors.
     """
-    flop, length = [], []
-    for num_tokens in (max(longest // 2, 1), longest):
-        with _counter() as counter:
-            length.append(run(num_tokens))
-        flop.append(counter.get_total_flops())
-    if fixed or length[0] == length[1]:
-        linear, square = flop[-1] / length[-1], 0.0
-    else:
-        per_token = [f / n for f, n in zip(flop, length, strict=True)]
-        square = max((per_token[1] - per_token[0]) / (length[1] - length[0]), 0.0)
-        linear = per_token[1] - square * length[1]
+    longest = min(model.checkpoint.max_tokens, _COUNTED_TOKENS)
+    try:
+        if model.checkpoint.compile:
+            return lambda _: 0.0
+        points = [_count_run(model, n) for n in (max(longest // 2, 1), longest)]
+    except Exception:  # what an operator says that cannot be counted
+        return lambda _: 0.0
+    (short, short_flop), (long, long_flop) = points
+    linear, square = long_flop / long, 0.0
+    # Pictures and sounds have one length, whatever is asked for.
+    if model.checkpoint.modality == "text" and short != long:
+        square = max((long_flop / long - short_flop / short) / (long - short), 0.0)
+        linear -= square * long
 
     def cost(lengths: Ints) -> float:
         return float(linear * lengths.sum() + square * (lengths.astype(float) ** 2).sum())
 
     return cost
+
+
+@torch.inference_mode()
+def _count_run(model: Model, num_tokens: int) -> tuple[int, int]:
+    """Run one row of about so many tokens; how many they were, and its FLOP."""
+    with _counter() as counter:
+        example = model.tower.example(num_tokens)
+        model.forward([example])
+    length = int(model.lengths([example], np.zeros(1, dtype=np.int64))[0])
+    return length, counter.get_total_flops()
 
 
 def _counter() -> Any:

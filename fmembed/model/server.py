@@ -16,13 +16,14 @@ from fmembed.arrays import Floats
 from fmembed.checkpoint.opening import Checkpoint
 from fmembed.errors import FmembedError, ModelError
 from fmembed.redaction import scrub
-from fmembed.rows.pieces import Piece
+from fmembed.rows.counts import add_counts
+from fmembed.rows.pieces import Piece, unpack_pieces
 from fmembed.rows.precision import Ranges
-from fmembed.rows.vectors import Causes, Stage, Vectors
+from fmembed.rows.vectors import Causes, VectorColumns, Vectors
 from fmembed.spec import EndpointSpec
 
 _MAX_MESSAGE = 300
-# Answers that came whole and are wrong: too few, twice the same place, no numbers.
+# Tries where an answer arrives whole but is wrong: too few vectors, two for one text, no numbers.
 _MAX_WRONG_ANSWERS = 3
 # What a server says of the texts themselves; anything else is not a row's fault.
 _REFUSALS = (400, 413, 422)
@@ -48,15 +49,17 @@ class EndpointEncoder:
         """
         assert checkpoint.endpoint is not None
         self._endpoint = Endpoint(checkpoint.endpoint, checkpoint.id, dim)
-        self._columns = [o.column for o in checkpoint.outputs]
         self._dim = dim
-        dims = dict.fromkeys(self._columns, dim)
-        self._stage = Stage(checkpoint.outputs, dims, ranges or {}, pieces_are_rows)
+        dims = {o.column: dim for o in checkpoint.outputs}
+        self._columns = VectorColumns(checkpoint.outputs, dims, ranges or {}, pieces_are_rows)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Replace `model_input` by a column of vectors for each output."""
         before = Counter(self._endpoint.counts)
-        return self._stage.run(rows, self._embed, lambda: dict(self._endpoint.counts - before))
+        pieces = unpack_pieces(rows)
+        vectors, causes = self._embed(pieces.pieces)
+        rows = self._columns.join(rows, pieces, vectors, causes)
+        return add_counts(rows, {**(self._endpoint.counts - before), **pieces.counts})
 
     def _embed(self, pieces: Sequence[Piece]) -> tuple[Vectors, Causes]:
         texts = [piece.values.tobytes().decode() for piece in pieces]
@@ -65,7 +68,7 @@ class EndpointEncoder:
         for i, vector in enumerate(found):
             if vector is not None:
                 vectors[i] = vector
-        return dict.fromkeys(self._columns, vectors), causes
+        return dict.fromkeys(self._columns.dims, vectors), causes
 
 
 class Endpoint:

@@ -15,32 +15,31 @@ from fmembed.checkpoint.processors import (
     load_feature_extractor,
     make_spectrogram,
 )
-from fmembed.prepare.image import TooLarge
-from fmembed.rows.pieces import BadInput, Prepared
+from fmembed.rows.pieces import Prepared, Refused
 from fmembed.spec import PreprocessSpec
 from fmembed.startup import uncollected
 
 
 def prepare_sounds(
     checkpoint: Checkpoint, spec: PreprocessSpec, contents: list[bytes]
-) -> list[Prepared | BadInput]:
+) -> list[Prepared | Refused]:
     """Bytes of sounds to samples at the model's rate, one channel, by the model's own extractor."""
     return [_prepare_sound(checkpoint, spec, content) for content in contents]
 
 
 def _prepare_sound(
     checkpoint: Checkpoint, spec: PreprocessSpec, content: bytes
-) -> Prepared | BadInput:
+) -> Prepared | Refused:
     try:
         samples = _decode_sound(content, checkpoint.rate_hz, spec)
-    except TooLarge as e:
-        return BadInput("audio too long", str(e))
     except Exception as e:  # soundfile.LibsndfileError, and what a bad header leads to
-        return BadInput("corrupt audio", f"{type(e).__name__}: {e}")
+        return Refused("corrupt audio", f"{type(e).__name__}: {e}")
+    if isinstance(samples, Refused):
+        return samples
     if not len(samples):
-        return BadInput("empty input", "the sound has no sample")
+        return Refused("empty input", "the sound has no sample")
     if samples.dtype == np.float32 and not np.isfinite(samples).all():
-        return BadInput("corrupt audio", "it has samples that are NaN or infinite")
+        return Refused("corrupt audio", "it has samples that are NaN or infinite")
     spans = list(_windows(checkpoint, spec, len(samples)))
     pieces = [samples[start:stop] for start, stop in spans]
     units = [stop - start for start, stop in spans]
@@ -49,7 +48,7 @@ def _prepare_sound(
         try:
             pieces = [make_spectrogram(extractor, piece, checkpoint.rate_hz) for piece in pieces]
         except Exception as e:
-            return BadInput("not preprocessable", f"{type(e).__name__}: {e}")
+            return Refused("not preprocessable", f"{type(e).__name__}: {e}")
     return Prepared(pieces, units, spans)
 
 
@@ -74,10 +73,11 @@ def _windows(
     yield start, num_samples
 
 
-def _decode_sound(content: bytes, rate_hz: int, spec: PreprocessSpec) -> npt.NDArray[Any]:
+def _decode_sound(content: bytes, rate_hz: int, spec: PreprocessSpec) -> npt.NDArray[Any] | Refused:
     """Decode to one channel at the model's rate, shape (samples,).
 
     int16 where the sound is stored so and nothing is to be computed on it, else float32.
+    Refused where it is longer than allowed.
     """
     import soundfile
     import soxr
@@ -90,11 +90,13 @@ def _decode_sound(content: bytes, rate_hz: int, spec: PreprocessSpec) -> npt.NDA
         dtype = "int16" if is_raw else "float32"
         samples = sound.read(most + 1, dtype=dtype, always_2d=True)
         if len(samples) > most_s:
-            raise TooLarge(f"longer than preprocess.max_audio_s = {spec.max_audio_s:g}")
+            message = f"longer than preprocess.max_audio_s = {spec.max_audio_s:g}"
+            return Refused("audio too long", message)
         if len(samples) > most:
-            raise TooLarge(
+            return Refused(
+                "audio too long",
                 f"{sound.channels} channels at {sound.samplerate:,} Hz hold more samples than "
-                f"preprocess.max_audio_samples = {spec.max_audio_samples:,}"
+                f"preprocess.max_audio_samples = {spec.max_audio_samples:,}",
             )
         if is_raw:
             return np.asarray(samples[:, 0])

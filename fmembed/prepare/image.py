@@ -16,33 +16,33 @@ from fmembed.checkpoint.processors import (
     load_image_processor,
     process_image,
 )
-from fmembed.rows.pieces import BadInput, Prepared
+from fmembed.rows.pieces import Prepared, Refused
 from fmembed.spec import PreprocessSpec
 from fmembed.startup import uncollected
 
 
 def prepare_images(
     checkpoint: Checkpoint, spec: PreprocessSpec, contents: list[bytes]
-) -> list[Prepared | BadInput]:
+) -> list[Prepared | Refused]:
     """Bytes of pictures to pixels, decoded by Pillow and resized by the model's own processor."""
     return [_prepare_image(checkpoint, spec, content) for content in contents]
 
 
 def _prepare_image(
     checkpoint: Checkpoint, spec: PreprocessSpec, content: bytes
-) -> Prepared | BadInput:
+) -> Prepared | Refused:
     processor, is_compact = _find_image_processor(checkpoint)
     try:
         image = _decode_image(content, spec.max_image_px)
-    except TooLarge as e:
-        return BadInput("image too large", str(e))
     # Pillow's codecs raise OSError, SyntaxError, struct.error, zlib.error, ... by format.
     except Exception as e:
-        return BadInput("corrupt image", f"{type(e).__name__}: {e}")
+        return Refused("corrupt image", f"{type(e).__name__}: {e}")
+    if isinstance(image, Refused):
+        return image
     try:
         pixels = np.asarray(process_image(processor, image, is_compact))
     except Exception as e:  # a processor raises what it likes
-        return BadInput("not preprocessable", f"{type(e).__name__}: {e}")
+        return Refused("not preprocessable", f"{type(e).__name__}: {e}")
     num_units = max(math.ceil(pixels.size / checkpoint.unit_size), 1)
     return Prepared([pixels], [num_units], [(0, num_units)])
 
@@ -57,14 +57,11 @@ def _picture_formats() -> tuple[str, ...]:
     return tuple(name for name in Image.ID if name != "EPS")
 
 
-class TooLarge(Exception):  # noqa: N818 - a row's fate, not a failure of the run
-    pass
-
-
-def _decode_image(content: bytes, max_px: int) -> npt.NDArray[np.uint8]:
+def _decode_image(content: bytes, max_px: int) -> npt.NDArray[np.uint8] | Refused:
     """Decode to height, width, RGB, as upright as the camera says.
 
-    The size is in the header: a small file that would unfold to gigabytes is never unfolded.
+    The size is in the header: a small file that would unfold to gigabytes is never unfolded, but
+    refused.
     """
     from PIL import Image, ImageOps
 
@@ -78,7 +75,8 @@ def _decode_image(content: bytes, max_px: int) -> npt.NDArray[np.uint8]:
                 return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except Image.DecompressionBombError as e:
         size = str(e).partition(" exceeds")[0]
-        raise TooLarge(f"{size} is over preprocess.max_image_px = {max_px:,}") from None
+        message = f"{size} is over preprocess.max_image_px = {max_px:,}"
+        return Refused("image too large", message)
 
 
 @functools.lru_cache(maxsize=2)

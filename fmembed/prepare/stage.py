@@ -1,16 +1,9 @@
-"""A raw row to model-ready arrays, on CPU; a bad row becomes a rejection, never a crash.
-
-Whatever the modality, what the model takes travels as bytes in the narrowest type that changes
-nothing: `model_input` (bytes), `input_dtype`, and `input_shapes`, one shape for each piece (a chunk
-of a text, a window of a sound; else one). Token ids are int32; pixels uint8 where rescaling them
-on the device gives the same; samples int16 where the sound was stored so, at the model's rate.
-"""
+"""A raw row to model-ready arrays, on CPU; a bad row becomes a rejection, never a crash."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +14,7 @@ from fmembed.prepare.image import prepare_images
 from fmembed.prepare.text import leave_text, tokenize
 from fmembed.rows.columns import INPUT, accepted, reject
 from fmembed.rows.counts import SECONDS, with_counts
-from fmembed.rows.pieces import DTYPE_NAMES, SHAPES, SPANS, BadInput, Prepared
+from fmembed.rows.pieces import Prepared, Refused, pack_pieces
 from fmembed.spec import PreprocessSpec
 
 
@@ -52,11 +45,7 @@ class Preprocess:
             rows: Rows of `columns.row_schema`.
 
         Returns:
-            The rows without `_input`, with `model_input: large_binary` (null for a rejected row),
-            `input_dtype: string`, `input_shapes: list<list<int32>>`, `piece_units: list<int32>`
-            (tokens, special ones included; patches; samples), `piece_spans: list<list<int64>>`
-            (from where to where of the input), `num_units: int32`, their sum, and
-            `truncated: bool`.
+            The rows without `_input`, with the columns of `rows.pieces`.
         """
         good = np.flatnonzero(accepted(rows))
         inputs = rows[INPUT].take(pa.array(good)).to_pylist()
@@ -68,30 +57,16 @@ class Preprocess:
         for i, result in zip(
             good.tolist(), prepare(self._checkpoint, self._spec, inputs), strict=True
         ):
-            if isinstance(result, BadInput):
+            if isinstance(result, Refused):
                 causes[i] = (result.error, result.message)
             else:
                 prepared[i] = result
         rows = reject(rows.drop_columns([INPUT]), "preprocess", causes)
-
-        def column(take: Callable[[Prepared], Any], type_: pa.DataType) -> pa.Array:
-            return pa.array([take(p) if p else None for p in prepared], type_)
-
-        return (
-            rows.append_column("model_input", column(Prepared.bytes, pa.large_binary()))
-            .append_column(
-                "input_dtype", column(lambda p: DTYPE_NAMES[p.pieces[0].dtype], pa.string())
-            )
-            .append_column("input_shapes", column(lambda p: [x.shape for x in p.pieces], SHAPES))
-            .append_column("piece_units", column(lambda p: p.units, pa.list_(pa.int32())))
-            .append_column("piece_spans", column(lambda p: p.spans, SPANS))
-            .append_column("num_units", column(lambda p: sum(p.units), pa.int32()).fill_null(0))
-            .append_column("truncated", column(lambda p: p.truncated, pa.bool_()).fill_null(False))
-        )
+        return pack_pieces(rows, prepared)
 
 
 _SLICE_ROWS = {"text": 4096, "image": 32, "audio": 32}
-_PREPARE: dict[str, Callable[..., list[Prepared | BadInput]]] = {
+_PREPARE: dict[str, Callable[..., list[Prepared | Refused]]] = {
     "text": tokenize,
     "image": prepare_images,
     "audio": prepare_sounds,

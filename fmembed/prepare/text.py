@@ -13,17 +13,17 @@ from fmembed.checkpoint.processors import (
     loading,
 )
 from fmembed.errors import ModelError
-from fmembed.rows.pieces import BadInput, Prepared
+from fmembed.rows.pieces import Prepared, Refused
 from fmembed.spec import PreprocessSpec
 from fmembed.startup import uncollected
 
-# Characters, from which only a part of a text is shown to the tokenizer.
+# A text of more characters is shown to the tokenizer only in part.
 _LONG = 2**17
 
 
 def tokenize(
     checkpoint: Checkpoint, spec: PreprocessSpec, texts: list[str]
-) -> list[Prepared | BadInput]:
+) -> list[Prepared | Refused]:
     """Text to token ids, cut to the checkpoint's limit, or into chunks.
 
     Not padded, but for models trained on padding: it is the batcher's choice, made when the batch's
@@ -37,7 +37,7 @@ def tokenize(
     # A tokenizer raises whatever its Rust or Python code raises; find the row that did it.
     except Exception as e:
         if len(texts) == 1:
-            return [BadInput("not tokenizable", f"{type(e).__name__}: {e}")]
+            return [Refused("not tokenizable", f"{type(e).__name__}: {e}")]
         return [row for text in texts for row in tokenize(checkpoint, spec, [text])]
     return [
         Prepared(
@@ -47,12 +47,12 @@ def tokenize(
             cut,
         )
         if pieces and pieces[0][0]
-        else BadInput("empty input", "the tokenizer makes no token of it")
+        else Refused("empty input", "the tokenizer makes no token of it")
         for pieces, cut in encoded
     ]
 
 
-# Of a text: token ids and span of each piece, and whether the model does not see all of it.
+# A text's pieces, each as token ids and span; and whether the model does not see all of it.
 _Encoded = tuple[list[tuple[list[int], tuple[int, int]]], bool]
 
 
@@ -147,7 +147,7 @@ def _chunk(checkpoint: Checkpoint, spec: PreprocessSpec, text: str) -> _Encoded:
 
 def leave_text(
     checkpoint: Checkpoint, _: PreprocessSpec, texts: list[str]
-) -> list[Prepared | BadInput]:
+) -> list[Prepared | Refused]:
     """Text as it is, for a server that has its own tokenizer; its units are characters."""
     prompted = [checkpoint.prompt + text for text in texts]
     return [

@@ -12,6 +12,10 @@ Between stages rows are Arrow tables with these columns:
     _total, _skipped int64   null, but on the marker row (null row_id) that ends each shard: how
                              many rows the shard holds, and how many of them were committed before
 
+From prepare to the model there are also the columns of `rows.pieces` (model_input, input_dtype,
+input_shapes, piece_units, piece_spans, num_units, truncated), after it one for each output, and on
+some rows what the stages have counted (`rows.counts`).
+
 A rejected row keeps travelling, without input or vector, so that the writer sees every row that
 was read exactly once: rows read = rows embedded + rows rejected is a count, not a hope. By its
 marker the driver knows when all rows of a shard are committed, so that it is not read again.
@@ -26,7 +30,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fmembed.redaction import scrub
-from fmembed.spec import Modality
+from fmembed.rows.outputs import DEFAULT
+from fmembed.spec import OWN_COLUMNS, Modality
 
 _MAX_MESSAGE = 500
 
@@ -38,11 +43,10 @@ SHARD, TOTAL, SKIPPED = "_shard", "_total", "_skipped"
 PARENT_ID, PIECE, PIECE_START, PIECE_STOP = "parent_id", "piece", "piece_start", "piece_stop"
 # The cause of a row whose id another row has: the one rejection whose id is also embedded.
 DUPLICATE = "duplicate id"
-# What no carried column may be called: the table's own columns.
-RESERVED = (
-    ROW_ID, CONTENT_HASH, "embedding", "num_units", "truncated",
-    PARENT_ID, PIECE, PIECE_START, PIECE_STOP,
-)  # fmt: skip
+# How much the model saw of a row: its tokens, patches or samples; and whether that is not all.
+NUM_UNITS, TRUNCATED = "num_units", "truncated"
+# What no carried column may be called.
+RESERVED = (*OWN_COLUMNS, DEFAULT)
 _BOOKKEEPING = (
     pa.field(STAGE, pa.string()),
     pa.field(ERROR, pa.string()),
@@ -84,8 +88,8 @@ def table_schema(
             *(pieces if pieces_are_rows else []),
             pa.field(CONTENT_HASH, pa.string(), nullable=False),
             *(field.with_nullable(False) for field in vectors),
-            pa.field("num_units", pa.int32(), nullable=False),
-            pa.field("truncated", pa.bool_(), nullable=False),
+            pa.field(NUM_UNITS, pa.int32(), nullable=False),
+            pa.field(TRUNCATED, pa.bool_(), nullable=False),
             *carried,
         ]
     )

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 # What the stages counted, as JSON: on the first row of each block or window, else null.
 COUNTS = "_counts"
-# Of these counts, the seconds that a stage's processes were at work.
+# How the names of those counts begin that are seconds for which a stage's processes were at work.
 SECONDS = "seconds/"
 
 
@@ -22,6 +22,14 @@ def sum_counts(rows: pa.Table) -> dict[str, float]:
     for name, count in itertools.chain.from_iterable(json.loads(s).items() for s in said):
         counts[name] += count
     return dict(counts)
+
+
+def add_counts(rows: pa.Table, counts: Mapping[str, float]) -> pa.Table:
+    """Put counts on the first row, beside what was counted of these rows before.
+
+    A figure that was counted before is replaced: each stage has names of its own.
+    """
+    return with_counts(rows, {**sum_counts(rows), **counts})
 
 
 def with_counts(rows: pa.Table, counts: Mapping[str, float]) -> pa.Table:

@@ -1,12 +1,27 @@
-"""What the model takes at once, and the columns it travels in.
+"""What the model takes at once, and the columns in which prepare hands it to the model.
 
-Whatever the modality, it travels as bytes in the narrowest type that changes nothing: `model_input`
-(bytes), `input_dtype`, and `input_shapes`, one shape for each piece.
+`pack_pieces` writes these columns and `unpack_pieces` reads them; nobody else knows how:
+
+    model_input    large_binary       the values of a row's pieces, one after another; null for a
+                                      rejected row, as are all but the last two
+    input_dtype    string             their type, the narrowest that changes nothing: int32 for
+                                      token ids, uint8 or float32 for pixels, int16 or float32 for
+                                      samples, uint8 for the text that a server is sent
+    input_shapes   list<list<int32>>  the shape of each piece
+    piece_units    list<int32>        what the model sees of each piece: tokens (special ones
+                                      included), patches, samples, or characters for a server
+    piece_spans    list<list<int64>>  from where to where of the input each piece goes
+    num_units      int32              the sum of `piece_units`; 0 for a rejected row
+    truncated      bool               whether the model does not see all of the input
+
+The embed stage replaces the first three by vectors, and drops the next two unless the pieces are to
+be rows of the table; num_units and truncated go into the table.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +30,37 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fmembed.arrays import Ints
+from fmembed.rows.columns import NUM_UNITS, TRUNCATED, accepted
 
-_ITEMSIZE = {name: np.dtype(name).itemsize for name in ("uint8", "int16", "int32", "float32")}
-INPUT_COLUMNS = ("model_input", "input_dtype", "input_shapes")
-PIECE_COLUMNS = ("piece_units", "piece_spans")
+MODEL_INPUT, INPUT_DTYPE, INPUT_SHAPES = "model_input", "input_dtype", "input_shapes"
+PIECE_UNITS, PIECE_SPANS = "piece_units", "piece_spans"
+INPUT_COLUMNS = (MODEL_INPUT, INPUT_DTYPE, INPUT_SHAPES)
+PIECE_COLUMNS = (PIECE_UNITS, PIECE_SPANS)
+
+# By type, because dtype.name takes 3 us.
+_DTYPE_NAMES = {np.dtype(name): name for name in ("uint8", "int16", "int32", "float32")}
+_ITEMSIZES = {name: dtype.itemsize for dtype, name in _DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What prepare makes of one row: of each piece the values, the units and the span."""
+
+    pieces: list[npt.NDArray[Any]]
+    units: list[int]
+    spans: list[tuple[int, int]]
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why an input cannot be prepared: `error` is a cause that rows share, `message` tells more.
+
+    A value and no exception, which would keep the decoded input alive in its frames.
+    """
+
+    error: str
+    message: str
 
 
 @dataclass(frozen=True)
@@ -34,56 +76,79 @@ class Piece:
     num_units: int
 
 
-def unpack(rows: pa.Table, positions: Ints) -> tuple[list[Piece], Ints]:
-    """The pieces of some rows, as views into the column, and how many each row has."""
+@dataclass(frozen=True)
+class Pieces:
+    """The pieces of a window of rows, those of one row side by side.
+
+    `positions` says which rows have any, shape (rows with pieces,): those that are not rejected;
+    `num_pieces` how many each of these has; `num_bytes` is what all of them took to travel.
+    """
+
+    pieces: list[Piece]
+    positions: Ints
+    num_pieces: Ints
+    num_bytes: int
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """What the embed stage adds to its counts of them."""
+        return {"input_bytes": self.num_bytes, "input_rows": len(self.positions)}
+
+
+def pack_pieces(rows: pa.Table, prepared: Sequence[Prepared | None]) -> pa.Table:
+    """Append the columns above.
+
+    Args:
+        rows: Rows of any columns.
+        prepared: What was made of each row; None for those that have no pieces.
+    """
+
+    def column(take: Callable[[Prepared], Any], type_: pa.DataType) -> pa.Array:
+        return pa.array([take(p) if p else None for p in prepared], type_)
+
+    columns = {
+        MODEL_INPUT: column(lambda p: b"".join(v.tobytes() for v in p.pieces), pa.large_binary()),
+        INPUT_DTYPE: column(lambda p: _DTYPE_NAMES[p.pieces[0].dtype], pa.string()),
+        INPUT_SHAPES: column(lambda p: [v.shape for v in p.pieces], pa.list_(pa.list_(pa.int32()))),
+        PIECE_UNITS: column(lambda p: p.units, pa.list_(pa.int32())),
+        PIECE_SPANS: column(lambda p: p.spans, pa.list_(pa.list_(pa.int64()))),
+        NUM_UNITS: column(lambda p: sum(p.units), pa.int32()).fill_null(0),
+        TRUNCATED: column(lambda p: p.truncated, pa.bool_()).fill_null(False),
+    }
+    for name, values in columns.items():
+        rows = rows.append_column(name, values)
+    return rows
+
+
+def unpack_pieces(rows: pa.Table) -> Pieces:
+    """The pieces of the rows that are not rejected, as views into the column."""
+    positions = np.flatnonzero(accepted(rows))
+    num_bytes = rows[MODEL_INPUT].nbytes
     chosen = rows.take(pa.array(positions)) if len(positions) != rows.num_rows else rows
     if not chosen.num_rows:
-        return [], np.zeros(0, dtype=np.int64)
-    inputs = _whole(chosen["model_input"])
-    shapes = _whole(chosen["input_shapes"])
+        return Pieces([], positions, np.zeros(0, dtype=np.int64), num_bytes)
+    inputs = _whole(chosen[MODEL_INPUT])
+    shapes = _whole(chosen[INPUT_SHAPES])
     num_pieces = np.asarray(shapes.value_lengths(), dtype=np.int64)
     flat = shapes.flatten()
-    # A checkpoint's inputs have as many axes all.
+    # All inputs of a checkpoint have the same number of axes.
     shapes_PN = np.asarray(flat.flatten()).reshape(len(flat), -1)
     sizes_P = shapes_PN.prod(axis=1, dtype=np.int64)
-    dtypes = chosen["input_dtype"].to_pylist()
-    units = np.asarray(_whole(chosen["piece_units"]).flatten()).tolist()
+    dtypes = chosen[INPUT_DTYPE].to_pylist()
+    units = np.asarray(_whole(chosen[PIECE_UNITS]).flatten()).tolist()
     _, offsets, content = inputs.buffers()
     starts = np.frombuffer(offsets, np.int64)[inputs.offset : inputs.offset + len(inputs)]
     pieces = []
     by_row = zip(starts.tolist(), dtypes, num_pieces.tolist(), strict=True)
     by_piece = zip(shapes_PN.tolist(), sizes_P.tolist(), units, strict=True)
     for start, dtype, count in by_row:
-        itemsize = _ITEMSIZE[dtype]
+        itemsize = _ITEMSIZES[dtype]
         for shape, size, num_units in itertools.islice(by_piece, count):
             values = np.frombuffer(content, dtype, size, start)
             pieces.append(Piece(values if len(shape) == 1 else values.reshape(shape), num_units))
             start += size * itemsize
-    return pieces, num_pieces
+    return Pieces(pieces, positions, num_pieces, num_bytes)
 
 
 def _whole(column: pa.ChunkedArray) -> Any:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
-# dtype.name takes 3 us.
-DTYPE_NAMES = {np.dtype(name): name for name in ("uint8", "int16", "int32", "float32")}
-SHAPES = pa.list_(pa.list_(pa.int32()))
-SPANS = pa.list_(pa.list_(pa.int64()))
-
-
-@dataclass(frozen=True)
-class Prepared:
-    pieces: list[npt.NDArray[Any]]
-    units: list[int]
-    spans: list[tuple[int, int]]
-    truncated: bool = False
-
-    def bytes(self) -> bytes:
-        return b"".join(piece.tobytes() for piece in self.pieces)
-
-
-@dataclass(frozen=True)
-class BadInput:
-    error: str
-    message: str

@@ -5,7 +5,7 @@ Legend: P pieces (chunks of a text, windows of a sound), R rows, L tokens, D dim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fmembed.arrays import Floats, Ints
-from fmembed.rows.columns import accepted, reject
-from fmembed.rows.counts import sum_counts, with_counts
+from fmembed.rows.columns import reject
 from fmembed.rows.outputs import Output
-from fmembed.rows.pieces import INPUT_COLUMNS, PIECE_COLUMNS, Piece, unpack
-from fmembed.rows.precision import Ranges, finish
+from fmembed.rows.pieces import INPUT_COLUMNS, PIECE_COLUMNS, Pieces
+from fmembed.rows.precision import PRECISIONS, Ranges, finish
 
 # Row position -> (error, message).
 Causes = dict[int, tuple[str, str]]
@@ -27,53 +26,52 @@ Causes = dict[int, tuple[str, str]]
 Vectors = dict[str, Any]
 
 
-class Stage:
-    """Rows to pieces, and the pieces' vectors back to rows, whatever does the embedding."""
+@dataclass(frozen=True)
+class VectorColumns:
+    """The columns that vectors become, whatever made the vectors.
 
-    def __init__(
-        self,
-        outputs: Sequence[Output],
-        dims: Mapping[str, int],
-        ranges: Ranges,
-        pieces_are_rows: bool,
-    ) -> None:
-        self._outputs = outputs
-        self._raw_dims = dims
-        self._ranges = ranges
-        self._pieces_are_rows = pieces_are_rows
+    `dims` is the length of the model's vectors by column, before they are cut or quantised;
+    `ranges` is for columns whose precision needs them. With `pieces_are_rows` a row has a list with
+    a vector for each of its pieces, without it their average.
+    """
 
-    def run(
-        self,
-        rows: pa.Table,
-        embed: Callable[[Sequence[Piece]], tuple[Vectors, Causes]],
-        counts: Callable[[], dict[str, Any]],
-    ) -> pa.Table:
-        """Embed a window of rows; a row is rejected if one of its pieces is."""
-        good = np.flatnonzero(accepted(rows))
-        pieces, num_pieces = unpack(rows, good)
-        input_bytes = rows["model_input"].nbytes
-        vectors, causes = embed(pieces)
+    outputs: Sequence[Output]
+    dims: Mapping[str, int]
+    ranges: Ranges
+    pieces_are_rows: bool
+
+    def join(self, rows: pa.Table, pieces: Pieces, vectors: Vectors, causes: Causes) -> pa.Table:
+        """Put a column for each output in the place of what the model took.
+
+        Args:
+            rows: As `unpack_pieces` had them.
+            pieces: What it made of them.
+            vectors: Of these pieces, by column.
+            causes: Why a piece has none, by its position; its row is then rejected.
+        """
+        good, num_pieces = pieces.positions, pieces.num_pieces
         owner_P = np.repeat(np.arange(len(good)), num_pieces)
         bad = {int(owner_P[i]): cause for i, cause in reversed(causes.items())}
-        weights_P = np.fromiter((p.num_units for p in pieces), np.float32, len(pieces))
+        units = (piece.num_units for piece in pieces.pieces)
+        weights_P = np.fromiter(units, np.float32, len(pieces.pieces))
         joined: dict[str, _Column] = {}
-        for output in self._outputs:
+        for output in self.outputs:
             joined[output.column] = column = self._join(
                 output, vectors[output.column], causes, weights_P, num_pieces
             )
-            # The encoder has looked for NaN and infinity; what is new comes of narrowing.
-            for i in column.not_finite() if output.precision == "float16" else ():
-                cause = ("not finite", f"{output.column}: beyond the range of float16")
+            # The model has looked for NaN and infinity; what is new comes of narrowing.
+            narrows = PRECISIONS[output.precision].may_overflow
+            for i in column.not_finite() if narrows else ():
+                cause = ("not finite", f"{output.column}: beyond the range of {output.precision}")
                 bad.setdefault(i, cause)
         rows = reject(rows, "embed", {int(good[i]): cause for i, cause in bad.items()})
-        dropped = INPUT_COLUMNS if self._pieces_are_rows else (*INPUT_COLUMNS, *PIECE_COLUMNS)
+        dropped = INPUT_COLUMNS if self.pieces_are_rows else (*INPUT_COLUMNS, *PIECE_COLUMNS)
         rows = rows.drop_columns(list(dropped))
         kept = np.ones(len(good), dtype=np.bool_)
         kept[list(bad)] = False
         for name, column in joined.items():
             rows = rows.append_column(name, column.to_arrow(kept, good[kept], rows.num_rows))
-        own = {**counts(), "input_bytes": input_bytes, "input_rows": len(good)}
-        return with_counts(rows, {**sum_counts(rows), **own})
+        return rows
 
     def _join(
         self,
@@ -83,13 +81,13 @@ class Stage:
         weights_P: Floats,
         num_pieces: Ints,
     ) -> _Column:
-        counts = [num_pieces] if self._pieces_are_rows else []
+        counts = [num_pieces] if self.pieces_are_rows else []
         if isinstance(vectors, list):  # tokens
-            dim = self._raw_dims[output.column]
+            dim = self.dims[output.column]
             none = np.zeros((0, dim), np.float32)
             values = [none if v is None or i in causes else v for i, v in enumerate(vectors)]
             num_tokens = np.array([len(v) for v in values], dtype=np.int64)
-            if self._pieces_are_rows:
+            if self.pieces_are_rows:
                 counts.append(num_tokens)
             else:
                 ends = np.cumsum(num_pieces)
@@ -99,9 +97,9 @@ class Stage:
         else:
             stacked = vectors
             stacked[list(causes)] = 0
-            if not self._pieces_are_rows:
+            if not self.pieces_are_rows:
                 stacked = average(stacked, weights_P, num_pieces)
-        return _Column(finish(output, stacked, self._ranges), counts)
+        return _Column(finish(output, stacked, self.ranges), counts)
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ class _Column:
         """Scatter the kept rows into a column of `num_rows`, null elsewhere.
 
         Returns:
-            `fixed_size_list<float32|float16|int8>[dim]`, in as many lists as there are counts.
+            `fixed_size_list<number as stored>[stored dim]`, in as many lists as there are counts.
         """
         values, dim = self.values, self.values.shape[1]
         missing = np.ones(num_rows, dtype=np.bool_)

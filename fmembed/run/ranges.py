@@ -12,7 +12,7 @@ import pyarrow as pa
 from fmembed.errors import SourceError
 from fmembed.inputs import Inputs
 from fmembed.rows.columns import accepted
-from fmembed.rows.precision import Ranges, measure_ranges, ranges_from_lists
+from fmembed.rows.precision import PRECISIONS, Ranges, measure_ranges, ranges_from_lists
 from fmembed.run.placement import Plan
 from fmembed.run.stages import apply, prepare, stage_options
 from fmembed.sources.reading_by_ray import read
@@ -31,12 +31,18 @@ def find_ranges(inputs: Inputs, plan: Plan, stage: type, dim: int) -> Ranges:
     Raises:
         SourceError: No row of the sample can be embedded.
     """
-    if not any(o.precision == "int8" for o in inputs.checkpoint.outputs):
+    if not _in_need(inputs):
         return {}
     known = inputs.table.card()
     if known is not None and known.fingerprint == fingerprint(inputs.identity):
         return ranges_from_lists(known.ranges)
     return _measure(inputs, plan, stage, dim)
+
+
+def _in_need(inputs: Inputs) -> list[str]:
+    """The columns whose precision has steps."""
+    outputs = inputs.checkpoint.outputs
+    return [o.column for o in outputs if PRECISIONS[o.precision].needs_ranges]
 
 
 def _measure(inputs: Inputs, plan: Plan, stage: type, dim: int) -> Ranges:
@@ -50,7 +56,7 @@ def _measure(inputs: Inputs, plan: Plan, stage: type, dim: int) -> Ranges:
     pieces = prepare(rows, checkpoint, spec, one)
     options = stage_options(checkpoint, spec, one, {}, dim)
     embedded = apply(stage, checkpoint, options, pieces, one)
-    needed = [o.column for o in inputs.checkpoint.outputs if o.precision == "int8"]
+    needed = _in_need(inputs)
     found: dict[str, list[Any]] = {column: [] for column in needed}
     batches: Iterator[Any] = iter(embedded.iter_batches(batch_format="pyarrow", batch_size=None))
     for batch in batches:

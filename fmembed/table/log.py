@@ -34,6 +34,7 @@ from fmembed.errors import (
     reason,
 )
 from fmembed.rows.columns import CONTENT_HASH, PARENT_ID, ROW_ID
+from fmembed.rows.precision import PRECISIONS
 from fmembed.storage import HALF_WRITTEN, Storage
 from fmembed.table.card import FINGERPRINT, PREFIX, TABLE
 
@@ -630,13 +631,12 @@ def _is_damage(error: Exception) -> bool:
 
 
 def _as_delta(schema: pa.Schema) -> pa.Schema:
-    """Delta Lake has no half precision: its log says float where the files hold float16."""
+    """The columns by the types that Delta Lake has: float for float16, lists of any length."""
+    known = {precision.arrow: precision.delta for precision in PRECISIONS.values()}
 
     def widen(type_: pa.DataType) -> pa.DataType:
-        if pa.types.is_float16(type_):
-            return pa.float32()
         if pa.types.is_list(type_) or pa.types.is_fixed_size_list(type_):
             return pa.list_(widen(type_.value_type))
-        return type_
+        return known.get(type_, type_)
 
     return pa.schema([field.with_type(widen(field.type)) for field in schema])

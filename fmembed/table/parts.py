@@ -18,6 +18,9 @@ import pyarrow.compute as pc
 from fmembed.rows.columns import (
     CONTENT_HASH,
     DUPLICATE,
+    ERROR,
+    MESSAGE,
+    NUM_UNITS,
     PARENT_ID,
     PIECE,
     PIECE_START,
@@ -28,12 +31,15 @@ from fmembed.rows.columns import (
     SKIPPED,
     STAGE,
     TOTAL,
+    TRUNCATED,
     accepted,
     reject,
     table_schema,
 )
 from fmembed.rows.counts import sum_counts
 from fmembed.rows.ids import Keys, keys_of
+from fmembed.rows.pieces import PIECE_SPANS, PIECE_UNITS
+from fmembed.rows.precision import PRECISIONS
 from fmembed.storage import Storage
 from fmembed.table.card import Card
 from fmembed.table.log import Log, Part
@@ -109,15 +115,15 @@ def write_part(
     rows = _reject_duplicates(rows, twice)
     good = _keep(rows, accepted(rows))
     bad = rows.filter(rows[STAGE].is_valid())
-    pieces_are_rows = "piece_units" in rows.schema.names
+    pieces_are_rows = PIECE_UNITS in rows.schema.names
     keys = keys_of(good[ROW_ID].to_pylist())
-    num_truncated = int(np.sum(good["truncated"].to_numpy(), dtype=np.int64))
-    units = int(np.sum(good["num_units"].to_numpy(), dtype=np.int64))
+    num_truncated = int(np.sum(good[TRUNCATED].to_numpy(), dtype=np.int64))
+    units = int(np.sum(good[NUM_UNITS].to_numpy(), dtype=np.int64))
     given = good
     if pieces_are_rows:
         good = _explode(good, vectors)
-    own = (ROW_ID, CONTENT_HASH, *vectors, "num_units", "truncated")
-    own += (PARENT_ID, PIECE, PIECE_START, PIECE_STOP, "piece_units", "piece_spans")
+    own = (ROW_ID, CONTENT_HASH, *vectors, NUM_UNITS, TRUNCATED)
+    own += (PARENT_ID, PIECE, PIECE_START, PIECE_STOP, PIECE_UNITS, PIECE_SPANS)
     carried = [f for f in good.schema if f.name not in own and not f.name.startswith("_")]
     fields = [good.schema.field(name) for name in vectors]
     schema = table_schema(pa.schema(carried), fields, pieces_are_rows)
@@ -126,7 +132,7 @@ def write_part(
     if good.num_rows:
         part = Log(uri).write(good, vectors, stamp)
     if bad.num_rows:
-        columns = [bad[ROW_ID], bad[STAGE], bad["_error"], bad["_message"]]
+        columns = [bad[ROW_ID], bad[STAGE], bad[ERROR], bad[MESSAGE]]
         causes = pa.table([c.cast(pa.string()) for c in columns], schema=REJECTED_SCHEMA)
         rejected = Log(f"{Storage(uri).uri}/{REJECTED}".rstrip("/")).write(causes, (), stamp)
     return Written(
@@ -139,7 +145,7 @@ def write_part(
         num_units=units,
         num_truncated=num_truncated,
         counts=sum_counts(rows),
-        causes=dict(collections.Counter(bad["_error"].to_pylist())),
+        causes=dict(collections.Counter(bad[ERROR].to_pylist())),
         busy_s=time.monotonic() - started,
     )
 
@@ -156,12 +162,12 @@ def _keep(rows: pa.Table, mask: npt.NDArray[np.bool_]) -> pa.Table:
 
 def _explode(rows: pa.Table, vectors: Sequence[str]) -> pa.Table:
     """Give each piece of a row a row of its own; all of them come in one part, so none is lost."""
-    counts = pc.list_value_length(rows["piece_units"]).to_numpy(zero_copy_only=False)
+    counts = pc.list_value_length(rows[PIECE_UNITS]).to_numpy(zero_copy_only=False)
     counts = counts.astype(np.int64)
     owner = np.repeat(np.arange(rows.num_rows), counts)
     piece = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     parents = rows[ROW_ID].take(pa.array(owner))
-    spans = pc.list_flatten(rows["piece_spans"])
+    spans = pc.list_flatten(rows[PIECE_SPANS])
     ends = np.array(spans.to_pylist(), dtype=np.int64).reshape(-1, 2)
     ids = [f"{parent}@{i}" for parent, i in zip(parents.to_pylist(), piece.tolist(), strict=True)]
     flat = {
@@ -170,11 +176,11 @@ def _explode(rows: pa.Table, vectors: Sequence[str]) -> pa.Table:
         PIECE: pa.array(piece, pa.int32()),
         PIECE_START: pa.array(ends[:, 0]),
         PIECE_STOP: pa.array(ends[:, 1]),
-        "num_units": pc.list_flatten(rows["piece_units"]),
+        NUM_UNITS: pc.list_flatten(rows[PIECE_UNITS]),
         **{name: pc.list_flatten(rows[name]) for name in vectors},
     }
-    rest = rows.drop_columns([*(n for n in flat if n in rows.schema.names), "piece_spans"])
-    rest = rest.drop_columns(["piece_units"]).take(pa.array(owner))
+    rest = rows.drop_columns([*(n for n in flat if n in rows.schema.names), PIECE_SPANS])
+    rest = rest.drop_columns([PIECE_UNITS]).take(pa.array(owner))
     for name, column in flat.items():
         rest = rest.append_column(name, column)
     return rest
@@ -217,8 +223,8 @@ def as_written(rows: pa.Table, card: Card, schema: pa.Schema) -> pa.Table:
         if output is None:
             column = rows[field.name].cast(schema.field(field.name).type)
         else:
-            value = {"binary": "int8"}.get(output.precision, output.precision)
-            column = _as_vectors(rows[field.name].combine_chunks(), pa.type_for_alias(value))
+            value = PRECISIONS[output.precision].arrow
+            column = _as_vectors(rows[field.name].combine_chunks(), value)
         rows = rows.set_column(i, field.with_type(column.type), column)
     return rows
 

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from fmembed.errors import DamagedError, TableError
 from fmembed.rows.columns import DUPLICATE, PARENT_ID, ROW_ID
 from fmembed.rows.ids import Keys, RowIds, keys_of
+from fmembed.rows.precision import PRECISIONS
 from fmembed.table.card import FINGERPRINT, Card
 from fmembed.table.log import ENTRY, PART, Log, Part, what_is_cut
 from fmembed.table.parts import REJECTED
@@ -123,8 +124,10 @@ class _Embedded:
             num_bad = int((~np.isfinite(vectors)).any(axis=1).sum()) + rows[column].null_count
             if num_bad:
                 problems.append(f"{part.path}: {num_bad} vectors are null, NaN or infinite")
-            if output.precision in ("float32", "float16"):
-                self._norms[column].append(np.linalg.norm(vectors.astype(np.float32), axis=1))
+            precision = PRECISIONS[output.precision]
+            if precision.has_norms:
+                norms = np.linalg.norm(precision.read(vectors, None), axis=1)
+                self._norms[column].append(norms)
         return problems
 
     @property

@@ -12,8 +12,9 @@ import torch
 
 from fmembed.checkpoint.opening import open_checkpoint
 from fmembed.model import budget
-from fmembed.model.budget import _path, choose, recall, remember
+from fmembed.model.budget import _path, choose, choose_budget, recall, remember
 from fmembed.model.encoder import Encoder
+from fmembed.model.forward import Model
 from fmembed.spec import ModelSpec
 
 BUDGETS = (1000, 2000, 4000, 8000)
@@ -128,12 +129,12 @@ def test_an_encoder_measures_once(
 ) -> None:
     asked: list[int] = []
 
-    def seconds(encoder: Encoder, rows: list[Any]) -> float:
+    def seconds(_: Model, rows: list[Any]) -> float:
         tokens = sum(len(r.values) for r in rows)
         asked.append(tokens)
         return tokens / (2e5 if tokens >= 2048 else 1e5)
 
-    monkeypatch.setattr(Encoder, "_seconds", seconds)
+    monkeypatch.setattr(budget, "time_batch", seconds)
     load = loader(tiny_bert)
     assert load("float32", 512) == (512, "given")
     assert load("float32", None) == (4096, "default")
@@ -145,7 +146,7 @@ def test_an_encoder_measures_once(
     assert not asked
     assert load("bfloat16", "auto") == (2048, "measured")
     # A model too slow to measure is not tried again either.
-    monkeypatch.setattr(Encoder, "_seconds", lambda *_: 60.0)
+    monkeypatch.setattr(budget, "time_batch", lambda *_: 60.0)
     for path in cache.iterdir():
         path.unlink()
     assert load("float32", "auto") == (4096, "default")
@@ -161,16 +162,17 @@ def test_an_encoder_really_measures(tiny_bert: Path, cache: Path) -> None:
 
 
 def test_a_model_that_fails_on_large_batches(tiny_bert: Path, cache: Path) -> None:
-    encoder = Encoder(open_checkpoint(ModelSpec(id=str(tiny_bert), dtype="float32"), False))
-    call = encoder._tower._call
+    checkpoint = open_checkpoint(ModelSpec(id=str(tiny_bert), dtype="float32"), False)
+    model = Encoder(checkpoint)._model
+    call = model.tower._call
 
     def small_device(input_ids: torch.Tensor, **more: Any) -> Any:
         if input_ids.numel() > 1024:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return call(input_ids=input_ids, **more)
 
-    encoder._tower._call = small_device
-    assert encoder._choose_budget("auto") == (1024, "measured")
+    model.tower._call = small_device
+    assert choose_budget("auto", model) == (1024, "measured")
 
 
 @pytest.fixture
@@ -182,7 +184,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def loader(folder: Path) -> Callable[[str, Any], tuple[int, str]]:
     def load(dtype: Any, batch_tokens: Any) -> tuple[int, str]:
         checkpoint = open_checkpoint(ModelSpec(id=str(folder), dtype=dtype), False)
-        (said,) = Encoder(checkpoint, batch_tokens=batch_tokens)._said
+        (said,) = Encoder(checkpoint, batch_tokens=batch_tokens)._news
         _, tokens, how = said.split("/")
         return int(tokens), how
 

@@ -16,7 +16,9 @@ from encoding import embed, window
 
 from fmembed.checkpoint.opening import Checkpoint, open_checkpoint
 from fmembed.errors import ModelError
+from fmembed.model.budget import choose_budget
 from fmembed.model.encoder import Encoder
+from fmembed.model.forward import Model
 from fmembed.model.pooling import States, pool
 from fmembed.prepare.stage import Preprocess
 from fmembed.rows.columns import row_schema
@@ -230,8 +232,12 @@ def test_sounds_have_a_budget_of_their_own_on_a_cpu(
     dtype: str, tokens: int, tiny_wav2vec2: Path
 ) -> None:
     checkpoint = open_checkpoint(ModelSpec(id=str(tiny_wav2vec2), dtype=dtype), False)
-    assert Encoder(checkpoint, batch_tokens="auto")._choose_budget("auto") == (tokens, "default")
-    assert Encoder(checkpoint)._choose_budget(300) == (300, "given")
+    model = Model(checkpoint, torch.device("cpu"))
+    assert choose_budget("auto", model) == (tokens, "default")
+    assert choose_budget(300, model) == (300, "given")
+    assert list(Encoder(checkpoint, batch_tokens="auto")._news) == [
+        f"batch_tokens/{tokens}/default"
+    ]
 
 
 def test_packed_rows_compute_little_more_than_their_own_tokens(tiny_bert: Path) -> None:

@@ -21,7 +21,7 @@ def test_flop_of_a_bert_counted_by_hand(tiny_bert: Path) -> None:
     )  # fmt: skip
     for dtype in ("float32", "bfloat16"):
         encoder = Encoder(open_checkpoint(ModelSpec(id=str(tiny_bert), dtype=dtype), False))
-        cost = encoder._measure_cost()
+        cost = encoder.cost
         for length in (5, 40):
             linear = 2 * length * (4 * width**2 + 2 * width * inner)
             attention = 2 * 2 * length**2 * width
