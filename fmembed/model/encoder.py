@@ -26,10 +26,11 @@ from fmembed.model.budget import (
     recall,
     remember,
 )
+from fmembed.model.loading import load_tower
 from fmembed.model.meter import Meter, measure_cost, peak_flops, synchronize
 from fmembed.model.pooling import load_dense, pick_layer, pool
 from fmembed.model.process import bound_kernels, keep_freed_memory
-from fmembed.model.tower import Tower, lengths
+from fmembed.model.tower import lengths
 from fmembed.rows.pieces import Piece
 from fmembed.rows.precision import Ranges
 from fmembed.rows.vectors import Causes, Stage, Vectors
@@ -73,7 +74,7 @@ class Encoder:
             torch.set_num_threads(num_threads)
         self._device = torch.device(device)
         self._checkpoint = checkpoint
-        self._tower = Tower(checkpoint, self._device)
+        self._tower = load_tower(checkpoint, self._device)
         self._dense = load_dense(checkpoint, self._device)
         with loading(checkpoint.id), torch.inference_mode():
             first = self._forward([self._tower.example()])
@@ -212,7 +213,7 @@ class Encoder:
         key = {
             "weights": checkpoint.digest,
             "adapter": checkpoint.adapter_digest,
-            "family": checkpoint.family,
+            "family": checkpoint.model_type,
             "attention": self._tower.attention,
             "dtype": checkpoint.dtype,
             "device": device_name(self._device),
