@@ -148,11 +148,12 @@ FAMILIES: dict[str, Family] = {
     ),
     # Two towers
     "align": _IMAGE_TEXT,
-    "altclip": _IMAGE_TEXT,
+    "altclip": replace(_IMAGE_TEXT, positions_after_padding=True),
     "chinese_clip": _IMAGE_TEXT,
     "clap": Family(
         ("audio", "text"),
         "projection",
+        positions_after_padding=True,
         window=Window("max_length_s", 10),  # past this its extractor takes a random piece
         sequence="mel frames",
         takes_is_longer=True,

@@ -190,7 +190,7 @@ def open_checkpoint(
         _check_installed(family.packages[0], *family.packages)
     towers = modalities if len(modalities) > 1 else ()
     inner = {**config, **read_part(config, TOWER_CONFIG[modality])}
-    limit = _position_limit(weights, inner) if modality == "text" else None
+    limit = _position_limit(weights, inner, family) if modality == "text" else None
     if spec.max_tokens is not None and limit is not None and spec.max_tokens > limit:
         raise ModelError(
             f"model.max_tokens: takes at most {limit} with this model, got {spec.max_tokens}"
@@ -331,7 +331,7 @@ def _check_installed(extra: str, *packages: str) -> None:
             )
 
 
-def _position_limit(folder: Path, config: dict[str, Any]) -> int | None:
+def _position_limit(folder: Path, config: dict[str, Any], family: Family) -> int | None:
     """The most tokens the model can take, or None where neither config nor tokenizer says."""
     limits = []
     tokenizer = read_object(folder / "tokenizer_config.json") or {}
@@ -339,7 +339,9 @@ def _position_limit(folder: Path, config: dict[str, Any]) -> int | None:
     if isinstance(m := tokenizer.get("model_max_length"), int) and 0 < m < 10**7:
         limits.append(m)
     if isinstance(m := config.get("max_position_embeddings"), int) and m > 0:
-        if family_of(str(config.get("model_type"))).positions_after_padding:
+        # A model that wraps another may have that one's name in its text_config.
+        inner = family_of(str(config.get("model_type")))
+        if family.positions_after_padding or inner.positions_after_padding:
             m -= (read_whole_number(config, "pad_token_id") or 0) + 1
         limits.append(m)
     return min(limits, default=None)
