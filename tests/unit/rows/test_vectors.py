@@ -11,8 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import SENTENCES
-from media import sound as any_sound
-from test_families import RATE_HZ, sound
+from media import RATE_HZ, sound
 
 from fmembed.checkpoint.opening import Checkpoint, open_checkpoint
 from fmembed.errors import ModelError
@@ -287,7 +286,7 @@ def test_sounds_longer_than_the_model_takes_go_through_in_windows(
 
 
 def test_samples_travel_as_they_were_stored(tiny_wav2vec2: Path) -> None:
-    contents = [sound(4000), any_sound(4000, channels=2), any_sound(4000, rate_hz=8000)]
+    contents = [sound(4000), sound(4000, channels=2), sound(4000, rate_hz=8000)]
     table = pa.Table.from_pylist(
         [{"row_id": str(i), "_input": c} for i, c in enumerate(contents)],
         schema=row_schema(pa.schema([]), "audio"),
