@@ -7,17 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fmembed.checkpoint.files import (
-    read_processor,
-    read_whole_number,
-    read_whole_numbers,
-)
+from fmembed.checkpoint.files import read_processor, read_whole_number, read_whole_numbers
 from fmembed.spec import Modality
 
 
 @dataclass(frozen=True)
 class Window:
-    """How much of a sound a model takes at once, by the config of its feature extractor."""
+    """How much of a sound a model takes at once: a field of its feature extractor's config.
+
+    `default` holds where the config has no such field; both are in `unit`.
+    """
 
     field: str
     default: int
@@ -34,7 +33,9 @@ class Window:
 
 @dataclass(frozen=True)
 class Family:
-    """What a `model_type` implies and its config does not say; the defaults hold for any other.
+    """What a `model_type` implies and its config does not say.
+
+    The defaults are what is assumed of a family that is not in the table.
 
     Attributes:
         modalities: What it embeds; two for a model with a tower for each into one space. Empty: by
@@ -42,22 +43,24 @@ class Family:
         pooling: What stands for the whole input where the checkpoint does not say: the class token
             (cls), the model's own pooled output (pooler), its projection, the mean, or the last
             token. None: by transformers' own tables of text decoders, else the mean.
-        positions_after_padding: Position ids begin after the padding's id, so that a config's
-            `max_position_embeddings` counts so many positions too many.
-        packs: Rows of text can lie one after another: attention runs through transformers'
-            interface, and positions can be given.
-        fuses: No module looks at a linear layer's weights by itself, so that on a CPU another
-            layout can take their place.
+        positions_after_padding: A text's position ids begin after the padding's id. A config's
+            `max_position_embeddings` counts those before too.
+        packs: Rows of text can lie one after another, because attention runs through transformers'
+            interface and positions can be given.
+        fuses: On a CPU the linear layers can be put into another layout (model/linear.py), because
+            no module reads their weights by itself.
         pads_text: Trained on texts padded to the full length and without a mask: the padding is
             part of the input.
-        masks_patches: Masks random patches, unless told not to and in which order to keep them.
+        masks_patches: Leaves random patches of a picture out, unless it is told to leave out none
+            and given the order of the rest.
         window: How much of a sound it takes at once. None: any length.
-        sequence: What makes one unit of a sound's sequence: the stride of the convolutions in
-            front, two mel frames, or a patch of a spectrogram by its strides.
-        frames: Which states are a sound's own where the extractor pads it, by the name of a
-            function in model/audio.py.
-        takes_is_longer: Asks with each sound whether it was longer than the window.
-        packages: What the model's code needs beside transformers; the first names the extra.
+        sequence: What makes one unit of a sound's sequence: the samples of one stride of all the
+            convolutions in front, two mel frames, or what a spectrogram's patches are apart.
+        frames: Which states are a sound's own and no padding, by a function's name in the table
+            of model/audio.py.
+        takes_is_longer: Its forward takes, for each sound, whether it was longer than the window.
+        packages: What the model's code needs beside transformers; the first is also the name of
+            the extra that brings them.
     """
 
     modalities: tuple[Modality, ...] = ()

@@ -21,10 +21,10 @@ _TOWERS: dict[str, type[Tower]] = {"text": TextTower, "image": ImageTower, "audi
 
 
 def load_tower(checkpoint: Checkpoint, device: torch.device) -> Tower:
-    """Load the weights.
+    """Load a checkpoint for the modality that it is to embed.
 
     Raises:
-        ModelError: They do not fit the architecture, or need remote code.
+        ModelError: The weights do not fit the architecture, or need remote code.
     """
     return _TOWERS[checkpoint.modality](checkpoint, device, _load_model(checkpoint, device))
 
