@@ -320,6 +320,18 @@ def test_class_token_and_mean_of_patches(family: str, num_prefix: int, tmp_path:
     check(tmp_path, PICTURES, reference, pooling="cls+mean")
 
 
+def test_a_processor_saved_under_its_old_name_is_no_sounds(tmp_path: Path) -> None:
+    cls, config, processor, *_ = IMAGES["deit"]
+    model = save_tiny(tmp_path, cls, config)
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    saved = json.loads(path.read_text())
+    del saved["image_processor_type"]
+    path.write_text(json.dumps({**saved, "feature_extractor_type": "DeiTFeatureExtractor"}))
+    reference = lambda content: token(model(pixel_values=pixels_of(processor, content)))  # noqa: E731
+    assert check(tmp_path, PICTURES, reference).modality == "image"
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_mae_sees_every_patch_in_order(pooling: str, tmp_path: Path) -> None:
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
