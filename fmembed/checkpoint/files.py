@@ -31,12 +31,18 @@ _TIMM_LOADS = frozenset(
 
 
 def absolute_uri(uri: str) -> str:
+    """A local folder's absolute path; a package's or a hub's id as it is."""
     if not uri.startswith("package:") and os.path.exists(uri):
         return str(Path(uri).resolve())
     return uri
 
 
 def explain_adapter(folder: Path) -> None:
+    """Say so where a folder without a model holds an adapter.
+
+    Raises:
+        ModelError: It does.
+    """
     adapter = read_object(folder / "adapter_config.json")
     if adapter is not None:
         raise ModelError(
@@ -46,6 +52,11 @@ def explain_adapter(folder: Path) -> None:
 
 
 def digest_adapter(uri: str) -> str:
+    """The digest of a LoRA adapter's files, as `digest_files` makes it.
+
+    Raises:
+        ModelError: peft is not installed, or the folder holds no LoRA adapter that it loads safely.
+    """
     if importlib.util.find_spec("peft") is None:
         raise ModelError("model.adapter: needs the package peft: pip install 'fmembed[lora]'")
     folder = locate(uri, None, "model.adapter")
@@ -85,6 +96,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def locate(uri: str, revision: str | None, field: str = "model.id") -> Path:
+    """The folder on this machine; a checkpoint of the hub is fetched where it is not cached.
+
+    Args:
+        uri: A folder, `package:` and a path in an installed package, or a hub id.
+        revision: Of a hub id.
+        field: What a message names.
+
+    Raises:
+        ModelError: There is no such folder, and the hub does not give one.
+    """
     if uri.startswith("package:"):
         path = Path(resolve_package(uri, field, ModelError))
     else:
@@ -166,6 +187,11 @@ def _check_weight_name(name: Any, where: str, field: str) -> str:
 
 
 def check_inside(name: str, where: str, field: str = "model.id") -> None:
+    """Refuse a path that leads out of the checkpoint's folder.
+
+    Raises:
+        ModelError: It does.
+    """
     path = PurePosixPath(name)
     if ".." in path.parts or path.is_absolute() or Path(name).is_absolute() or "\0" in name:
         raise ModelError(f"{field}: {where} names a path outside the checkpoint: {shorten(name)}")
@@ -185,7 +211,11 @@ def _check_safetensors(file: Path, field: str) -> None:
 
 
 def check_loads(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
-    """Refuse a config that would have other libraries fetch, import or build what it should not."""
+    """Refuse a config that would have other libraries fetch, import or build what it should not.
+
+    Raises:
+        ModelError: It would.
+    """
     # transformers would load it too, where peft is installed.
     if (folder / "adapter_config.json").exists():
         raise ModelError(
@@ -248,6 +278,13 @@ def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def digest_files(folder: Path, modules: list[Path], files: list[Path]) -> str:
+    """The blake2b-128, as hex, over names and contents of all files that decide a vector.
+
+    Args:
+        folder: The checkpoint's, to which the names are relative.
+        modules: Folders in it whose own files count too.
+        files: What counts besides, wherever in the folder it lies.
+    """
     # Only these folders: a training run keeps its other checkpoints beside the model.
     found = {
         p
@@ -291,6 +328,11 @@ def read_json(path: Path, field: str = "model.id") -> Any:
 
 
 def read_object(path: Path, field: str = "model.id") -> dict[str, Any] | None:
+    """A JSON file's object, null where there is no file.
+
+    Raises:
+        ModelError: It cannot be read, or holds something else.
+    """
     content = read_json(path, field)
     if content is not None and not isinstance(content, dict):
         raise ModelError(f"{field}: {path} takes a JSON object, not a {type(content).__name__}")
@@ -298,7 +340,11 @@ def read_object(path: Path, field: str = "model.id") -> dict[str, Any] | None:
 
 
 def read_part(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """An object within a config; empty where there is none."""
+    """An object within a config; empty where there is none.
+
+    Raises:
+        ModelError: It is something else.
+    """
     part = config.get(name) or {}
     if not isinstance(part, dict):
         raise ModelError(
@@ -308,7 +354,11 @@ def read_part(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def read_whole_numbers(config: dict[str, Any], name: str) -> list[int]:
-    """A number of a config, or a list of them; empty where there is none."""
+    """A number of a config, or a list of them; empty where there is none or 0.
+
+    Raises:
+        ModelError: One is no whole number over 0, or too large.
+    """
     given = config.get(name)
     values = given if isinstance(given, list) else [given] if given else []
     for value in values:
@@ -322,7 +372,11 @@ def read_whole_numbers(config: dict[str, Any], name: str) -> list[int]:
 
 
 def read_whole_number(config: dict[str, Any], name: str) -> int | None:
-    """A number of a config; null where there is none or 0."""
+    """A number of a config; null where there is none or 0.
+
+    Raises:
+        ModelError: It is no whole number over 0, or a list of several.
+    """
     values = read_whole_numbers(config, name)
     if len(values) > 1:
         raise ModelError(f"model.id: the checkpoint's {name} is a list; takes one number")
@@ -330,5 +384,6 @@ def read_whole_number(config: dict[str, Any], name: str) -> int | None:
 
 
 def shorten(value: Any) -> str:
+    """A value of a config as a message shows it."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

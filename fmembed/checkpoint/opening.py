@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from fmembed.checkpoint.families import (
-    OFFSET_POSITIONS,
-    PADDED_TEXT,
     TOWER_CONFIG,
-    TOWERS,
+    Family,
     default_pooling,
+    family_of,
+    list_two_towers,
     read_sound_limits,
     unit_size_of,
 )
@@ -51,6 +51,7 @@ _FALLBACK_MAX_TOKENS = 512
 class Checkpoint:
     """A checkpoint that was found and understood, with every choice made.
 
+    `model_type` is config.json's, by which the family is known.
     `dense` are the folders of sentence-transformers Dense modules, applied in order after pooling.
     `revision` is the hub's commit, null for a local folder. `digest` is a blake2b-128 over the
     names and contents of all files that decide a vector. `unit_size` is how many numbers of the
@@ -63,7 +64,7 @@ class Checkpoint:
     uri: str
     revision: str | None
     digest: str
-    family: str
+    model_type: str
     weights: str
     outputs: tuple[Output, ...]
     max_tokens: int
@@ -75,7 +76,6 @@ class Checkpoint:
     modality: Modality = "text"
     unit_size: int = 1
     towers: tuple[Modality, ...] = ()
-    pads_text: bool = False
     adapter: str | None = None
     adapter_digest: str | None = None
     attn_implementation: str | None = None
@@ -83,6 +83,16 @@ class Checkpoint:
     rate_hz: int = 0
     window_samples: int | None = None
     endpoint: EndpointSpec | None = None
+
+    @property
+    def family(self) -> Family:
+        """What is known of models of this type."""
+        return family_of(self.model_type)
+
+    @property
+    def pads_text(self) -> bool:
+        """Whether texts are padded to the full length, and the padding is part of the input."""
+        return self.family.pads_text and self.modality == "text"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -128,15 +138,16 @@ def list_modalities(spec: ModelSpec) -> tuple[Modality, ...]:
         return ("text",)
     folder = locate(absolute_uri(spec.id), spec.revision)
     weights = folder / read_modules(folder).transformer
-    family = str(read_config(weights).get("model_type"))
-    if family in TOWERS:
-        return TOWERS[family]
+    model_type = str(read_config(weights).get("model_type"))
+    known = family_of(model_type).modalities
+    if known and known != ("text",):
+        return known
     processor = read_processor(weights)
-    if "image_processor_type" in processor or family == "timm_wrapper":
+    if "image_processor_type" in processor:
         if (weights / "tokenizer_config.json").is_file():
             raise ModelError(
-                f"model.id: {spec.id} joins text and images ({family}) in a way that is not "
-                f"supported; {', '.join(sorted(TOWERS))} are"
+                f"model.id: {spec.id} joins text and images ({model_type}) in a way that is not "
+                f"supported; {', '.join(list_two_towers())} are"
             )
         return ("image",)
     # A tokenizer beside it spells out speech; it is no second input.
@@ -165,7 +176,7 @@ def open_checkpoint(
     if not (weights / "config.json").is_file():
         explain_adapter(weights)
     config = read_config(weights)
-    if not isinstance(family := config.get("model_type"), str):
+    if not isinstance(model_type := config.get("model_type"), str):
         raise ModelError(f"model.id: {weights}/config.json names no model_type")
     files = list_weight_files(weights, config)
     for path in modules.dense:
@@ -174,11 +185,12 @@ def open_checkpoint(
     modalities = list_modalities(spec)
     modality = modality or spec.modality or modalities[0]
     _check_packages(modality)
-    if family == "timm_wrapper":
-        _check_installed("timm", "timm", "torchvision")
+    family = family_of(model_type)
+    if family.packages:
+        _check_installed(family.packages[0], *family.packages)
     towers = modalities if len(modalities) > 1 else ()
     inner = {**config, **read_part(config, TOWER_CONFIG[modality])}
-    limit = _position_limit(weights, inner) if modality == "text" else None
+    limit = _position_limit(weights, inner, family) if modality == "text" else None
     if spec.max_tokens is not None and limit is not None and spec.max_tokens > limit:
         raise ModelError(
             f"model.max_tokens: takes at most {limit} with this model, got {spec.max_tokens}"
@@ -188,7 +200,7 @@ def open_checkpoint(
         dtype = "bfloat16" if native_bfloat16 else "float32"
     if spec.prompt is not None and modality != "text":
         raise ModelError(f"model.prompt: {spec.id} embeds {modality}, which takes no prompt")
-    default = modules.pooling or default_pooling(modality, family, config)
+    default = modules.pooling or default_pooling(modality, model_type, config)
     adapter = absolute_uri(spec.adapter) if spec.adapter else None
     rate_hz, window_samples = (
         read_sound_limits(weights, family) if modality == "audio" else (0, None)
@@ -204,7 +216,7 @@ def open_checkpoint(
             # Code may lie deeper than what is its own to name.
             files + (sorted(folder.rglob("*.py")) if spec.trust_remote_code else []),
         ),
-        family=family,
+        model_type=model_type,
         weights=modules.transformer,
         outputs=_resolve_outputs(spec, modality, default, modules.normalize, bool(towers)),
         max_tokens=spec.max_tokens or modules.max_tokens or limit or _FALLBACK_MAX_TOKENS,
@@ -216,7 +228,6 @@ def open_checkpoint(
         modality=modality,
         unit_size=unit_size_of(modality, family, inner),
         towers=towers,
-        pads_text=family in PADDED_TEXT and modality == "text",
         adapter=adapter,
         adapter_digest=digest_adapter(adapter) if adapter else None,
         attn_implementation=spec.attn_implementation,
@@ -240,7 +251,7 @@ def _describe_endpoint(spec: ModelSpec, endpoint: EndpointSpec) -> Checkpoint:
         uri=endpoint.base_url,
         revision=None,
         digest="",
-        family="endpoint",
+        model_type="endpoint",
         weights="",
         outputs=_resolve_outputs(spec, "text", "server", False, False),
         max_tokens=0,
@@ -321,7 +332,7 @@ def _check_installed(extra: str, *packages: str) -> None:
             )
 
 
-def _position_limit(folder: Path, config: dict[str, Any]) -> int | None:
+def _position_limit(folder: Path, config: dict[str, Any], family: Family) -> int | None:
     """The most tokens the model can take, or None where neither config nor tokenizer says."""
     limits = []
     tokenizer = read_object(folder / "tokenizer_config.json") or {}
@@ -329,11 +340,9 @@ def _position_limit(folder: Path, config: dict[str, Any]) -> int | None:
     if isinstance(m := tokenizer.get("model_max_length"), int) and 0 < m < 10**7:
         limits.append(m)
     if isinstance(m := config.get("max_position_embeddings"), int) and m > 0:
-        family = config.get("model_type")
-        offset = (
-            (read_whole_number(config, "pad_token_id") or 0) + 1
-            if family in OFFSET_POSITIONS
-            else 0
-        )
-        limits.append(m - offset)
+        # A model that wraps another may have that one's name in its text_config.
+        inner = family_of(str(config.get("model_type")))
+        if family.positions_after_padding or inner.positions_after_padding:
+            m -= (read_whole_number(config, "pad_token_id") or 0) + 1
+        limits.append(m)
     return min(limits, default=None)

@@ -72,10 +72,20 @@ def loading(name: str, field: str = "model.id") -> Iterator[None]:
         raise ModelError(f"{field}: {name} cannot be loaded: {reason}") from None
 
 
-def make_spectrogram(
+def extract_features(
     extractor: Any, samples: npt.NDArray[Any], rate_hz: int
 ) -> npt.NDArray[np.float32]:
+    """One sound as the extractor makes it for the model: normalised samples, or a spectrogram.
+
+    Args:
+        extractor: What `load_feature_extractor` gave.
+        samples: Shape (samples,), float32, or int16 as a file stores them.
+        rate_hz: Samples a second, which the extractor compares with its own.
+
+    Returns:
+        Shape (samples,), or a spectrogram's two or three axes.
+    """
     if samples.dtype == np.int16:
-        samples = samples.astype(np.float32) / 2**15
+        samples = samples.astype(np.float32) / 2**15  # as libsndfile reads them as floats
     batch = extractor(samples, sampling_rate=rate_hz, return_tensors="np")
     return np.asarray(batch[extractor.model_input_names[0]][0], dtype=np.float32)

@@ -61,7 +61,7 @@ def choose_budget(given: int | Literal["auto"] | None, model: Model) -> tuple[in
     key = {
         "weights": checkpoint.digest,
         "adapter": checkpoint.adapter_digest,
-        "family": checkpoint.family,
+        "family": checkpoint.model_type,
         "attention": model.tower.attention,
         "dtype": checkpoint.dtype,
         "device": device_name(model.device),

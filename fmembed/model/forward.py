@@ -14,8 +14,9 @@ from torch import Tensor
 from fmembed.arrays import Ints
 from fmembed.checkpoint.opening import Checkpoint
 from fmembed.checkpoint.processors import loading
+from fmembed.model.loading import load_tower
 from fmembed.model.pooling import load_dense, pick_layer, pool
-from fmembed.model.tower import Tower, lengths
+from fmembed.model.tower import lengths
 from fmembed.rows.pieces import Piece
 from fmembed.rows.vectors import Vectors
 
@@ -35,7 +36,7 @@ class Model:
         """
         self.checkpoint = checkpoint
         self.device = device
-        self.tower = Tower(checkpoint, device)
+        self.tower = load_tower(checkpoint, device)
         self._dense = load_dense(checkpoint, device)
         with loading(checkpoint.id), torch.inference_mode():
             first = self.forward([self.tower.example()])

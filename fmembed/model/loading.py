@@ -1,4 +1,4 @@
-"""A checkpoint's weights into a model."""
+"""A checkpoint's weights into a model, and the model into the tower for its modality."""
 
 from __future__ import annotations
 
@@ -7,13 +7,26 @@ from typing import Any
 import torch
 from torch.nn.utils import parametrize
 
-from fmembed.checkpoint.families import PACKED_FAMILIES
 from fmembed.checkpoint.opening import Checkpoint, adapter_folder
-from fmembed.checkpoint.processors import (
-    loading,
-)
+from fmembed.checkpoint.processors import loading
 from fmembed.errors import ModelError
 from fmembed.model.attention import PACKED, register
+from fmembed.model.audio import AudioTower
+from fmembed.model.image import ImageTower
+from fmembed.model.linear import fuse
+from fmembed.model.text import TextTower
+from fmembed.model.tower import Tower
+
+_TOWERS: dict[str, type[Tower]] = {"text": TextTower, "image": ImageTower, "audio": AudioTower}
+
+
+def load_tower(checkpoint: Checkpoint, device: torch.device) -> Tower:
+    """Load a checkpoint for the modality that it is to embed.
+
+    Raises:
+        ModelError: The weights do not fit the architecture, or need remote code.
+    """
+    return _TOWERS[checkpoint.modality](checkpoint, device, _load_model(checkpoint, device))
 
 
 def _attention(checkpoint: Checkpoint, device: torch.device) -> str | None:
@@ -23,7 +36,7 @@ def _attention(checkpoint: Checkpoint, device: torch.device) -> str | None:
     if checkpoint.compile or checkpoint.pads_text or checkpoint.towers:
         return None
     own_pooling = any(o.pooling in ("pooler", "projection") for o in checkpoint.outputs)
-    if checkpoint.modality != "text" or own_pooling or checkpoint.family not in PACKED_FAMILIES:
+    if checkpoint.modality != "text" or own_pooling or not checkpoint.family.packs:
         return None
     # torch's packed kernel takes half precision alone.
     if device.type == "cuda" and checkpoint.dtype == "float32":
@@ -32,7 +45,7 @@ def _attention(checkpoint: Checkpoint, device: torch.device) -> str | None:
     return PACKED
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
+def _load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
     from transformers import AutoModel, AutoModelForTextEncoding
     from transformers.models.auto import modeling_auto
     from transformers.utils import logging
@@ -40,11 +53,11 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     # The encoder alone where the library has a class for it: T5 and its kin.
     encoders = modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
-    auto = AutoModelForTextEncoding if checkpoint.family in encoders else AutoModel
+    auto = AutoModelForTextEncoding if checkpoint.model_type in encoders else AutoModel
     options: dict[str, Any] = {}
     if (attn := _attention(checkpoint, device)) is not None:
         options["attn_implementation"] = attn
-    if checkpoint.family == "vit_mae":
+    if checkpoint.family.masks_patches:
         options["mask_ratio"] = 0.0
     with loading(checkpoint.id):
         model, report = auto.from_pretrained(
@@ -70,7 +83,12 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
         for module in model.modules():
             if parametrize.is_parametrized(module, "weight"):
                 parametrize.remove_parametrizations(module, "weight")
-    return model.eval().to(device)
+    model = model.eval().to(device)
+    # What code of the checkpoint's own does with its layers is not known.
+    is_known = type(model).__module__.startswith("transformers.")
+    if device.type == "cpu" and not checkpoint.compile and is_known and checkpoint.family.fuses:
+        fuse(model)
+    return model
 
 
 def _merge_adapter(model: Any, checkpoint: Checkpoint) -> Any:

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from fmembed.checkpoint.files import read_config
 from fmembed.checkpoint.opening import Checkpoint
-from fmembed.checkpoint.processors import (
-    loading,
-)
+from fmembed.checkpoint.processors import loading
 from fmembed.errors import ModelError
 
 
@@ -34,7 +32,8 @@ class States:
 
 
 def as_sequence(hidden: Tensor) -> Tensor:
-    if hidden.ndim == 4:  # a map, as convolutions make it: its places are the patches
+    """A map as convolutions make it, shape (B, D, height, width), to (B, L, D); else unchanged."""
+    if hidden.ndim == 4:
         return hidden.flatten(2).transpose(1, 2)
     return hidden
 
@@ -46,7 +45,7 @@ def pool(states: States, pooling: str, layer: int | None = None) -> Tensor:
     change a row's vector.
 
     Args:
-        states: Of a batch.
+        states: What the model made of a batch.
         pooling: cls (first token), mean, cls+mean (the two after one another), last (last real
             token), max, or pooler or projection (the model's own).
         layer: Which hidden state; None for what follows the last layer's norm.

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from fmembed.checkpoint.opening import Checkpoint
 from fmembed.checkpoint.processors import (
+    extract_features,
     load_feature_extractor,
-    make_spectrogram,
 )
 from fmembed.rows.pieces import Prepared, Refused
 from fmembed.spec import PreprocessSpec
@@ -46,7 +46,7 @@ def _prepare_sound(
     extractor = _find_feature_extractor(checkpoint)
     if extractor is not None:
         try:
-            pieces = [make_spectrogram(extractor, piece, checkpoint.rate_hz) for piece in pieces]
+            pieces = [extract_features(extractor, piece, checkpoint.rate_hz) for piece in pieces]
         except Exception as e:
             return Refused("not preprocessable", f"{type(e).__name__}: {e}")
     return Prepared(pieces, units, spans)
@@ -112,5 +112,5 @@ def _find_feature_extractor(checkpoint: Checkpoint) -> Any:
     """The extractor where it makes spectrograms; None where the model takes the samples."""
     extractor = load_feature_extractor(checkpoint)
     silence = np.zeros(checkpoint.rate_hz, dtype=np.float32)
-    made = make_spectrogram(extractor, silence, checkpoint.rate_hz)
+    made = extract_features(extractor, silence, checkpoint.rate_hz)
     return None if made.shape == silence.shape else extractor

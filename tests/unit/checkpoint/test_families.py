@@ -1,4 +1,4 @@
-"""Every family is as plain transformers has it, row by row and without padding.
+"""Every family of the table is as plain transformers has it, row by row and without padding.
 
 Each checkpoint is a tiny one of the family's config class with seeded weights, saved with its real
 processor; each reference is the transformers call written out.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,17 @@ import soundfile
 import torch
 import transformers as hf
 from conftest import SENTENCES
+from media import RATE_HZ, picture, sound
 from PIL import Image
 from tiny import save_tiny
 
+from fmembed.checkpoint.families import FAMILIES
 from fmembed.checkpoint.opening import Checkpoint, open_checkpoint
 from fmembed.model.encoder import Encoder
 from fmembed.prepare.stage import Preprocess
 from fmembed.rows.columns import row_schema
 from fmembed.spec import ModelSpec, PreprocessSpec
 
-RATE_HZ = 16_000
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
 }  # fmt: skip
@@ -36,22 +37,17 @@ DECODER = {**SMALL, "vocab_size": 30522, "num_key_value_heads": 2, "max_position
 TEXTS = [*SENTENCES, "x", "A second short one."]
 
 
-def picture(width: int, height: int) -> bytes:
-    pixels = np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    sink = io.BytesIO()
-    Image.fromarray(pixels).save(sink, "PNG")
-    return sink.getvalue()
-
-
-def sound(num_samples: int) -> bytes:
-    samples = np.random.default_rng(num_samples).normal(0, 0.1, num_samples)
-    sink = io.BytesIO()
-    soundfile.write(sink, samples, RATE_HZ, format="WAV", subtype="PCM_16")
-    return sink.getvalue()
-
-
 PICTURES = [picture(50, 40), picture(32, 32), picture(70, 91), picture(33, 64)]
 SOUNDS = [sound(n) for n in (8000, 16_000, 24_000, 12_345, 40_000)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """More have nothing to share out in models as small as these, and wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def embed(checkpoint: Checkpoint, inputs: list[Any], batch_tokens: int = 300) -> pa.Table:
@@ -82,6 +78,8 @@ def check(
 
 # --- text -----------------------------------------------------------------------------------------
 
+# Real ones have their padding at 1, and two positions more than they take tokens.
+OFFSET = {**SMALL, "vocab_size": 30522, "pad_token_id": 1, "max_position_embeddings": 130}
 ENCODERS = {
     "bert": (hf.BertModel, hf.BertConfig(**SMALL)),
     "roberta": (hf.RobertaModel, hf.RobertaConfig(**SMALL, vocab_size=30522, pad_token_id=0)),
@@ -89,6 +87,25 @@ ENCODERS = {
         hf.DistilBertModel, hf.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64),
     ),
     "mpnet": (hf.MPNetModel, hf.MPNetConfig(**SMALL, vocab_size=30527)),
+    "camembert": (hf.CamembertModel, hf.CamembertConfig(**OFFSET)),
+    "data2vec-text": (hf.Data2VecTextModel, hf.Data2VecTextConfig(**OFFSET)),
+    "longformer": (hf.LongformerModel, hf.LongformerConfig(**OFFSET, attention_window=8)),
+    "roberta-prelayernorm": (
+        hf.RobertaPreLayerNormModel, hf.RobertaPreLayerNormConfig(**OFFSET),
+    ),
+    "xlm-roberta": (hf.XLMRobertaModel, hf.XLMRobertaConfig(**OFFSET)),
+    "xlm-roberta-xl": (hf.XLMRobertaXLModel, hf.XLMRobertaXLConfig(**OFFSET)),
+    "xmod": (
+        hf.XmodModel, hf.XmodConfig(**OFFSET, languages=["en_XX"], default_language="en_XX"),
+    ),
+    "electra": (hf.ElectraModel, hf.ElectraConfig(**SMALL, embedding_size=16)),
+    "deberta-v2": (
+        hf.DebertaV2Model,
+        hf.DebertaV2Config(**SMALL, vocab_size=30522, relative_attention=True, position_buckets=16,
+                           pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm",
+                           share_att_key=True, position_biased_input=False),
+    ),
+    "nomic_bert": (hf.NomicBertModel, hf.NomicBertConfig(**SMALL, head_dim=8)),
     "modernbert": (
         hf.ModernBertModel,
         hf.ModernBertConfig(**SMALL, vocab_size=30522, pad_token_id=0, cls_token_id=101,
@@ -187,8 +204,14 @@ def test_a_lora_adapter_is_merged(tmp_path: Path, minilm: Path) -> None:
 # --- images ---------------------------------------------------------------------------------------
 
 VISION = {**SMALL, "image_size": 32, "patch_size": 8}
-STAGES = {"depths": [1, 1], "num_stages": 2}
+STAGES = {"depths": [1, 1], "hidden_sizes": [16, 32]}
+EFFICIENT = {
+    "image_size": 32, "width_coefficient": 1.0, "depth_coefficient": 1.0, "kernel_sizes": [3, 3],
+    "in_channels": [32, 16], "out_channels": [16, 32], "depthwise_padding": [], "strides": [1, 2],
+    "num_block_repeats": [1, 1], "expand_ratios": [1, 6],
+}  # fmt: skip
 SIZE = {"height": 32, "width": 32}
+CROPS = hf.ConvNextImageProcessorPil(size={"shortest_edge": 32})
 
 
 def token(out: Any) -> torch.Tensor:
@@ -209,7 +232,19 @@ IMAGES: dict[str, tuple[Any, Any, Any, str, Callable[[Any], torch.Tensor]]] = {
         hf.Dinov2Model, hf.Dinov2Config(**VISION),
         hf.BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=SIZE), "cls", token,
     ),
-    "dinov3": (
+    "data2vec-vision": (
+        hf.Data2VecVisionModel, hf.Data2VecVisionConfig(**VISION, use_relative_position_bias=True),
+        hf.BeitImageProcessorPil(size=SIZE, crop_size=SIZE), "cls", token,
+    ),
+    "deit": (
+        hf.DeiTModel, hf.DeiTConfig(**VISION), hf.DeiTImageProcessorPil(size=SIZE, crop_size=SIZE),
+        "cls", token,
+    ),
+    "dinov2_with_registers": (
+        hf.Dinov2WithRegistersModel, hf.Dinov2WithRegistersConfig(**VISION, num_register_tokens=2),
+        hf.BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=SIZE), "cls", token,
+    ),
+    "dinov3_vit": (
         hf.DINOv3ViTModel, hf.DINOv3ViTConfig(**VISION, num_register_tokens=2),
         hf.ViTImageProcessorPil(size=SIZE), "cls", token,
     ),
@@ -219,15 +254,38 @@ IMAGES: dict[str, tuple[Any, Any, Any, str, Callable[[Any], torch.Tensor]]] = {
                       window_size=4),
         hf.ViTImageProcessorPil(size=SIZE), "pooler", pooled,
     ),
+    "swinv2": (
+        hf.Swinv2Model,
+        hf.Swinv2Config(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 4],
+                        window_size=4),
+        hf.ViTImageProcessorPil(size=SIZE), "pooler", pooled,
+    ),
     "convnext": (
-        hf.ConvNextModel, hf.ConvNextConfig(hidden_sizes=[16, 32], **STAGES),
-        hf.ConvNextImageProcessorPil(size={"shortest_edge": 32}), "pooler", pooled,
+        hf.ConvNextModel, hf.ConvNextConfig(**STAGES, num_stages=2), CROPS, "pooler", pooled,
+    ),
+    "convnextv2": (
+        hf.ConvNextV2Model, hf.ConvNextV2Config(**STAGES, num_stages=2), CROPS, "pooler", pooled,
+    ),
+    "dinov3_convnext": (
+        hf.DINOv3ConvNextModel, hf.DINOv3ConvNextConfig(**STAGES), CROPS, "pooler", pooled,
     ),
     "resnet": (
-        hf.ResNetModel,
-        hf.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1],
-                        layer_type="basic"),
-        hf.ConvNextImageProcessorPil(size={"shortest_edge": 32}), "pooler", pooled,
+        hf.ResNetModel, hf.ResNetConfig(**STAGES, embedding_size=16, layer_type="basic"), CROPS,
+        "pooler", pooled,
+    ),
+    "regnet": (
+        hf.RegNetModel, hf.RegNetConfig(**STAGES, embedding_size=16, groups_width=8), CROPS,
+        "pooler", pooled,
+    ),
+    "bit": (
+        hf.BitModel, hf.BitConfig(**STAGES, embedding_size=16, num_groups=4),
+        hf.BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=SIZE), "pooler", pooled,
+    ),
+    "efficientnet": (
+        hf.EfficientNetModel,
+        # The default of 0.02 makes outputs of 1e-23.
+        hf.EfficientNetConfig(**EFFICIENT, hidden_dim=1280, initializer_range=0.2),
+        hf.EfficientNetImageProcessorPil(size=SIZE), "pooler", pooled,
     ),
 }  # fmt: skip
 
@@ -246,7 +304,10 @@ def test_images(family: str, tmp_path: Path) -> None:
     assert check(tmp_path, PICTURES, reference).outputs[0].pooling == pooling
 
 
-@pytest.mark.parametrize(("family", "num_prefix"), [("dinov2", 1), ("dinov3", 3)])
+@pytest.mark.parametrize(
+    ("family", "num_prefix"),
+    [("dinov2", 1), ("dinov2_with_registers", 3), ("dinov3_vit", 3), ("deit", 2)],
+)
 def test_class_token_and_mean_of_patches(family: str, num_prefix: int, tmp_path: Path) -> None:
     cls, config, processor, *_ = IMAGES[family]
     model = save_tiny(tmp_path, cls, config)
@@ -257,6 +318,18 @@ def test_class_token_and_mean_of_patches(family: str, num_prefix: int, tmp_path:
         return torch.cat([hidden[0], hidden[num_prefix:].mean(dim=0)])
 
     check(tmp_path, PICTURES, reference, pooling="cls+mean")
+
+
+def test_a_processor_saved_under_its_old_name_is_no_sounds(tmp_path: Path) -> None:
+    cls, config, processor, *_ = IMAGES["deit"]
+    model = save_tiny(tmp_path, cls, config)
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    saved = json.loads(path.read_text())
+    del saved["image_processor_type"]
+    path.write_text(json.dumps({**saved, "feature_extractor_type": "DeiTFeatureExtractor"}))
+    reference = lambda content: token(model(pixel_values=pixels_of(processor, content)))  # noqa: E731
+    assert check(tmp_path, PICTURES, reference).modality == "image"
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
@@ -337,6 +410,56 @@ def unit(vector: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(vector.double(), dim=-1)
 
 
+READING = {
+    **SMALL, "vocab_size": 30522, "max_position_embeddings": 16, "bos_token_id": 101,
+    "eos_token_id": 102, "pad_token_id": 0,
+}  # fmt: skip
+TWO_TOWERS = {
+    "align": (
+        hf.AlignModel,
+        hf.AlignConfig(text_config=READING, vision_config={**EFFICIENT, "hidden_dim": 32},
+                       projection_dim=32),
+        hf.EfficientNetImageProcessorPil(size=SIZE),
+    ),
+    "altclip": (
+        hf.AltCLIPModel,
+        hf.AltCLIPConfig(text_config={**READING, "max_position_embeddings": 18, "pad_token_id": 1,
+                                      "project_dim": 32},
+                         vision_config=VISION, projection_dim=24),
+        hf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SIZE),
+    ),
+    "chinese_clip": (
+        hf.ChineseCLIPModel,
+        hf.ChineseCLIPConfig(text_config=READING, vision_config=VISION, projection_dim=24),
+        hf.ChineseCLIPImageProcessorPil(size=SIZE, crop_size=SIZE),
+    ),
+    "metaclip_2": (
+        hf.MetaClip2Model,
+        hf.MetaClip2Config(text_config=READING, vision_config=VISION, projection_dim=24),
+        hf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SIZE),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", TWO_TOWERS)
+def test_two_towers_project_into_one_space(family: str, tmp_path: Path, minilm: Path) -> None:
+    cls, config, processor = TWO_TOWERS[family]
+    model = save_tiny(tmp_path, cls, config, minilm)
+    processor.save_pretrained(tmp_path)
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path)
+
+    def image(content: bytes) -> torch.Tensor:
+        return unit(model.get_image_features(pixels_of(processor, content)).pooler_output[0])
+
+    def text(words: str) -> torch.Tensor:
+        ids = tokenizer(words, truncation=True, max_length=16, return_tensors="pt")["input_ids"]
+        return unit(model.get_text_features(input_ids=ids).pooler_output[0])
+
+    check(tmp_path, PICTURES, image, modality="image")
+    read = check(tmp_path, TEXTS, text, modality="text")
+    assert (read.max_tokens, read.outputs[0].pooling) == (16, "projection")
+
+
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_clip_and_siglip_have_two_towers_into_one_space(
     family: str, tmp_path: Path, minilm: Path
@@ -391,6 +514,8 @@ def test_clap_has_a_tower_for_sounds_and_one_for_texts(tmp_path: Path, minilm: P
 
     check(tmp_path, SOUNDS, audio)
     check(tmp_path, TEXTS, text, modality="text", max_tokens=64)
+    # Of 130 positions one is the padding's.
+    assert open_checkpoint(ModelSpec(id=str(tmp_path), modality="text"), False).max_tokens == 129
 
 
 # --- audio ----------------------------------------------------------------------------------------
@@ -462,3 +587,32 @@ def test_ast_averages_the_patches_of_the_sound(tmp_path: Path) -> None:
         return by_time[:, inside].mean(dim=(0, 1))
 
     check(tmp_path, SOUNDS, reference)
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+ALONE = {
+    "audio-spectrogram-transformer": test_ast_averages_the_patches_of_the_sound,
+    "clap": test_clap_has_a_tower_for_sounds_and_one_for_texts,
+    "clip": test_clip_and_siglip_have_two_towers_into_one_space,
+    "sam": test_sam_gives_the_mean_of_its_map,
+    "siglip": test_clip_and_siglip_have_two_towers_into_one_space,
+    "timm_wrapper": test_timm_checkpoints_pool_as_timm_does,
+    "vit_mae": test_mae_sees_every_patch_in_order,
+    "whisper": test_whisper_averages_the_frames_of_the_sound,
+}
+CASES: dict[str, Any] = {**ENCODERS, **DECODERS, **IMAGES, **TWO_TOWERS, **WAVES, **ALONE}
+
+
+def test_every_family_of_the_table_has_a_case() -> None:
+    assert sorted(CASES) == sorted(FAMILIES)
+    tables = (ENCODERS, DECODERS, IMAGES, TWO_TOWERS)
+    for name, (_, config, *_) in ((n, case) for table in tables for n, case in table.items()):
+        assert config.model_type == name
+    assert all(config.model_type == name for name, (_, config) in WAVES.items())
+
+
+def test_a_family_of_two_towers_projects_and_no_other() -> None:
+    for family in FAMILIES.values():
+        assert (len(family.modalities) == 2) == (family.pooling == "projection")
+        assert family.fuses or not family.packs

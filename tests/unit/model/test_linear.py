@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 
 from fmembed.checkpoint.opening import open_checkpoint
 from fmembed.model.linear import FusedLinear, fuse, fused_dtypes
-from fmembed.model.tower import Tower
+from fmembed.model.loading import load_tower
 from fmembed.spec import ModelSpec
 
 
@@ -67,7 +67,7 @@ def test_a_loaded_model_is_fused_unless_it_brings_its_own_code(
     if code == "its own":
         monkeypatch.setattr("transformers.BertModel.__module__", "modeling_own")
     checkpoint = open_checkpoint(ModelSpec(id=str(tiny_bert), dtype="float32"), False)
-    model = Tower(checkpoint, torch.device("cpu")).model
+    model = load_tower(checkpoint, torch.device("cpu")).model
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, FusedLinear))]
     assert layers
     assert {isinstance(layer, FusedLinear) for layer in layers} == {is_fused}
