@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fmembed.evaluate.stored import Stored
 from tiny import save_clap
 
 from fmembed.checkpoint.opening import open_checkpoint
 from fmembed.evaluate.text_tower import embed_captions
 from fmembed.model.embed import embed_here
-from fmembed.probes import PairData
+from fmembed.probes import CaptionedRows
 from fmembed.spec import ModelSpec
+from fmembed.table.card import Card, StoredOutput, fingerprint
 
 CAPTIONS = ["a dog", None, "a cat that sings", "a dog"]
 
@@ -25,20 +25,24 @@ def model(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> ModelSpec:
     return ModelSpec(id=str(folder), dtype="float32")
 
 
-def stored(model: ModelSpec) -> Stored:
+def stored(model: ModelSpec) -> Card:
     checkpoint = open_checkpoint(model, False, "audio")
-    outputs = {o.column: dataclasses.asdict(o) for o in checkpoint.outputs}
-    return Stored(checkpoint.identity, outputs, {}, "audio")
+    identity = checkpoint.identity
+    outputs = {o.column: StoredOutput(**dataclasses.asdict(o)) for o in checkpoint.outputs}
+    return Card(
+        table="0a", fingerprint=fingerprint(identity), identity=identity, modality="audio",
+        outputs=outputs, spec={},
+    )  # fmt: skip
 
 
-def captions(model: ModelSpec | None, of: Stored) -> PairData | str:
+def captions(model: ModelSpec | None, of: Card) -> CaptionedRows | str:
     vectors = np.eye(4, dtype=np.float32)
     return embed_captions(model, of, "embedding", vectors, CAPTIONS, ["a", "b", "c", "d"])
 
 
 def test_captions_are_embedded_as_texts_are(model: ModelSpec) -> None:
     pairs = captions(model, stored(model))
-    assert isinstance(pairs, PairData)
+    assert isinstance(pairs, CaptionedRows)
     texts = [c for c in CAPTIONS if c]
     rows = embed_here(open_checkpoint(model, False, "text"), texts)
     expected = np.stack(rows["embedding"].to_pylist())
@@ -49,11 +53,11 @@ def test_captions_are_embedded_as_texts_are(model: ModelSpec) -> None:
 def test_why_there_are_none(model: ModelSpec, tiny_bert: Path) -> None:
     of = stored(model)
     assert "needs the model" in str(captions(None, of))
-    pooled = {"embedding": {**of.outputs["embedding"], "pooling": "mean"}}
-    not_shared = dataclasses.replace(of, outputs=pooled)
+    pooled = {"embedding": of.outputs["embedding"].model_copy(update={"pooling": "mean"})}
+    not_shared = of.model_copy(update={"outputs": pooled})
     assert "needs a model with a text tower" in str(captions(model, not_shared))
     assert "has changed since" in str(captions(ModelSpec(id=str(tiny_bert)), of))
-    changed = dataclasses.replace(of, identity={**of.identity, "model.weights": "0a"})
+    changed = of.model_copy(update={"identity": {**of.identity, "model.weights": "0a"}})
     assert "has changed since" in str(captions(model, changed))
     gone = ModelSpec(id=f"{model.id}-gone")
     assert "its text tower cannot be loaded: model.id" in str(captions(gone, of))
