@@ -19,7 +19,7 @@ from fmembed.rows.outputs import Output
 from fmembed.rows.pieces import INPUT_COLUMNS, PIECE_COLUMNS, Pieces
 from fmembed.rows.precision import PRECISIONS, Ranges, finish
 
-# Row position -> (error, message).
+# Position of a piece -> (error, message).
 Causes = dict[int, tuple[str, str]]
 # Column -> vectors of the pieces: shape (pieces, dim), for `tokens` a list of (tokens, dim). What
 # stands there for a piece that has a cause means nothing.
