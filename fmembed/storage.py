@@ -1,16 +1,8 @@
-"""RunSpec, its parts and its fingerprint; the error tree.
+"""Objects by URL: a local folder, s3://, gs:// or az://, through obstore.
 
-FmembedError            exit 1: the run failed
-├── RejectedError       exit 1: too many rows were rejected
-├── StorageError        exit 1: storage is full, forbidden or out of reach (storage.py)
-├── LockedError         exit 1: another run is writing the table (lock.py)
-├── ConflictError       exit 1: somebody else has changed the table (table.py)
-├── Interrupted         exit 129, 130 or 143: stopped by a signal
-└── UserError           exit 2: the user's input; nothing was written
-    ├── SpecError       a field of the config
-    ├── SourceError     the dataset
-    ├── ModelError      the checkpoint
-    └── TableError      the output table
+obstore shares its URL schemes and environment variables with `deltalake`, so one set of
+credentials serves parts, log, lock, records and report. Credentials are never arguments: they come
+from the environment or from the cloud's own config files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The row on its way down the line, and the index of row ids.
+"""The row on its way down the line.
 
 Between stages rows are Arrow tables with these columns:
 

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: one line a stage. The only place that looks into Ray Data.
+"""What a run shows while it goes: one line a stage.
 
 `ExecutionCallback` and `StreamingExecutor._topology` are Ray's internals (2.60); there is no public
 way to count rows by operator while a dataset streams.

@@ -1,5 +1,6 @@
-"""Rows as they were read -> canonical rows (rows.row_schema): each value is checked and cast, and a
-bad one makes a rejected row of its own row alone.
+"""Rows as they were read -> canonical rows (`columns.row_schema`): each value is checked and cast.
+
+A bad one makes a rejected row of its own row alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def canonical(source: Source, chunk: list[RawRow], shard: int, schema: pa.Schema
         source: What they are from.
         chunk: Rows as a format's reader yields them.
         shard: Which of the source's shards they are from.
-        schema: `rows.row_schema` of the source.
+        schema: `columns.row_schema` of the source.
     """
     spec = source.spec
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}

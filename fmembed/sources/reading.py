@@ -1,4 +1,4 @@
-"""A shard of a source -> canonical rows (rows.row_schema), whatever the format.
+"""A shard of a source -> canonical rows (`columns.row_schema`), whatever the format.
 
 Parsing is ours, because one bad input fails Ray's typed readers: here a bad file, line or value
 becomes a rejected row and everything around it is kept.

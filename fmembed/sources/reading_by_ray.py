@@ -18,7 +18,7 @@ from fmembed.sources.source import Shard, Source
 def read(
     source: Source, committed: RowIds | None = None, num_cpus: float = 1.0
 ) -> ray.data.Dataset:
-    """Read the shards as Ray Data blocks of `rows.row_schema(source.carried)`.
+    """Read the shards as Ray Data blocks of `columns.row_schema(source.carried)`.
 
     Args:
         source: What `open_source` found.
