@@ -6,7 +6,6 @@ torch does; so what is imported here is imported late.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from fmembed.errors import FmembedError
 from fmembed.inputs import Inputs, open_inputs
 from fmembed.result import RunResult
 from fmembed.spec import RunSpec
+from fmembed.startup import joins_cluster
 
 if TYPE_CHECKING:
     from fmembed.run.cluster import Cluster
@@ -51,8 +51,7 @@ def embed(
         FmembedError: Anything else; what was committed stays.
     """
     # On a cluster what `dtype: auto` means depends on its nodes: it is joined first.
-    joins = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
-    inputs = None if joins else open_inputs(spec)
+    inputs = None if joins_cluster() else open_inputs(spec)
 
     from fmembed.run.cluster import Cluster
     from fmembed.run.record import Run

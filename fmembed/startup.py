@@ -1,10 +1,16 @@
-"""What makes a process ready sooner."""
+"""How a process begins."""
 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+def joins_cluster() -> bool:
+    """Whether RAY_ADDRESS names a cluster; else Ray is started on this machine."""
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
 
 
 @contextmanager

@@ -108,7 +108,9 @@ class Bench:
         model = make_counted_model(self.folder / "other", self.log, 0, seed=1)
         return model, self._embed_undisturbed("other-reference", model)
 
-    def start(self, table: Path | str, address: str | None, model: Path | None = None) -> Run:
+    def start(
+        self, table: Path | str, address: str | None, model: Path | None = None, actors: int = 2
+    ) -> Run:
         """Start the command; on a cluster, or with Ray of its own."""
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         if address is not None:
@@ -117,7 +119,7 @@ class Bench:
             sys.executable, "-m", "fmembed.cli", "embed", "--source", str(self.source),
             "--id", "key", "--model", str(model or self.model), "--dtype", "float32",
             "--output", str(table), "--set", "model.trust_remote_code=true",
-            "--set", "compute.actors=2", "--set", "compute.window_rows=16",
+            "--set", f"compute.actors={actors}", "--set", "compute.window_rows=16",
             "--set", "compute.gpus_per_actor=0", "--set", "probes=[]",
             "--set", f"output.commit_every_s={COMMIT_EVERY_S}", "--set", "output.part_bytes=20000",
         ]  # fmt: skip
@@ -131,7 +133,7 @@ class Bench:
         gate = Path(f"{self.log}.hold")
         gate.write_text(str(self.num_forwarded() + 64))
         try:
-            run = self.start(table, None)
+            run = self.start(table, None, actors=1)  # what is held would leave a second one idle
             wait_for(lambda: self.num_committed(table) > committed or run.poll() is not None)
             assert run.poll() is None, run.messages()
             yield run

@@ -21,11 +21,7 @@ from ray.job_config import JobConfig
 from fmembed import signals
 from fmembed.redaction import scrub
 from fmembed.run.faults import explain
-
-
-def is_named() -> bool:
-    """Whether RAY_ADDRESS names a cluster to join."""
-    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+from fmembed.startup import joins_cluster
 
 
 class Cluster:
@@ -85,7 +81,7 @@ def connect(verbose: bool) -> bool:
         "logging_level": logging.INFO if verbose else logging.ERROR,
         "log_to_driver": verbose,
     }
-    if is_named():
+    if joins_cluster():
         with signals.kept_from_ray():
             ray.init(**options)
         return True

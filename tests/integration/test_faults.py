@@ -25,7 +25,7 @@ def last_line(run: Run) -> str:
 
 
 def run_to_the_end(bench: Bench, table: Path) -> None:
-    run = bench.start(table, None)
+    run = bench.start(table, None, actors=1)
     assert run.end() == 0, run.messages()
     tally = Tally()
     assert bench.check(table, tally) == []
