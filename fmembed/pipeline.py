@@ -95,9 +95,8 @@ def embed_rows(
     from fmembed.run.progress import Progress
     from fmembed.run.ranges import find_ranges
     from fmembed.run.signals import Signals
-    from fmembed.run.stages import apply, prepare, stage_options
+    from fmembed.run.stages import apply, prepare, read, stage_options
     from fmembed.run.verdict import EMBED, READ
-    from fmembed.sources.reading_by_ray import read
 
     spec, checkpoint, table = inputs.spec, inputs.checkpoint, inputs.table
     stage = stage or Embed

@@ -14,8 +14,7 @@ from fmembed.inputs import Inputs
 from fmembed.rows.columns import accepted
 from fmembed.rows.precision import PRECISIONS, Ranges, measure_ranges, ranges_from_lists
 from fmembed.run.placement import Plan
-from fmembed.run.stages import apply, prepare, stage_options
-from fmembed.sources.reading_by_ray import read
+from fmembed.run.stages import apply, prepare, read, stage_options
 from fmembed.sources.shards import sample
 from fmembed.table.card import fingerprint
 

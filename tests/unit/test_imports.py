@@ -52,7 +52,6 @@ HEAVY = {
         "bench",
         "table/reading.py",
         "model/meter.py",
-        "sources/reading_by_ray.py",
     },
     "torch": {"model", "bench", "devices.py"},
     "sklearn": {"probes"},

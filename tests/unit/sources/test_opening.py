@@ -22,10 +22,10 @@ from conftest import write_jsonl
 
 from fmembed.errors import SourceError
 from fmembed.rows.ids import RowIds, keys_of
+from fmembed.run.stages import read
 from fmembed.run.work import skip_committed
 from fmembed.sources.opening import open_source
 from fmembed.sources.reading import read_here, read_shard
-from fmembed.sources.reading_by_ray import read
 from fmembed.sources.shards import plan_shards
 from fmembed.sources.source import File, Source
 from fmembed.spec import Format, HubDataset, SourceSpec
