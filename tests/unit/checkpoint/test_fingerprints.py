@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 from fmembed.checkpoint.opening import open_checkpoint
-from fmembed.spec import EndpointSpec, ModelSpec
+from fmembed.spec import EndpointSpec, ModelSpec, RunSpec
 from fmembed.table.card import fingerprint
 
 MODULES = [
@@ -170,3 +171,11 @@ def test_several_outputs(tmp_path: Path) -> None:
     }
     spec = ModelSpec(id=str(tmp_path), dtype="float32", outputs=outputs)
     assert fingerprint(open_checkpoint(spec, False).identity) == "230973503084a848b89059b8763d5713"
+
+
+def test_the_demos_table_is_still_continued() -> None:
+    """The fingerprint of the table that jobs/configs/text.yaml makes, as 0.1.0 has it."""
+    spec = RunSpec.from_yaml(str(ROOT / "jobs/configs/text.yaml"), {"model.dtype": "float32"})
+    checkpoint = open_checkpoint(spec.model, False, "text")
+    identity = {**checkpoint.identity, **spec.preprocess.identity("text")}
+    assert fingerprint(identity) == "1f604bed6e192dd3b068a357939feb80"
