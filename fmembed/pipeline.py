@@ -18,7 +18,6 @@ from fmembed.startup import joins_cluster
 if TYPE_CHECKING:
     from fmembed.run.cluster import Cluster
     from fmembed.run.record import Run
-    from fmembed.run.work import Work
     from fmembed.table.lock import Lock
     from fmembed.table.table import Table
 
@@ -55,7 +54,6 @@ def embed(
 
     from fmembed.run.cluster import Cluster
     from fmembed.run.record import Run
-    from fmembed.run.work import find_work
     from fmembed.table.lock import Lock
 
     with Cluster(verbose) as cluster:
@@ -63,25 +61,22 @@ def embed(
             cluster.connect()
             inputs = open_inputs(spec)
         table, run = inputs.table, Run(inputs)
-        work = run.found(find_work(inputs))
-        if not work and not table.has_leftovers(retry_rejected):
+        if not run.find_work() and not table.has_leftovers(retry_rejected):
             result = run.finish()  # no lock is taken, no file changed
         else:
             with Lock(table.storage, run.id) as lock:
                 # Whoever had the lock may have made the table since it was looked at.
-                has_moved = table.clean_up(inputs.identity, run.id, retry_rejected)
-                work = run.found(find_work(inputs)) if has_moved else work
-                if work:
+                if table.clean_up(inputs.identity, run.id, retry_rejected):
+                    run.find_work()
+                if run.work:
                     cluster.connect()
-                    embed_rows(work, inputs, run, lock, quiet, stage)
+                    embed_rows(run, inputs, lock, quiet, stage)
                 result = run.finish()
         run.check_rejected()
         return evaluate(table, spec, result, cluster)
 
 
-def embed_rows(
-    work: Work, inputs: Inputs, run: Run, lock: Lock, quiet: bool, stage: type | None
-) -> None:
+def embed_rows(run: Run, inputs: Inputs, lock: Lock, quiet: bool, stage: type | None) -> None:
     """Stream what is left through the stages and commit what comes out.
 
     Rows never reach the driver: it holds references to blocks, has tasks write them as parts, and
@@ -89,7 +84,7 @@ def embed_rows(
     """
     from fmembed.model.embed import Embed
     from fmembed.run.commits import Commits
-    from fmembed.run.memory import bound_memory
+    from fmembed.run.memory import bound_memory, moving_bound
     from fmembed.run.passes import cleaned_up, passes
     from fmembed.run.placement import place
     from fmembed.run.progress import Progress
@@ -100,29 +95,31 @@ def embed_rows(
 
     spec, checkpoint, table = inputs.spec, inputs.checkpoint, inputs.table
     stage = stage or Embed
-    plan = place(inputs, work.source)
+    assert run.work is not None
+    plan = place(inputs, run.work.source)
     bound_memory(plan)
     ranges = find_ranges(inputs, plan, stage, run.server_dim)
     card = table.claim(inputs.card(ranges), inputs.schema(), run.id)
     commits = Commits(spec.output, table, lock, run.id, card)
-    bound_memory(plan, commits)
     options = stage_options(checkpoint, spec.preprocess, plan, ranges, run.server_dim)
     with (
         cleaned_up(table, lock, run.id),
         Progress(inputs.source.num_rows, quiet) as progress,
         Signals(commits) as signals,
+        moving_bound(plan) as hold,
     ):
         progress.watch({"Preprocess": READ, stage.__name__: EMBED})
-        run.begin(work, plan, commits, progress)
-        for one in passes(work, inputs, lock, commits, progress, signals):
-            with one as todo:
-                run.found(todo)
-                rows = read(todo.source, todo.known, num_cpus=plan.cpus_per_task)
+        run.begin(plan, commits, progress)
+        for one in passes(run, table, lock, commits, progress, signals):
+            with one as work:
+                hold(commits.held_bytes)
+                rows = read(work.source, work.known, num_cpus=plan.cpus_per_task)
                 pieces = prepare(rows, checkpoint, spec.preprocess, plan)
                 vectors = apply(stage, checkpoint, options, pieces, plan)
                 for bundle in vectors.iter_internal_ref_bundles():
                     run.count(bundle)
                     run.show(has_committed=commits.add(bundle))
+                    hold(commits.held_bytes)
                 commits.commit()
                 run.show(has_committed=True)
     commits.check_rejected(at_end=True)

@@ -106,7 +106,7 @@ class Commits:
         """Take over a bundle of blocks; write and commit when it is time.
 
         Returns:
-            Whether it was time to commit.
+            Whether something was committed.
         """
         self._pending.extend(bundle.block_refs)
         self._pending_bytes += bundle.size_bytes()
@@ -114,13 +114,12 @@ class Commits:
             self._write_pending()
         while len(self._writes) > _MAX_WRITES_IN_FLIGHT:
             self._collect(num_returns=1)
-        now = time.monotonic()
+        num_commits, now = self.num_commits, time.monotonic()
         every_s = interval_s(self._output.commit_every_s, now - self._began)
         if now - self._last_commit >= every_s:
             self.commit()
             self.check_rejected(at_end=False)
-            return True
-        return False
+        return self.num_commits > num_commits
 
     def commit(self) -> None:
         """Write what is pending, wait for all parts, and commit them in one transaction."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from fmembed.run.commits import Commits
-from fmembed.run.placement import Plan
+if TYPE_CHECKING:  # Ray's workers import this module, and need nothing of those
+    from fmembed.run.placement import Plan
 
 # What may wait in the object store for each actor: seconds of its work.
 _BUFFER_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
@@ -28,32 +30,45 @@ def store_bytes(plan: Plan, held_bytes: int) -> int:
     return plan.max_actors * _BUFFER_BYTES[plan.device] + 2 * held_bytes
 
 
-def bound_memory(plan: Plan, commits: Commits | None = None) -> None:
-    """Bound what the datasets that run from now on may hold.
-
-    Args:
-        plan: How many actors have to be kept busy.
-        commits: Who holds blocks that wait to be written: the bound moves with them.
-    """
+def bound_memory(plan: Plan) -> None:
+    """Bound what the datasets that run from now on may hold."""
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = _BLOCK_BYTES
     options = context.execution_options
     options.resource_limits = options.resource_limits.copy(object_store_memory=store_bytes(plan, 0))
-    _Bound.plan, _Bound.commits = plan, commits
-    others = [c for c in context.custom_execution_callback_classes if c is not _Bound]
-    context.custom_execution_callback_classes = [*others, _Bound]
+
+
+@contextmanager
+def moving_bound(plan: Plan) -> Iterator[Callable[[int], None]]:
+    """Let the bound of the datasets that run within move with what the driver holds.
+
+    Yields:
+        What is called, by the driver's thread, with the bytes that wait to be written. Ray reads
+        the bound in another thread: hence a number, and not who holds them.
+    """
+    context = ray.data.DataContext.get_current()
+    before = list(context.custom_execution_callback_classes)
+    context.custom_execution_callback_classes = [*before, _Bound]
+    _Bound.most = store_bytes(plan, 0)
+
+    def move(held_bytes: int) -> None:
+        _Bound.most = store_bytes(plan, held_bytes)
+
+    try:
+        yield move
+    finally:
+        _Bound.most = None
+        context.custom_execution_callback_classes = before
 
 
 class _Bound(ExecutionCallback):
     """Moves the bound of a running executor, which Ray Data (2.60) reads once a second."""
 
     # On the class, because Ray makes the instance itself and pickles the class with its context.
-    plan: ClassVar[Plan | None] = None
-    commits: ClassVar[Commits | None] = None
+    most: ClassVar[int | None] = None
 
     def on_execution_step(self, executor: Any) -> None:
-        if self.plan is None or self.commits is None:
-            return
-        most = store_bytes(self.plan, self.commits.held_bytes)
-        options = executor._resource_manager._options
-        options.resource_limits = options.resource_limits.copy(object_store_memory=most)
+        if self.most is not None:
+            options = executor._resource_manager._options
+            limits = options.resource_limits.copy(object_store_memory=self.most)
+            options.resource_limits = limits

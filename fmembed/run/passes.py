@@ -9,12 +9,12 @@ from types import TracebackType
 import ray.exceptions
 
 from fmembed.errors import Interrupted, LockedError, StorageError
-from fmembed.inputs import Inputs
 from fmembed.run.commits import Commits
 from fmembed.run.faults import is_loss, root_cause
 from fmembed.run.progress import Progress
+from fmembed.run.record import Run
 from fmembed.run.signals import Signals
-from fmembed.run.work import Work, find_work
+from fmembed.run.work import Work
 from fmembed.table.lock import Lock
 from fmembed.table.table import Table
 
@@ -23,7 +23,7 @@ _MAX_BROKEN = 3
 
 
 def passes(
-    work: Work, inputs: Inputs, lock: Lock, commits: Commits, progress: Progress, signals: Signals
+    run: Run, table: Table, lock: Lock, commits: Commits, progress: Progress, signals: Signals
 ) -> Iterator[Pass]:
     """One pass; and after a loss another, of what is not committed by then.
 
@@ -31,8 +31,8 @@ def passes(
     it what cannot be computed again.
 
     Args:
-        work: What is left to do.
-        inputs: Of the run.
+        run: What is left to do, by its last look.
+        table: Where to.
         lock: Ours still, before another pass begins.
         commits: Where the rows of a pass go.
         progress: Where a loss is told.
@@ -45,11 +45,11 @@ def passes(
         ray.exceptions.RayError: An error of the code, or losses that do not end.
     """
     num_broken = 0
-    while work:
+    while run.work:
         num_before = commits.num_embedded
-        current = Pass(work, commits, signals)
+        current = Pass(run.work, commits, signals)
         yield current
-        lost = current.lost
+        lost, current.lost = current.lost, None
         if lost is None:
             return
         num_broken = 1 if commits.num_embedded > num_before else num_broken + 1
@@ -63,8 +63,10 @@ def passes(
             f"the {commits.num_embedded:,} rows that this run has committed"
         )
         lock.check()
-        inputs.table.remove_strays(commits.run_id)
-        work = find_work(inputs)
+        table.remove_strays(commits.run_id)
+        # With its frames go the blocks and ids that the pass has held.
+        del lost, cause, current
+        run.find_work()
 
 
 class Pass:

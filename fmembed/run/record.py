@@ -17,7 +17,7 @@ from fmembed.run.placement import Plan
 from fmembed.run.progress import Progress
 from fmembed.run.prometheus import RunMetrics
 from fmembed.run.verdict import PREFIXES, WRITE, judge
-from fmembed.run.work import Work
+from fmembed.run.work import Work, find_work
 from fmembed.table.card import fingerprint
 from fmembed.table.records import Commit
 
@@ -32,7 +32,7 @@ class Run:
         self._inputs = inputs
         self._started = datetime.now(UTC)
         self._clock = time.monotonic()
-        self._work: Work | None = None
+        self.work: Work | None = None
         self._num_shards = 0
         self._plan: Plan | None = None
         self._commits: Commits | None = None
@@ -41,21 +41,23 @@ class Run:
         self._num_warm = self._warm_rows = 0
         self._warm = 0.0
 
-    def found(self, work: Work) -> Work:
-        """Take note of what is left; of a server ask one vector before anything is written.
+    def find_work(self) -> Work:
+        """See what is left; of a server ask one vector before anything is written.
+
+        What was left before is forgotten: the ids in it are 16 bytes for each row of the table.
 
         Raises:
-            ModelError: It does not answer, or not with a vector.
+            ModelError: The server does not answer, or not with a vector.
         """
-        self._work = work
+        self.work = find_work(self._inputs)
         checkpoint = self._inputs.checkpoint
-        if work and checkpoint.endpoint is not None and not self.server_dim:
+        if self.work and checkpoint.endpoint is not None and not self.server_dim:
             self.server_dim = Endpoint(checkpoint.endpoint, checkpoint.id).check()
-        return work
+        return self.work
 
-    def begin(self, work: Work, plan: Plan, commits: Commits, progress: Progress) -> None:
-        """Take note of what is about to be done, and by whom."""
-        self._num_shards = len(work.source.shards)
+    def begin(self, plan: Plan, commits: Commits, progress: Progress) -> None:
+        """Take note of who is about to do it."""
+        self._num_shards = len(self.work.source.shards) if self.work is not None else 0
         self._plan, self._commits, self._progress = plan, commits, progress
 
     def count(self, bundle: Any) -> None:
@@ -86,9 +88,9 @@ class Run:
         Raises:
             RejectedError: More rows of the table are rejected than the config allows.
         """
-        if self._commits is None and self._work is not None:
+        if self._commits is None and self.work is not None:
             table = self._inputs.table
-            num_rows = len(self._work.known) + table.num_twins
+            num_rows = len(self.work.known) + table.num_twins
             check_rejected(table, self._inputs.spec.output, table.num_rejected(), num_rows)
 
     def finish(self) -> RunResult:
@@ -111,7 +113,7 @@ class Run:
         table, commits = self._inputs.table, self._commits
         num_embedded = commits.num_embedded if commits else 0
         num_rejected = commits.num_rejected if commits else 0
-        num_skipped = self._work.num_skipped if self._work is not None else 0
+        num_skipped = self.work.num_skipped if self.work is not None else 0
         num_skipped += commits.num_skipped if commits else 0
         counts = dict(commits.counts) if commits else {}
         steady = None

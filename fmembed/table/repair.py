@@ -205,7 +205,7 @@ class _Repair:
                 self._quarantine(run_path(commit), "the log does not hold its commits")
         num_rows = sum(part.num_rows for part in table.rows.parts())
         num_rejected = table.num_rejected()
-        if not self._done and table.has_run:
+        if not self._done and table.counted_version is not None:
             return
         result = RunResult(
             run_id=self._run_id,

@@ -476,22 +476,34 @@ class Table:
         The last by the versions that it made, of those that the logs hold: clocks differ.
 
         Raises:
-            TableError: Its record is not as a run writes it.
+            TableError: Its record is not as a run writes it, and no other is of its versions.
         """
-        return next((check_run(raw, self.uri) for raw in self._counted()), None)
+        damaged: TableError | None = None
+        last: tuple[int, int] | None = None
+        for versions, raw in self._counted():
+            if last is not None and versions != last:
+                break
+            last = versions
+            try:
+                return check_run(raw, self.uri)
+            except TableError as e:  # a later run with nothing to do has counted anew
+                damaged = e
+        if damaged is not None:
+            raise damaged
+        return None
 
     @property
-    def has_run(self) -> bool:
-        """Whether a run that finished has left a record, damaged or not."""
-        return any(True for _ in self._counted())
+    def counted_version(self) -> int | None:
+        """The version that the last run's record speaks of, damaged or not; None without one."""
+        return next((versions[0] for versions, _ in self._counted()), None)
 
-    def _counted(self) -> Iterator[Any]:
-        """What runs have put on record whose commits the logs hold, the last one first."""
-        versions = (self.rows.version(), self.rejected.version())
+    def _counted(self) -> Iterator[tuple[tuple[int, int], Any]]:
+        """The versions and counts of the runs whose commits the logs hold, the last one first."""
+        newest = (self.rows.version(), self.rejected.version())
         for commit, result in read_runs(self.storage):
-            is_past = (commit.rows_version, commit.rejected_version) <= versions
-            if is_past and self._held([commit])[0]:
-                yield result
+            versions = (commit.rows_version, commit.rejected_version)
+            if versions <= newest and self._held([commit])[0]:
+                yield versions, result
 
     def is_uncounted(self) -> bool:
         """Whether no run that finished has counted what is in the table, as after a kill between

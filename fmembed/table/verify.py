@@ -244,7 +244,7 @@ def _compare_record(table: Table, rows: int, rejected: int) -> tuple[list[str], 
     try:
         run = table.last_run()
     except TableError:
-        return ["the record of the last run is damaged"], 0
+        return ["the record of the last run is damaged"], table.counted_version
     if run is None:
         return ["no run has finished on this table"], None
     wrong = []

@@ -682,14 +682,24 @@ def test_the_last_run_is_the_last_by_version(table: Table) -> None:
 
 def test_a_damaged_record_is_told_and_counted_anew(table: Table) -> None:
     assert not table.is_uncounted()
+    whole = table.last_run()
+    assert whole is not None
     path = next(Path(table.uri, "_runs").iterdir())
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "result": {**record["result"], "table_rows": "x"}}))
     with pytest.raises(TableError, match=r"the record of its last run .* \(table_rows\)"):
         table.last_run()
-    assert table.has_run
+    assert table.counted_version is not None
     assert table.is_uncounted()
     assert "the record of the last run is damaged" in verify(table.uri).problems
+    # The next run counts anew, whatever its name is among the others'.
+    for name in ("0", "zz"):
+        versions = (table.rows.version(), table.rejected.version())
+        made = Commit(run=name, rows_version=versions[0], rejected_version=versions[1])
+        Table(table.uri).put_run(made, whole)
+        again = Table(table.uri)
+        assert (again.last_run(), again.is_uncounted()) == (whole, False)
+        next(Path(table.uri, "_runs").glob(f"*-{name}.json")).unlink()
 
 
 def test_what_a_probe_found_is_of_its_version_alone(table: Table) -> None:
