@@ -1,4 +1,4 @@
-"""A web server on loopback that asks for a login or a signature, and lists nothing."""
+"""A web server on loopback that remembers what it was asked, and lists nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from urllib.parse import unquote
 
 
 class Server(ThreadingHTTPServer):
-    """Files by path; what is not there or not asked for as it should be is refused."""
+    """Files and redirects by path; who asks without login or signature is refused, where set.
+
+    `otherwise` is what any other path holds; None for nothing.
+    """
 
     daemon_threads = True
 
@@ -23,6 +26,7 @@ class Server(ThreadingHTTPServer):
         self.moved: dict[str, str] = {}
         self.login: str | None = None
         self.signatures: set[str] = set()
+        self.otherwise: bytes | None = None
         self.missing = 404
         self.takes_head = True
         self.broken: set[str] = set()
@@ -48,6 +52,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(with_body=True)
 
+    do_POST = do_GET
+
     def _answer(self, with_body: bool) -> None:
         server = self.server
         path, _, query = self.path.partition("?")
@@ -63,6 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path in server.moved:
             self.send_response(302)
             self.send_header("Location", server.moved[path])
+            self.send_header("Content-Length", "0")
             self.end_headers()
             return None
         if path in server.broken and with_body:
@@ -74,6 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
                 headers["Content-Range"] = f"bytes {start}-{last}/{len(content)}"
                 content, status = content[start : last + 1], 206
             return self._send(status, content, with_body, headers)
+        if server.otherwise is not None:
+            return self._send(200, server.otherwise, with_body)
         return self._send(server.missing, b"", with_body)
 
     def _send(

@@ -6,10 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import tiny
 import yaml
 from conftest import write_jsonl
 from forged import OUTPUT, SPEC, WORDS, make_table
+from web_server import serve
 
 import fmembed
 from fmembed.checkpoint.opening import open_checkpoint
@@ -32,45 +29,6 @@ Path({marker!r}).write_text("this code has run")
 class EvilConfig(CLIPConfig): pass
 class EvilModel(CLIPModel): config_class = EvilConfig
 """
-
-
-class Server(ThreadingHTTPServer):
-    """Answers anything, and remembers what it was asked."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.requests: list[str] = []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        content = b'{"text": "river", "topic": "river"}\n'
-        self.server.requests.append(f"{self.command} {self.path} {self.headers}")
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    do_POST = do_HEAD = do_GET
-
-
-@contextmanager
-def serve() -> Iterator[Server]:
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 def evil_clip(folder: Path, tokenizer: Path, marker: Path) -> Path:
@@ -116,18 +74,19 @@ def test_a_table_is_no_instruction(kind: str, tmp_path: Path, minilm: Path) -> N
     model = evil_clip(tmp_path / "model", minilm, marker)
     secret = write_jsonl(tmp_path / "secret.jsonl", [{"text": "x", "topic": "x", "picture": "x"}])
     with serve() as server:
+        server.otherwise = b'{"text": "river", "topic": "river"}\n'
         source: dict[str, Any] = {
             "http": {},
             "hf": {"format": "hf", "uri": str(model)},
             "local": {"uri": str(secret), "root": "/"},
             "endpoint": {},
         }[kind]
-        uri = evil_table(tmp_path / "out", model, server.url, **source)
+        uri = evil_table(tmp_path / "out", model, server.origin, **source)
         if kind == "endpoint":
-            forge(uri, model={"id": "m", "endpoint": {"base_url": f"{server.url}/v1"}})
+            forge(uri, model={"id": "m", "endpoint": {"base_url": f"{server.origin}/v1"}})
         before = secret.stat().st_atime_ns
         result = fmembed.probe(uri)
-        assert server.requests == []
+        assert server.asked == []
     assert not marker.exists()
     assert secret.stat().st_atime_ns == before
     # What needs the table alone is there; the rest says what it wants.
@@ -168,11 +127,12 @@ def test_no_command_follows_a_forged_table(tmp_path: Path, minilm: Path, tiny_be
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
     assert command("embed", "own.yaml", cwd=tmp_path).returncode == 0
     with serve() as server:
+        server.otherwise = b'{"text": "river", "topic": "river"}\n'
         forge(
             str(tmp_path / "out"),
-            source={"uri": f"{server.url}/in.jsonl", "label": "topic", "root": server.url},
+            source={"uri": f"{server.origin}/in.jsonl", "label": "topic", "root": server.origin},
             model={"id": str(model), "trust_remote_code": True,
-                   "endpoint": {"base_url": f"{server.url}/v1"}},
+                   "endpoint": {"base_url": f"{server.origin}/v1"}},
             probes=["knn", "zeroshot"],
         )  # fmt: skip
         write_jsonl(tmp_path / "in.jsonl", [*rows, {"text": "one more", "topic": "river"}])
@@ -188,7 +148,7 @@ def test_no_command_follows_a_forged_table(tmp_path: Path, minilm: Path, tiny_be
             )
         }
         assert fmembed.read(str(tmp_path / "out")).num_rows == 61
-        assert server.requests == []
+        assert server.asked == []
     assert not marker.exists()
     codes = [d.returncode for d in done.values()]
     assert codes == [0, 0, 0, 0, 0, 2], [d.stderr for d in done.values()]

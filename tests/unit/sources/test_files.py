@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
+from web_server import Server, serve
 
 from fmembed.errors import SourceError
 from fmembed.sources.files import open_root, read_whole
@@ -187,77 +186,43 @@ def test_a_changed_target_of_a_link_is_another_shard(tmp_path: Path) -> None:
     assert open_source(spec).shards[0].key != before.key
 
 
-class Web(ThreadingHTTPServer):
-    """`moves` are redirects by path; anything else is answered with its own path, decoded."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.moves: dict[str, str] = {}
-        self.asked: list[str] = []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Web
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self.server.asked.append(self.path)
-        target = self.server.moves.get(self.path)
-        content = b"" if target is not None else b"page"
-        self.send_response(302 if target is not None else 200)
-        if target is not None:
-            self.send_header("Location", target)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-
 @contextmanager
-def web() -> Iterator[Web]:
-    with Web() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+def web() -> Iterator[Server]:
+    """A server that has a page wherever one looks."""
+    with serve() as server:
+        server.otherwise = b"page"
+        yield server
 
 
 def test_no_redirect_leads_out_of_a_root(tmp_path: Path) -> None:
     with web() as server, web() as other:
         outside = {
-            "/data/host": f"{other.url}/data/x",
-            "/data/path": f"{server.url}/secret",
+            "/data/host": f"{other.origin}/data/x",
+            "/data/path": f"{server.origin}/secret",
             "/data/short": "/secret",
             "/data/up": "../secret",
             "/data/coded": "%2e%2e/secret",
-            "/data/no-scheme": other.url.removeprefix("http:") + "/data/x",
+            "/data/no-scheme": other.origin.removeprefix("http:") + "/data/x",
             "/data/file": "file:///etc/passwd",
             "/data/user": f"http://127.0.0.1@localhost:{server.server_address[1]}/data/x",
             "/data/two": "/data/host",
             "/data/alike": "/database/x",
-            "/data/tls": server.url.replace("http:", "https:") + "/data/x",
+            "/data/tls": server.origin.replace("http:", "https:") + "/data/x",
         }
         inside = {
             "/data/in": "/data/a",
             "/data/sub/in": "../a",
-            "/data/whole": f"{server.url}/data/a",
+            "/data/whole": f"{server.origin}/data/a",
         }
-        server.moves = outside | inside | {"/data/loop": "/data/loop"}
+        server.moved = outside | inside | {"/data/loop": "/data/loop"}
         paths = [path.removeprefix("/data/") for path in (*outside, *inside, "/data/loop")]
-        found = fates(tmp_path, f"{server.url}/data", paths)
+        found = fates(tmp_path, f"{server.origin}/data", paths)
         assert found[: len(outside)] == [(None, "outside the root")] * len(outside)
         assert found[len(outside) : -1] == [(b"page", None)] * len(inside)
         assert found[-1] == (None, "unreadable file")
         # Not only were the answers thrown away: nobody was asked.
         assert other.asked == []
-        assert all(path.startswith("/data/") for path in server.asked)
+        assert all(path.startswith("/data/") for _, path, _ in server.asked)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +233,7 @@ def test_no_redirect_leads_out_of_a_root(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_no_encoded_path_leads_out_of_a_root(path: str, tmp_path: Path) -> None:
     with web() as server:
-        found = fates(tmp_path, f"{server.url}/data", [path])
+        found = fates(tmp_path, f"{server.origin}/data", [path])
         assert found == [(None, "outside the root")]
         assert server.asked == []
 
@@ -276,7 +241,7 @@ def test_no_encoded_path_leads_out_of_a_root(path: str, tmp_path: Path) -> None:
 def test_ordinary_paths_of_a_web_root(tmp_path: Path) -> None:
     paths = ["a b.png", "a%20b.png", "100%25.png", "v1..2/x..png", "x;y.png", "a.png?sig=../x&s=1"]
     with web() as server:
-        for root in (server.url, f"{server.url}/", f"{server.url}/data%20set/"):
+        for root in (server.origin, f"{server.origin}/", f"{server.origin}/data%20set/"):
             assert fates(tmp_path, root, paths) == [(b"page", None)] * len(paths)
 
 
