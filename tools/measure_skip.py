@@ -35,7 +35,7 @@ def main() -> None:
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(n * DIM, np.float32)), DIM)
         rest = [["0" * 32] * n, vectors, np.ones(n, np.int32), np.zeros(n, bool)]
         parts = [
-            table.rows.write(
+            table.rows.files.write(
                 pa.table([[f"doc-{k * n + i}" for i in range(n)], *rest], schema=schema)
             )
             for k in range(NUM_PARTS)

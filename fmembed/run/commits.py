@@ -21,8 +21,8 @@ from fmembed.rows.ids import RowIds
 from fmembed.sources.source import Shard
 from fmembed.spec import OutputSpec
 from fmembed.table.card import Card
+from fmembed.table.files import RUN, WRITE
 from fmembed.table.lock import Lock
-from fmembed.table.log import RUN, WRITE
 from fmembed.table.parts import REJECTED, ShardCount, Written, write_part
 from fmembed.table.records import Commit, WholeShard
 from fmembed.table.table import Table

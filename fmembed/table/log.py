@@ -1,4 +1,4 @@
-"""One Delta log and the Parquet parts it names: what is committed, and nothing else.
+"""One Delta log: which Parquet parts are committed, and nothing else.
 
 A log that cannot be read is never an empty one. `deltalake` takes an entry that a power cut has
 emptied for a version without changes, and a listing that comes back empty for no table at all: so
@@ -7,14 +7,12 @@ the newest entry is looked at anew here, and where there seems to be no log, for
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -33,10 +31,10 @@ from fmembed.errors import (
     TableError,
     reason,
 )
-from fmembed.rows.columns import CONTENT_HASH, PARENT_ID, ROW_ID
 from fmembed.rows.precision import PRECISIONS
 from fmembed.storage import HALF_WRITTEN, Storage
 from fmembed.table.card import FINGERPRINT, PREFIX, TABLE
+from fmembed.table.files import PART, RUN, Part, PartFiles
 
 # Old versions stay readable: Delta readers and writers forget after 30 days otherwise.
 _KEEP = {
@@ -46,18 +44,11 @@ _KEEP = {
 # Common to all commits of all runs: two transactions of one name conflict, so that a commit made
 # on a version that is no longer the newest fails. Appends of different names would both succeed.
 _TRANSACTION = "fmembed"
-# On each commit, besides FINGERPRINT: whose it is, and of how many actions, so that a cut entry
-# shows.
-RUN, _ACTIONS = f"{PREFIX}run", f"{PREFIX}actions"
-# In a part's footer, beside the card and RUN: which of the run's writes it is of.
-WRITE = f"{PREFIX}write"
+# On each commit, besides FINGERPRINT and RUN: of how many actions it is, so that a cut entry shows.
+_ACTIONS = f"{PREFIX}actions"
 # What readers of a table may have to know and these parts do not need; anything else, as deletion
 # vectors or renamed columns, would have the parts read otherwise than by their bytes.
 _READER_FEATURES = frozenset(("timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"))
-# A part smaller than this is read whole even for a few columns: then its checksum can be checked.
-_WHOLE_BYTES = 64 * 2**20
-
-PART = re.compile(r"part-([0-9a-f]{32})\.parquet")
 ENTRY = re.compile(r"_delta_log/(\d{20})\.json")
 _CHECKPOINT = re.compile(r"_delta_log/(\d{20})\.checkpoint\..*parquet")
 _ON_THE_WAY = re.compile(
@@ -66,21 +57,13 @@ _ON_THE_WAY = re.compile(
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
-@dataclass(frozen=True)
-class Part:
-    """A Parquet file that was written, not yet committed. `path` is relative to its log."""
-
-    path: str
-    size_bytes: int
-    num_rows: int
-
-
 class Log:
-    """One Delta log and the parts it names."""
+    """One Delta log and, in `files`, the parts it names."""
 
     def __init__(self, uri: str) -> None:
         self.storage = Storage(uri)
         self.uri = self.storage.uri
+        self.files = PartFiles(self.storage)
         self._pinned: int | None = None
         self._checked = -1
 
@@ -208,7 +191,7 @@ class Log:
         for action in actions:
             path, num_rows = self._inside(action["path"]), action["num_records"]
             # Other tools need not say how many.
-            known = self.num_rows(path) if num_rows is None else num_rows
+            known = self.files.num_rows(path) if num_rows is None else num_rows
             parts.append(Part(path, action["size_bytes"], known))
         return parts
 
@@ -273,7 +256,7 @@ class Log:
         if whole:
             ever = self._ever_named()
             whole = [p for p in whole if p not in ever]
-        found = [p for p in whole if table and self.read_stamp(p).get(TABLE) == table]
+        found = [p for p in whole if table and self.files.read_stamp(p).get(TABLE) == table]
         if local := self.storage.local:
             half = (p.name for p in local.glob("part-*.tmp"))
             found += [n for n in half if PART.fullmatch(HALF_WRITTEN.sub("", n))]
@@ -284,133 +267,10 @@ class Log:
         for path in paths:
             self.storage.delete(path)
 
-    def read_columns(self, part: Part, columns: Sequence[str] | None) -> pa.Table:
-        """Read columns of one part, its checksums checked.
-
-        All of it is fetched, and compared with the checksum that it is named after, where all
-        columns are asked for or it is small; else the checksums of the pages that are read.
-
-        Raises:
-            DamagedError: It is missing, or not as it was written.
-        """
-        if columns is None or part.size_bytes <= _WHOLE_BYTES:
-            return self.read_whole(part, columns)
-        return self._read_pages(part, columns)
-
-    def _read_pages(self, part: Part, columns: Sequence[str]) -> pa.Table:
-        try:
-            with self.storage.open(part.path) as handle:
-                parquet = pq.ParquetFile(handle, page_checksum_verification=True)
-                rows = parquet.read(columns=list(columns))
-        except FileNotFoundError:
-            raise DamagedError(self.uri, f"{part.path}: committed, but missing") from None
-        except (pa.ArrowException, OSError) as e:
-            raise DamagedError(self.uri, f"{part.path}: not readable: {reason(e)}") from None
-        return self._counted(part, rows)
-
-    def read_whole(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read one part, compared with the checksum that it is named after.
-
-        Raises:
-            DamagedError: It is missing, or not as it was written.
-        """
-        try:
-            content = self.storage.get(part.path)
-        except FileNotFoundError:
-            raise DamagedError(self.uri, f"{part.path}: committed, but missing") from None
-        # What another tool has written, as Delta's own delete, has another name and no checksum.
-        if PART.fullmatch(part.path) and part.path != _part_name(content):
-            raise DamagedError(self.uri, f"{part.path}: its bytes do not match its checksum")
-        try:
-            parquet = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
-            rows = parquet.read(columns=None if columns is None else list(columns))
-        except (pa.ArrowException, OSError) as e:
-            raise DamagedError(self.uri, f"{part.path}: not readable: {reason(e)}") from None
-        return self._counted(part, rows)
-
-    def _counted(self, part: Part, rows: pa.Table) -> pa.Table:
-        if rows.num_rows != part.num_rows:
-            raise DamagedError(
-                self.uri,
-                f"{part.path}: {rows.num_rows} rows where the log says {part.num_rows}",
-            )
-        return rows.replace_schema_metadata(None)
-
-    def read_schema(self, path: str) -> pa.Schema:
-        """The columns of one part."""
-        with self.storage.open(path) as handle:
-            return pq.read_schema(handle).remove_metadata()
-
-    def num_rows(self, path: str) -> int:
-        """Rows of a part by its footer; 0 where it cannot be read."""
-        try:
-            with self.storage.open(path) as handle:
-                return int(pq.read_metadata(handle).num_rows)
-        except (pa.ArrowException, OSError):
-            return 0
-
     def schema(self) -> pa.Schema:
         """The columns as the log has them: vectors are lists of any length."""
         delta = self.delta()
         return pa.schema([]) if delta is None else pa.schema(delta.schema().to_arrow())
-
-    def read_stamp(self, path: str) -> dict[str, str]:
-        """What the footer of a part says of whose it is; empty where it cannot be read."""
-        try:
-            with self.storage.open(path) as handle:
-                metadata = pq.read_metadata(handle).metadata or {}
-        except (pa.ArrowException, OSError):
-            return {}
-        return {
-            k.decode(): v.decode(errors="replace")
-            for k, v in metadata.items()
-            if k.startswith(PREFIX.encode())
-        }  # fmt: skip
-
-    def read_ids(self, part: Part) -> list[str]:
-        """The source's ids of one part's rows: once for each, however many pieces it has.
-
-        Raises:
-            DamagedError: It is missing, or not as it was written.
-        """
-        try:
-            names = self.read_schema(part.path).names
-        except FileNotFoundError:
-            raise DamagedError(self.uri, f"{part.path}: committed, but missing") from None
-        except (pa.ArrowException, OSError) as e:
-            raise DamagedError(self.uri, f"{part.path}: not readable: {reason(e)}") from None
-        column = PARENT_ID if PARENT_ID in names else ROW_ID
-        # By ranges, however small the part is: every run reads the ids of all and no vector.
-        ids = self._read_pages(part, [column])[column]
-        return list((pc.unique(ids) if column == PARENT_ID else ids).to_pylist())
-
-    def write(
-        self, rows: pa.Table, vectors: Sequence[str] = (), stamp: Mapping[str, str] | None = None
-    ) -> Part:
-        """Write rows as one part.
-
-        The part is named after the checksum of its bytes, so that `verify` needs no other record
-        of it, and put in one piece, so that a torn write leaves nothing behind.
-
-        Args:
-            rows: What to write.
-            vectors: The columns of vectors.
-            stamp: For the footer: the table's card, and which write of which run this is, so that
-                the same rows written twice are two parts of two names.
-        """
-        buffer = pa.BufferOutputStream()
-        # Dictionaries only grow vectors: 768 kB of them took 1,201 kB with, 689 kB without.
-        unlike = (ROW_ID, CONTENT_HASH, *vectors)
-        plain = [f.name for f in rows.schema if f.name not in unlike]
-        with pq.ParquetWriter(
-            buffer, rows.schema, compression="zstd", use_dictionary=plain, write_page_checksum=True
-        ) as writer:
-            writer.write_table(rows)
-            writer.add_key_value_metadata(dict(stamp or {}))
-        content = buffer.getvalue()
-        path = _part_name(content)
-        self.storage.put(path, memoryview(content).cast("B"))
-        return Part(path, content.size, rows.num_rows)
 
     def create(self, schema: pa.Schema, configuration: Mapping[str, str], run_id: str) -> None:
         """Begin a log, or begin one anew that never named a part.
@@ -606,10 +466,6 @@ def what_is_cut(entry: bytes) -> str:
 
 def _entry(version: int) -> str:
     return f"_delta_log/{version:020d}.json"
-
-
-def _part_name(content: Any) -> str:
-    return f"part-{hashlib.blake2b(content, digest_size=16).hexdigest()}.parquet"
 
 
 def _is_half_written(path: str) -> bool:

@@ -42,7 +42,7 @@ from fmembed.rows.pieces import PIECE_SPANS, PIECE_UNITS
 from fmembed.rows.precision import PRECISIONS
 from fmembed.storage import Storage
 from fmembed.table.card import Card
-from fmembed.table.log import Log, Part
+from fmembed.table.files import Part, PartFiles
 
 REJECTED = "_rejected/"
 
@@ -130,11 +130,12 @@ def write_part(
     good = good.select(schema.names).cast(schema)
     part = rejected = None
     if good.num_rows:
-        part = Log(uri).write(good, vectors, stamp)
+        part = PartFiles(Storage(uri)).write(good, vectors, stamp)
     if bad.num_rows:
         columns = [bad[ROW_ID], bad[STAGE], bad[ERROR], bad[MESSAGE]]
         causes = pa.table([c.cast(pa.string()) for c in columns], schema=REJECTED_SCHEMA)
-        rejected = Log(f"{Storage(uri).uri}/{REJECTED}".rstrip("/")).write(causes, (), stamp)
+        folder = Storage(f"{Storage(uri).uri}/{REJECTED}".rstrip("/"))
+        rejected = PartFiles(folder).write(causes, (), stamp)
     return Written(
         schema=schema,
         num_rows=given.num_rows,

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from fmembed.errors import TableError, reason
 from fmembed.rows.columns import CONTENT_HASH, ROW_ID
-from fmembed.table.log import Part
+from fmembed.table.files import Part
 from fmembed.table.table import Table
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from fmembed.result import RunResult
 from fmembed.rows.columns import DUPLICATE, PARENT_ID, REJECTED_SCHEMA, ROW_ID
 from fmembed.rows.ids import RowIds, keys_of
 from fmembed.table.card import TABLE, Card
+from fmembed.table.files import PART, RUN, WRITE, Part
 from fmembed.table.lock import Lock
-from fmembed.table.log import ENTRY, PART, RUN, WRITE, Log, Part, what_is_cut
+from fmembed.table.log import ENTRY, Log, what_is_cut
 from fmembed.table.parts import REJECTED
 from fmembed.table.records import Commit, put_run, put_shards, read_runs, read_shards, run_path
 from fmembed.table.table import Table
@@ -85,7 +86,7 @@ class _Repair:
         }
         for log in (table.rows, table.rejected):
             for path in filter(PART.fullmatch, log.storage.paths()):
-                stamp = log.read_stamp(path)
+                stamp = log.files.read_stamp(path)
                 own = {k: v for k, v in stamp.items() if k not in (RUN, WRITE)}
                 card = Card.of(own, table.uri)
                 if card is not None:
@@ -118,8 +119,8 @@ class _Repair:
         if log.delta() is None:
             schema = None if is_rows else REJECTED_SCHEMA
             for path in filter(PART.fullmatch, log.storage.paths()) if schema is None else ():
-                if log.read_stamp(path).get(TABLE) == card.table:
-                    schema = log.read_schema(path)
+                if log.files.read_stamp(path).get(TABLE) == card.table:
+                    schema = log.files.read_schema(path)
                     break
             if schema is None:
                 raise TableError(
@@ -141,7 +142,7 @@ class _Repair:
         unfit: list[tuple[str, str]] = []
         for path in [p for p in log.strays(card.table) if PART.fullmatch(p)]:
             size = log.storage.size_bytes(path) or 0
-            part = Part(path, size, log.num_rows(path))
+            part = Part(path, size, log.files.num_rows(path))
             try:
                 self._take(log, part, is_rows, elsewhere, known, is_new=True)
                 taken.append(part)
@@ -178,7 +179,7 @@ class _Repair:
             DamagedError: It cannot be read, or has a row that is embedded where it is rejected, or,
                 of one to be taken back, that the table has already.
         """
-        rows = self._table.read_part(part, None) if is_rows else log.read_whole(part)
+        rows = self._table.read_part(part, None) if is_rows else log.files.read_whole(part)
         if not is_rows:
             rows = rows.filter(pc.not_equal(rows["error"], DUPLICATE))
         name = PARENT_ID if PARENT_ID in rows.schema.names else ROW_ID

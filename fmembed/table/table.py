@@ -8,8 +8,9 @@
     <table>/_probes/, _report.html   what the probes found
     <table>/_quarantine/             what `verify --repair` could not read
 
-Workers write parts (parts.py), the driver alone commits (log.py). The first thing that a run makes
-of a table is its log: so a folder without one is not a table, and nothing in it is touched.
+Workers write parts (parts.py, files.py), the driver alone commits (log.py). The first thing that a
+run makes of a table is its log: so a folder without one is not a table, and nothing in it is
+touched.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from fmembed.rows.columns import DUPLICATE, REJECTED_SCHEMA, ROW_ID
 from fmembed.rows.ids import RowIds, keys_of
 from fmembed.storage import HALF_WRITTEN, Storage, tell
 from fmembed.table.card import FINGERPRINT, TABLE, Card, fingerprint
-from fmembed.table.log import PART, RUN, WRITE, Log, Part
+from fmembed.table.files import PART, RUN, WRITE, Part
+from fmembed.table.log import Log
 from fmembed.table.parts import REJECTED, as_written
 from fmembed.table.records import Commit, WholeShard, put_run, put_shards, read_runs, read_shards
 
@@ -185,7 +187,7 @@ class Table:
         """Whether parts lie here that say they are of a table of this project."""
         paths = [*self.storage.paths(), *self.storage.paths(REJECTED)]
         parts = [p for p in paths if PART.fullmatch(p.removeprefix(REJECTED))]
-        return any(TABLE in self.rows.read_stamp(p) for p in parts)
+        return any(TABLE in self.rows.files.read_stamp(p) for p in parts)
 
     def _around(self) -> str | None:
         """The table that this folder is inside of, if any."""
@@ -273,7 +275,9 @@ class Table:
         self.num_twins = 0
         for log, folder in ((self.rows, ""), (self.rejected, REJECTED)):
             for part in log.pin():
-                ids.add(keys_of(log.read_ids(part) if not folder else self._ids_rejected(part)))
+                ids.add(
+                    keys_of(log.files.read_ids(part) if not folder else self._ids_rejected(part))
+                )
                 known.add(folder + part.path)
         self.known_parts = frozenset(known)
         return ids
@@ -282,7 +286,7 @@ class Table:
         """Ids of rejected rows, but of none that another row has: that one may not be in the table
         (it is committed later than its twin is rejected), or no longer.
         """
-        rows = self.rejected.read_columns(part, [ROW_ID, "error"])
+        rows = self.rejected.files.read_columns(part, [ROW_ID, "error"])
         unlike = rows.filter(pc.not_equal(rows["error"], DUPLICATE))
         self.num_twins += rows.num_rows - unlike.num_rows
         return list(unlike[ROW_ID].to_pylist())
@@ -351,7 +355,7 @@ class Table:
         num_aside = 0
         for log, path in strays:
             is_half = not PART.fullmatch(path)
-            run = "" if is_half else log.read_stamp(path).get(RUN, "")
+            run = "" if is_half else log.files.read_stamp(path).get(RUN, "")
             # A run without a name is nobody's own.
             is_known = bool(run) and (
                 run == own or self.rows.held([run], [0])[0] or self.rejected.held([run], [0])[0]
@@ -391,7 +395,7 @@ class Table:
         Raises:
             DamagedError: It is missing, or not as it was written.
         """
-        rows = self.rows.read_columns(part, columns)
+        rows = self.rows.files.read_columns(part, columns)
         if PART.fullmatch(part.path):
             return rows
         card = self.card()
@@ -404,7 +408,7 @@ class Table:
 
     def read_rejected(self) -> pa.Table:
         """All rejected rows: row_id, stage, error, message."""
-        parts = [self.rejected.read_whole(part) for part in self.rejected.parts()]
+        parts = [self.rejected.files.read_whole(part) for part in self.rejected.parts()]
         return pa.concat_tables([REJECTED_SCHEMA.empty_table(), *parts])
 
     def rejected_by_cause(self, max_samples: int) -> list[dict[str, Any]]:
@@ -429,7 +433,7 @@ class Table:
         """
         removed, kept, num_forgotten = [], [REJECTED_SCHEMA.empty_table()], 0
         for part in self.rejected.pin():
-            rows = self.rejected.read_whole(part)
+            rows = self.rejected.files.read_whole(part)
             twins = rows.filter(pc.equal(rows["error"], DUPLICATE))
             if twins.num_rows < rows.num_rows:
                 removed.append(part)
@@ -440,7 +444,7 @@ class Table:
         rows = pa.concat_tables(kept)
         configuration = self.rejected.configuration()
         stamp = {**configuration, RUN: run_id, WRITE: "forget"}
-        added = [self.rejected.write(rows, (), stamp)] if rows.num_rows else []
+        added = [self.rejected.files.write(rows, (), stamp)] if rows.num_rows else []
         # The shards that they were read from are no longer whole: see `whole_shards`.
         self.rejected.commit(
             added, REJECTED_SCHEMA, configuration, (f"{run_id}-forget", 0), removed=removed

@@ -15,7 +15,8 @@ from fmembed.rows.columns import DUPLICATE, PARENT_ID, ROW_ID
 from fmembed.rows.ids import Keys, RowIds, keys_of
 from fmembed.rows.precision import PRECISIONS
 from fmembed.table.card import FINGERPRINT, Card
-from fmembed.table.log import ENTRY, PART, Log, Part, what_is_cut
+from fmembed.table.files import PART, Part
+from fmembed.table.log import ENTRY, Log, what_is_cut
 from fmembed.table.parts import REJECTED
 from fmembed.table.table import Table
 
@@ -164,11 +165,11 @@ def _read_parts(
     prefix = _prefix(table, log)
     for part in parts:
         try:
-            rows = log.read_whole(part) if prefix else table.read_part(part, None)
+            rows = log.files.read_whole(part) if prefix else table.read_part(part, None)
         except DamagedError as e:
             problems.append(f"{prefix}{e.what}")
             continue
-        stamp = log.read_stamp(part.path)
+        stamp = log.files.read_stamp(part.path)
         if stamp.get(FINGERPRINT, card.fingerprint) != card.fingerprint:
             problems.append(
                 f"{prefix}{part.path}: made by another model or setting than the table's"

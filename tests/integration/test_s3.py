@@ -127,10 +127,10 @@ def test_of_two_commits_on_one_version_the_second_fails(s3: str) -> None:
     tables = [Table(f"{s3}/commits") for _ in range(2)]
     for t in tables:
         t.row_ids()
-    part = tables[0].rows.write(pa.table({"row_id": ["a"]}, schema=SCHEMA))
+    part = tables[0].rows.files.write(pa.table({"row_id": ["a"]}, schema=SCHEMA))
     tables[0].rows.commit([part], SCHEMA, CONFIGURATION, ("one", 0))
     rows = pa.table({"row_id": ["b"]}, schema=SCHEMA)
-    stray = tables[1].rows.write(rows, (), CONFIGURATION)
+    stray = tables[1].rows.files.write(rows, (), CONFIGURATION)
     with pytest.raises(ConflictError):
         tables[1].rows.commit([stray], SCHEMA, CONFIGURATION, ("two", 0))
     assert tables[0].strays() == [(tables[0].rows, stray.path)]
@@ -199,7 +199,7 @@ def test_credentials_from_a_config_file(
     assert storage.get("x") == b"1"
     table = Table(f"{s3}/profile-table")
     table.row_ids()
-    part = table.rows.write(pa.table({"row_id": ["a"]}, schema=SCHEMA))
+    part = table.rows.files.write(pa.table({"row_id": ["a"]}, schema=SCHEMA))
     assert table.rows.commit([part], SCHEMA, {}, ("one", 0)) == 1
 
 
@@ -216,7 +216,7 @@ def test_a_killed_driver_resumes(s3: str, bench: Bench) -> None:
     assert 0 < bench.num_committed(table) < len(bench.ids)
     # What the dead run has written and not committed, and what is somebody's.
     log, rows = Table(table).rows, pa.table({"row_id": ["stray"]}, schema=SCHEMA)
-    stray = log.write(rows, (), log.configuration()).path
+    stray = log.files.write(rows, (), log.configuration()).path
     Storage(table).put("part-00.parquet", b"half")
     run = bench.start(table, None)
     assert run.end() == 0, run.messages()

@@ -153,7 +153,7 @@ def test_what_lies_in_a_table_and_is_not_of_it_stays(tmp_path: Path) -> None:
     stray = write(table.uri, block(["c"], seed=1)).part
     assert stray is not None
     # Another table's part, by a name of the same make, and what another tool is just writing.
-    other = table.rows.write(
+    other = table.rows.files.write(
         block(["d"]).select(["row_id"]), (), {**CONFIGURATION, "fmembed.table": "another"}
     )
     home(folder)

@@ -24,9 +24,11 @@ from fmembed.result import RunResult
 from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.rows.ids import keys_of
 from fmembed.storage import Storage
+from fmembed.table import files
 from fmembed.table import log as log_module
 from fmembed.table.card import fingerprint
-from fmembed.table.log import Part, _is_damage
+from fmembed.table.files import Part
+from fmembed.table.log import _is_damage
 from fmembed.table.parts import write_part
 from fmembed.table.reading import read
 from fmembed.table.records import Commit, WholeShard
@@ -170,7 +172,7 @@ def break_missing(folder: Path) -> None:
 def commit(folder: Path, rows: pa.Table) -> None:
     table = Table(str(folder))
     table.row_ids()
-    part = table.rows.write(rows)
+    part = table.rows.files.write(rows)
     table.rows.commit([part], rows.schema, CONFIGURATION, ("other", 0))
 
 
@@ -266,7 +268,7 @@ def test_no_flipped_bit_is_read_without_a_word(table: Table) -> None:
 def test_a_few_columns_of_a_large_part_are_read_with_the_checksums_of_their_pages(
     table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_module, "_WHOLE_BYTES", 0)
+    monkeypatch.setattr(files, "_WHOLE_BYTES", 0)
     part = table.rows.parts()[0]
     path = Path(table.uri, part.path)
     content = path.read_bytes()
@@ -885,7 +887,7 @@ def test_parts_that_an_older_backup_knows_nothing_of_are_kept(table: Table, tmp_
 def test_a_part_that_names_no_run_is_kept_aside(table: Table) -> None:
     """Of this table, and of no run that is known to be dead."""
     rows = block(["n"]).select(["row_id"])
-    path = table.rows.write(rows, (), CONFIGURATION).path
+    path = table.rows.files.write(rows, (), CONFIGURATION).path
     assert Table(table.uri).remove_strays() == 1
     assert Path(table.uri, "_quarantine", "unknown", path).exists()
 

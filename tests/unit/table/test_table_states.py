@@ -27,7 +27,7 @@ from tables import CARD, CONFIGURATION, DIM, IDENTITY, SCHEMA, block, write
 from fmembed.errors import ConflictError, DamagedError, FmembedError, TableError
 from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.rows.ids import RowIds, keys_of
-from fmembed.table.log import Part
+from fmembed.table.files import Part
 from fmembed.table.parts import Written
 from fmembed.table.reading import read
 from fmembed.table.records import Commit, WholeShard
@@ -126,8 +126,8 @@ class TableStates(RuleBasedStateMachine):
         log, found = Table(self.uri).rows, set()
         for path in Path(self.uri).glob("part-*.parquet"):
             with contextlib.suppress(DamagedError):
-                part = Part(path.name, path.stat().st_size, log.num_rows(path.name))
-                found |= set(log.read_whole(part, ["row_id"])["row_id"].to_pylist())
+                part = Part(path.name, path.stat().st_size, log.files.num_rows(path.name))
+                found |= set(log.files.read_whole(part, ["row_id"])["row_id"].to_pylist())
         return found & self.embedded
 
     def sync_model(self) -> None:
@@ -236,7 +236,7 @@ class TableStates(RuleBasedStateMachine):
         dropped = rows["row_id"].to_pylist()[0]
         part: list[Part] = []
         if rows.num_rows > 1:
-            part = [driver.table.rows.write(rows.slice(1), ("embedding",), CONFIGURATION)]
+            part = [driver.table.rows.files.write(rows.slice(1), ("embedding",), CONFIGURATION)]
         before = driver.table.version()
         assert before is not None
         self.versions[before] = set(self.embedded)
