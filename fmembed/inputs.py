@@ -10,7 +10,7 @@ import posixpath
 import re
 import sys
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,9 @@ def open_inputs(spec: RunSpec) -> Inputs:
     checkpoint = open_checkpoint(spec.model, _native_bfloat16(spec), source.modality)
     _check_preprocess(spec, checkpoint)
     identity = {**checkpoint.identity, **spec.preprocess.identity(checkpoint.modality)}
-    return Inputs(spec, source, checkpoint, identity, Table.open_output(spec.output.uri, identity))
+    table = Table.open_output(spec.output.uri, identity)
+    source = replace(source, carried=table.carried_types(source.carried))
+    return Inputs(spec, source, checkpoint, identity, table)
 
 
 def _check_apart(spec: RunSpec, source: Source) -> None:

@@ -6,8 +6,9 @@ A bad one makes a rejected row of its own row alone.
 from __future__ import annotations
 
 import hashlib
-import json
 import reprlib
+import uuid
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ import pyarrow as pa
 from fmembed.rows.columns import ERROR, MESSAGE, SHARD, STAGE, clean_message
 from fmembed.sources.formats.base import FETCHED
 from fmembed.sources.source import BadRow, RawRow, Source
+from fmembed.sources.types import keep
 from fmembed.spec import SourceSpec
 
 _MAX_ID_BYTES = 4096
@@ -47,7 +49,7 @@ def canonical(source: Source, chunk: list[RawRow], shard: int, schema: pa.Schema
             else:
                 row["_input"] = content = _bytes(value, spec)
             for field in source.carried:
-                row[field.name] = _cast(raw.get(field.name), field)
+                row[field.name] = _kept(raw.get(field.name), field, spec)
             row["content_hash"] = hashlib.blake2b(content, digest_size=16).hexdigest()
         except BadRow as e:
             row = {"row_id": row["row_id"], STAGE: "read", ERROR: e.error}
@@ -63,10 +65,13 @@ def canonical(source: Source, chunk: list[RawRow], shard: int, schema: pa.Schema
 def _row_id(value: Any, column: str) -> str:
     if value is None or value == "":
         raise BadRow("null id", f"column {column!r} is empty")
-    if isinstance(value, bool) or not isinstance(value, str | int):
+    if isinstance(value, Decimal) and value.is_finite():
+        value = f"{value:f}"  # never 1E+2
+    if isinstance(value, bool) or not isinstance(value, str | int | uuid.UUID):
         raise BadRow(
             "wrong type",
-            f"column {column!r}: takes text or an integer as id, got {type(value).__name__}",
+            f"column {column!r}: takes text, an integer, a decimal or a UUID as id, "
+            f"got {type(value).__name__}",
         )
     try:
         row_id = str(value).encode()
@@ -122,15 +127,18 @@ def _bytes(value: Any, spec: SourceSpec) -> bytes:
     return value
 
 
-def _cast(value: Any, field: pa.Field) -> Any:
-    if isinstance(value, bytes) and pa.types.is_string(field.type):
-        value = value.decode(errors="replace").strip()
+def _kept(value: Any, field: pa.Field, spec: SourceSpec) -> Any:
+    """A carried value as it was given; of a tar member's or invalid column's bytes their text."""
+    name = field.name
     try:
-        if value is not None and pa.types.is_string(field.type) and not isinstance(value, str):
-            value = json.dumps(value, default=str)
-        return pa.scalar(value, field.type).as_py() if value is not None else None
+        if isinstance(value, bytes) and pa.types.is_string(field.type):
+            value = value.decode(errors=spec.encoding_errors).strip()
+        return keep(value, field.type)
+    except UnicodeError:
+        raise BadRow("not UTF-8", f"column {name!r}") from None
     except RecursionError:
-        raise BadRow("wrong type", f"column {field.name!r}: is nested too deeply") from None
-    except (pa.ArrowException, UnicodeError, TypeError, ValueError, OverflowError):
+        raise BadRow("wrong type", f"column {name!r}: is nested too deeply") from None
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
         shown = ascii(value[:80]) if isinstance(value, str | bytes) else reprlib.repr(value)
-        raise BadRow("wrong type", f"column {field.name!r}: {shown} is no {field.type}") from None
+        message = f"column {name!r}: {shown} cannot be kept as it is in a column of {field.type}"
+        raise BadRow("wrong type", message) from None

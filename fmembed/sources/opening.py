@@ -16,11 +16,12 @@ import pyarrow as pa
 from fmembed.errors import SourceError, reason
 from fmembed.redaction import redact
 from fmembed.rows.columns import RESERVED
-from fmembed.sources.formats.base import Format, Opened, is_bounded
+from fmembed.sources.formats.base import Format, Opened
 from fmembed.sources.formats.registry import FORMATS
 from fmembed.sources.listing import Listing, list_files, open_fs
 from fmembed.sources.shards import plan_shards, with_keys
 from fmembed.sources.source import File, Source
+from fmembed.sources.types import UnstorableError, stored_type
 from fmembed.spec import Modality, SourceSpec
 
 _SHOWN_NAMES, _SHOWN_CHARACTERS = 20, 40
@@ -163,21 +164,18 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _carried_schema(spec: SourceSpec, types: pa.Schema) -> pa.Schema:
-    """The carried columns' types, as near as Delta Lake can store them; else JSON's text."""
+    """The carried columns' types as the table has them.
+
+    Raises:
+        SourceError: One that Delta Lake cannot hold.
+    """
     fields = []
     for column in spec.columns:
-        type_ = types.field(column).type
-        if pa.types.is_dictionary(type_):
-            type_ = type_.value_type
-        if pa.types.is_unsigned_integer(type_):
-            type_ = pa.int64()
-        elif pa.types.is_float16(type_):
-            type_ = pa.float32()
-        elif pa.types.is_timestamp(type_):
-            type_ = pa.timestamp("us", type_.tz)
-        elif pa.types.is_date(type_):
-            type_ = pa.date32()
-        elif pa.types.is_null(type_) or pa.types.is_large_string(type_) or not is_bounded(type_):
-            type_ = pa.string()
-        fields.append(pa.field(column, type_))
+        try:
+            fields.append(pa.field(column, stored_type(types.field(column).type)))
+        except UnstorableError as e:
+            raise SourceError(
+                f"source.carry: {column!r} holds {e}, which Delta Lake has no type for; cast it in "
+                "the dataset (text holds all), or leave it out"
+            ) from None
     return pa.schema(fields)

@@ -442,6 +442,17 @@ class Log:
                 f"source.carry: the table at {self.uri} has the columns {', '.join(have)}, this "
                 f"run has {', '.join(schema.names)}; name the same columns or another output.uri"
             )
+        for (name, here), (_, given) in zip(_types(delta.schema()), _in_delta(schema), strict=True):
+            if here != given:
+                raise TableError(
+                    f"source.carry: {name} is {here} in the table at {self.uri}, {given} in this "
+                    "run; run the same command again"
+                )
+
+    def has_columns(self, schema: pa.Schema) -> bool:
+        """Whether the log has these columns, by name and type."""
+        delta = self.delta()
+        return delta is not None and _types(delta.schema()) == _in_delta(schema)
 
     def _check_visible(self, part: Part) -> None:
         if self.storage.size_bytes(part.path) != part.size_bytes:
@@ -484,6 +495,14 @@ def _is_damage(error: Exception) -> bool:
         "parquet", "parse",
     )  # fmt: skip
     return any(sign in str(error) for sign in signs)
+
+
+def _types(schema: Schema) -> list[tuple[str, pa.DataType]]:
+    return [(field.name, field.type) for field in pa.schema(schema.to_arrow())]
+
+
+def _in_delta(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
+    return _types(Schema.from_arrow(_as_delta(schema)))
 
 
 def _as_delta(schema: pa.Schema) -> pa.Schema:

@@ -234,7 +234,7 @@ class Table:
         configuration = card.to_configuration()
         if delta is not None and is_same and not self._is_bare():
             self.rows.check_columns(delta, schema)
-        elif delta is None or not is_same or self.rows.schema().names != schema.names:
+        elif delta is None or not is_same or not self.rows.has_columns(schema):
             self.rows.create(schema, configuration, run_id)
         if self.rejected.delta() is None:
             if self.rows.version() > 0:
@@ -261,6 +261,19 @@ class Table:
         """The columns as the parts have them; empty where nothing was ever committed."""
         parts = self.rows.parts()
         return self.read_part(parts[0], None).schema if parts else pa.schema([])
+
+    def carried_types(self, carried: pa.Schema) -> pa.Schema:
+        """The types of carried columns: what the table has them as, where it has rows by now.
+
+        What another week's files would have is no reason to begin a new table: a value that does
+        not fit is its own row's fate.
+        """
+        if self.card() is None or self._is_bare():
+            return carried
+        known = self.rows.schema()
+        return pa.schema(
+            [known.field(f.name) if f.name in known.names else f for f in carried]
+        ).remove_metadata()
 
     def row_ids(self) -> RowIds:
         """Ids of all rows that a run need not look at again, committed or rejected.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from fmembed.errors import SourceError, reason
 from fmembed.redaction import redact
 from fmembed.sources.files import TooLargeError, check_regular
 from fmembed.sources.source import BadRow, File, RawRow, Rejection, Shard, Source
+from fmembed.sources.types import common_schema
 from fmembed.spec import Format as FormatName
 from fmembed.spec import Modality, SourceSpec
 
@@ -21,9 +23,7 @@ CHUNK_BYTES = 16 * 2**20
 READ_BYTES = 2**20
 # Values in a line of JSON or a row of CSV: an empty object, two bytes long, takes Python 72.
 MAX_VALUES = 4_000_000
-# Leaves and levels of a carried column's type; what has more is kept as JSON.
-_MAX_LEAVES, _MAX_LEVELS = 1000, 16
-_MAX_SAMPLED_FILES = 100
+_MAX_SAMPLED_FILES, _THREADS = 100, 16
 # Where a row holds its fetched file's content, or a `Rejection`, beside the path it was found by.
 FETCHED: Any = object()
 
@@ -58,8 +58,8 @@ class Format:
         rows: Yields a file's rows in order, or those of the shard's `start` to `stop` if the format
             is cut. A bad row is yielded as a `Rejection` and the next one follows; what raises ends
             the file, and is recorded as a rejected row.
-        schema: Names and types of the columns of these files; `by_first_file` makes one
-            of a function that looks at the beginning of one file. None with `open`.
+        schema: Names and types of the columns of these files; `over_files` makes one of a
+            function that looks at the beginning of one file. None with `open`.
         cut: Cuts a file of this filesystem into shards; None where a file is never cut.
         modality: Set where each file is one row, of this modality.
         is_text: Whether the input is text, asked if the model takes text and pictures or sounds.
@@ -79,38 +79,49 @@ class Format:
     markers: tuple[str, ...] = ()
 
 
-def by_first_file(
+def over_files(
     file_schema: Callable[[Source, File], pa.Schema],
 ) -> Callable[[Source, Sequence[File]], pa.Schema]:
     """Make of a file's columns those of many files.
 
     Returns:
-        A function that gives the columns of the first file that has all that is named; of the first
-        readable one where none has, so that a message can say what there is. It raises SourceError
-        where none of the first 100 is readable.
+        A function that gives the columns of up to 100 files, spread over all: each column that one
+        of them has, with a type that holds what all have of it. It raises SourceError where none of
+        them is readable. A value that does not fit, in a file that was not looked at, is its own
+        row's fate.
     """
 
     def schema(source: Source, files: Sequence[File]) -> pa.Schema:
-        named = set(source.spec.wanted)
-        first: pa.Schema | None = None
+        found: list[pa.Schema] = []
         problem = ""
-        for file in files[:_MAX_SAMPLED_FILES]:
+
+        def look(file: File) -> pa.Schema | str:
             try:
                 check_regular(source.fs, file.path)
-                found = file_schema(source, file)
+                return file_schema(source, file)
             except Exception as e:  # what decompressors and parsers raise, by format
-                problem = f"{file.name}: {source.spec.conceal(reason(e))}"
-                continue
-            if named <= set(found.names):
-                return found
-            first = found if first is None else first
-            problem = problem or f"{file.name} has no row"
-        if first is None or not first.names:
+                return f"{file.name}: {source.spec.conceal(reason(e))}"
+
+        with ThreadPoolExecutor(_THREADS) as pool:  # over a network most of it is waiting
+            for file, seen in zip(looked_at(files), pool.map(look, looked_at(files)), strict=True):
+                if isinstance(seen, str):
+                    problem = seen
+                elif seen.names:
+                    found.append(seen)
+                else:
+                    problem = problem or f"{file.name} has no row"
+        if not found:
             where = redact(source.spec.uri)
             raise SourceError(f"source.uri: no readable {source.format} file in {where}: {problem}")
-        return first
+        return common_schema(found)
 
     return schema
+
+
+def looked_at(files: Sequence[File]) -> list[File]:
+    """The files that tell the columns of all: the first one, and others spread over the rest."""
+    step = -(-len(files) // _MAX_SAMPLED_FILES)
+    return list(files[:: max(step, 1)])
 
 
 def too_large(num_bytes: int, source: Source) -> Rejection:
@@ -130,15 +141,3 @@ def rejection(error: Exception, source: Source) -> Rejection:
     if isinstance(error, TooLargeError):
         return too_large(error.num_bytes, source)
     return error.error if isinstance(error, BadRow) else "unreadable file", reason(error)
-
-
-def is_bounded(type_: pa.DataType) -> bool:
-    """Whether a nested type has few enough levels and leaves to be a column's type."""
-    left, num_leaves = [(type_, 1)], 0
-    while left:
-        inner, level = left.pop()
-        num_leaves += 1
-        if level > _MAX_LEVELS or num_leaves > _MAX_LEAVES:
-            return False
-        left.extend((inner.field(i).type, level + 1) for i in range(inner.num_fields))
-    return True

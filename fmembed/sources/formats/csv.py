@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from fsspec.utils import infer_compression
 
-from fmembed.sources.formats.base import MAX_VALUES, READ_BYTES, Format, by_first_file
+from fmembed.sources.formats.base import MAX_VALUES, READ_BYTES, Format, over_files
 from fmembed.sources.source import BadRow, File, RawRow, Shard, Source
 
 
@@ -116,5 +116,5 @@ CSV = Format(
     name="csv",
     suffixes=(".csv", ".tsv", ".csv.gz", ".tsv.gz"),
     rows=read_csv,
-    schema=by_first_file(csv_schema),
+    schema=over_files(csv_schema),
 )

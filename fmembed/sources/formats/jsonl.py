@@ -9,9 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from fmembed.sources.formats.base import MAX_VALUES, Format, by_first_file, is_bounded
+from fmembed.sources.formats.base import MAX_VALUES, Format, looked_at, over_files
 from fmembed.sources.formats.lines import read_lines
 from fmembed.sources.source import File, RawRow, Rejection, Shard, Source
+from fmembed.sources.types import is_bounded
 
 # What the columns' types are taken from.
 _SAMPLE_ROWS = 10_000
@@ -27,16 +28,23 @@ def read_jsonl(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
         yield f"{file.name}#{i}", row
 
 
-def jsonl_schema(source: Source, file: File) -> pa.Schema:
+def jsonl_schema(source: Source, files: Sequence[File]) -> pa.Schema:
+    """The columns of the objects that files begin with; the more files, the fewer of each."""
+    share = len(looked_at(files))
+    max_rows, max_bytes = -(-_SAMPLE_ROWS // share), _SAMPLE_BYTES // share
+    return over_files(lambda s, file: _file_schema(s, file, max_rows, max_bytes))(source, files)
+
+
+def _file_schema(source: Source, file: File, max_rows: int, max_bytes: int) -> pa.Schema:
     objects: list[dict[str, Any]] = []
     num_bytes = 0
     try:
-        for _, line in itertools.islice(_numbered_lines(source, file), _SAMPLE_ROWS):
+        for _, line in itertools.islice(_numbered_lines(source, file), max_rows):
             row = _parse(line, source)
             if isinstance(row, dict):
                 objects.append(row)
                 num_bytes += len(line) if isinstance(line, bytes) else 0
-            if num_bytes > _SAMPLE_BYTES:
+            if num_bytes > max_bytes:
                 break
     except Exception:  # the rest of the file is broken; its rows will be rejected with the cause
         if not objects:
@@ -80,10 +88,10 @@ def _infer_schema(objects: list[dict[str, Any]], wanted: Sequence[str]) -> pa.Sc
 
 
 def _infer_type(values: list[Any]) -> pa.DataType:
-    """The type of all values; JSON's text where they have none, or one without bounds."""
+    """The type of all values; JSON's text where they have none in common, or one without bounds."""
     try:
         type_ = pa.infer_type(values)
-        if pa.types.is_null(type_) or not is_bounded(type_):
+        if not is_bounded(type_):
             return pa.string()
         return pa.array(values).type
     except (pa.ArrowException, UnicodeError, OverflowError, RecursionError):
@@ -94,5 +102,5 @@ JSONL = Format(
     name="jsonl",
     suffixes=(".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst"),
     rows=read_jsonl,
-    schema=by_first_file(jsonl_schema),
+    schema=jsonl_schema,
 )

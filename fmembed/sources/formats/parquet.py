@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from fmembed.errors import reason
 from fmembed.sources.files import check_regular
 from fmembed.sources.formats.base import (
     CHUNK_BYTES,
     CHUNK_ROWS,
     Format,
-    by_first_file,
+    over_files,
     rejection,
     too_large,
     too_large_row,
@@ -30,6 +31,7 @@ from fmembed.sources.formats.unfolding import (
     unfolded_bytes,
 )
 from fmembed.sources.source import BadRow, File, RawRow, Shard, Source
+from fmembed.sources.types import Unreadable
 
 _SHARD_BYTES = 64 * 2**20
 SHARD_ROWS = 50_000
@@ -42,10 +44,11 @@ def read_parquet(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
     with source.fs.open(file.path, "rb") as handle:
         footer = pq.read_metadata(handle)
         names = footer.schema.to_arrow_schema().names
-        missing = [c for c in wanted if c not in names]
+        missing = [c for c in (source.spec.input, source.spec.id) if c and c not in names]
         if missing:
             yield file.name, ("unreadable file", f"it has no column {missing[0]!r}")
             return
+        wanted = tuple(c for c in wanted if c in names)  # a carried one it lacks is null
         leaves = _leaves(footer, wanted)
         first = shard.first_row
         stop = shard.stop if shard.stop is not None else footer.num_row_groups
@@ -177,23 +180,36 @@ _HAS_LENGTH = (
 
 
 def _values(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    # A string column may hold bytes that are no UTF-8; as binary each row is judged on its own.
-    columns = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        try:
-            columns[name] = column.to_pylist()
-        except UnicodeDecodeError:
-            large = pa.types.is_large_string(column.type)
-            columns[name] = column.cast(pa.large_binary() if large else pa.binary()).to_pylist()
+    columns = {n: _cells(c) for n, c in zip(batch.schema.names, batch.columns, strict=True)}
     return [
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
     ]
+
+
+def _cells(column: pa.Array) -> list[Any]:
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        # Bytes that are no UTF-8 in a column of text: as binary each row is judged on its own.
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            large = pa.types.is_large_string(column.type)
+            return list(column.cast(pa.large_binary() if large else pa.binary()).to_pylist())
+        return [_cell(value) for value in column]
+    except (ValueError, OverflowError):  # a year 10,000; nanoseconds, where there is no pandas
+        return [_cell(value) for value in column]
+
+
+def _cell(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError) as e:  # UnicodeDecodeError is one
+        return Unreadable(reason(e))
 
 
 PARQUET = Format(
     name="parquet",
     suffixes=(".parquet", ".pq"),
     rows=read_parquet,
-    schema=by_first_file(parquet_schema),
+    schema=over_files(parquet_schema),
     cut=cut_row_groups,
 )

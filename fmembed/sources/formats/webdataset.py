@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from fmembed.sources.formats.base import Format, by_first_file
+from fmembed.sources.formats.base import Format, over_files
 from fmembed.sources.source import File, RawRow, Rejection, Shard, Source
 from fmembed.spec import SourceSpec
 
@@ -117,6 +117,6 @@ WEBDATASET = Format(
     name="webdataset",
     suffixes=(".tar", ".tar.gz", ".tgz"),
     rows=read_webdataset,
-    schema=by_first_file(webdataset_schema),
+    schema=over_files(webdataset_schema),
     is_text=_is_text,
 )
