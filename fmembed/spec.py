@@ -71,6 +71,35 @@ class HubDataset(_Part):
     streaming: bool = False
 
 
+class CsvSpec(_Part):
+    """How CSV and TSV files are written, where it is not as their names say.
+
+    None: a comma, or in `.tsv` a tab; double quotes, or in `.tsv` none, as TSV has no quoting. An
+    empty `quote` says that there is none. `encoding` is one of Python's.
+    """
+
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    quote: str | None = Field(default=None, max_length=1)
+    encoding: str = "utf-8"
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, value: str) -> str:
+        try:
+            "".encode(value)
+        except LookupError:
+            raise ValueError(f"{value[:80]!a} is no encoding of text that Python knows") from None
+        return value
+
+    @model_validator(mode="after")
+    def _check_apart(self) -> CsvSpec:
+        if any(c in ("\r", "\n", " ") for c in (self.delimiter, self.quote)):
+            raise ValueError("neither delimiter nor quote can be a space or the end of a line")
+        if self.quote and self.quote == self.delimiter:
+            raise ValueError("delimiter and quote cannot be the same")
+        return self
+
+
 class SourceSpec(_Part):
     """Where the rows are and which columns matter.
 
@@ -97,6 +126,7 @@ class SourceSpec(_Part):
     max_text_bytes: int = Field(default=64 * 2**20, ge=1, le=2**30)
     max_media_bytes: int = Field(default=512 * 2**20, ge=1, le=2**30)
     hf: HubDataset = HubDataset()
+    csv: CsvSpec = CsvSpec()
 
     @property
     def stored_name(self) -> str:

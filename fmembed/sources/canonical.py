@@ -105,7 +105,14 @@ def _text(value: Any, spec: SourceSpec) -> tuple[str, bytes]:
             "source.encoding_errors: replace or ignore would keep the row",
         ) from None
     except UnicodeEncodeError as e:
-        raise BadRow("not UTF-8", f"undecodable character at position {e.start}") from None
+        code = ord(e.object[e.start])
+        message = f"undecodable character at position {e.start}"
+        if 0xDC80 <= code <= 0xDCFF:  # a byte of CSV, handed on as it stands
+            message = (
+                f"byte {code - 0xDC00:#04x} at position {e.start}; source.csv.encoding names "
+                "another encoding, source.encoding_errors: replace or ignore would keep the row"
+            )
+        raise BadRow("not UTF-8", message) from None
     if not text.strip():
         raise BadRow("empty input", f"column {spec.input!r} holds no text")
     return text, content

@@ -14,7 +14,7 @@ from typing import Any
 from fmembed.sources.formats.registry import FORMATS
 from fmembed.sources.listing import unsigned
 from fmembed.sources.source import File, Shard, Source
-from fmembed.spec import Format, SourceSpec
+from fmembed.spec import CsvSpec, Format, SourceSpec
 
 _SHARD_FILES = 512
 # Where files are rows: what a read task holds at once.
@@ -51,6 +51,8 @@ def with_keys(spec: SourceSpec, shards: Iterable[Shard], revision: str = "") -> 
     # Limits stay out of the key: all they do is reject rows, and rejected rows are on record.
     limits = {"max_text_bytes", "max_media_bytes"}
     settings = spec.model_dump(mode="json", exclude={"label", "split", "carry", "caption", *limits})
+    if spec.csv == CsvSpec():  # keys are on record that were made before there was such a setting
+        del settings["csv"]
     settings["uri"] = unsigned(spec.uri)
     settings["root"] = unsigned(spec.root) if spec.root else None
 

@@ -1,7 +1,8 @@
-"""CSV and TSV: text as it stands."""
+"""CSV and TSV: text as it stands, by `source.csv` where that says more than the name does."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import itertools
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from fmembed.sources.source import BadRow, File, RawRow, Shard, Source
 
 
 def read_csv(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
+    dialect = _dialect(source, file)
     with _open(source, file) as handle:
-        lines = _Lines(handle, source.spec.max_text_bytes, _delimiter(file))
-        reader = csv.reader(lines, delimiter=_delimiter(file), strict=True)
-        header = next(reader, [])
+        lines = _Lines(handle, source.spec.max_text_bytes, dialect)
+        reader = csv.reader(lines, **dialect, strict=True)
+        header = _header(reader, source)
         # A file may have a million columns: of each row only these are kept.
         wanted = {name: i for i, name in enumerate(header) if name in source.spec.wanted}
         missing = [c for c in (source.spec.input, source.spec.id) if c and c not in wanted]
@@ -27,6 +29,7 @@ def read_csv(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
             return
         for i in itertools.count():
             lines.begin_row()
+            first_line = reader.line_num + 1
             try:
                 values = next(reader)
             except StopIteration:
@@ -35,21 +38,55 @@ def read_csv(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
                 yield f"{file.name}#{i}", (e.error, e.message)
                 continue
             except csv.Error as e:
-                yield f"{file.name}#{i}", ("bad CSV", f"{e}, near line {reader.line_num}")
+                message = f"{e}, {_lines_lost(first_line, reader.line_num)}"
+                yield f"{file.name}#{i}", ("bad CSV", message)
                 continue
             if values and len(values) != len(header):
                 message = f"{len(values)} fields where the header has {len(header)}"
+                if reader.line_num > first_line:
+                    message += f", {_lines_lost(first_line, reader.line_num)}"
                 yield f"{file.name}#{i}", ("bad CSV", message)
             elif values:
                 yield f"{file.name}#{i}", {name: values[at] for name, at in wanted.items()}
 
 
+def _lines_lost(first: int, last: int) -> str:
+    if last <= first:
+        return f"in line {first:,}"
+    # What the second quote of a pair should have ended.
+    return f"which took lines {first:,} to {last:,}; is a quote not closed?"
+
+
 def csv_schema(source: Source, file: File) -> pa.Schema:
     # Text as it stands: a guessed integer would turn 01234 into 1234.
+    dialect = _dialect(source, file)
     with _open(source, file) as handle:
-        lines = _Lines(handle, source.spec.max_text_bytes, _delimiter(file))
-        header = next(csv.reader(lines, delimiter=_delimiter(file)), [])
-    return pa.schema([pa.field(c, pa.string()) for c in header])
+        lines = _Lines(handle, source.spec.max_text_bytes, dialect)
+        header = _header(csv.reader(lines, **dialect), source)
+    is_one = len(header) == 1 and header[0] not in source.spec.wanted
+    if is_one and (other := _likely_delimiter(header[0])):
+        raise ValueError(
+            f"its only column is {header[0][:80]!r}; are its fields set apart by {other!r}? Name "
+            "it as source.csv.delimiter"
+        )
+    return pa.schema([pa.field(c, pa.string()) for c in dict.fromkeys(header)])
+
+
+def _header(reader: Any, source: Source) -> list[str]:
+    """The names of the columns.
+
+    Raises:
+        BadRow: One that is used is there twice.
+    """
+    header: list[str] = next(reader, [])
+    for name in source.spec.wanted:
+        if header.count(name) > 1:
+            raise BadRow("unreadable file", f"{header.count(name)} of its columns are {name!r}")
+    return header
+
+
+def _likely_delimiter(header: str) -> str | None:
+    return next((c for c in "\t;|," if c in header), None)
 
 
 class _Lines:
@@ -58,8 +95,9 @@ class _Lines:
     A field in quotes may go over any number of lines, and csv.reader holds it all.
     """
 
-    def __init__(self, handle: Any, most: int, delimiter: str) -> None:
-        self._handle, self._most, self._delimiter = handle, most, delimiter
+    def __init__(self, handle: Any, most: int, dialect: dict[str, Any]) -> None:
+        self._handle, self._most = handle, most
+        self._delimiter, self._quote = dialect["delimiter"], dialect["quotechar"]
         self.begin_row()
 
     def begin_row(self) -> None:
@@ -91,25 +129,42 @@ class _Lines:
     def _read(self, most: int) -> str:
         line: str = self._handle.readline(most)
         self._length += len(line)
-        self._num_quotes += line.count('"')
+        self._num_quotes += line.count(self._quote) if self._quote else 0
         self._num_values += line.count(self._delimiter)
         return line
 
 
 def _open(source: Source, file: File) -> Any:
+    """A file's text.
+
+    Raises:
+        ValueError: It begins with the mark of another encoding.
+    """
     # The module's default limit of 131,072 characters a field is below a long article.
     csv.field_size_limit(2**31 - 1)
+    encoding = codecs.lookup(source.spec.csv.encoding).name
+    compression = infer_compression(file.name)
+    if encoding == "utf-8":
+        with source.fs.open(file.path, "rb", compression=compression) as handle:
+            if handle.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise ValueError("it is UTF-16 by its first bytes; set source.csv.encoding: utf-16")
+        encoding = "utf-8-sig"
     # Undecodable bytes become lone surrogates, which only their own row fails on later.
     chosen = source.spec.encoding_errors
     errors = "surrogateescape" if chosen == "strict" else chosen
     return source.fs.open(
-        file.path, "rt", compression=infer_compression(file.name), encoding="utf-8-sig",
-        errors=errors, newline="",
-    )  # fmt: skip
+        file.path, "rt", compression=compression, encoding=encoding, errors=errors, newline=""
+    )
 
 
-def _delimiter(file: File) -> str:
-    return "\t" if ".tsv" in file.name.lower() else ","
+def _dialect(source: Source, file: File) -> dict[str, Any]:
+    """What csv.reader takes. TSV has no quotes (the IANA's text/tab-separated-values)."""
+    is_tsv = ".tsv" in file.name.lower()
+    told = source.spec.csv
+    delimiter = told.delimiter or ("\t" if is_tsv else ",")
+    quote = ("" if is_tsv else '"') if told.quote is None else told.quote
+    quoting = csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE
+    return {"delimiter": delimiter, "quotechar": quote or None, "quoting": quoting}
 
 
 CSV = Format(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -68,14 +70,27 @@ def _parse(line: bytes | int, source: Source) -> dict[str, Any] | Rejection:
     if len(line) > MAX_VALUES and sum(map(line.count, (b",", b"[", b"{"))) > MAX_VALUES:
         return "row too large", f"more than {MAX_VALUES:,} values in {len(line):,} bytes"
     try:
-        value = json.loads(line.decode("utf-8", errors=source.spec.encoding_errors))
+        text = line.decode("utf-8", errors=source.spec.encoding_errors)
+        twice: set[str] = set()
+        value = json.loads(text, object_pairs_hook=partial(_object, twice))
     except UnicodeDecodeError as e:
         return "not UTF-8", f"byte {e.object[e.start]:#04x} at position {e.start} of the line"
     except (ValueError, RecursionError) as e:
         return "bad JSON", str(e)
     if not isinstance(value, dict):
         return "bad JSON", f"the line is a {type(value).__name__}, not an object"
+    if twice:  # of which Python takes the last one
+        used = [c for c in source.spec.wanted if c in value]
+        if twice.intersection(used) or any(isinstance(value[c], dict | list) for c in used):
+            return "bad JSON", f"the name {min(twice)[:80]!a} is there twice"
     return value
+
+
+def _object(twice: set[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice.update(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+    return found
 
 
 def _infer_schema(objects: list[dict[str, Any]], wanted: Sequence[str]) -> pa.Schema:

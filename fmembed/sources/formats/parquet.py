@@ -48,6 +48,10 @@ def read_parquet(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
         if missing:
             yield file.name, ("unreadable file", f"it has no column {missing[0]!r}")
             return
+        twice = [c for c in wanted if names.count(c) > 1]
+        if twice:
+            yield file.name, ("unreadable file", f"two of its columns are {twice[0]!r}")
+            return
         wanted = tuple(c for c in wanted if c in names)  # a carried one it lacks is null
         leaves = _leaves(footer, wanted)
         first = shard.first_row

@@ -1,0 +1,133 @@
+"""CSV and TSV as people have them: quotes, delimiters, encodings, and what is told of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from fmembed.errors import SourceError, SpecError
+from fmembed.sources.opening import open_source
+from fmembed.sources.reading import read_here
+from fmembed.spec import RunSpec, SourceSpec
+
+
+def rows_of(path: Path, **told: Any) -> list[tuple[str, str]]:
+    """Of each row its text and label, or what was wrong and the message."""
+    source = open_source(SourceSpec(uri=str(path), label="label", **told))
+    rows = pa.concat_tables(read_here(source)).to_pylist()
+    return [
+        (r["_error"], r["_message"]) if r["_error"] else (r["_input"], r["label"])
+        for r in rows
+        if r["row_id"] is not None
+    ]
+
+
+def write(folder: Path, name: str, text: str, encoding: str = "utf-8") -> Path:
+    (folder / name).write_bytes(text.encode(encoding))
+    return folder / name
+
+
+QUOTES = "\n".join(["text\tlabel", "one\ta", '"two is quoted\tb', "three\ta", 'four "4"\tb', ""])
+
+
+def test_tsv_has_no_quotes(tmp_path: Path) -> None:
+    path = write(tmp_path, "q.tsv", QUOTES)
+    expected = [("one", "a"), ('"two is quoted', "b"), ("three", "a"), ('four "4"', "b")]
+    assert rows_of(path) == expected
+
+
+def test_tsv_has_quotes_if_asked(tmp_path: Path) -> None:
+    path = write(tmp_path, "q.tsv", 'text\tlabel\n"one\ttwo"\ta\n')
+    assert rows_of(path, csv={"quote": '"'}) == [("one\ttwo", "a")]
+
+
+def test_a_quote_that_is_not_closed_says_what_it_took(tmp_path: Path) -> None:
+    path = write(tmp_path, "q.csv", 'text,label\none,a\n"two,b\nthree,a\nfour,b\n')
+    (first, second) = rows_of(path)
+    assert first == ("one", "a")
+    assert second == (
+        "bad CSV", "unexpected end of data, which took lines 3 to 5; is a quote not closed?"
+    )  # fmt: skip
+
+
+def test_a_quote_that_is_closed_too_late_says_what_it_took(tmp_path: Path) -> None:
+    path = write(tmp_path, "q.csv", 'text,label\n"two,b\nthree,"a"\nfour,b\n')
+    (error, message), *rest = rows_of(path)
+    assert error == "bad CSV"
+    assert "lines 2 to 3; is a quote not closed?" in message
+    assert rest == [("four", "b")]
+
+
+@pytest.mark.parametrize("delimiter", [";", "|", "\t", "§"])
+@pytest.mark.parametrize("quote", ['"', "'"])
+def test_other_delimiters_and_quotes(delimiter: str, quote: str, tmp_path: Path) -> None:
+    text = f"text{delimiter}label\n{quote}one{delimiter}and{quote}{delimiter}a\n"
+    path = write(tmp_path, "q.csv", text)
+    told = {"delimiter": delimiter, "quote": quote}
+    assert rows_of(path, csv=told) == [(f"one{delimiter}and", "a")]
+
+
+@pytest.mark.parametrize("delimiter", [";", "|", "\t"])
+def test_a_delimiter_that_looks_wrong_is_told(delimiter: str, tmp_path: Path) -> None:
+    path = write(tmp_path, "q.csv", f"text{delimiter}label\none{delimiter}a\n")
+    with pytest.raises(SourceError, match=r"are its fields set apart by .*source\.csv\.delimiter"):
+        rows_of(path)
+
+
+def test_a_column_may_have_any_name(tmp_path: Path) -> None:
+    path = write(tmp_path, "q.csv", "text|label\none\n")
+    assert open_source(SourceSpec(uri=str(path), input="text|label")).format == "csv"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1", "cp1252", "utf-8-sig"])
+def test_encodings(encoding: str, tmp_path: Path) -> None:
+    path = write(tmp_path, "q.csv", "text,label\nété,é\n", encoding)
+    assert rows_of(path, csv={"encoding": encoding}) == [("été", "é")]
+
+
+def test_an_encoding_that_looks_wrong_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path, "q.csv", "text,label\nété,é\n", "utf-16")
+    with pytest.raises(SourceError, match=r"UTF-16 by its first bytes; set source\.csv\.encoding"):
+        rows_of(path)
+    path = write(tmp_path, "l.csv", "text,label\nété,e\nplain,e\n", "latin-1")
+    (error, message), plain = rows_of(path)
+    assert error == "not UTF-8"
+    assert "source.csv.encoding" in message
+    assert plain == ("plain", "e")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "q.csv", "text,label,text\none,a,two\n")
+    with pytest.raises(SourceError, match="2 of its columns are 'text'"):
+        rows_of(path)
+    # What nobody asks for may be there as often as it likes.
+    path = write(tmp_path, "r.csv", "text,label,x,x\none,a,,\n")
+    assert rows_of(path) == [("one", "a")]
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"encoding": "nope"}, "is no encoding"),
+        ({"delimiter": ",", "quote": ","}, "cannot be the same"),
+        ({"delimiter": "\n"}, "the end of a line"),
+        ({"delimiter": ";;"}, "source.csv.delimiter"),
+    ],
+)
+def test_settings_that_cannot_be(told: dict[str, str], message: str) -> None:
+    raw = {"source": {"uri": "x", "csv": told}, "model": {"id": "m"}, "output": {"uri": "o"}}
+    with pytest.raises(SpecError, match=message):
+        RunSpec.from_yaml(None, raw)
+
+
+def test_a_name_twice_in_a_line_of_json(tmp_path: Path) -> None:
+    lines = [
+        '{"text": "a", "label": "x", "text": "b"}',
+        '{"text": "c", "label": "y", "o": {"p": 1, "p": 2}}',
+    ]
+    path = write(tmp_path, "a.jsonl", "\n".join(lines))
+    found = rows_of(path)
+    assert found == [("bad JSON", "the name 'text' is there twice"), ("c", "y")]
