@@ -101,7 +101,7 @@ def _read_by_ray(table: Table, parts: list[Part], columns: list[str] | None) -> 
     return numbers.map_batches(read_one, batch_size=1)
 
 
-def sample(uri: str, columns: list[str], max_rows: int, not_null: str | None) -> pa.Table:
+def sample(uri: str, columns: list[str], max_rows: int, label: str | None) -> pa.Table:
     """Read a fixed sample: the rows with the smallest content hashes.
 
     Memory is bounded by one part and the sample, whatever the table's size.
@@ -110,7 +110,7 @@ def sample(uri: str, columns: list[str], max_rows: int, not_null: str | None) ->
         uri: The table.
         columns: What to read besides row_id and content_hash.
         max_rows: Size of the sample.
-        not_null: Leave out rows where this column is null.
+        label: Leave out rows without a label in this column: null, blank text, or NaN.
 
     Returns:
         Rows in the order of their row ids.
@@ -120,8 +120,8 @@ def sample(uri: str, columns: list[str], max_rows: int, not_null: str | None) ->
     chosen: pa.Table | None = None
     for part in table.rows.parts():
         rows = table.read_part(part, wanted)
-        if not_null is not None:
-            rows = rows.filter(rows[not_null].is_valid())
+        if label is not None:
+            rows = rows.filter(_is_labelled(rows[label]))
         chosen = rows if chosen is None else pa.concat_tables([chosen, rows])
         if chosen.num_rows > max_rows:
             order = pc.sort_indices(
@@ -131,3 +131,13 @@ def sample(uri: str, columns: list[str], max_rows: int, not_null: str | None) ->
     if chosen is None:
         return read(uri, columns=wanted)
     return chosen.take(pc.sort_indices(chosen, sort_keys=[(ROW_ID, "ascending")]))
+
+
+def _is_labelled(labels: pa.ChunkedArray) -> pa.ChunkedArray:
+    if pa.types.is_string(labels.type):
+        named = pc.not_equal(pc.utf8_trim_whitespace(labels), "")
+    elif pa.types.is_floating(labels.type):
+        named = pc.invert(pc.is_nan(labels))
+    else:
+        return labels.is_valid()
+    return pc.fill_null(named, False)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 
 from fmembed.errors import SourceError, reason
 from fmembed.redaction import redact
-from fmembed.sources.formats.base import CHUNK_ROWS, Format, Opened
+from fmembed.sources.files import read_whole
+from fmembed.sources.formats.base import CHUNK_ROWS, FETCHED, Format, Opened, rejection
 from fmembed.sources.formats.parquet import SHARD_ROWS, batch_rows
 from fmembed.sources.formats.unfolding import has_compressed_buffers
-from fmembed.sources.source import File, RawRow, Shard, Source
+from fmembed.sources.source import File, RawRow, Rejection, Shard, Source
 from fmembed.spec import SourceSpec
 
 _SAVED = ("state.json", "dataset_dict.json")
@@ -44,16 +47,64 @@ def open_hf(spec: SourceSpec) -> Opened:
     if spec.hf.streaming and not dataset.features:  # only a row tells its columns, and no types
         names: dict[str, Any] = next(iter(dataset), {})
         return Opened(spec, pa.schema([(name, pa.null()) for name in names]), shards)
-    return Opened(spec, dataset.features.arrow_schema, shards, revision)
+    schema: pa.Schema = dataset.features.arrow_schema
+    for name in _class_names(dataset):
+        schema = schema.set(schema.get_field_index(name), pa.field(name, pa.string()))
+    return Opened(spec, schema, shards, revision)
 
 
 def read_hf(source: Source, shard: Shard, whole: File) -> Iterator[RawRow]:
     dataset = load_hf(source.spec)
+    classes, fetch = _class_names(dataset), _fetcher(source)
+    for row_id, row in _read(dataset, source, shard, whole):
+        for name, names in classes.items():
+            code = row.get(name)
+            if isinstance(code, int):  # -1 stands for no label
+                row[name] = names[code] if 0 <= code < len(names) else None
+        value = row.get(source.spec.input)
+        if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
+            row[FETCHED] = fetch(value["path"])
+        yield row_id, row
+
+
+def _class_names(dataset: Any) -> dict[str, list[str]]:
+    """The names behind the numbers of each column of classes."""
+    features = dataset.features or {}
+    return {name: f.names for name, f in features.items() if getattr(f, "names", None)}
+
+
+def _fetcher(source: Source) -> Callable[[str], bytes | Rejection]:
+    """How to read a file that a row names instead of holding it: in the dataset's own folder, or,
+    of one from the hub, in the caches that it was downloaded to.
+    """
+    import datasets
+    import huggingface_hub.constants
+
+    uri = source.spec.uri
+    caches = (huggingface_hub.constants.HF_HUB_CACHE, str(datasets.config.HF_DATASETS_CACHE))
+    roots = [os.path.realpath(root) for root in ((uri,) if os.path.isdir(uri) else caches)]
+    local = fsspec.filesystem("file")
+
+    def fetch(path: str) -> bytes | Rejection:
+        real = os.path.realpath(os.path.join(roots[0], path))
+        if not any(real.startswith(os.path.join(root, "")) for root in roots):
+            return "outside the root", f"{path[:200]!a} does not lie in the dataset's folder"
+        try:
+            return read_whole(local, real, source.most_bytes)
+        except Exception as e:
+            return rejection(e, source)
+
+    return fetch
+
+
+def _read(
+    dataset: Any, source: Source, shard: Shard, whole: File
+) -> Iterator[tuple[str, dict[Any, Any]]]:
     if source.spec.hf.streaming:
         for s in range(shard.start or 0, shard.stop or 0):
             piece = dataset.shard(num_shards=dataset.num_shards, index=s)
             for i, row in enumerate(piece):
-                yield f"{whole.name}/{s}#{i}", row
+                yield f"{whole.name}/{s}#{i}", dict(row)
         return
     # As Arrow holds it on disk: a row's size is looked at before it becomes Python's.
     stored = dataset.with_format("arrow")
@@ -81,6 +132,8 @@ def load_hf(spec: SourceSpec) -> Any:
             dataset = datasets.load_from_disk(spec.uri)
             if isinstance(dataset, datasets.DatasetDict) and hf.split in dataset:
                 dataset = dataset[hf.split]
+            # A format that it was saved with (torch, numpy, pandas, ...) makes tensors of values.
+            dataset = dataset.with_format(None)
             if hf.streaming and isinstance(dataset, datasets.Dataset):
                 dataset = dataset.to_iterable_dataset(num_shards=1)
         else:
