@@ -31,14 +31,24 @@ def read_webdataset(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
     never leads anywhere.
     """
     wanted = frozenset(source.spec.wanted)
-    samples = itertools.groupby(_members(source, file), key=lambda found: found[0])
-    for i, (key, members) in enumerate(samples):
+    num_samples = 0
+    for key, members in itertools.groupby(_members(source, file, wanted), key=lambda m: m[0]):
         row: dict[Any, Any] = {"__key__": key}
         fate: Rejection | None = None
+        seen: set[str] = set()
+        first = num_samples
         for _key, name, member, archive in members:
             if name not in wanted:
                 continue
+            if name in seen:
+                # Two samples of one name: nothing says which of them the other members belong to.
+                fate = "ambiguous sample", f"there is more than one member {key[:200]}.{name}"
+                seen.clear()
+                num_samples += 1
+            seen.add(name)
             most = source.most_bytes if name == source.spec.input else source.spec.max_text_bytes
+            if fate is not None:
+                continue
             if not member.isreg():
                 fate = "unreadable file", f"member {key}.{name}: neither a file nor a folder"
             elif member.size > most:
@@ -48,11 +58,14 @@ def read_webdataset(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
                 content = archive.extractfile(member)
                 assert content is not None
                 row[name] = content.read()
-        yield f"{file.name}#{i}", fate or row
+        num_samples += 1
+        for i in range(first, num_samples):
+            yield f"{file.name}#{i}", fate or row
 
 
 def webdataset_schema(source: Source, file: File) -> pa.Schema:
-    members = itertools.islice(_members(source, file), _SAMPLE_MEMBERS)
+    wanted = frozenset(source.spec.wanted)
+    members = itertools.islice(_members(source, file, wanted), _SAMPLE_MEMBERS)
     samples = itertools.groupby(members, key=lambda found: found[0])
     names: dict[str, None] = {}
     try:
@@ -70,9 +83,17 @@ def _is_text(spec: SourceSpec, _: pa.Schema) -> bool:
 
 
 def _members(
-    source: Source, file: File
+    source: Source, file: File, wanted: frozenset[str]
 ) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.TarFile]]:
-    """Key and extension of each member, and where to read it before the next one is asked for."""
+    """Key and extension of each member, and where to read it before the next one is asked for.
+
+    Extensions are in lower case, but for one that is wanted as it stands. What a Mac adds to an
+    archive (`._name`, `__MACOSX`) and other hidden files are left out, as `webdataset` does: they
+    stand between the members of a sample.
+
+    Raises:
+        tarfile.ReadError: It breaks off, or something in it is no archive.
+    """
     with source.fs.open(file.path, "rb") as raw:
         buffered = io.BufferedReader(raw)
         start = buffered.peek(2)
@@ -80,15 +101,20 @@ def _members(
         # gigabytes.
         unfold = next((open_ for magic, open_ in _UNFOLD.items() if start.startswith(magic)), None)
         stream: Any = unfold(buffered) if unfold else buffered
-        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as archive:
+        # Beyond its end mark too: archives are put together with `cat`.
+        header = type("_Header", (_Header,), {"ends": [0]})
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=header, ignore_zeros=True) as archive:
             while (member := archive.next()) is not None:
                 # tarfile would keep the header of every member.
                 archive.members = []  # type: ignore[attr-defined]
                 archive.pax_headers = {}
-                if not member.isdir():
-                    folder, _, base = member.name.rpartition("/")
+                folder, _, base = member.name.rpartition("/")
+                if not member.isdir() and not base.startswith(".") and "__MACOSX" not in folder:
                     stem, _, name = base.partition(".")
+                    name = name if name in wanted else name.lower()
                     yield f"{folder}/{stem}" if folder else stem, name, member, archive
+        if not header.ends[0]:  # type: ignore[attr-defined]
+            raise tarfile.ReadError("the archive has no end mark: it may be cut short")
 
 
 _UNFOLD: dict[bytes, Callable[[Any], Any]] = {
@@ -97,11 +123,24 @@ _UNFOLD: dict[bytes, Callable[[Any], Any]] = {
 
 
 class _Header(tarfile.TarInfo):
-    """A tar header; of one that is followed by its own extension the length is looked at first."""
+    """A tar header; of one that is followed by its own extension the length is looked at first.
+
+    `ends` counts the blocks of an end mark that came after the last member.
+    """
+
+    ends: list[int]
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        header = super().frombuf(buf, encoding, errors)
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as e:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+                cls.ends[0] += 1
+            elif buf:  # tarfile would take what is no header for the end of the archive
+                raise tarfile.ReadError(f"what should be a member is none: {e}") from None
+            raise
+        cls.ends[0] = 0
         if header.type in _EXTENSIONS and header.size > _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {header.size:,} bytes")
         return header
