@@ -290,6 +290,8 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
         if budgets := verdict.get("batch_tokens"):
             _print(f"batches   tokens: {', '.join(budgets)}")
         _print(f"advice    {verdict['advice']}")
+    for why, count in result["passed_over"].items():
+        _print(f"not read  {count:,} {why}")
     for cause, count in result["causes"].items():
         _print(f"rejected  {count:,} {cause}")
     for name, p in result["probes"].items():

@@ -56,6 +56,7 @@ class RunResult:
 
     `rows_per_s` is over the whole run, start included; `steady_rows_per_s` from when as many
     windows have come out of the model as there are actors to the last commit, without their rows.
+    `passed_over` counts what lies among the source's files and is not read, by reason.
     `verdict` is empty where nothing was embedded. `probes`, `report` and `usd` are what evaluation
     adds; the record beside the table is without them.
     """
@@ -80,6 +81,7 @@ class RunResult:
     counts: dict[str, int] = field(default_factory=dict)
     usd: float | None = None
     causes: dict[str, int] = field(default_factory=dict)
+    passed_over: dict[str, int] = field(default_factory=dict)
     steady_rows_per_s: float | None = None
     stages: dict[str, StageTime] = field(default_factory=dict)
     verdict: Verdict | Annotated[dict[str, Any], Field(max_length=0)] = field(default_factory=dict)

@@ -59,6 +59,7 @@ def state_facts(
     units = "characters" if spec.model.endpoint is not None else _UNITS[card.modality]
     return [
         ("source", f"{raw['source']['uri']} (format {spec.source.format})"),
+        *(("not read", f"{n:,} {why}") for why, n in run.passed_over.items()),
         ("input column", spec.source.input),
         ("carried columns", ", ".join(spec.source.columns) or "none"),
         ("model", raw["model"]["id"]),

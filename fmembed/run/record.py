@@ -139,6 +139,7 @@ class Run:
             counts={k: int(n) for k, n in counts.items() if not k.startswith(PREFIXES)},
             steady_rows_per_s=steady,
             causes=dict(commits.causes) if commits else {},
+            passed_over=dict(self._inputs.source.passed_over),
             stages=self._stages(),
             verdict=self._judge(counts),
             compute=asdict(self._plan) if self._plan else {},

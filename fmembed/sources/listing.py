@@ -6,6 +6,7 @@ import contextlib
 import os
 import posixpath
 import stat
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,18 +26,25 @@ from fmembed.sources.source import File
 from fmembed.spec import SourceSpec
 from fmembed.storage import filesystem, resolve_package
 
+# Why something is passed over, as counts and messages say it.
+HIDDEN = "files whose names begin with a dot or underscore"
+HIDDEN_FOLDER = "folders whose names begin with a dot or underscore"
+SEEN = "links to folders that are read by another way"
+
 
 @dataclass(frozen=True)
 class Listing:
     """Files of a filesystem, by path. Their names are relative to `root`.
 
-    `is_file` says that the URI names this one file, and so whatever its suffix.
+    `is_named` says that the URI names these files, by a path or a pattern, and so whatever their
+    suffix. `passed_over` counts what else is there, by the reason why it is not among them.
     """
 
     fs: Any
     root: str
     files: list[File]
-    is_file: bool
+    is_named: bool
+    passed_over: dict[str, int]
 
 
 def list_files(spec: SourceSpec) -> Listing:
@@ -52,14 +60,15 @@ def list_files(spec: SourceSpec) -> Listing:
         fs, root = open_fs(uri)
         # A cache looks for a file in its parent's list, which a web server need not show.
         inner = fs.fs if isinstance(fs, CachingFileSystem) else fs
-        is_file = False
+        is_named = True
+        passed_over: Counter[str] = Counter()
         if _is_glob(inner, root):
             found = _followed(inner, inner.glob(root, detail=True))
             root = posixpath.dirname(root[: min(root.find(c) for c in "*?[" if c in root)] + "x")
         elif not _is_web_file(root) and inner.isdir(root):
-            found = _find(inner, root)
+            is_named = False
+            found = _find(inner, root, passed_over)
         else:
-            is_file = True
             found = _followed(inner, {root: inner.info(root)})
             root = posixpath.dirname(root)
         # A pipe or a link to nothing is listed too: its row is rejected, with its cause.
@@ -68,7 +77,12 @@ def list_files(spec: SourceSpec) -> Listing:
             for path, info in found
             if info.get("type") != "directory"
         )
-        files = [f for f in listed if not any(p[0] in "._" for p in f.name.split("/") if p)]
+        files = []
+        for file in listed:
+            if any(p[0] in "._" for p in file.name.split("/") if p):
+                passed_over[HIDDEN] += 1
+            else:
+                files.append(file)
     except FileNotFoundError as e:
         status = getattr(e.__cause__, "status", None)
         why = f" (the server answers {status})" if status is not None else ""
@@ -79,8 +93,9 @@ def list_files(spec: SourceSpec) -> Listing:
         raise SourceError(f"source.uri: cannot read {shown}: {spec.conceal(reason(e))}") from None
     files.sort(key=lambda f: f.path)
     if not files:
-        raise SourceError(f"source.uri: no file in {shown}")
-    return Listing(fs, root, files, is_file)
+        why = "".join(f"; passed over: {n:,} {reason_}" for reason_, n in passed_over.items())
+        raise SourceError(f"source.uri: no file in {shown}{why}")
+    return Listing(fs, root, files, is_named, dict(passed_over))
 
 
 def open_fs(uri: str) -> tuple[Any, str]:
@@ -151,8 +166,8 @@ def _followed(
         yield path, _facts(partial(os.stat, path)) if is_link else info
 
 
-def _find(fs: Any, root: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """All that is no folder below one, with its path; links to folders are not followed.
+def _find(fs: Any, root: str, passed_over: Counter[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """All that is no folder below one, with its path; links to folders are followed, each once.
 
     On a local disk ourselves: fsspec's dozen facts of each of 200,000 files take 206 MB and 3 s,
     and a folder that it may not read it leaves out without a word.
@@ -160,20 +175,32 @@ def _find(fs: Any, root: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not isinstance(fs, LocalFileSystem):
         yield from fs.find(root, detail=True).items()
         return
-    folders = [root]
-    while folders:
+    folders, links = [root], deque[str]()
+    seen: set[tuple[int, int]] = set()
+    while folders or links:
+        # Links last: a folder that is there is read by its own name, and whatever is reached by
+        # two ways is read once, as a link to a folder above must be.
+        folder = folders.pop() if folders else links.popleft()
         # What goes while we look, as another program's temporary files do, was not there.
-        folder = folders.pop()
-        with contextlib.suppress(FileNotFoundError), _scan(folder) as entries:
+        with contextlib.suppress(FileNotFoundError):
+            facts = os.stat(folder)
+            if (facts.st_dev, facts.st_ino) in seen:
+                passed_over[SEEN] += 1
+                continue
+            seen.add((facts.st_dev, facts.st_ino))
+            with _scan(folder) as scanned:
+                entries = sorted(scanned, key=lambda e: e.name)
             for entry in entries:
                 if entry.name.startswith((".", "_")):  # left out by its name, with all below it
-                    continue
-                if entry.is_dir(follow_symlinks=False):
+                    passed_over[HIDDEN_FOLDER if entry.is_dir() else HIDDEN] += 1
+                elif entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
-                    continue
-                facts = _facts(entry.stat)
-                if "mtime" in facts or entry.is_symlink():
-                    yield entry.path, facts
+                elif entry.is_dir():
+                    links.append(entry.path)
+                else:
+                    told = _facts(entry.stat)
+                    if "mtime" in told or entry.is_symlink():
+                        yield entry.path, told
 
 
 def _facts(look: Callable[[], os.stat_result]) -> Mapping[str, Any]:

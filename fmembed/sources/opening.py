@@ -5,6 +5,8 @@ On the driver, before Ray starts, so that what is wrong is told within a second.
 
 from __future__ import annotations
 
+import posixpath
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from fmembed.sources.source import File, Source
 from fmembed.sources.types import UnstorableError, stored_type
 from fmembed.spec import Modality, SourceSpec
 
-_SHOWN_NAMES, _SHOWN_CHARACTERS = 20, 40
+_SHOWN_NAMES, _SHOWN_CHARACTERS, _SHOWN_SUFFIXES = 20, 40, 5
 
 
 def open_source(spec: SourceSpec, modalities: Sequence[Modality] = ("text",)) -> Source:
@@ -39,10 +41,10 @@ def open_source(spec: SourceSpec, modalities: Sequence[Modality] = ("text",)) ->
         SourceError: No such file, an unknown format, an absent column, a reserved name.
     """
     _check_names(spec)
-    format_, fs, files = _find(spec, modalities)
+    format_, fs, files, passed_over = _find(spec, modalities)
     source = Source(
         spec, format_.name, fs, (), pa.schema([]), modalities[0], _open_root(spec),
-        file_is_row=format_.modality is not None,
+        file_is_row=format_.modality is not None, passed_over=passed_over,
     )  # fmt: skip
     opened = _open(format_, source, files)
     _check_columns(spec, set(opened.schema.names))
@@ -66,28 +68,56 @@ def _check_names(spec: SourceSpec) -> None:
             )
 
 
-def _find(spec: SourceSpec, modalities: Sequence[Modality]) -> tuple[Format, Any, list[File]]:
-    """The format, the filesystem and its files; none where a library finds the dataset."""
+def _find(
+    spec: SourceSpec, modalities: Sequence[Modality]
+) -> tuple[Format, Any, list[File], dict[str, int]]:
+    """The format, the filesystem, its files, and what is passed over by reason; no file where a
+    library finds the dataset.
+    """
     format_ = None if spec.format == "auto" else FORMATS[spec.format]
     if format_ is not None and format_.open is not None:
-        return format_, None, []
+        return format_, None, [], {}
     listing = list_files(spec)
     if format_ is None:
         format_ = _detect_format(spec, listing)
     if format_.open is not None:
-        return format_, None, []
+        return format_, None, [], {}
     if format_.modality is not None and format_.modality not in modalities:
         raise SourceError(
             f"source.uri: {redact(spec.uri)} is a folder of another kind ({format_.name}) than "
             f"the model takes, which embeds {' or '.join(modalities)}"
         )
-    files = listing.files
-    if not listing.is_file:
-        files = [f for f in files if f.name.lower().endswith(format_.suffixes)]
+    # Where the format is named, and no file has a name of its own: what others are called too; and
+    # of files that are named themselves whatever they are called.
+    tries = [format_.suffixes]
+    if spec.format != "auto":
+        tries += [format_.more_suffixes, *([("",)] if listing.is_named else [])]
+    for suffixes in tries:
+        files = [f for f in listing.files if f.name.lower().endswith(suffixes)]
+        if files:
+            break
     if not files:
-        suffixes = ", ".join(format_.suffixes)
-        raise SourceError(f"source.uri: no {format_.name} file ({suffixes}) in {redact(spec.uri)}")
-    return format_, listing.fs, files
+        raise SourceError(
+            f"source.uri: no {format_.name} file ({', '.join(format_.suffixes)}) in "
+            f"{redact(spec.uri)}"
+        )
+    return format_, listing.fs, files, {**listing.passed_over, **_others(listing, files, format_)}
+
+
+def _others(listing: Listing, files: Sequence[File], format_: Format) -> dict[str, int]:
+    """How many files are not of the format, by suffix."""
+    if len(files) == len(listing.files):
+        return {}
+    read = {f.path for f in files}
+    counts: Counter[str] = Counter()
+    for file in listing.files:
+        if file.path not in read:
+            counts[posixpath.splitext(file.name)[1].lower() or "no suffix"] += 1
+    shown = counts.most_common(_SHOWN_SUFFIXES)
+    others = {f"files with {suffix}, no {format_.name}": n for suffix, n in shown}
+    if rest := counts.total() - sum(others.values()):
+        others["files with other suffixes"] = rest
+    return others
 
 
 def _detect_format(spec: SourceSpec, listing: Listing) -> Format:

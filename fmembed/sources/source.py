@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -64,6 +65,7 @@ class Source:
     The shards stay on the driver: a task gets its own one, and the rest `without_shards`. `root` is
     the filesystem, and the folder in it, below which the input column's paths are. With
     `file_is_row` a file's name is its row's id, so that it is known without reading it.
+    `passed_over` counts what lies among its files and is not read, by reason.
     """
 
     spec: SourceSpec
@@ -74,6 +76,7 @@ class Source:
     modality: Modality = "text"
     root: tuple[Any, str] | None = None
     file_is_row: bool = False
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:

@@ -55,6 +55,8 @@ class Format:
     Attributes:
         name: The word for it in `source.format`.
         suffixes: What its files' names end with, in lower case; none where it is not told by them.
+        more_suffixes: What other formats' files end with too: looked for where this one is named
+            and none ends with its own.
         rows: Yields a file's rows in order, or those of the shard's `start` to `stop` if the format
             is cut. A bad row is yielded as a `Rejection` and the next one follows; what raises ends
             the file, and is recorded as a rejected row.
@@ -77,6 +79,7 @@ class Format:
     is_text: Callable[[SourceSpec, pa.Schema], bool] = is_text_column
     open: Callable[[SourceSpec], Opened] | None = None
     markers: tuple[str, ...] = ()
+    more_suffixes: tuple[str, ...] = ()
 
 
 def over_files(

@@ -170,6 +170,7 @@ def _dialect(source: Source, file: File) -> dict[str, Any]:
 CSV = Format(
     name="csv",
     suffixes=(".csv", ".tsv", ".csv.gz", ".tsv.gz"),
+    more_suffixes=(".txt", ".tab", ".txt.gz"),
     rows=read_csv,
     schema=over_files(csv_schema),
 )

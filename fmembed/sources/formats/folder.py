@@ -29,23 +29,33 @@ def folder_schema(source: Source, files: Sequence[File]) -> pa.Schema:
     return pa.schema([pa.field(name, pa.string()) for name in names])
 
 
+_PICTURES = (
+    ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".apng", ".bmp", ".gif", ".webp", ".avif", ".tif",
+    ".tiff", ".jp2", ".ppm", ".pgm", ".tga", ".ico",
+)  # fmt: skip
+_SOUNDS = (
+    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64",
+)  # fmt: skip
+
 TEXT_FOLDER = Format(
     name="text_folder",
-    suffixes=(".txt", ".md"),
+    suffixes=(".txt", ".text", ".md"),
     rows=read_folder,
     schema=folder_schema,
     modality="text",
 )
 IMAGE_FOLDER = Format(
     name="image_folder",
-    suffixes=(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
+    suffixes=_PICTURES,
     rows=read_folder,
     schema=folder_schema,
     modality="image",
 )
 AUDIO_FOLDER = Format(
     name="audio_folder",
-    suffixes=(".wav", ".flac", ".ogg", ".mp3"),
+    suffixes=_SOUNDS,
+    # What soundfile may not decode: each is then a rejected row.
+    more_suffixes=(".m4a", ".aac", ".mp4", ".wma", ".webm"),
     rows=read_folder,
     schema=folder_schema,
     modality="audio",

@@ -115,7 +115,8 @@ def _infer_type(values: list[Any]) -> pa.DataType:
 
 JSONL = Format(
     name="jsonl",
-    suffixes=(".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst"),
+    suffixes=(".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst"),
+    more_suffixes=(".json", ".json.gz", ".json.zst", ".txt"),
     rows=read_jsonl,
     schema=jsonl_schema,
 )

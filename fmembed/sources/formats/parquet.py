@@ -213,6 +213,7 @@ def _cell(value: pa.Scalar) -> Any:
 PARQUET = Format(
     name="parquet",
     suffixes=(".parquet", ".pq"),
+    more_suffixes=(".parq",),
     rows=read_parquet,
     schema=over_files(parquet_schema),
     cut=cut_row_groups,
