@@ -87,6 +87,7 @@ def open_inputs(spec: RunSpec) -> Inputs:
     _check_preprocess(spec, checkpoint)
     identity = {**checkpoint.identity, **spec.preprocess.identity(checkpoint.modality)}
     table = Table.open_output(spec.output.uri, identity)
+    table.check_column(spec.source.input)
     source = replace(source, carried=table.carried_types(source.carried))
     return Inputs(spec, source, checkpoint, identity, table)
 

@@ -262,6 +262,25 @@ class Table:
         parts = self.rows.parts()
         return self.read_part(parts[0], None).schema if parts else pa.schema([])
 
+    def check_column(self, column: str) -> None:
+        """Make sure that a run embeds the column that the table was filled from.
+
+        Its rows have the same ids, so that all of them would be taken for done.
+
+        Raises:
+            TableError: It embeds another one.
+        """
+        card = self.card()
+        if card is None or self._is_bare():
+            return
+        source = card.spec.get("source")
+        known = source.get("input") if isinstance(source, dict) else None
+        if isinstance(known, str) and known != column:
+            raise TableError(
+                f"source.input: {self.uri} was filled from the column {known[:200]!r}, this run "
+                f"embeds {column!r}; name that column or another output.uri"
+            )
+
     def carried_types(self, carried: pa.Schema) -> pa.Schema:
         """The types of carried columns: what the table has them as, where it has rows by now.
 

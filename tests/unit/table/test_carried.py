@@ -16,13 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
-from tables import CARD, CONFIGURATION, DIM, IDENTITY, VECTORS
+from tables import CARD, DIM, IDENTITY, VECTORS
 
 from fmembed.errors import TableError
 from fmembed.rows.columns import table_schema
 from fmembed.sources.opening import open_source
 from fmembed.sources.reading import read_here
 from fmembed.spec import SourceSpec
+from fmembed.table.card import Card
 from fmembed.table.parts import write_part
 from fmembed.table.reading import read
 from fmembed.table.table import Table
@@ -51,7 +52,7 @@ EXPECTED["zoned"] = [v.astimezone(dt.UTC) for v in EXPECTED["zoned"]]
 EXPECTED["key"] = [str(uuid.UUID(int=5)), None]
 
 
-def make_table(folder: Path) -> Table:
+def make_table(folder: Path, card: Card = CARD) -> Table:
     texts = pa.table({"text": ["a", "b"], **GIVEN})
     pq.write_table(texts, folder / "in.parquet")
     source = open_source(SourceSpec(uri=str(folder / "in.parquet"), carry=tuple(GIVEN)))
@@ -67,11 +68,11 @@ def make_table(folder: Path) -> Table:
         rows = rows.append_column(name, column)
     table = Table.open_output(str(folder / "out"), IDENTITY)
     schema = table_schema(source.carried, [pa.field("embedding", pa.list_(pa.float32()))])
-    table.claim(CARD, schema, "run")
+    table.claim(card, schema, "run")
     table.row_ids()
-    written = write_part(table.uri, [rows], VECTORS, frozenset(), {**CONFIGURATION})
+    written = write_part(table.uri, [rows], VECTORS, frozenset(), card.to_configuration())
     assert written.part is not None
-    table.rows.commit([written.part], written.schema, CONFIGURATION, ("run", 0))
+    table.rows.commit([written.part], written.schema, card.to_configuration(), ("run", 0))
     return table
 
 
@@ -115,3 +116,24 @@ def test_a_column_keeps_the_type_that_the_table_has(tmp_path: Path) -> None:
     other = schema.set(at, pa.field("small", pa.float64()))
     with pytest.raises(TableError, match=r"small is int16 in .*, double in this run"):
         table.claim(CARD, other, "run2")
+
+
+def test_a_table_is_of_one_column(tmp_path: Path) -> None:
+    table = make_table(tmp_path)
+    table.check_column("text")  # its spec does not say: a table that somebody else has made
+    spec = {"source": {"input": "title"}}
+    card = CARD.model_copy(update={"spec": spec})
+    (tmp_path / "other").mkdir()
+    other = make_table(tmp_path / "other", card)
+    other.check_column("title")
+    with pytest.raises(TableError, match=r"^source\.input: .* from the column 'title', .* 'text'"):
+        other.check_column("text")
+
+
+def test_a_table_without_a_row_is_anybody_s(tmp_path: Path) -> None:
+    card = CARD.model_copy(update={"spec": {"source": {"input": "title"}}})
+    table = Table.open_output(str(tmp_path / "out"), IDENTITY)
+    table.check_column("text")
+    vectors = [pa.field("embedding", pa.list_(pa.float32()))]
+    table.claim(card, table_schema(pa.schema([]), vectors), "run")
+    table.check_column("text")
