@@ -6,13 +6,14 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fmembed.errors import ModelError
-from fmembed.storage import resolve_package
+from fmembed.storage import resolve_package, tell
 
 # Files that decide a vector; README, training arguments and the like do not.
 _DIGESTED = (
@@ -24,6 +25,11 @@ _WEIGHTS, _ADAPTER = "model.safetensors", "adapter_model.safetensors"
 # Far over what any checkpoint's configs and indices take.
 _MAX_JSON_BYTES = 64 * 2**20
 _MAX_LAYERS = 10_000
+# What a tokenizer keeps its words in, and those that have none: they count characters or bytes.
+_VOCABULARY = re.compile(
+    r"tokenizer\.json|tekken\.json|vocab.*\.(?:txt|json)|.+\.(?:model|spm|bpe|codes|tiktoken|tokenizer)"
+)
+_WITHOUT_VOCABULARY = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
 # What timm would fetch or unpickle, of the arguments that a config hands to its models.
 _TIMM_LOADS = frozenset(
     ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
@@ -263,6 +269,36 @@ def check_loads(folder: Path, config: dict[str, Any], trust_remote_code: bool) -
                 f"model.id: {folder} runs code of its own, which is not trusted; look at it, then "
                 "set model.trust_remote_code: true"
             )
+        if _has_own_code(folder, config):
+            tell(
+                f"{folder} brings code of its own, which is not run: its vectors are those of "
+                f"transformers' {config['model_type']}, and may be others than its authors mean "
+                "(model.trust_remote_code: true runs it)"
+            )
+
+
+def _has_own_code(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether the code that a config names for its model is in the folder or on the hub."""
+    named = [v for k, v in read_part(config, "auto_map").items() if k.startswith("AutoModel")]
+    names = [str(v).partition(".")[0] for v in named]
+    return any("--" in name or (folder / f"{name}.py").is_file() for name in names)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a checkpoint of texts without a vocabulary: transformers makes an empty one of it, to
+    which all texts are the same.
+
+    Raises:
+        ModelError: There is none.
+    """
+    settings = read_object(folder / "tokenizer_config.json") or {}
+    if str(settings.get("tokenizer_class")).removesuffix("Fast") in _WITHOUT_VOCABULARY:
+        return
+    if not any(_VOCABULARY.fullmatch(path.name) for path in folder.iterdir()):
+        raise ModelError(
+            f"model.id: {folder} has no tokenizer: no tokenizer.json, nor a vocabulary; fetch the "
+            "whole checkpoint"
+        )
 
 
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

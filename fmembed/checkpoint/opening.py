@@ -24,6 +24,7 @@ from fmembed.checkpoint.families import (
 from fmembed.checkpoint.files import (
     absolute_uri,
     check_loads,
+    check_tokenizer,
     digest_adapter,
     digest_files,
     explain_adapter,
@@ -185,6 +186,8 @@ def open_checkpoint(
     modalities = list_modalities(spec)
     modality = modality or spec.modality or modalities[0]
     _check_packages(modality)
+    if modality == "text" and not spec.trust_remote_code:
+        check_tokenizer(weights)
     family = family_of(model_type)
     if family.packages:
         _check_installed(family.packages[0], *family.packages)
@@ -218,7 +221,9 @@ def open_checkpoint(
         ),
         model_type=model_type,
         weights=modules.transformer,
-        outputs=_resolve_outputs(spec, modality, default, modules.normalize, bool(towers)),
+        outputs=_resolve_outputs(
+            spec, modality, default, modules.normalize, bool(towers), modules.dims
+        ),
         max_tokens=spec.max_tokens or modules.max_tokens or limit or _FALLBACK_MAX_TOKENS,
         prompt=resolve_prompt(folder, spec.prompt) if modality == "text" else "",
         lower_case=modules.lower_case,
@@ -265,7 +270,12 @@ def _describe_endpoint(spec: ModelSpec, endpoint: EndpointSpec) -> Checkpoint:
 
 
 def _resolve_outputs(
-    spec: ModelSpec, modality: Modality, default: str, normalize: bool, has_towers: bool
+    spec: ModelSpec,
+    modality: Modality,
+    default: str,
+    normalize: bool,
+    has_towers: bool,
+    dims: int | None = None,
 ) -> tuple[Output, ...]:
     if has_towers:
         default, normalize = "projection", True
@@ -294,8 +304,7 @@ def _resolve_outputs(
         if pooling == "tokens" and not PRECISIONS[precision].for_tokens:
             takes = " or ".join(name for name, p in PRECISIONS.items() if p.for_tokens)
             raise ModelError(f"{where}.precision: tokens takes {takes}")
-        dims = choose("dims", None)
-        # What the checkpoint says of normalising is said of its own pooled vector.
+        # What the checkpoint says of normalising and of dimensions is said of its own vector.
         own_way = pooling == default and layer is None
         outputs.append(
             Output(
@@ -303,7 +312,7 @@ def _resolve_outputs(
                 pooling,
                 layer,
                 bool(choose("normalize", normalize and own_way)),
-                dims,
+                choose("dims", dims if own_way else None),
                 precision,
             )
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -98,22 +99,39 @@ def pick_layer(states: States, layer: int | None) -> Tensor:
     return hidden
 
 
-def load_dense(checkpoint: Checkpoint, device: torch.device) -> list[nn.Sequential]:
+class _Dense(nn.Module):
+    """A Dense module of sentence-transformers; names and shapes of its weights are theirs."""
+
+    def __init__(self, config: dict[str, Any], activation: nn.Module) -> None:
+        super().__init__()
+        dims = config["in_features"], config["out_features"]
+        self.linear = nn.Linear(*dims, bias=config.get("bias", True))
+        self.activation = activation
+        self.has_residual = bool(config.get("use_residual"))
+        if self.has_residual and dims[0] != dims[1]:
+            self.residual = nn.Linear(*dims, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (rows, in) to (rows, out)."""
+        y: Tensor = self.activation(self.linear(x))
+        if self.has_residual:
+            y = y + (self.residual(x) if hasattr(self, "residual") else x)
+        return y
+
+
+def load_dense(checkpoint: Checkpoint, device: torch.device) -> list[nn.Module]:
     """Load sentence-transformers Dense modules: linear, then an activation of torch.nn."""
-    modules = []
+    modules: list[nn.Module] = []
     for path in checkpoint.dense:
         folder: Path = checkpoint.folder() / path
         config = read_config(folder)
         with loading(f"{checkpoint.id}: {path}"):
-            dense = nn.Linear(
-                config["in_features"], config["out_features"], config.get("bias", True)
-            )
-            weights = load_file(folder / "model.safetensors")
-            dense.load_state_dict({k.removeprefix("linear."): v for k, v in weights.items()})
             name = str(config.get("activation_function", "torch.nn.Tanh")).rsplit(".", 1)[-1]
             activation = getattr(nn, name, None)
             if activation is None:
                 raise ModelError(f"model.id: {path}: unknown activation {name!r}")
+            dense = _Dense(config, activation())
+            dense.load_state_dict(load_file(folder / "model.safetensors"))
             # float32, as pooling is: the projection is a few thousandths of the work.
-            modules.append(nn.Sequential(dense, activation()).eval().to(device))
+            modules.append(dense.eval().to(device))
     return modules

@@ -27,6 +27,7 @@ from fmembed.spec import ModelSpec
 from fmembed.table.card import fingerprint
 
 INDEX = "model.safetensors.index.json"
+ST = "sentence_transformers.models."
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
@@ -214,7 +215,12 @@ def test_weights_of_another_size_are_one_line(model: Path) -> None:
 def test_dense_modules_are_safetensors_of_the_right_size(model: Path) -> None:
     modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling"), ("2", "2_Dense", "Dense")]
     (model / "modules.json").write_text(
-        json.dumps([{"idx": i, "name": i, "path": p, "type": f"x.{t}"} for i, p, t in modules])
+        json.dumps(
+            [
+                {"idx": i, "name": i, "path": p, "type": f"sentence_transformers.models.{t}"}
+                for i, p, t in modules
+            ]
+        )
     )
     dense = model / "2_Dense"
     dense.mkdir()
@@ -272,7 +278,10 @@ FILES = [
 
 
 def as_sentence_transformer(folder: Path) -> None:
-    modules = [{"path": "", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}]
+    modules = [
+        {"path": "", "type": ST + "Transformer"},
+        {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
@@ -345,12 +354,12 @@ def test_values_of_any_kind(file: str, field: str, model: Path) -> None:
 
 @pytest.mark.parametrize("value", [v for v in VALUES if v is not None])
 def test_modules_of_any_kind(value: Any, model: Path) -> None:
-    good = {"path": "", "type": "x.Transformer"}
+    good = {"path": "", "type": ST + "Transformer"}
     for module in (
         value,
         {**good, "type": value},
         {"path": ""},
-        {"path": value, "type": "x.Dense"},
+        {"path": value, "type": ST + "Dense"},
     ):
         (model / "modules.json").write_text(json.dumps([good, module]))
         refused(model)
