@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 from fsspec.utils import glob_translate
 
+from fmembed.checkpoint.files import check_tokenizer
 from fmembed.checkpoint.opening import Checkpoint, list_modalities, open_checkpoint
 from fmembed.devices import cpu_has_bfloat16, has_cuda
 from fmembed.errors import ModelError, SourceError, SpecError, TableError
@@ -84,10 +85,15 @@ def open_inputs(spec: RunSpec) -> Inputs:
     source = open_source(spec.source, modalities)
     _check_apart(spec, source)
     checkpoint = open_checkpoint(spec.model, _native_bfloat16(spec), source.modality)
+    # Code of a checkpoint's own may keep its words wherever it likes.
+    is_ours = checkpoint.endpoint is None and not checkpoint.trust_remote_code
+    if checkpoint.modality == "text" and is_ours:
+        check_tokenizer(checkpoint.folder() / checkpoint.weights)
     _check_preprocess(spec, checkpoint)
     identity = {**checkpoint.identity, **spec.preprocess.identity(checkpoint.modality)}
     table = Table.open_output(spec.output.uri, identity)
-    table.check_column(spec.source.input)
+    if not source.file_is_row:  # there the column has whatever name it is given
+        table.check_column(spec.source.input)
     source = replace(source, carried=table.carried_types(source.carried))
     return Inputs(spec, source, checkpoint, identity, table)
 

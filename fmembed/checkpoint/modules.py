@@ -36,11 +36,8 @@ _SETTINGS = tuple(
 # What a module's config may say that changes no vector, or that is followed.
 _DENSE_KEYS = ("in_features", "out_features", "bias", "activation_function", "use_residual")
 _POOLING_KEYS = (
-    "pooling_mode",
-    "include_prompt",
-    "embedding_dimension",
-    "word_embedding_dimension",
-)
+    "pooling_mode", "include_prompt", "embedding_dimension", "word_embedding_dimension", *_POOLINGS,
+)  # fmt: skip
 _TRANSFORMER_KEYS = (
     "max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name",
     "unpad_inputs", "cache_dir", "backend",

@@ -24,7 +24,6 @@ from fmembed.checkpoint.families import (
 from fmembed.checkpoint.files import (
     absolute_uri,
     check_loads,
-    check_tokenizer,
     digest_adapter,
     digest_files,
     explain_adapter,
@@ -186,8 +185,6 @@ def open_checkpoint(
     modalities = list_modalities(spec)
     modality = modality or spec.modality or modalities[0]
     _check_packages(modality)
-    if modality == "text" and not spec.trust_remote_code:
-        check_tokenizer(weights)
     family = family_of(model_type)
     if family.packages:
         _check_installed(family.packages[0], *family.packages)

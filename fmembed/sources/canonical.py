@@ -135,11 +135,11 @@ def _bytes(value: Any, spec: SourceSpec) -> bytes:
 
 
 def _kept(value: Any, field: pa.Field, spec: SourceSpec) -> Any:
-    """A carried value as it was given; of a tar member's or invalid column's bytes their text."""
+    """A carried value as it was given; in a column of text the text of bytes."""
     name = field.name
     try:
         if isinstance(value, bytes) and pa.types.is_string(field.type):
-            value = value.decode(errors=spec.encoding_errors).strip()
+            value = value.decode(errors=spec.encoding_errors)
         return keep(value, field.type)
     except UnicodeError:
         raise BadRow("not UTF-8", f"column {name!r}") from None

@@ -192,15 +192,22 @@ def _find(fs: Any, root: str, passed_over: Counter[str]) -> Iterator[tuple[str, 
                 entries = sorted(scanned, key=lambda e: e.name)
             for entry in entries:
                 if entry.name.startswith((".", "_")):  # left out by its name, with all below it
-                    passed_over[HIDDEN_FOLDER if entry.is_dir() else HIDDEN] += 1
+                    passed_over[HIDDEN_FOLDER if _is_folder(entry) else HIDDEN] += 1
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
-                elif entry.is_dir():
+                elif _is_folder(entry):
                     links.append(entry.path)
                 else:
                     told = _facts(entry.stat)
                     if "mtime" in told or entry.is_symlink():
                         yield entry.path, told
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that goes round in circles, or to where nobody may look
+        return False
 
 
 def _facts(look: Callable[[], os.stat_result]) -> Mapping[str, Any]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, datetime
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -61,19 +62,21 @@ def stored_type(type_: pa.DataType) -> pa.DataType:
     return _stored(type_)
 
 
-def _stored(type_: pa.DataType) -> pa.DataType:
-    t = pa.types
+def _stored(type_: pa.DataType, keeps_null: bool = False) -> pa.DataType:
+    t, inside = pa.types, partial(_stored, keeps_null=keeps_null)
+    if t.is_null(type_):
+        return type_ if keeps_null else pa.string()
     if isinstance(type_, pa.BaseExtensionType):
-        return pa.string() if isinstance(type_, pa.UuidType) else _stored(type_.storage_type)
+        return pa.string() if isinstance(type_, pa.UuidType) else inside(type_.storage_type)
     if t.is_dictionary(type_) or t.is_run_end_encoded(type_):
-        return _stored(type_.value_type)
+        return inside(type_.value_type)
     if t.is_struct(type_):
-        return pa.struct([f.with_type(_stored(f.type)).with_nullable(True) for f in type_])
+        return pa.struct([f.with_type(inside(f.type)).with_nullable(True) for f in type_])
     if t.is_map(type_):
-        return pa.map_(_stored(type_.key_type), _stored(type_.item_type))
+        return pa.map_(inside(type_.key_type), inside(type_.item_type))
     if any(is_(type_) for is_ in _LISTS):
-        return pa.list_(_stored(type_.value_type))
-    if t.is_null(type_) or t.is_large_string(type_) or t.is_string_view(type_):
+        return pa.list_(inside(type_.value_type))
+    if t.is_large_string(type_) or t.is_string_view(type_):
         return pa.string()
     if t.is_large_binary(type_) or t.is_binary_view(type_) or t.is_fixed_size_binary(type_):
         return pa.binary()
@@ -111,15 +114,32 @@ def common_type(types: Sequence[pa.DataType]) -> pa.DataType:
     Raises:
         UnstorableError: Of one of them there is no like in Delta Lake.
     """
-    fields = [
-        pa.schema([("", stored_type(type_))]) for type_ in types if not pa.types.is_null(type_)
-    ]
-    if not fields:
+    stored = [_stored(t, keeps_null=True) if is_bounded(t) else pa.string() for t in types]
+    leaves = {kind for type_ in stored for kind in _kinds(type_)}
+    # What Arrow would make of these does not hold the values of both.
+    if {"text", "bytes"} <= leaves or {"decimal", "float"} <= leaves:
         return pa.string()
     try:
-        return pa.unify_schemas(fields, promote_options="permissive").field(0).type
-    except pa.ArrowException:
+        fields = [pa.schema([("", type_)]) for type_ in stored]
+        return _stored(pa.unify_schemas(fields, promote_options="permissive").field(0).type)
+    except (pa.ArrowException, UnstorableError):
         return pa.string()
+
+
+def _kinds(type_: pa.DataType) -> Iterator[str]:
+    left = [type_]
+    while left:
+        inner = left.pop()
+        left += [inner.field(i).type for i in range(inner.num_fields)]
+        for kind, is_ in _KINDS.items():
+            if is_(inner):
+                yield kind
+
+
+_KINDS = {
+    "text": pa.types.is_string, "bytes": pa.types.is_binary, "decimal": pa.types.is_decimal,
+    "float": pa.types.is_floating,
+}  # fmt: skip
 
 
 def common_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:

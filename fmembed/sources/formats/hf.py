@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -55,7 +57,10 @@ def open_hf(spec: SourceSpec) -> Opened:
 
 def read_hf(source: Source, shard: Shard, whole: File) -> Iterator[RawRow]:
     dataset = load_hf(source.spec)
-    classes, fetch = _class_names(dataset), _fetcher(source)
+    # A table may have the numbers, if it was made when they were not named.
+    numbers = {f.name for f in source.carried if not pa.types.is_string(f.type)}
+    classes = {n: names for n, names in _class_names(dataset).items() if n not in numbers}
+    fetch = _fetcher(source)
     for row_id, row in _read(dataset, source, shard, whole):
         for name, names in classes.items():
             code = row.get(name)
@@ -138,8 +143,9 @@ def load_hf(spec: SourceSpec) -> Any:
                 dataset = dataset.to_iterable_dataset(num_shards=1)
         else:
             dataset = datasets.load_dataset(
-                spec.uri, hf.name, split=hf.split, revision=hf.revision, streaming=hf.streaming
-            )
+                spec.uri, hf.name, split=hf.split, revision=hf.revision, streaming=hf.streaming,
+                cache_dir=_own_cache(spec.uri),
+            )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as e:
         why = spec.conceal(reason(e))
         raise SourceError(f"source.uri: cannot load dataset {redact(spec.uri)}: {why}") from None
@@ -154,6 +160,28 @@ def load_hf(spec: SourceSpec) -> Any:
         if undecoded != feature:
             dataset = dataset.cast_column(name, undecoded)
     return dataset
+
+
+def _own_cache(uri: str) -> str | None:
+    """Where a local folder is unfolded to: a place of its own, which changes with its files.
+
+    `datasets` (5.2) calls it by the folder's last name and what its card says, so that of two
+    folders of one name the second had the first one's rows.
+    """
+    if not os.path.isdir(uri):
+        return None
+    import datasets
+
+    digest = hashlib.blake2b(os.path.realpath(uri).encode(), digest_size=16)
+    for folder, folders, files in os.walk(uri):
+        folders.sort()
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            with contextlib.suppress(OSError):  # a link to nothing
+                facts = os.stat(path)
+                told = f"\0{path}\0{facts.st_size}\0{facts.st_mtime_ns}"
+                digest.update(told.encode(errors="surrogateescape"))
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, f"fmembed-{digest.hexdigest()}")
 
 
 def _undecoded(feature: Any) -> Any:

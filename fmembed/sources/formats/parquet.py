@@ -194,13 +194,21 @@ def _cells(column: pa.Array) -> list[Any]:
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:
-        # Bytes that are no UTF-8 in a column of text: as binary each row is judged on its own.
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            large = pa.types.is_large_string(column.type)
-            return list(column.cast(pa.large_binary() if large else pa.binary()).to_pylist())
-        return [_cell(value) for value in column]
+        # Bytes that are no UTF-8 in a column of text: each row is judged on its own.
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            return [_cell(value) for value in column]
+        large = pa.types.is_large_string(column.type)
+        raw = column.cast(pa.large_binary() if large else pa.binary()).to_pylist()
+        return [_text(value) for value in raw]
     except (ValueError, OverflowError):  # a year 10,000; nanoseconds, where there is no pandas
         return [_cell(value) for value in column]
+
+
+def _text(value: bytes | None) -> str | bytes | None:
+    try:
+        return value if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 def _cell(value: pa.Scalar) -> Any:

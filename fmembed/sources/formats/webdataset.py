@@ -57,7 +57,9 @@ def read_webdataset(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
             else:
                 content = archive.extractfile(member)
                 assert content is not None
-                row[name] = content.read()
+                found = content.read()
+                # A label or caption ends as the file that it was in did: with a line's end.
+                row[name] = found if name == source.spec.input else found.strip()
         num_samples += 1
         for i in range(first, num_samples):
             yield f"{file.name}#{i}", fate or row
@@ -96,7 +98,7 @@ def _members(
     """
     with source.fs.open(file.path, "rb") as raw:
         buffered = io.BufferedReader(raw)
-        start = buffered.peek(2)
+        start = buffered.peek(3)
         # Unfolded here, a little at a time: tarfile unfolds ten kilobytes at once, which may become
         # gigabytes.
         unfold = next((open_ for magic, open_ in _UNFOLD.items() if start.startswith(magic)), None)
@@ -118,7 +120,7 @@ def _members(
 
 
 _UNFOLD: dict[bytes, Callable[[Any], Any]] = {
-    b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open,
+    b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7": lzma.open,
 }  # fmt: skip
 
 

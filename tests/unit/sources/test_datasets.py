@@ -91,3 +91,15 @@ def test_a_path_out_of_the_dataset_is_rejected(tmp_path: Path) -> None:
     kept = (None, png(2))
     found = [(r["_error"], r["_input"]) for r in rows]
     assert found == [kept, outside, outside, outside, kept], json.dumps(paths)
+
+
+def test_two_folders_of_one_name_are_two_datasets(tmp_path: Path) -> None:
+    for place in ("one", "two"):
+        folder = tmp_path / place / "data"
+        folder.mkdir(parents=True)
+        pq.write_table(pa.table({"text": [f"in {place}"]}), folder / "part.parquet")
+        (folder / "README.md").write_text(
+            "---\nconfigs:\n- config_name: default\n  data_files: part.parquet\n---\n"
+        )
+        rows = rows_of(folder, hf=HubDataset(split="train"))
+        assert [r["_input"] for r in rows] == [f"in {place}"]

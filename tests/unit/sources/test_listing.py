@@ -123,3 +123,12 @@ def test_partition_folders(tmp_path: Path) -> None:
     source = opened(tmp_path)
     assert names_of(source) == ["year=2024/month=1/a.jsonl", "year=2025/month=2/b.jsonl"]
     assert source.passed_over == {HIDDEN: 1}
+
+
+def test_a_link_that_goes_round_in_circles_is_a_row_of_its_own(tmp_path: Path) -> None:
+    make(tmp_path, "a.txt")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    (tmp_path / "_loop").symlink_to("_loop")
+    source = opened(tmp_path)
+    assert names_of(source) == ["a.txt", "loop.txt"]
+    assert source.passed_over == {HIDDEN: 1}

@@ -60,6 +60,8 @@ def write_lines(folder: Path, *files: list[Any]) -> None:
         ([[None], [7]], pa.int64(), [None, 7]),
         ([["a"], [7]], pa.string(), ["a", "7"]),
         ([[{"a": 1}], [[2]]], pa.string(), ['{"a": 1}', "[2]"]),
+        ([[[]], [[1, 2]]], pa.list_(pa.int64()), [[], [1, 2]]),
+        ([[{"a": None}], [{"a": 1}]], pa.struct([("a", pa.int64())]), [{"a": None}, {"a": 1}]),
     ],
 )  # fmt: skip
 def test_json(
@@ -94,6 +96,13 @@ def test_json(
         ([pa.array([b"\xff", b"a"]).cast(pa.string(), safe=False)], pa.string(),
          ["not UTF-8", "a"]),
         ([pa.array([1]), pa.array(["a"])], pa.string(), ["1", "a"]),
+        ([pa.array([b"\xff", b" a \n"]).cast(pa.string(), safe=False)], pa.string(),
+         ["not UTF-8", " a \n"]),
+        ([pa.array(["a"]), pa.array([b"b "])], pa.string(), ["a", "b "]),
+        ([pa.array([Decimal("0.10")]), pa.array([0.25])], pa.string(), ["0.10", "0.25"]),
+        ([pa.array([Decimal(10)], pa.decimal128(38, 0)),
+          pa.array([Decimal("1.5")], pa.decimal128(38, 10))], pa.string(),
+         ["10", "1.5000000000"]),
         ([pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64()))],
          pa.map_(pa.string(), pa.int64()), [[("k", 1)]]),
     ],
@@ -195,7 +204,7 @@ def is_kept(found: Any, value: Any, type_: pa.DataType) -> bool:
     if value is None:
         return found is None
     if isinstance(found, str) and isinstance(value, bytes):
-        return found == value.decode().strip()
+        return found == value.decode()
     if isinstance(found, str) and not isinstance(value, str):  # types without any in common
         if isinstance(value, dt.date | Decimal):
             return found == str(value)
