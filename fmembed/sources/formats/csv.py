@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +13,10 @@ from fsspec.utils import infer_compression
 
 from fmembed.sources.formats.base import MAX_VALUES, READ_BYTES, Format, over_files
 from fmembed.sources.source import BadRow, File, RawRow, Shard, Source
+from fmembed.storage import tell
+
+# Where a quote is looked for in TSV.
+_TOLD_FILES, _TOLD_ROWS = 10, 1000
 
 
 def read_csv(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
@@ -57,7 +61,34 @@ def _lines_lost(first: int, last: int) -> str:
     return f"which took lines {first:,} to {last:,}; is a quote not closed?"
 
 
-def csv_schema(source: Source, file: File) -> pa.Schema:
+def csv_schema(source: Source, files: Sequence[File]) -> pa.Schema:
+    """The columns of all; where it looks as if TSV had quotes after all, that is told."""
+    schema = over_files(_file_schema)(source, files)
+    quoted = next((f for f in files[:_TOLD_FILES] if _looks_quoted(source, f)), None)
+    if quoted is not None:
+        tell(
+            f"{quoted.name} has fields in quotes, which TSV does not know: they are read as they "
+            "stand, quotes and all (source.csv.quote: '\"' reads them as CSV does; '' says that "
+            "this is right)"
+        )
+    return schema
+
+
+def _looks_quoted(source: Source, file: File) -> bool:
+    dialect = _dialect(source, file)
+    if dialect["quotechar"] or source.spec.csv.quote is not None:
+        return False
+    try:
+        with _open(source, file) as handle:
+            lines = _Lines(handle, source.spec.max_text_bytes, dialect)
+            rows = itertools.islice(csv.reader(lines, **dialect), _TOLD_ROWS)
+            fields = itertools.chain.from_iterable(rows)
+            return any(len(f) > 1 and f[0] == f[-1] == '"' for f in fields)
+    except Exception:  # its rows are rejected with the cause
+        return False
+
+
+def _file_schema(source: Source, file: File) -> pa.Schema:
     # Text as it stands: a guessed integer would turn 01234 into 1234.
     dialect = _dialect(source, file)
     with _open(source, file) as handle:
@@ -172,5 +203,5 @@ CSV = Format(
     suffixes=(".csv", ".tsv", ".csv.gz", ".tsv.gz"),
     more_suffixes=(".txt", ".tab", ".txt.gz"),
     rows=read_csv,
-    schema=over_files(csv_schema),
+    schema=csv_schema,
 )

@@ -172,15 +172,14 @@ def _own_cache(uri: str) -> str | None:
         return None
     import datasets
 
-    digest = hashlib.blake2b(os.path.realpath(uri).encode(), digest_size=16)
+    digest = hashlib.blake2b(os.fsencode(os.path.realpath(uri)), digest_size=16)
     for folder, folders, files in os.walk(uri):
         folders.sort()
         for name in sorted(files):
             path = os.path.join(folder, name)
             with contextlib.suppress(OSError):  # a link to nothing
                 facts = os.stat(path)
-                told = f"\0{path}\0{facts.st_size}\0{facts.st_mtime_ns}"
-                digest.update(told.encode(errors="surrogateescape"))
+                digest.update(os.fsencode(f"\0{path}\0{facts.st_size}\0{facts.st_mtime_ns}"))
     return os.path.join(datasets.config.HF_DATASETS_CACHE, f"fmembed-{digest.hexdigest()}")
 
 

@@ -6,7 +6,6 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -71,26 +70,47 @@ def _parse(line: bytes | int, source: Source) -> dict[str, Any] | Rejection:
         return "row too large", f"more than {MAX_VALUES:,} values in {len(line):,} bytes"
     try:
         text = line.decode("utf-8", errors=source.spec.encoding_errors)
-        twice: set[str] = set()
-        value = json.loads(text, object_pairs_hook=partial(_object, twice))
+        value = json.loads(text, object_pairs_hook=_object)
     except UnicodeDecodeError as e:
         return "not UTF-8", f"byte {e.object[e.start]:#04x} at position {e.start} of the line"
     except (ValueError, RecursionError) as e:
         return "bad JSON", str(e)
     if not isinstance(value, dict):
         return "bad JSON", f"the line is a {type(value).__name__}, not an object"
-    if twice:  # of which Python takes the last one
-        used = [c for c in source.spec.wanted if c in value]
-        if twice.intersection(used) or any(isinstance(value[c], dict | list) for c in used):
-            return "bad JSON", f"the name {min(twice)[:80]!a} is there twice"
+    for name in source.spec.wanted:
+        if twice := _find_twice(value, name):
+            return "bad JSON", f"the name {twice[:80]!a} is there twice"
     return value
 
 
-def _object(twice: set[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class _Ambiguous(dict[str, Any]):
+    """An object with a name that is there twice, of which Python takes the last one."""
+
+    twice: frozenset[str]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) < len(pairs):
-        twice.update(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
-    return found
+    if len(found) == len(pairs):
+        return found
+    ambiguous = _Ambiguous(found)
+    counts = Counter(name for name, _ in pairs)
+    ambiguous.twice = frozenset(name for name, n in counts.items() if n > 1)
+    return ambiguous
+
+
+def _find_twice(row: dict[str, Any], column: str) -> str | None:
+    """A name that is there twice: this column's, or one inside its value."""
+    if isinstance(row, _Ambiguous) and column in row.twice:
+        return column
+    left = [row.get(column)]
+    while left:
+        value = left.pop()
+        if isinstance(value, _Ambiguous):
+            return min(value.twice)
+        if isinstance(value, dict | list):
+            left.extend(value.values() if isinstance(value, dict) else value)
+    return None
 
 
 def _infer_schema(objects: list[dict[str, Any]], wanted: Sequence[str]) -> pa.Schema:

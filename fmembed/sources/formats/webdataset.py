@@ -104,7 +104,7 @@ def _members(
         unfold = next((open_ for magic, open_ in _UNFOLD.items() if start.startswith(magic)), None)
         stream: Any = unfold(buffered) if unfold else buffered
         # Beyond its end mark too: archives are put together with `cat`.
-        header = type("_Header", (_Header,), {"ends": [0]})
+        header = type("_Header", (_Header,), {})
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=header, ignore_zeros=True) as archive:
             while (member := archive.next()) is not None:
                 # tarfile would keep the header of every member.
@@ -115,7 +115,7 @@ def _members(
                     stem, _, name = base.partition(".")
                     name = name if name in wanted else name.lower()
                     yield f"{folder}/{stem}" if folder else stem, name, member, archive
-        if not header.ends[0]:  # type: ignore[attr-defined]
+        if not header.num_ends:  # type: ignore[attr-defined]
             raise tarfile.ReadError("the archive has no end mark: it may be cut short")
 
 
@@ -127,10 +127,11 @@ _UNFOLD: dict[bytes, Callable[[Any], Any]] = {
 class _Header(tarfile.TarInfo):
     """A tar header; of one that is followed by its own extension the length is looked at first.
 
-    `ends` counts the blocks of an end mark that came after the last member.
+    `num_ends` counts the blocks of an end mark that came after the last member, of the one archive
+    that a subclass is for.
     """
 
-    ends: list[int]
+    num_ends = 0
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -138,11 +139,11 @@ class _Header(tarfile.TarInfo):
             header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as e:
             if len(buf) == tarfile.BLOCKSIZE and not any(buf):
-                cls.ends[0] += 1
+                cls.num_ends += 1
             elif buf:  # tarfile would take what is no header for the end of the archive
                 raise tarfile.ReadError(f"what should be a member is none: {e}") from None
             raise
-        cls.ends[0] = 0
+        cls.num_ends = 0
         if header.type in _EXTENSIONS and header.size > _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {header.size:,} bytes")
         return header

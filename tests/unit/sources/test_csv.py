@@ -44,6 +44,29 @@ def test_tsv_has_quotes_if_asked(tmp_path: Path) -> None:
     assert rows_of(path, csv={"quote": '"'}) == [("one\ttwo", "a")]
 
 
+@pytest.mark.parametrize(
+    ("content", "csv", "is_told"),
+    [
+        ('"one and ""two"""\ta', {}, True),
+        ('"one', {}, False),
+        ('a "quoted" word\ta', {}, False),
+        ('"one"\ta', {"quote": ""}, False),
+        ('"one"\ta', {"quote": '"'}, False),
+    ],
+)
+def test_quotes_in_tsv_are_told(
+    content: str,
+    csv: dict[str, str],
+    is_told: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write(tmp_path, "q.tsv", f"text\tlabel\nplain\tb\n{content}\n")
+    open_source(SourceSpec(uri=str(path), label="label", csv=csv))
+    told = capsys.readouterr().err
+    assert ("q.tsv has fields in quotes" in told) == is_told
+
+
 def test_a_quote_that_is_not_closed_says_what_it_took(tmp_path: Path) -> None:
     path = write(tmp_path, "q.csv", 'text,label\none,a\n"two,b\nthree,a\nfour,b\n')
     (first, second) = rows_of(path)
@@ -123,11 +146,21 @@ def test_settings_that_cannot_be(told: dict[str, str], message: str) -> None:
         RunSpec.from_yaml(None, raw)
 
 
-def test_a_name_twice_in_a_line_of_json(tmp_path: Path) -> None:
-    lines = [
-        '{"text": "a", "label": "x", "text": "b"}',
-        '{"text": "c", "label": "y", "o": {"p": 1, "p": 2}}',
-    ]
-    path = write(tmp_path, "a.jsonl", "\n".join(lines))
-    found = rows_of(path)
-    assert found == [("bad JSON", "the name 'text' is there twice"), ("c", "y")]
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ('{"text": "a", "label": "x", "text": "b"}', "text"),
+        ('{"text": "a", "label": {"p": [{"q": 1, "q": 2}]}}', "q"),
+        # What nobody asks for may be there as often as it likes.
+        ('{"text": "c", "label": "y", "unused": {"text": 1, "text": 2}}', None),
+        ('{"text": "c", "label": {"p": 1}, "unused": 1, "unused": 2}', None),
+    ],
+)
+def test_a_name_twice_in_a_line_of_json(line: str, name: str | None, tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", f'{{"text": "good", "label": "x"}}\n{line}\n')
+    good, (first, second) = rows_of(path)
+    assert good == ("good", "x")
+    if name is None:
+        assert first == "c"
+    else:
+        assert (first, second) == ("bad JSON", f"the name '{name}' is there twice")
