@@ -7,6 +7,7 @@ import os
 import re
 import time
 import urllib.request
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import ray
 from conftest import SENTENCES, run_cli, write_jsonl
 
 import fmembed
-from fmembed import RejectedError, RunSpec
+from fmembed import RejectedError, RunSpec, TableError, cli
 from fmembed.bench.ways import EmbedNothing
 from fmembed.run.memory import _BUFFER_BYTES, _Bound
 
@@ -51,6 +52,41 @@ def spec(tmp_path: Path, model: Path, **parts: Any) -> RunSpec:
 def vectors(uri: str) -> Any:
     rows = fmembed.read(uri).sort_by("row_id")
     return np.stack(rows["embedding"].to_pylist())
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_is_not_read_or_does_not_fit_is_said(
+    tmp_path: Path, tiny_bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [{"text": t, "n": i} for i, t in enumerate(WORDS)])
+    write_jsonl(folder / "_b.jsonl", [{"text": "hidden"}])
+    (folder / "notes.md").write_text("notes")
+    parts: dict[str, Any] = {
+        "source": {"uri": str(folder), "id": None, "label": None, "carry": ["n"]},
+        "output": {"max_rejected_fraction": 0.5},
+        "probes": [],
+    }
+    first = fmembed.embed(spec(tmp_path, tiny_bert, **parts))
+    assert first.rows_embedded == 4
+    assert set(first.passed_over.values()) == {1}
+    assert [why.split(",")[0] for why in first.passed_over] == [
+        "files whose names begin with a dot or underscore", "files with .md",
+    ]  # fmt: skip
+    html = (Path(first.table) / "_report.html").read_text(encoding="utf-8")
+    assert all(f"1 {why}" in html for why in first.passed_over)
+    cli._print_result(json.loads(json.dumps(asdict(first))), as_json=False)
+    assert "not read  1 files with .md, no jsonl" in capsys.readouterr().out
+    # The table's type stays: another week's value that does not fit is its own row's fate.
+    write_jsonl(folder / "c.jsonl", [{"text": "more", "n": 7}, {"text": "half", "n": 0.5}])
+    second = fmembed.embed(spec(tmp_path, tiny_bert, **parts))
+    assert (second.rows_embedded, second.causes) == (1, {"wrong type": 1})
+    assert fmembed.read(second.table).schema.field("n").type == pa.int64()
+    assert fmembed.verify(second.table).problems == []
+    parts["source"]["input"] = "n"
+    with pytest.raises(TableError, match=r"^source\.input: .* the column 'text', this run .* 'n'"):
+        fmembed.embed(spec(tmp_path, tiny_bert, **parts))
 
 
 @pytest.mark.usefixtures("local_ray")
