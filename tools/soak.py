@@ -120,6 +120,8 @@ class Bench:
             "--id", "key", "--model", str(model or self.model), "--dtype", "float32",
             "--output", str(table), "--set", "model.trust_remote_code=true",
             "--set", f"compute.actors={actors}", "--set", "compute.window_rows=16",
+            # Not `auto`, which would compute rows of its own: they would be counted, and held.
+            "--set", "compute.batch_tokens=1024",
             "--set", "compute.gpus_per_actor=0", "--set", "probes=[]",
             "--set", f"output.commit_every_s={COMMIT_EVERY_S}", "--set", "output.part_bytes=20000",
         ]  # fmt: skip
