@@ -79,7 +79,7 @@ def list_files(spec: SourceSpec) -> Listing:
         )
         files = []
         for file in listed:
-            if any(p[0] in "._" for p in file.name.split("/") if p):
+            if any(map(_is_hidden, file.name.split("/"))):
                 passed_over[HIDDEN] += 1
             else:
                 files.append(file)
@@ -191,7 +191,7 @@ def _find(fs: Any, root: str, passed_over: Counter[str]) -> Iterator[tuple[str, 
             with _scan(folder) as scanned:
                 entries = sorted(scanned, key=lambda e: e.name)
             for entry in entries:
-                if entry.name.startswith((".", "_")):  # left out by its name, with all below it
+                if _is_hidden(entry.name):  # with all below it
                     passed_over[HIDDEN_FOLDER if _is_folder(entry) else HIDDEN] += 1
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
@@ -201,6 +201,10 @@ def _find(fs: Any, root: str, passed_over: Counter[str]) -> Iterator[tuple[str, 
                     told = _facts(entry.stat)
                     if "mtime" in told or entry.is_symlink():
                         yield entry.path, told
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
