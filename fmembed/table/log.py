@@ -85,9 +85,8 @@ class Log:
             # deltalake would wait for ever for a pipe.
             if odd := [e.name for e in os.scandir(folder) if not (e.is_file() or e.is_dir())]:
                 raise DamagedError(self.uri, f"{odd[0]!a} in its log is no regular file")
-        options = self.storage.delta_options()
         try:
-            delta = DeltaTable(self.storage.delta_uri, version, storage_options=options)
+            delta = self._open(version)
         except TableNotFoundError:
             entries = self.storage.sizes("_delta_log/")
             if entries and not all(_is_half_written(path) for path in entries):
@@ -106,6 +105,16 @@ class Log:
             self._check_whole(int(delta.version()))
             self._check_features(delta)
         return delta
+
+    def _open(self, version: int | None) -> DeltaTable:
+        uri, options = self.storage.delta_uri, self.storage.delta_options()
+        try:
+            return DeltaTable(uri, version, storage_options=options)
+        except TableNotFoundError:
+            if self.storage.size_bytes(_entry(0)) is None:
+                raise
+            # Made by somebody between the two looks, which is no damage.
+            return DeltaTable(uri, version, storage_options=options)
 
     def _check_whole(self, version: int) -> None:
         """Make sure that no entry since the last checkpoint is empty, and the newest not cut."""

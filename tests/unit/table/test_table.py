@@ -453,6 +453,23 @@ def test_an_empty_listing_is_no_empty_table(table: Table, monkeypatch: pytest.Mo
     assert {p.name for p in Path(table.uri).rglob("part-*")} == parts
 
 
+def test_a_table_that_is_made_meanwhile_is_not_damaged(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen on S3: not there at the first look, and with its first entry at the second."""
+    looks, version = [], table.version()
+
+    def too_early(*arguments: Any, **options: Any) -> DeltaTable:
+        looks.append(arguments)
+        if len(looks) == 1:
+            raise TableNotFoundError
+        return DeltaTable(*arguments, **options)
+
+    monkeypatch.setattr(log_module, "DeltaTable", too_early)
+    assert Table(table.uri).rows.version() == version
+    assert len(looks) == 2
+
+
 def test_restore_by_another_tool_has_its_rows_read_again(table: Table) -> None:
     on_record(table)
     DeltaTable(table.uri).restore(1)
