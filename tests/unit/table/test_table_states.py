@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 from disk import Disk
@@ -120,6 +121,10 @@ class TableStates(RuleBasedStateMachine):
         self.sync_model()
         self.versions = {}
         self.drivers = [self.open(), self.open()]
+
+    def ids_in(self, part: str) -> list[str]:
+        """Ids of a part's rows: its name differs with each run of the same steps, these do not."""
+        return list(pq.read_table(Path(self.uri, part), columns=["row_id"])["row_id"].to_pylist())
 
     def readable(self) -> set[str]:
         """Committed rows whose parts are as they were written."""
@@ -230,8 +235,8 @@ class TableStates(RuleBasedStateMachine):
         """Replace a part by a changed one, in one transaction; the old version stays readable."""
         self.is_replaced = True
         driver = self.reopen(who)
-        old = driver.table.rows.parts()
-        chosen = data.draw(st.sampled_from(sorted(old, key=lambda p: p.path)))
+        old = sorted(driver.table.rows.parts(), key=lambda p: self.ids_in(p.path))
+        chosen = data.draw(st.sampled_from(old))
         rows = driver.table.read_part(chosen, None)
         dropped = rows["row_id"].to_pylist()[0]
         part: list[Part] = []
@@ -296,9 +301,15 @@ class TableStates(RuleBasedStateMachine):
 
     @rule(what=st.sampled_from(["gone", "cut", "empty"]), data=st.data())
     def damage_part(self, what: str, data: Any) -> None:
-        paths = sorted(Path(self.uri).glob("part-????????????????????????????????.parquet"))
-        paths += sorted(Path(self.uri).glob("_rejected/part-*.parquet"))
-        self.damage(data.draw(st.sampled_from(paths)) if paths else None, what)
+        if self.is_damaged:
+            return
+        table = Table(self.uri)
+        used = {p.path for log in (table.rows, table.rejected) for p in log.parts()}
+        names = [p.name for p in Path(self.uri).glob(f"part-{'?' * 32}.parquet")]
+        names += [f"_rejected/{p.name}" for p in Path(self.uri).glob("_rejected/part-*.parquet")]
+        names.sort(key=lambda n: (n.startswith("_"), self.ids_in(n), n.split("/")[-1] in used))
+        if names:
+            self.damage(Path(self.uri, data.draw(st.sampled_from(names))), what)
 
     @rule(what=st.sampled_from(["gone", "cut", "empty", "forged"]), data=st.data())
     def damage_record(self, what: str, data: Any) -> None:
