@@ -7,6 +7,7 @@ the newest entry is looked at anew here, and where there seems to be no log, for
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -87,34 +88,36 @@ class Log:
                 raise DamagedError(self.uri, f"{odd[0]!a} in its log is no regular file")
         try:
             delta = self._open(version)
-        except TableNotFoundError:
-            entries = self.storage.sizes("_delta_log/")
-            if entries and not all(_is_half_written(path) for path in entries):
-                raise DamagedError(self.uri, "its log has no entry to begin with") from None
-            if self.storage.size_bytes(_entry(0)) is not None:
-                raise StorageError(
-                    f"output.uri: storage does not list the log of {self.uri}, which is there; "
-                    "nothing was changed, run the same command again"
-                ) from None
-            return None
         except (DeltaError, OSError) as e:
             if _is_damage(e):
                 raise DamagedError(self.uri, f"its log cannot be read: {reason(e)}") from None
             raise StorageError(f"output.uri: cannot read {self.uri}: {reason(e)}") from None
+        if delta is None:
+            return None
         if version is None:
             self._check_whole(int(delta.version()))
             self._check_features(delta)
         return delta
 
-    def _open(self, version: int | None) -> DeltaTable:
+    def _open(self, version: int | None) -> DeltaTable | None:
         uri, options = self.storage.delta_uri, self.storage.delta_options()
         try:
             return DeltaTable(uri, version, storage_options=options)
         except TableNotFoundError:
-            if self.storage.size_bytes(_entry(0)) is None:
-                raise
-            # Made by somebody between the two looks, which is no damage.
-            return DeltaTable(uri, version, storage_options=options)
+            entries = self.storage.sizes("_delta_log/")
+            is_there = self.storage.size_bytes(_entry(0)) is not None
+        if is_there:
+            # It may have been made since the first look, which is no damage.
+            with contextlib.suppress(TableNotFoundError):
+                return DeltaTable(uri, version, storage_options=options)
+        if entries and not all(_is_half_written(path) for path in entries):
+            raise DamagedError(self.uri, "its log has no entry to begin with")
+        if is_there:
+            raise StorageError(
+                f"output.uri: storage does not list the log of {self.uri}, which is there; "
+                "nothing was changed, run the same command again"
+            )
+        return None
 
     def _check_whole(self, version: int) -> None:
         """Make sure that no entry since the last checkpoint is empty, and the newest not cut."""
