@@ -134,11 +134,15 @@ class Bench:
         committed = self.num_committed(table)
         gate = Path(f"{self.log}.hold")
         gate.write_text(str(self.num_forwarded() + 64))
+        run = self.start(table, None, actors=1)  # what is held would leave a second one idle
         try:
-            run = self.start(table, None, actors=1)  # what is held would leave a second one idle
             wait_for(lambda: self.num_committed(table) > committed or run.poll() is not None)
             assert run.poll() is None, run.messages()
             yield run
+        except BaseException:
+            run.kill()
+            run.wait()
+            raise
         finally:
             gate.unlink()
 
