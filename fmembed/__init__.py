@@ -28,6 +28,7 @@ if os.environ.get("PYTHONPATH") and "" in os.environ["PYTHONPATH"].split(os.path
 from typing import TYPE_CHECKING, Any
 
 from fmembed.errors import (
+    ChangedError,
     ConflictError,
     DamagedError,
     FmembedError,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChangedError",
     "ComputeSpec",
     "ConflictError",
     "DamagedError",

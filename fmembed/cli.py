@@ -267,7 +267,7 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))
         return
-    if result["rows_embedded"] == 0 and result["rows_rejected"] == 0:
+    if not (result["rows_embedded"] or result["rows_rejected"] or result["rows_changed"]):
         _print(f"nothing to do: all {result['rows_skipped']:,} rows are done")
     _print(
         f"rows      {result['rows_read']:,} read, {result['rows_embedded']:,} embedded, "
@@ -290,8 +290,12 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
         if budgets := verdict.get("batch_tokens"):
             _print(f"batches   tokens: {', '.join(budgets)}")
         _print(f"advice    {verdict['advice']}")
+    if num_changed := result["rows_changed"]:
+        _print(f"changed   {num_changed:,} rows have another content by now; the old one was kept")
     for why, count in result["passed_over"].items():
         _print(f"not read  {count:,} {why}")
+    if num_before := result["table_rejected"] - result["rows_rejected"]:
+        _print(f"rejected  {num_before:,} by earlier runs; --retry-rejected tries them again")
     for cause, count in result["causes"].items():
         _print(f"rejected  {count:,} {cause}")
     for name, p in result["probes"].items():

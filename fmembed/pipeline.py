@@ -45,6 +45,8 @@ def embed(
     Raises:
         UserError: The spec, the source, the checkpoint or the output is wrong; nothing was written.
         RejectedError: Too many rows were rejected; what was embedded is committed.
+        ChangedError: Rows have another content than when they were embedded, and keep their old
+            vectors; what else is new is committed.
         Interrupted: SIGINT, SIGTERM or SIGHUP; what was finished is committed.
         LockedError: Another run is writing the table.
         FmembedError: Anything else; what was committed stays.
@@ -73,7 +75,9 @@ def embed(
                     embed_rows(run, inputs, lock, quiet, stage)
                 result = run.finish()
         run.check_rejected()
-        return evaluate(table, spec, result, cluster)
+        result = evaluate(table, spec, result, cluster)
+        run.check_changed()
+        return result
 
 
 def embed_rows(run: Run, inputs: Inputs, lock: Lock, quiet: bool, stage: type | None) -> None:

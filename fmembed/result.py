@@ -56,6 +56,7 @@ class RunResult:
 
     `rows_per_s` is over the whole run, start included; `steady_rows_per_s` from when as many
     windows have come out of the model as there are actors to the last commit, without their rows.
+    `rows_changed` are those among the skipped ones that the table holds with another content.
     `passed_over` counts what lies among the source's files and is not read, by reason.
     `verdict` is empty where nothing was embedded. `probes`, `report` and `usd` are what evaluation
     adds; the record beside the table is without them.
@@ -72,6 +73,7 @@ class RunResult:
     rows_embedded: int = 0
     rows_rejected: int = 0
     rows_skipped: int = 0
+    rows_changed: int = 0
     rows_per_s: float = 0.0
     seconds: float = 0.0
     table_rows: int = 0

@@ -333,6 +333,7 @@ class OutputSpec(_Part):
     commit_every_s: float | Literal["auto"] = "auto"
     part_bytes: int = Field(default=256 * 2**20, ge=1)
     max_rejected_fraction: float = Field(default=0.01, ge=0, le=1)
+    on_changed: Literal["refuse", "keep"] = "refuse"
 
     @field_validator("uri")
     @classmethod

@@ -9,8 +9,9 @@ Between stages rows are Arrow tables with these columns:
     <carried>      any       what the user asked to keep
     _stage, _error, _message string   null, or where and why the row was rejected
     _shard         int32     which of the source's shards it was read from
-    _total, _skipped int64   null, but on the marker row (null row_id) that ends each shard: how
-                             many rows the shard holds, and how many of them were committed before
+    _total, _skipped, _changed int64  null, but on the marker row (null row_id) that ends each
+                             shard: how many rows the shard holds, how many of them were known
+                             before, and how many of those with another content
 
 From prepare to the model there are also the columns of `rows.pieces` (model_input, input_dtype,
 input_shapes, piece_units, piece_spans, num_units, truncated), after it one for each output, and on
@@ -37,7 +38,7 @@ _MAX_MESSAGE = 500
 
 ROW_ID, CONTENT_HASH, INPUT = "row_id", "content_hash", "_input"
 STAGE, ERROR, MESSAGE = "_stage", "_error", "_message"
-SHARD, TOTAL, SKIPPED = "_shard", "_total", "_skipped"
+SHARD, TOTAL, SKIPPED, CHANGED = "_shard", "_total", "_skipped", "_changed"
 # Where a text's chunks or a sound's windows are rows of their own: whose, which, and from where to
 # where (characters of the text, samples at the model's rate).
 PARENT_ID, PIECE, PIECE_START, PIECE_STOP = "parent_id", "piece", "piece_start", "piece_stop"
@@ -54,6 +55,7 @@ _BOOKKEEPING = (
     pa.field(SHARD, pa.int32()),
     pa.field(TOTAL, pa.int64()),
     pa.field(SKIPPED, pa.int64()),
+    pa.field(CHANGED, pa.int64()),
 )
 REJECTED_SCHEMA = pa.schema(
     [

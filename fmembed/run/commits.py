@@ -69,7 +69,7 @@ class Commits:
         self._whole: list[WholeShard] = []
         self._began = self._last_commit = time.monotonic()
         self._num_rejected_before = table.num_rejected()
-        self.num_embedded = self.num_rejected = self.num_skipped = 0
+        self.num_embedded = self.num_rejected = self.num_skipped = self.num_changed = 0
         self.num_written = self.num_units = self.num_truncated = 0
         self.counts: dict[str, float] = defaultdict(float)
         self.busy_s = 0.0
@@ -95,6 +95,7 @@ class Commits:
         self._written: list[Written] = []
         # This pass will skip what this run has committed before it, which is not skipped at all.
         self.num_skipped = -(self.num_embedded + self.num_rejected)
+        self.num_changed = 0  # their shards are not whole, so that all of them are read again
         self.num_written = self.num_embedded
 
     @property
@@ -185,6 +186,7 @@ class Commits:
                 if w.rejected is not None and count.rejected:
                     self._shard_parts[index].add(REJECTED + w.rejected.path)
                 self.num_skipped += count.skipped
+                self.num_changed += count.changed
                 key = self._shard_keys[index]
                 if total.whole and key is not None:
                     held = self._shard_parts.pop(index, set())

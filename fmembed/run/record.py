@@ -9,6 +9,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+from fmembed.errors import ChangedError
 from fmembed.inputs import Inputs
 from fmembed.model.server import Endpoint
 from fmembed.result import RunResult
@@ -44,7 +45,7 @@ class Run:
     def find_work(self) -> Work:
         """See what is left; of a server ask one vector before anything is written.
 
-        What was left before is forgotten: the ids in it are 16 bytes for each row of the table.
+        What was left before is forgotten: the ids in it are 32 bytes for each row of the table.
 
         Raises:
             ModelError: The server does not answer, or not with a vector.
@@ -93,6 +94,21 @@ class Run:
             num_rows = len(self.work.known) + table.num_twins
             check_rejected(table, self._inputs.spec.output, table.num_rejected(), num_rows)
 
+    def check_changed(self) -> None:
+        """Refuse to take rows for done whose content has changed; what else was new is committed.
+
+        Raises:
+            ChangedError: There are some, and the config does not say to keep what the table has.
+        """
+        num_changed = self._commits.num_changed if self._commits else 0
+        if num_changed and self._inputs.spec.output.on_changed == "refuse":
+            raise ChangedError(
+                f"source: {num_changed:,} rows have another content than the rows of "
+                f"{self._inputs.table.uri} with the same ids, which were left as they are; the "
+                "new rows are committed. Give another output.uri or ids of their own, or "
+                "output.on_changed: keep where the old vectors are to stay"
+            )
+
     def finish(self) -> RunResult:
         """Count, and leave the record that `verify` compares the table with."""
         table, commits = self._inputs.table, self._commits
@@ -130,6 +146,7 @@ class Run:
             rows_embedded=num_embedded,
             rows_rejected=num_rejected,
             rows_skipped=num_skipped,
+            rows_changed=commits.num_changed if commits else 0,
             rows_per_s=round(num_embedded / seconds, 2),
             seconds=round(seconds, 2),
             table_rows=sum(p.num_rows for p in table.rows.parts()),

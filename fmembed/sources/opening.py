@@ -48,13 +48,10 @@ def open_source(spec: SourceSpec, modalities: Sequence[Modality] = ("text",)) ->
     )  # fmt: skip
     opened = _open(format_, source, files)
     _check_columns(spec, set(opened.schema.names))
-    shards = tuple(opened.shards)
-    if not source.file_is_row:
-        shards = with_keys(opened.spec, shards, opened.revision)
     return replace(
         source,
         spec=opened.spec,
-        shards=shards,
+        shards=with_keys(opened.spec, opened.shards, opened.revision),
         carried=_carried_schema(spec, opened.schema),
         modality=_choose_modality(format_, spec, opened.schema, modalities),
     )

@@ -13,8 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from fmembed.rows.columns import SHARD, SKIPPED, TOTAL, row_schema
-from fmembed.rows.ids import RowIds, keys_of
+from fmembed.rows.columns import CHANGED, CONTENT_HASH, SHARD, SKIPPED, TOTAL, row_schema
+from fmembed.rows.ids import RowIds, contents_of, keys_of
 from fmembed.sources.canonical import canonical
 from fmembed.sources.files import check_regular, open_root
 from fmembed.sources.formats.base import (
@@ -40,10 +40,10 @@ def read_shard(
         source: What the shard belongs to; its own shards are not looked at.
         shard: What to read.
         index: Which of the source's shards it is, for the rows to say.
-        committed: Rows to leave out.
+        committed: Rows to leave out; those whose content is another by now are counted.
     """
     schema = row_schema(source.carried, source.modality)
-    num_rows = num_skipped = 0
+    num_rows = num_skipped = num_changed = 0
     rows: Iterator[RawRow] = itertools.islice(_read_to_the_end(source, shard), shard.max_rows)
     if source.root is not None:
         rows = _fetch(source, rows, source.root)
@@ -51,12 +51,15 @@ def read_shard(
         table = canonical(source, chunk, index, schema)
         num_rows += table.num_rows
         if committed is not None:
-            done = committed.contains(keys_of(table["row_id"].to_pylist()))
+            keys = keys_of(table["row_id"].to_pylist())
+            done = committed.contains(keys)
             num_skipped += int(done.sum())
+            contents = contents_of(table[CONTENT_HASH].to_pylist())
+            num_changed += int(committed.changed(keys, contents).sum())
             table = table.filter(pa.array(~done))
         if table.num_rows:
             yield table
-    marker = {SHARD: index, TOTAL: num_rows, SKIPPED: num_skipped}
+    marker = {SHARD: index, TOTAL: num_rows, SKIPPED: num_skipped, CHANGED: num_changed}
     yield pa.Table.from_pylist([marker], schema=schema)
 
 

@@ -83,21 +83,17 @@ def plan_shards(name: Format, fs: Any, files: list[File]) -> Iterator[Shard]:
                 yield from shards
     else:
         yield from (Shard((file,)) for file in files)
-    yield from (Shard(group) for group in _group(small, _GROUP_BYTES, by_name=True))
+    yield from (Shard(group) for group in _group(small, _GROUP_BYTES))
 
 
-def _group(
-    files: Iterable[File], most_bytes: int, by_name: bool = False
-) -> Iterator[tuple[File, ...]]:
-    """Neighbours, up to 512 files or about so many bytes; `by_name` also ends groups by hash."""
+def _group(files: Iterable[File], most_bytes: int) -> Iterator[tuple[File, ...]]:
+    """Neighbours, up to 512 files or about so many bytes; some files end a group by their name."""
     group: list[File] = []
     num_bytes = 0
     for file in files:
         group.append(file)
         num_bytes += file.size
-        is_end = (
-            by_name and zlib.crc32(file.name.encode(errors="surrogateescape")) % _GROUP_FILES == 0
-        )
+        is_end = zlib.crc32(file.name.encode(errors="surrogateescape")) % _GROUP_FILES == 0
         if is_end or len(group) == _SHARD_FILES or num_bytes >= most_bytes:
             yield tuple(group)
             group, num_bytes = [], 0

@@ -46,7 +46,7 @@ class Shard:
     dataset, shards of a streamed one); None means all. `first_row` numbers the first row of a
     Parquet shard. `num_rows` is None where only reading tells. `key` changes when the content does:
     a shard whose key is on record as committed is not read again; None where storage does not tell
-    of changes, or where each file is a row and its id is enough. `max_rows` cuts a sample short.
+    of changes. `max_rows` cuts a sample short.
     """
 
     files: tuple[File, ...] = ()
@@ -64,7 +64,7 @@ class Source:
 
     The shards stay on the driver: a task gets its own one, and the rest `without_shards`. `root` is
     the filesystem, and the folder in it, below which the input column's paths are. With
-    `file_is_row` a file's name is its row's id, so that it is known without reading it.
+    `file_is_row` a file's name is its row's id.
     `passed_over` counts what lies among its files and is not read, by reason.
     """
 

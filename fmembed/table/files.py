@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fmembed.errors import DamagedError, reason
 from fmembed.rows.columns import CONTENT_HASH, PARENT_ID, ROW_ID
+from fmembed.rows.ids import Keys, contents_of, keys_of
 from fmembed.storage import Storage
 from fmembed.table.card import PREFIX
 
@@ -121,8 +121,9 @@ class PartFiles:
             if k.startswith(PREFIX.encode())
         }  # fmt: skip
 
-    def read_ids(self, part: Part) -> list[str]:
-        """The source's ids of one part's rows: once for each, however many pieces it has.
+    def read_keys(self, part: Part) -> tuple[Keys, Keys]:
+        """The source's ids of one part's rows, and their contents: once for each row, however many
+        pieces it has.
 
         Raises:
             DamagedError: It is missing, or not as it was written.
@@ -135,8 +136,10 @@ class PartFiles:
             raise self._damaged(part, f"not readable: {reason(e)}") from None
         column = PARENT_ID if PARENT_ID in names else ROW_ID
         # By ranges, however small the part is: every run reads the ids of all and no vector.
-        ids = self._read_pages(part, [column])[column]
-        return list((pc.unique(ids) if column == PARENT_ID else ids).to_pylist())
+        rows = self._read_pages(part, [column, CONTENT_HASH])
+        if column == PARENT_ID:
+            rows = rows.group_by([column, CONTENT_HASH]).aggregate([])
+        return keys_of(rows[column].to_pylist()), contents_of(rows[CONTENT_HASH].to_pylist())
 
     def write(
         self, rows: pa.Table, vectors: Sequence[str] = (), stamp: Mapping[str, str] | None = None

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fmembed.rows.columns import (
+    CHANGED,
     CONTENT_HASH,
     DUPLICATE,
     ERROR,
@@ -49,11 +50,12 @@ REJECTED = "_rejected/"
 
 @dataclass(frozen=True)
 class ShardCount:
-    """Rows of a shard in some blocks; `total` and `skipped` come with its marker only."""
+    """Rows of a shard in some blocks; `total` and what was known come with its marker only."""
 
     rows: int = 0
     rejected: int = 0
     skipped: int = 0
+    changed: int = 0
     total: int | None = None
 
     def __add__(self, other: ShardCount) -> ShardCount:
@@ -61,13 +63,14 @@ class ShardCount:
             self.rows + other.rows,
             self.rejected + other.rejected,
             self.skipped + other.skipped,
+            self.changed + other.changed,
             self.total if other.total is None else other.total,
         )
 
     @property
     def whole(self) -> bool:
-        """Whether every row of the shard is accounted for."""
-        return self.total is not None and self.rows + self.skipped == self.total
+        """Whether every row of the shard is in the table as it is in the source, or rejected."""
+        return self.rows + self.skipped == self.total and not self.changed
 
 
 @dataclass(frozen=True)
@@ -194,8 +197,8 @@ def _count_shards(rows: pa.Table) -> dict[int, ShardCount]:
     grouped = grouped.filter(pc.invert(is_marker)).group_by("shard")
     for g in grouped.aggregate([("bad", "count"), ("bad", "sum")]).to_pylist():
         counts[g["shard"]] += ShardCount(rows=g["bad_count"], rejected=g["bad_sum"])
-    for m in rows.filter(is_marker).select([SHARD, TOTAL, SKIPPED]).to_pylist():
-        counts[m[SHARD]] += ShardCount(skipped=m[SKIPPED], total=m[TOTAL])
+    for m in rows.filter(is_marker).select([SHARD, TOTAL, SKIPPED, CHANGED]).to_pylist():
+        counts[m[SHARD]] += ShardCount(skipped=m[SKIPPED], changed=m[CHANGED], total=m[TOTAL])
     return dict(counts)
 
 

@@ -295,7 +295,7 @@ class Table:
         ).remove_metadata()
 
     def row_ids(self) -> RowIds:
-        """Ids of all rows that a run need not look at again, committed or rejected.
+        """Ids of all rows that are known, committed or rejected; contents of the committed ones.
 
         From here on this object commits only on top of what was read here.
 
@@ -303,25 +303,23 @@ class Table:
             DamagedError: A part is missing, or not as it was written.
         """
         ids = RowIds()
-        known = set()
+        rows, rejected = self.rows.pin(), self.rejected.pin()
+        for part in rows:
+            ids.add(*self.rows.files.read_keys(part))
         self.num_twins = 0
-        for log, folder in ((self.rows, ""), (self.rejected, REJECTED)):
-            for part in log.pin():
-                ids.add(
-                    keys_of(log.files.read_ids(part) if not folder else self._ids_rejected(part))
-                )
-                known.add(folder + part.path)
-        self.known_parts = frozenset(known)
+        for part in rejected:
+            causes = self.rejected.files.read_columns(part, [ROW_ID, "error"])
+            is_twin = pc.equal(causes["error"], DUPLICATE)
+            # Not by these: the row with that id may not be in the table (it is committed later than
+            # its twin is rejected), or no longer. Where it is, either content is a known one.
+            twins = keys_of(causes.filter(is_twin)[ROW_ID].to_pylist())
+            ids.forget_contents(twins)
+            self.num_twins += len(twins)
+            ids.add(keys_of(causes.filter(pc.invert(is_twin))[ROW_ID].to_pylist()))
+        self.known_parts = frozenset(
+            [part.path for part in rows] + [REJECTED + part.path for part in rejected]
+        )
         return ids
-
-    def _ids_rejected(self, part: Part) -> list[str]:
-        """Ids of rejected rows, but of none that another row has: that one may not be in the table
-        (it is committed later than its twin is rejected), or no longer.
-        """
-        rows = self.rejected.files.read_columns(part, [ROW_ID, "error"])
-        unlike = rows.filter(pc.not_equal(rows["error"], DUPLICATE))
-        self.num_twins += rows.num_rows - unlike.num_rows
-        return list(unlike[ROW_ID].to_pylist())
 
     @property
     def has_moved(self) -> bool:

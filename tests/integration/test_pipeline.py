@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 import urllib.request
 from dataclasses import asdict
@@ -19,7 +20,7 @@ import ray
 from conftest import SENTENCES, run_cli, write_jsonl
 
 import fmembed
-from fmembed import RejectedError, RunSpec, TableError, cli
+from fmembed import ChangedError, RejectedError, RunSpec, TableError, cli
 from fmembed.bench.ways import EmbedNothing
 from fmembed.run.memory import _BUFFER_BYTES, _Bound
 
@@ -87,6 +88,52 @@ def test_what_is_not_read_or_does_not_fit_is_said(
     parts["source"]["input"] = "n"
     with pytest.raises(TableError, match=r"^source\.input: .* the column 'text', this run .* 'n'"):
         fmembed.embed(spec(tmp_path, tiny_bert, **parts))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_no_row_is_taken_for_done_because_of_its_name_alone(
+    tmp_path: Path, tiny_bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def config(folder: str, out: str, on_changed: str = "refuse") -> RunSpec:
+        source = {"uri": str(tmp_path / folder), "id": None, "label": None}
+        output = {"uri": str(tmp_path / out), "on_changed": on_changed}
+        return spec(tmp_path, tiny_bert, source=source, output=output, probes=[])
+
+    def write(folder: str, texts: list[str], num_kept: int) -> None:
+        """Texts as lines, and as files that are rows; those kept are not touched."""
+        (tmp_path / folder).mkdir(exist_ok=True)
+        write_jsonl(tmp_path / folder / "part.jsonl", [{"text": t} for t in texts])
+        (tmp_path / f"{folder}-files").mkdir(exist_ok=True)
+        for i, text in enumerate(texts[num_kept:], start=num_kept):
+            (tmp_path / f"{folder}-files" / f"{i}.txt").write_text(text)
+
+    write("en", WORDS, 0)
+    write("de", [f"{w} auf Deutsch" for w in WORDS], 0)
+    for kind in ("", "-files"):
+        assert fmembed.embed(config(f"en{kind}", f"out{kind}")).rows_embedded == 4
+        # Another source, whose ids are the same: none of its rows is in the table.
+        with pytest.raises(ChangedError, match=r"^source: 4 rows have another content"):
+            fmembed.embed(config(f"de{kind}", f"out{kind}"))
+        # The same rows at another place are the same.
+        shutil.copytree(tmp_path / f"en{kind}", tmp_path / f"copy{kind}")
+        copied = fmembed.embed(config(f"copy{kind}", f"out{kind}"))
+        assert (copied.rows_embedded, copied.rows_skipped, copied.rows_changed) == (0, 4, 0)
+    before = {kind: vectors(str(tmp_path / f"out{kind}")) for kind in ("", "-files")}
+    write("en", [*WORDS[:2], "mended", "changed", "new"], 2)
+    for kind in ("", "-files"):
+        with pytest.raises(ChangedError, match=r"^source: 2 rows have another content"):
+            fmembed.embed(config(f"en{kind}", f"out{kind}"))
+        # It is said each time, and what is new is in the table all the same.
+        kept = fmembed.embed(config(f"en{kind}", f"out{kind}", "keep"))
+        assert (kept.rows_embedded, kept.rows_skipped, kept.rows_changed) == (0, 5, 2)
+        now = vectors(kept.table)
+        assert len(now) == 5
+        assert (now[:4] == before[kind]).all()
+        cli._print_result(json.loads(json.dumps(asdict(kept))), as_json=False)
+        shown = capsys.readouterr().out
+        assert "changed   2 rows have another content by now" in shown
+        assert "nothing to do" not in shown
+        assert fmembed.verify(kept.table).problems == []
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -5,7 +5,7 @@ import pytest
 
 from fmembed.errors import SourceError, SpecError
 from fmembed.rows.columns import RESERVED, table_schema
-from fmembed.rows.ids import RowIds, keys_of
+from fmembed.rows.ids import RowIds, contents_of, keys_of
 from fmembed.rows.pieces import INPUT_COLUMNS, PIECE_COLUMNS
 from fmembed.sources.opening import open_source
 from fmembed.spec import OWN_COLUMNS, RunSpec, SourceSpec
@@ -31,25 +31,37 @@ def test_no_carried_column_has_a_reserved_name(name: str) -> None:
             open_source(SourceSpec(uri="no such file", **column))
 
 
-def test_row_ids_answer_as_a_set_does() -> None:
-    ids, reference = RowIds(), set()
+def test_row_ids_answer_as_a_dictionary_does() -> None:
+    ids, reference = RowIds(), {}
     for start in range(0, 3000, 7):
         names = [f"row-{i}" for i in range(start, start + 5)]
-        new = [n for n in names if n not in reference]
-        ids.add(keys_of(new))
-        reference |= set(new)
-    asked = [f"row-{i}" for i in range(4000)]
-    assert ids.contains(keys_of(asked)).tolist() == [n in reference for n in asked]
+        new = {n: f"{start:032x}" if start % 2 else None for n in names if n not in reference}
+        ids.add(keys_of(new), contents_of(new.values()))
+        reference |= new
     assert len(ids) == len(reference)
+    asked = [f"row-{i}" for i in range(4000)]
+    keys = keys_of(asked)
+    assert ids.contains(keys).tolist() == [n in reference for n in asked]
+    # Rows read with the content they had, but each third with another, and some unreadable.
+    now = [reference.get(n) if i % 3 else "ff" * 16 for i, n in enumerate(asked)]
+    now = [None if i % 5 == 0 else c for i, c in enumerate(now)]
+    known = [reference.get(n) for n in asked]
+    is_changed = [k is not None and k != c for k, c in zip(known, now, strict=True)]
+    assert 100 < sum(is_changed) < 2000
+    assert ids.changed(keys, contents_of(now)).tolist() == is_changed
+    ids.forget_contents(keys[::2])
+    is_changed[::2] = [False] * len(is_changed[::2])
+    assert ids.changed(keys, contents_of(now)).tolist() == is_changed
 
 
 def test_empty() -> None:
     assert RowIds().contains(keys_of(["a"])).tolist() == [False]
+    assert RowIds().changed(keys_of(["a"]), contents_of([None])).tolist() == [False]
 
 
-def test_a_row_id_takes_16_bytes() -> None:
+def test_a_row_takes_32_bytes() -> None:
     ids = RowIds()
     for start in range(0, 10_000, 100):
         ids.add(keys_of(f"doc-{i}" for i in range(start, start + 100)))
-    assert ids.nbytes == 16 * len(ids) == 160_000
+    assert ids.nbytes == 32 * len(ids) == 320_000
     assert ids.contains(keys_of(["doc-0", "doc-9999", "doc-10000"])).tolist() == [True, True, False]

@@ -21,7 +21,7 @@ import ray.data
 from conftest import write_jsonl
 
 from fmembed.errors import SourceError
-from fmembed.rows.ids import RowIds, keys_of
+from fmembed.rows.ids import RowIds, contents_of, keys_of
 from fmembed.run.stages import read
 from fmembed.run.work import skip_committed
 from fmembed.sources.opening import open_source
@@ -106,9 +106,43 @@ def test_text_folder_label_is_the_folder(tmp_path: Path) -> None:
         ("a/1.txt", "a", "about a"),
         ("b/1.txt", "b", "about b"),
     ]
-    left, num_skipped = skip_committed(open_source(spec), RowIds(keys_of(["a/1.txt"])), {})
-    assert num_skipped == 1
-    assert [f.name for shard in left.shards for f in shard.files] == ["b/1.txt"]
+
+
+def test_files_that_are_rows_are_read_again_when_they_change(tmp_path: Path) -> None:
+    for i in range(600):
+        (tmp_path / f"{i:03}.txt").write_text(f"about {i}")
+    spec = SourceSpec(uri=str(tmp_path))
+    shards = open_source(spec).shards
+    whole = {shard.key: len(shard.files) for shard in shards if shard.key}
+    assert len(whole) == len(shards) > 1
+    left, num_skipped = skip_committed(open_source(spec), whole)
+    assert (left.shards, num_skipped) == ((), 600)
+    # Of the others only what they are grouped with: ends of groups are found by name.
+    (tmp_path / "300.txt").write_text("about something else")
+    (tmp_path / "301b.txt").write_text("new")
+    left, num_skipped = skip_committed(open_source(spec), whole)
+    assert num_skipped > 0
+    again = {f.name for shard in left.shards for f in shard.files}
+    assert {"300.txt", "301b.txt"} < again
+    assert len(again) + num_skipped == 601
+
+
+def test_rows_with_another_content_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"text": "about {i}"}}\n' for i in range(6)))
+    spec = SourceSpec(uri=str(tmp_path))
+    (first,) = [t for t in read_here(open_source(spec)) if t.num_rows > 1]
+    known = RowIds(keys_of(first["row_id"].to_pylist()), contents_of(["ab" * 16] * 2 + [None] * 4))
+    known.add(keys_of(["in.jsonl#6"]), contents_of(["ab" * 16]))
+    (tmp_path / "in.jsonl").write_text(
+        "".join(f'{{"text": "about {i}"}}\n' for i in range(6)) + "cut\n" + '{"text": "new"}\n'
+    )
+    source = open_source(spec)
+    new, marker = read_shard(source, source.shards[0], 0, known)
+    assert new["_input"].to_pylist() == ["new"]
+    # Two texts are others by now, and what was embedded from row 6 is no row any more.
+    assert marker.select(["_total", "_skipped", "_changed"]).to_pylist() == [
+        {"_total": 8, "_skipped": 7, "_changed": 3}
+    ]
 
 
 NAMES = ("a%2Fb", "c%20d", "e f", "g#h", "i?j", "ü", "k::l", "m@n:o", "p+q&r=s", "http:", "t*u")
@@ -203,18 +237,18 @@ def test_whole_shards_are_not_read_again_until_they_change(
     assert all(keys)
     assert len(set(keys)) == len(keys)
     whole = {key: 20 for key in keys if key}
-    left, num_skipped = skip_committed(open_source(spec), RowIds(), whole)
+    left, num_skipped = skip_committed(open_source(spec), whole)
     assert (left.shards, num_skipped) == ((), 20)
     # Another column may mean other rows; another label does not.
     renamed = spec.model_copy(update={"input": "topic"})
-    assert skip_committed(open_source(renamed), RowIds(), whole)[1] == 0
+    assert skip_committed(open_source(renamed), whole)[1] == 0
     if make is not hf:  # its fingerprint covers the columns chosen
         labelled = spec.model_copy(update={"label": "topic"})
-        assert skip_committed(open_source(labelled), RowIds(), whole)[1] == 20
+        assert skip_committed(open_source(labelled), whole)[1] == 20
         changed = tmp_path / open_source(spec).shards[0].files[0].name
         before = changed.stat()
         os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
-        assert skip_committed(open_source(spec), RowIds(), whole)[1] == 0
+        assert skip_committed(open_source(spec), whole)[1] == 0
 
 
 @pytest.mark.parametrize(
@@ -384,10 +418,10 @@ def test_small_files_share_a_task(
     # What is whole stays on record, but for the group of a file that is new or has changed.
     whole = {shard.key: 2 * len(shard.files) for shard in source.shards if shard.key}
     assert len(whole) == len(source.shards)
-    assert skip_committed(open_source(spec), RowIds(), whole)[0].shards == ()
+    assert skip_committed(open_source(spec), whole)[0].shards == ()
     for name in (f"07b.{suffix}", f"30.{suffix}"):
         shutil.copyfile(tmp_path / f"00.{suffix}", tmp_path / name)
-        left, _ = skip_committed(open_source(spec), RowIds(), whole)
+        left, _ = skip_committed(open_source(spec), whole)
         assert name in {f.name for shard in left.shards for f in shard.files}
     assert len(left.shards) <= 3
 

@@ -17,7 +17,6 @@ import pytest
 from web_server import Server, serve
 
 from fmembed.errors import SourceError
-from fmembed.rows.ids import RowIds
 from fmembed.run.work import skip_committed
 from fmembed.sources.opening import open_source
 from fmembed.sources.reading import read_shard
@@ -85,7 +84,7 @@ def test_ids_and_shards_stay_when_the_signature_is_another(server: Server) -> No
         found.append((list(texts_by_id(spec)), [s.key for s in open_source(spec).shards]))
     assert found[0] == found[1] == found[2]
     assert found[0][1][0]
-    assert skip_committed(open_source(spec), RowIds(), {found[0][1][0]: 3})[1] == 3
+    assert skip_committed(open_source(spec), {found[0][1][0]: 3})[1] == 3
 
 
 @pytest.mark.parametrize("uri", ["/data/", "/data", "/data/*.jsonl"])
