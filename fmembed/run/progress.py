@@ -20,6 +20,7 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemai
 from rich.text import Text
 
 from fmembed import terminal
+from fmembed.run.stages import READER
 from fmembed.run.verdict import EMBED, READ, WRITE
 
 
@@ -98,12 +99,16 @@ class _Counter(ExecutionCallback):
     def on_execution_step(self, executor: Any) -> None:
         if self.progress is None:
             return
-        for operator in executor._topology or ():
+        operators = list(executor._topology or ())
+        # A task of reading is a shard, and ends with its marker row, which is no row of the source.
+        # Behind it some markers are still on their way: there fewer are shown until they are out.
+        markers = sum(o.metrics.num_tasks_finished or 0 for o in operators if READER in o.name)
+        for operator in operators:
             stage = next((s for part, s in self.operators.items() if part in operator.name), None)
             if stage is not None:
                 metrics = operator.metrics
                 rows, busy_s = metrics.row_outputs_taken, metrics.block_generation_time
-                self.progress.set(stage, rows or 0, busy_s or 0.0)
+                self.progress.set(stage, max((rows or 0) - markers, 0), busy_s or 0.0)
 
     def after_execution_succeeds(self, executor: Any) -> None:
         self.on_execution_step(executor)

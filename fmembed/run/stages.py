@@ -21,6 +21,8 @@ from fmembed.sources.reading import read_shard
 from fmembed.sources.source import Shard, Source
 from fmembed.spec import PreprocessSpec
 
+# What stands in the name of the Ray Data operator that reads: "Read" and the datasource's name.
+READER = "ReadShards"
 # Ray's own default is endless: a model that kills its process would never fail the run.
 MAX_ACTOR_RESTARTS = 3
 # Windows in flight per actor: one being embedded, one waiting. Ray hands out four by itself, and

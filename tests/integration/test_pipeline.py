@@ -160,6 +160,8 @@ def test_end_to_end_and_again(tmp_path: Path, tiny_bert: Path) -> None:
     assert verdict["mfu"] > 0
     assert "give a run more rows" in verdict["advice"]
     assert "Where the time went" in html
+    # The marker row that ends a shard is none of the source's.
+    assert {stage["rows"] for stage in first.stages.values()} == {240}
     assert fmembed.read(first.table, engine="ray").count() == 240
     _check_metrics(first)
 
