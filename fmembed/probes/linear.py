@@ -87,7 +87,9 @@ def _suspicious(data: LabelledRows, c: float) -> list[dict[str, Any]]:
         for i, p in zip(rows, probabilities, strict=True):
             if int(data.labels[i]) in column:  # a label no other fifth has cannot be judged
                 belief[i] = p[column[int(data.labels[i])]]
-    order = np.argsort(belief)[:_NUM_SUSPICIOUS]
+    # First those that the models contradict: a rare label may be the least believed one of others.
+    contradicted = np.flatnonzero(np.isfinite(belief) & (guess != data.labels))
+    order = contradicted[np.argsort(belief[contradicted], kind="stable")]
     return [
         {
             "row_id": data.row_ids[i],
@@ -96,6 +98,5 @@ def _suspicious(data: LabelledRows, c: float) -> list[dict[str, Any]]:
             "probability": float(belief[i]),
             "text": data.texts[i][:300] if data.texts is not None else None,
         }
-        for i in order
-        if np.isfinite(belief[i]) and guess[i] != data.labels[i]
+        for i in order[:_NUM_SUSPICIOUS]
     ]

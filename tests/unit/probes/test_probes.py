@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -24,6 +24,7 @@ from fmembed.probes import (
     run_probe,
 )
 from fmembed.probes.knn import knn_predict
+from fmembed.probes.linear import _suspicious
 from fmembed.probes.zeroshot import class_vectors
 from fmembed.spec import ProbeName
 
@@ -69,6 +70,32 @@ def test_vectors_that_say_nothing_score_as_chance(name: str) -> None:
 def test_wrong_labels_are_the_suspicious_ones() -> None:
     result = run_probe("linear", Sample(data(noise=0.05, wrong=4)))
     assert {s["row_id"] for s in result["suspicious"][:4]} == {"r0", "r1", "r2", "r3"}
+
+
+def test_what_no_model_contradicts_takes_no_place_among_the_suspicious(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twelve rows are hardly believed, and yet nothing is believed more: that is no contradiction.
+
+    Two are contradicted, with more belief left.
+    """
+
+    class Told:
+        classes_ = np.arange(8)
+
+        def predict_proba(self, vectors: Any) -> Any:
+            return vectors
+
+    monkeypatch.setattr("fmembed.probes.linear.fit", lambda *_: Told())
+    made = data(noise=0.05)
+    vectors = np.eye(8, dtype=np.float32)[made.labels]
+    vectors[:12] = 0.12
+    vectors[np.arange(12), made.labels[:12]] = 0.16
+    for i in (50, 60):
+        vectors[i] = 0.0
+        vectors[i, [made.labels[i], (made.labels[i] + 1) % 3]] = (0.4, 0.6)
+    found = _suspicious(replace(made, vectors=vectors), 1.0)
+    assert {s["row_id"] for s in found} == {"r50", "r60"}
 
 
 def test_tfidf_is_a_real_competitor() -> None:
