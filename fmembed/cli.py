@@ -303,7 +303,11 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
             _print(f"{name:<9} skipped: {p['skipped']}")
             continue
         metric = p["metric"] + (f" (k = {p['k']})" if "k" in p else "")
-        baselines = ", ".join(f"{n} {v:.3f}" for n, v in p["baselines"].items())
+        chance = p.get("by_chance", {})
+        baselines = ", ".join(
+            f"{n} {v:.3f}" + (_describe_chance(chance) if n == chance.get("baseline") else "")
+            for n, v in p["baselines"].items()
+        )
         if "missing" in p:
             baselines += f"; no cheap competitor: {p['missing']}"
         _print(
@@ -312,6 +316,13 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     _print(f"table     {result['table']} version {result['version']}")
     if result["report"]:
         _print(f"report    {result['report']}")
+
+
+def _describe_chance(chance: dict[str, Any]) -> str:
+    return (
+        f" ({chance['low']:.3f} to {chance['high']:.3f} in {chance['shuffles']:,} shuffles, "
+        f"p = {chance['p']:.3f})"
+    )
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -103,6 +103,15 @@ class _Interval(_Record):
     value: float
     low: float
     high: float
+    # Of a baseline made by shuffling; records of earlier versions are without.
+    shuffles: int | None = None
+    p: float | None = None
+
+    @model_validator(mode="after")
+    def _check_chance(self) -> _Interval:
+        if (self.shuffles is None) != (self.p is None):
+            raise ValueError("takes both the number of shuffles and p, or neither")
+        return self
 
 
 class _Score(_Interval):

@@ -21,10 +21,19 @@ def pick_headlines(results: Sequence[dict[str, Any]], card: Card) -> dict[str, A
         else {
             **r["headline"],
             "baselines": {n: b["value"] for n, b in r["baselines"].items() if b is not None},
+            **_by_chance(r["baselines"]),
             **({"missing": r["missing"]} if "missing" in r else {}),
         }
         for r in results
     }
+
+
+def _by_chance(baselines: dict[str, Any]) -> dict[str, Any]:
+    """Of the baseline that was made by shuffling, all its figures; a probe has at most one."""
+    for name, found in baselines.items():
+        if found is not None and found.get("shuffles"):
+            return {"by_chance": {"baseline": name, **found}}
+    return {}
 
 
 def in_usd(spec: RunSpec, run: RunResult) -> float | None:

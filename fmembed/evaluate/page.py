@@ -117,8 +117,11 @@ def _score(s: dict[str, float]) -> markupsafe.Markup:
         return round(100 * min(max(v, 0.0), 1.0), 2)
 
     low, high = percent(s["low"]), percent(s["high"])
+    range_ = f"{s['low']:.4f} to {s['high']:.4f}"
+    if s.get("shuffles"):
+        range_ += f" in {s['shuffles']:,} shuffles, p = {s['p']:.3f}"
     return markupsafe.Markup(  # noqa: S704 - only formatted numbers go in
-        f'<td class="n">{s["value"]:.4f}</td><td class="n">{s["low"]:.4f} to {s["high"]:.4f}</td>'
+        f'<td class="n">{s["value"]:.4f}</td><td class="n">{range_}</td>'
         f'<td><div class="track"><i style="width:{percent(s["value"])}%"></i>'
         f'<u style="left:{low}%;width:{max(high - low, 0.5):.2f}%"></u></div></td>'
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fmembed.probes.data import Floats
+from fmembed.probes.arrays import Floats
 
 _SIDE_PX = 16
 _NUM_BANDS = 40

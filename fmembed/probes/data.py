@@ -1,25 +1,20 @@
-"""What a probe is, what it gets, and what probes share: the split, the intervals, the baselines."""
+"""What a probe is, what it gets, and what probes share: the split and the baselines."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
+
+from fmembed.probes.arrays import Bools, Floats, Ints
+from fmembed.probes.intervals import accuracy
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
-Floats = npt.NDArray[np.floating[Any]]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-
 MAX_ROWS = 20_000
-NUM_BOOTSTRAP = 1000
-SEED = 0
 _BUCKETS = 100
 _TEST_BUCKETS = 20
 _C_GRID = tuple(float(c) for c in 10.0 ** np.arange(-2, 6))
@@ -45,9 +40,10 @@ class Probe(Protocol):
         Returns:
             JSON: `scores`, each with metric, value, low and high (a 95 % interval) and perhaps k;
             `headline`, the one of them that is shown first; `baselines` by name, value, low and
-            high each, or None where its input is missing. A probe may add `confusion` (classes,
-            counts) and `suspicious` (row_id, label, predicted, probability, text), which the report
-            shows, and put its own `num_train` and `num_test` over those of the sample.
+            high each, or None where its input is missing; the one made by shuffling as
+            `intervals.permutation_test` gives it. A probe may add `confusion` (classes, counts) and
+            `suspicious` (row_id, label, predicted, probability, text), which the report shows, and
+            put its own `num_train` and `num_test` over those of the sample.
 
         Raises:
             UnfitError: These rows do not suffice.
@@ -206,30 +202,6 @@ def normalized(vectors: Floats) -> Floats:
     """Vectors of length 1 along the last axis, float32; a vector of zeros stays one."""
     vectors = vectors.astype(np.float32)
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12))
-
-
-def accuracy(truth: Ints, predicted: Ints) -> dict[str, float]:
-    """Share of equal entries with its bootstrap 95 % interval."""
-    return bootstrap(len(truth), lambda rows: float(np.mean(truth[rows] == predicted[rows])))
-
-
-def bootstrap(
-    num_rows: int, score: Callable[[Ints], float], num_samples: int = NUM_BOOTSTRAP
-) -> dict[str, float]:
-    """Score all rows, and resampled rows for the percentile 95 % interval (Efron 1979)."""
-    rng = np.random.default_rng(SEED)
-    scores = [score(rng.integers(0, num_rows, num_rows)) for _ in range(num_samples)]
-    low, high = np.quantile(scores, [0.025, 0.975])
-    return {
-        "value": score(np.arange(num_rows)),
-        "low": float(low),
-        "high": float(high),
-    }
-
-
-def shuffled(labels: Ints) -> Ints:
-    """The labels in a random order: what a probe scores when vectors say nothing."""
-    return np.random.default_rng(SEED).permutation(labels)
 
 
 def majority(data: LabelledRows) -> dict[str, float]:

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fmembed.probes.data import Floats, Ints, Need, Sample, accuracy, majority, normalized, shuffled
+from fmembed.probes.arrays import Floats, Ints
+from fmembed.probes.data import Need, Sample, majority, normalized
+from fmembed.probes.intervals import accuracy, shuffled_accuracy
 
-VERSION = 1
+VERSION = 2
 NEEDS: frozenset[Need] = frozenset(("labels", "competitor"))
 _KS = (10, 20, 100, 200)
 _TEMPERATURE = 0.07
@@ -29,19 +31,16 @@ def run(sample: Sample) -> dict[str, Any]:
     train, test = ~data.test, data.test
     ks = sorted({min(k, int(train.sum())) for k in _KS})
     truth = data.labels[test]
-
-    def predict(labels: Ints) -> dict[int, Ints]:
-        return knn_predict(data.vectors[train], labels, data.vectors[test], ks, len(data.classes))
-
-    predicted = predict(data.labels[train])
+    predicted = knn_predict(
+        data.vectors[train], data.labels[train], data.vectors[test], ks, len(data.classes)
+    )
     scores = [{"metric": "accuracy", "k": k, **accuracy(truth, predicted[k])} for k in ks]
-    chance = predict(shuffled(data.labels[train]))
     return {
         "scores": scores,
         "headline": scores[0],
         "baselines": {
             "majority": majority(data),
-            "shuffled labels": accuracy(truth, chance[ks[0]]),
+            "shuffled labels": shuffled_accuracy(truth, predicted[ks[0]]),
             f"{data.cheap_name} + logistic regression": sample.competitor,
         },
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fmembed.probes.data import SEED, Floats
+from fmembed.probes.arrays import SEED, Floats
 
 MAX_ROWS = 3_000
 

@@ -10,19 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fmembed.probes.data import (
-    Floats,
-    Ints,
-    Need,
-    Sample,
-    accuracy,
-    bootstrap,
-    majority,
-    normalized,
-    shuffled,
-)
+from fmembed.probes.arrays import Floats, Ints
+from fmembed.probes.data import Need, Sample, majority, normalized
+from fmembed.probes.intervals import accuracy, mean_by_class, shuffled_accuracy
 
-VERSION = 1
+VERSION = 2
 NEEDS: frozenset[Need] = frozenset(("labels", "prompts"))
 TEMPLATES = {
     "image": ("a photo of a {}.", "a picture of the {}.", "an image of one {}."),
@@ -51,7 +43,7 @@ def run(sample: Sample) -> dict[str, Any]:
         first = np.argsort(-logits, axis=1, kind="stable")[:, :5]
         hits = (first == truth[:, None]).any(axis=1)
         scores.append({"metric": "accuracy", "k": 5, **accuracy(hits, np.ones_like(hits))})
-    scores.append({"metric": "mean recall by class", **_recall(truth, predicted)})
+    scores.append({"metric": "mean recall by class", **mean_by_class(truth, predicted, "recall")})
     single = (vectors @ class_vectors(prompts[:, :1]).T).argmax(axis=1)
     return {
         "scores": scores,
@@ -60,7 +52,7 @@ def run(sample: Sample) -> dict[str, Any]:
         "num_train": 0,
         "baselines": {
             "majority": majority(data) if data.named_split else _most_frequent(truth),
-            "shuffled labels": accuracy(shuffled(truth), predicted),
+            "shuffled labels": shuffled_accuracy(truth, predicted),
             "first template alone": accuracy(truth, single),
         },
     }
@@ -69,20 +61,6 @@ def run(sample: Sample) -> dict[str, Any]:
 def class_vectors(prompts: Floats) -> Floats:
     """One vector a class, shape (classes, dim)."""
     return normalized(normalized(prompts).mean(axis=1))
-
-
-def _recall(truth: Ints, predicted: Ints) -> dict[str, float]:
-    from sklearn.metrics import recall_score
-
-    def score(rows: Ints) -> float:
-        labels = np.unique(truth[rows])
-        return float(
-            recall_score(
-                truth[rows], predicted[rows], average="macro", labels=labels, zero_division=0
-            )
-        )
-
-    return bootstrap(len(truth), score, num_samples=200)
 
 
 def _most_frequent(truth: Ints) -> dict[str, float]:

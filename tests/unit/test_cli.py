@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,9 @@ import yaml
 from conftest import run_cli, write_jsonl
 from tables import CARD, SCHEMA, block, write
 
-from fmembed.cli import run
+from fmembed.cli import _print_result, run
 from fmembed.errors import FmembedError
+from fmembed.evaluate.facts import pick_headlines
 from fmembed.result import RunResult
 from fmembed.table.table import Table
 from fmembed.table.verify import VerifyResult
@@ -258,6 +260,29 @@ def test_nothing_of_the_data_is_obeyed_by_a_terminal(
     # The forged line has begun no line.
     if answer is not hostile_warning:
         assert "\nfmembed: all is well" not in said
+
+
+def test_a_score_is_printed_with_what_chance_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    chance = {"value": 0.2, "low": 0.1, "high": 0.3, "shuffles": 1000, "p": 0.000999}
+    score = {"metric": "AMI", "value": 0.9, "low": 0.8, "high": 0.95}
+    probe = {
+        "probe": "clustering", "column": "embedding", "headline": score,
+        "baselines": {"majority": {**score, "value": 0.0}, "shuffled labels": chance},
+    }  # fmt: skip
+    earlier = {**probe, "probe": "knn", "baselines": {"shuffled labels": score}}
+    card: Any = SimpleNamespace(pooled=["embedding"])
+    result = RunResult(
+        run_id="r", started="", table="t", version=1, fingerprint="",
+        probes=pick_headlines([probe, earlier], card),
+    )  # fmt: skip
+    _print_result(asdict(result), as_json=False)
+    said = capsys.readouterr().out
+    assert (
+        "clustering AMI 0.900 [0.800, 0.950]; majority 0.000, shuffled labels 0.200 "
+        "(0.100 to 0.300 in 1,000 shuffles, p = 0.001)\n" in said
+    )
+    # As a version before this one has stored it.
+    assert "knn       AMI 0.900 [0.800, 0.950]; shuffled labels 0.900\n" in said
 
 
 def test_arguments_are_not_obeyed_either(tmp_path: Path) -> None:

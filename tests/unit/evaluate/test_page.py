@@ -43,7 +43,9 @@ def make(text: str) -> str:
         "probe": "linear", "column": text, "version": 1, "num_train": 8, "num_test": 2,
         "num_classes": 2, "C": 1.0,
         "scores": [{"metric": text, **score}], "headline": {"metric": text, **score},
-        "baselines": {text: score, "TF-IDF": None}, "missing": text,
+        "baselines": {
+            text: score, "TF-IDF": None, "shuffled": {**score, "shuffles": 1000, "p": 0.001},
+        }, "missing": text,
         "confusion": {"classes": [text, "b"], "counts": [[1, 0], [0, 0]]},
         "suspicious": [{"row_id": text, "label": text, "predicted": text, "probability": 0.01,
                         "text": text}],
@@ -121,6 +123,8 @@ def test_no_network_is_needed() -> None:
 def test_it_shows_the_parts() -> None:
     html = make("plain")
     assert html.count("<circle") == 2
+    assert "0.8000 to 0.9500</td>" in html
+    assert "0.8000 to 0.9500 in 1,000 shuffles, p = 0.001</td>" in html
     for heading in (
         "Throughput by stage",
         "Probes",

@@ -185,6 +185,9 @@ def test_records_as_they_are_written_pass() -> None:
     assert check_run({**RUN, "verdict": VERDICT}, "").verdict == VERDICT
     assert check_run({**RUN, "verdict": {}}, "").verdict == {}
     assert check_probe(json.loads(json.dumps(PROBE)), "knn", "embedding") == PROBE
+    chance = {"value": 0.2, "low": 0.1, "high": 0.3, "shuffles": 1000, "p": 0.001}
+    now = {**PROBE, "baselines": {"shuffled labels": chance}}
+    assert check_probe(now, "knn", "embedding") == now
     skipped = {k: PROBE[k] for k in ("probe", "column", "version", "num_train", "num_test")}
     skipped |= {"seconds": 0.0, "skipped": "why"}
     assert check_probe(skipped, "knn", "embedding") == skipped
@@ -199,6 +202,8 @@ def test_records_as_they_are_written_pass() -> None:
         {"headline": {**SCORE, "value": "<script>alert(1)</script>"}},
         {"scores": [{**SCORE, "low": None}]},
         {"baselines": {"majority": "x"}},
+        {"baselines": {"shuffled labels": {"value": 0, "low": 0, "high": 0, "shuffles": 20}}},
+        {"baselines": {"shuffled labels": {"value": 0, "low": 0, "high": 0, "p": "<b>"}}},
         {"num_test": "<b>"},
         {"C": "1; background: url(x)"},
         {"skipped": ["x"]},

@@ -56,7 +56,10 @@ def test_good_vectors_score_and_baselines_do_not(name: str) -> None:
     assert result["headline"]["value"] > 0.99
     assert result["headline"]["low"] <= result["headline"]["value"] <= result["headline"]["high"]
     assert result["baselines"]["majority"]["value"] < 0.5
-    assert result["baselines"]["shuffled labels"]["value"] < 0.6
+    chance = result["baselines"]["shuffled labels"]
+    assert chance["low"] <= chance["value"] <= chance["high"] < 0.6
+    assert chance["shuffles"] >= 20
+    assert chance["p"] < 0.05
 
 
 @pytest.mark.slow
@@ -64,6 +67,7 @@ def test_good_vectors_score_and_baselines_do_not(name: str) -> None:
 def test_vectors_that_say_nothing_score_as_chance(name: str) -> None:
     result = run_probe(name, Sample(data(noise=1000.0)))
     assert result["headline"]["value"] < 0.6
+    assert result["baselines"]["shuffled labels"]["p"] > 0.05
 
 
 @pytest.mark.slow
@@ -96,6 +100,19 @@ def test_what_no_model_contradicts_takes_no_place_among_the_suspicious(
         vectors[i, [made.labels[i], (made.labels[i] + 1) % 3]] = (0.4, 0.6)
     found = _suspicious(replace(made, vectors=vectors), 1.0)
     assert {s["row_id"] for s in found} == {"r50", "r60"}
+
+
+def test_clustering_begins_with_the_score_that_chance_does_not_raise() -> None:
+    rng = np.random.default_rng(0)
+    labels = [f"class {i % 40:02d}" for i in range(200)]
+    hashes = [hashlib.blake2b(str(i).encode(), digest_size=16).hexdigest() for i in range(200)]
+    vectors = rng.normal(size=(200, 8)).astype(np.float32)
+    made = label_rows([str(i) for i in range(200)], hashes, vectors, labels, None, None)
+    result = run_probe("clustering", Sample(made))
+    scores = {s["metric"]: s for s in result["scores"]}
+    assert result["headline"] == scores["AMI"]
+    assert abs(scores["AMI"]["value"]) < 0.1 < 0.5 < scores["V-measure"]["value"]
+    assert all(s["low"] <= s["value"] <= s["high"] for s in scores.values())
 
 
 def test_tfidf_is_a_real_competitor() -> None:
