@@ -305,7 +305,7 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
         metric = p["metric"] + (f" (k = {p['k']})" if "k" in p else "")
         chance = p.get("by_chance", {})
         baselines = ", ".join(
-            f"{n} {v:.3f}" + (_describe_chance(chance) if n == chance.get("baseline") else "")
+            f"{n} {v:z.3f}" + (_describe_chance(chance) if n == chance.get("baseline") else "")
             for n, v in p["baselines"].items()
         )
         if "missing" in p:

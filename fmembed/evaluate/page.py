@@ -121,7 +121,7 @@ def _score(s: dict[str, float]) -> markupsafe.Markup:
     if s.get("shuffles"):
         range_ += f" in {s['shuffles']:,} shuffles, p = {s['p']:.3f}"
     return markupsafe.Markup(  # noqa: S704 - only formatted numbers go in
-        f'<td class="n">{s["value"]:.4f}</td><td class="n">{range_}</td>'
+        f'<td class="n">{s["value"]:z.4f}</td><td class="n">{range_}</td>'
         f'<td><div class="track"><i style="width:{percent(s["value"])}%"></i>'
         f'<u style="left:{low}%;width:{max(high - low, 0.5):.2f}%"></u></div></td>'
     )

@@ -267,7 +267,7 @@ def test_a_score_is_printed_with_what_chance_gives(capsys: pytest.CaptureFixture
     score = {"metric": "AMI", "value": 0.9, "low": 0.8, "high": 0.95}
     probe = {
         "probe": "clustering", "column": "embedding", "headline": score,
-        "baselines": {"majority": {**score, "value": 0.0}, "shuffled labels": chance},
+        "baselines": {"majority": {**score, "value": -0.0001}, "shuffled labels": chance},
     }  # fmt: skip
     earlier = {**probe, "probe": "knn", "baselines": {"shuffled labels": score}}
     card: Any = SimpleNamespace(pooled=["embedding"])
