@@ -6,7 +6,7 @@ import functools
 import io
 import math
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ from fmembed.checkpoint.processors import (
 from fmembed.rows.pieces import Prepared, Refused
 from fmembed.spec import PreprocessSpec
 from fmembed.startup import uncollected
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def prepare_images(
@@ -60,10 +63,10 @@ def _picture_formats() -> tuple[str, ...]:
 def _decode_image(content: bytes, max_px: int) -> npt.NDArray[np.uint8] | Refused:
     """Decode to height, width, RGB, as upright as the camera says.
 
-    The size is in the header: a small file that would unfold to gigabytes is never unfolded, but
-    refused.
+    Of what moves the first frame, of several pages the first. The size is in the header: a small
+    file that would unfold to gigabytes is never unfolded, but refused.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     # Pillow warns at this many pixels and raises at twice as many, wherever it learns of a size: in
     # the header, or of a picture inside of another, which opening an icon unfolds.
@@ -72,11 +75,70 @@ def _decode_image(content: bytes, max_px: int) -> npt.NDArray[np.uint8] | Refuse
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; the pixels decide
             with Image.open(io.BytesIO(content), formats=_picture_formats()) as image:
-                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+                upright = ImageOps.exif_transpose(image)
+                if image.mode.partition(";")[0] not in ("I", "F"):
+                    return np.asarray(upright.convert("RGB"))
+                grey = _to_8_bits(np.asarray(upright), image)
+    except UnidentifiedImageError:  # whose message names an object in memory
+        return Refused("corrupt image", "it is no picture of a kind that Pillow knows")
     except Image.DecompressionBombError as e:
         size = str(e).partition(" exceeds")[0]
         message = f"{size} is over preprocess.max_image_px = {max_px:,}"
         return Refused("image too large", message)
+    return grey if isinstance(grey, Refused) else np.stack([grey] * 3, axis=-1)
+
+
+_STRIP_ROWS = 256
+
+
+def _to_8_bits(values: npt.NDArray[Any], image: Image.Image) -> npt.NDArray[np.uint8] | Refused:
+    """Grey of more than 8 bits, rounded down as Pillow does with colours of 16.
+
+    A file whose pixels have 12 or 16 bits says what is black and what is white. Of 32 bits, whole
+    numbers or floats, it is the least of the customary ranges that holds all pixels (0 to 1, to
+    255, to 65,535), unless they fill less than a sixteenth of it.
+
+    Args:
+        values: Shape (height, width), integers or float32, as Pillow decodes them.
+        image: What they were decoded from.
+
+    Returns:
+        Shape (height, width), or that nobody can tell how bright they are.
+    """
+    tops = _possible_whites(image)
+    if tops[-1] == 2**32 - 1:
+        values = values.view(np.uint32)  # Pillow has no mode for these
+    low, high = values.min().item(), values.max().item()
+    if not math.isfinite(low + high):  # NaN spreads to both
+        return Refused("corrupt image", "it has pixels that are NaN or infinite")
+    top = next((t for t in tops if high <= t), 0)
+    if low < 0 or not (top == tops[0] or high * 16 >= top > 0):
+        return Refused(
+            "image of unknown range",
+            f"its pixels go from {low:g} to {high:g}, and nothing says what is black and what is "
+            "white; scale them to 8 bits",
+        )
+    grey = np.empty(values.shape, dtype=np.uint8)
+    # A strip at a time, because float64 takes eight times the bytes. The thousandth is for floats:
+    # 3 / 255 in float32 is a little less than that.
+    for start in range(0, len(values), _STRIP_ROWS):
+        strip = values[start : start + _STRIP_ROWS].astype(np.float64)
+        grey[start : start + _STRIP_ROWS] = np.floor(strip * (255 / top) + 1e-3)
+    white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0  # which Pillow heeds up to 8 bits
+    return 255 - grey if white_is_zero else grey
+
+
+def _possible_whites(image: Image.Image) -> tuple[int, ...]:
+    """The numbers that may stand for white in a picture of Pillow's modes I, I;16 and F."""
+    if image.mode == "F":
+        return (1, 255, 65_535)
+    tags = getattr(image, "tag_v2", None)
+    if tags is not None:  # a TIFF's bits per sample, and whether one of them is the sign
+        num_bits = tags.get(258, (1,))[0] - (tags.get(339, (1,))[0] == 2)
+    else:  # Pillow stretches a PGM's pixels to 16 bits, and a JPEG 2000's
+        num_bits = 16 if image.mode != "I" or image.format == "PPM" else 31
+    top = 2**num_bits - 1
+    return (top,) if num_bits < 31 else (255, 65_535, top)
 
 
 @functools.lru_cache(maxsize=2)

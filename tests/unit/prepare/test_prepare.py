@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 import soundfile
 import torch
-from media import RATE_HZ, bomb_png, picture, sound
+from media import RATE_HZ, bomb_png, picture, png_chunk, sound
 from PIL import Image
 
 from fmembed.checkpoint.opening import open_checkpoint
@@ -61,14 +61,6 @@ def assert_equal(rows: pa.Table, expected: list[torch.Tensor]) -> None:
         assert similarity > 0.99999
 
 
-def deep_picture() -> bytes:
-    """Sixteen bits of grey."""
-    grey = np.random.default_rng(1).integers(0, 65_535, (40, 50), dtype=np.uint16)
-    sink = io.BytesIO()
-    Image.fromarray(grey).save(sink, "PNG")
-    return sink.getvalue()
-
-
 def moving_picture(kind: str) -> bytes:
     frames = [Image.open(io.BytesIO(picture(w, 40))).resize((50, 40)) for w in (50, 51, 52)]
     sink = io.BytesIO()
@@ -86,7 +78,7 @@ PICTURES = [
     picture(), picture(32, 32), picture(7, 91), picture(1, 1), picture(3, 3), picture(300, 3),
     picture(kind="JPEG"), picture(kind="GIF", mode="P"), picture(mode="L"), picture(mode="RGBA"),
     picture(kind="JPEG", mode="CMYK"), picture(kind="BMP"), picture(kind="WEBP"),
-    picture(mode="LA"), picture(mode="1"), picture(kind="TIFF", mode="RGBA"), deep_picture(),
+    picture(mode="LA"), picture(mode="1"), picture(kind="TIFF", mode="RGBA"),
     moving_picture("GIF"), moving_picture("WEBP"), transparent_palette(),
 ]  # fmt: skip
 
@@ -229,13 +221,6 @@ def test_a_long_table_of_texts_is_handed_on_in_slices(tiny_bert: Path) -> None:
     assert all("seconds/preprocess" in s["_counts"][0].as_py() for s in slices)
 
 
-def chunk(name: bytes, content: bytes) -> bytes:
-    return (
-        struct.pack(">I", len(content)) + name + content
-        + struct.pack(">I", zlib.crc32(name + content))
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("name", [b"zTXt", b"iCCP", b"iTXt"])
 def test_what_stands_beside_the_pixels_is_not_unfolded(name: bytes, tiny_vit: Path) -> None:
     """200 MB of text or colour profile in 200 kB: rejected or passed over, never held."""
@@ -243,7 +228,7 @@ def test_what_stands_beside_the_pixels_is_not_unfolded(name: bytes, tiny_vit: Pa
     zeros = zlib.compress(b"\0" * 200_000_000, 1)
     content = {b"zTXt": b"a\0\0", b"iCCP": b"a\0\0", b"iTXt": b"a\0\1\0\0\0"}[name] + zeros
     tracemalloc.start()
-    rows = embed(tiny_vit, [picture(), head + chunk(name, content) + rest])
+    rows = embed(tiny_vit, [picture(), head + png_chunk(name, content) + rest])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert rows["_error"].to_pylist()[0] is None
