@@ -1,4 +1,4 @@
-"""Pictures of many depths and kinds, against Pillow and their 8-bit twins."""
+"""Pictures of many depths and kinds, whole and cut, against Pillow and their 8-bit twins."""
 
 from __future__ import annotations
 
@@ -171,6 +171,49 @@ def test_of_what_moves_the_first_frame(kind: str, tiny_vit: Path) -> None:
     image.seek(0)
     found, expected = prepare(tiny_vit, [content, save(image.convert("RGB"), "PNG")])
     assert found["model_input"] == expected["model_input"]
+
+
+WHOLE = {
+    **{k: save(frames()[0], k) for k in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TGA")},
+    **{k: save(frames()[0], k) for k in ("JPEG2000", "PPM", "TIFF", "ICO")},
+    "progressive JPEG": save(frames()[0], "JPEG", progressive=True),
+    "TIFF in LZW": save(frames()[0], "TIFF", compression="tiff_lzw"),
+    "16-bit PNG": save(DEEP, "PNG"),
+    "moving GIF": save(frames()[0], "GIF", save_all=True, append_images=frames()[1:]),
+    "JPEG with a thumbnail": save(
+        frames()[0], "JPEG", exif=b"Exif\0\0" + save(frames()[1].resize((8, 8)), "JPEG")
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(WHOLE))
+def test_a_picture_cut_short_is_rejected_or_has_all_its_pixels(kind: str, tiny_vit: Path) -> None:
+    content = WHOLE[kind]
+    cuts = [*np.linspace(1, len(content) - 1, 30).astype(int), len(content) - 2]
+    whole, *rest = prepare(tiny_vit, [content, *(content[:at] for at in cuts)])
+    assert whole["_error"] is None
+    for row in rest:
+        assert row["_error"] == "corrupt image" or row["model_input"] == whole["model_input"]
+        assert "object at 0x" not in (row["_message"] or "")
+    assert rest[14]["_error"] == "corrupt image" or kind == "moving GIF"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "progressive JPEG", "PNG", "16-bit PNG"])
+@pytest.mark.parametrize("share", [0.6, 0.8, 0.95])
+def test_a_picture_whose_rest_is_zeros_is_rejected(kind: str, share: float, tiny_vit: Path) -> None:
+    """As a download leaves it whose file had been given its whole length."""
+    content = WHOLE[kind]
+    at = int(len(content) * share)
+    (row,) = prepare(tiny_vit, [content[:at] + bytes(len(content) - at)])
+    assert row["_error"] == "corrupt image"
+
+
+def test_what_follows_a_picture_is_nothing_of_it(tiny_vit: Path) -> None:
+    """Telephones append films, which may look like anything."""
+    for kind in ("JPEG", "PNG"):
+        rest = b"\xff\xda\x00\x04ab" + np.random.default_rng(0).bytes(500)
+        found, expected = prepare(tiny_vit, [WHOLE[kind] + rest, WHOLE[kind]])
+        assert found["model_input"] == expected["model_input"]
 
 
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"]
