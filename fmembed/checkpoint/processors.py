@@ -25,17 +25,30 @@ def load_image_processor(checkpoint: Checkpoint) -> Any:
         )
 
 
-def process_image(processor: Any, image: Any, is_compact: bool = False) -> Any:
+class ImageTooLargeError(Exception):
+    """What a processor would make of a picture is over the limit; it has not been made."""
+
+
+def process_image(
+    processor: Any, image: Any, is_compact: bool = False, max_px: int | None = None
+) -> Any:
     """One picture as the processor makes it for the model.
 
     Args:
         processor: What `load_image_processor` gave.
         image: Shape (height, width, 3), uint8.
         is_compact: Leave rescaling and normalising to the caller, where the processor can.
+        max_px: Pixels that a picture may have at any step on the way.
 
     Returns:
         Shape (3, height, width), a numpy array.
+
+    Raises:
+        ImageTooLargeError: Resized or padded, it would have more.
     """
+    if max_px is not None:
+        with _limited(processor, image, max_px):
+            return process_image(processor, image, is_compact)
     if hasattr(processor, "val_transforms"):  # timm's own, which knows no options
         return processor([image], return_tensors="pt")["pixel_values"][0].numpy()
     rest = {"do_rescale": False, "do_normalize": False} if is_compact else {}
@@ -44,6 +57,55 @@ def process_image(processor: Any, image: Any, is_compact: bool = False) -> Any:
         images=[image], input_data_format="channels_last", return_tensors="np", **rest
     )
     return batch["pixel_values"][0]
+
+
+@contextmanager
+def _limited(processor: Any, image: Any, max_px: int) -> Iterator[None]:
+    """Look at the shape that a picture is to get, before it is made.
+
+    One pixel by 25,000 becomes 1.2 billion, and 12 GB, where its shortest edge is to be 224. What
+    shape a processor makes it alone knows, and there are a hundred of them; but all resize with
+    Pillow, and to pad a picture they call numpy or a method of one name. So these are what asks.
+    """
+    from PIL import Image
+
+    resize, pad = Image.Image.resize, np.pad
+
+    def check(width: int, height: int) -> None:
+        if width * height > max_px:
+            size = getattr(processor, "size", None) and processor.to_dict()["size"]
+            raise ImageTooLargeError(
+                f"{image.shape[1]:,} x {image.shape[0]:,} pixels, which the checkpoint's processor "
+                f"(size: {size}) would make {width:,} x {height:,}, over preprocess.max_image_px = "
+                f"{max_px:,}"
+            )
+
+    def checked_resize(picture: Any, size: Any, *rest: Any, **options: Any) -> Any:
+        check(*size)
+        return resize(picture, size, *rest, **options)
+
+    def checked_pad(array: Any, pad_width: Any, *rest: Any, **options: Any) -> Any:
+        added = np.broadcast_to(pad_width, (np.ndim(array), 2)).sum(axis=1)
+        sides = sorted((np.shape(array) + added).tolist())  # the shortest axis is that of colours
+        check(sides[-1], sides[-2] if len(sides) > 1 else 1)
+        return pad(array, pad_width, *rest, **options)
+
+    Image.Image.resize = checked_resize  # type: ignore[method-assign,assignment]
+    np.pad = checked_pad
+    if square := getattr(processor, "pad_to_square", None):
+
+        def checked_square(image: Any, *rest: Any, **options: Any) -> Any:
+            check(max(image.shape), max(image.shape))
+            return square(image, *rest, **options)
+
+        processor.pad_to_square = checked_square
+    try:
+        yield
+    finally:
+        Image.Image.resize = resize  # type: ignore[method-assign]
+        np.pad = pad
+        if square:
+            del processor.pad_to_square
 
 
 def load_feature_extractor(checkpoint: Checkpoint) -> Any:

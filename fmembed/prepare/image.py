@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fmembed.checkpoint.opening import Checkpoint
 from fmembed.checkpoint.processors import (
+    ImageTooLargeError,
     load_image_processor,
     process_image,
 )
@@ -44,7 +45,9 @@ def _prepare_image(
     if isinstance(image, Refused):
         return image
     try:
-        pixels = np.asarray(process_image(processor, image, is_compact))
+        pixels = np.asarray(process_image(processor, image, is_compact, spec.max_image_px))
+    except ImageTooLargeError as e:
+        return Refused("image too large", str(e))
     except Exception as e:  # a processor raises what it likes
         return Refused("not preprocessable", f"{type(e).__name__}: {e}")
     num_units = max(math.ceil(pixels.size / checkpoint.unit_size), 1)

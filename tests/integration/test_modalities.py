@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import tarfile
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from media import bomb_png, picture, sound
+from PIL import Image
+from tiny import save_clip
+from transformers import CLIPImageProcessorPil
 
 import fmembed
 from fmembed import RunSpec
@@ -179,3 +186,61 @@ def test_broken_archives(spoil: str, tmp_path: Path) -> None:
     assert [r["_error"] for r in rows[:5]] == [None] * 5
     rest = [(r["row_id"].partition("#")[0], r["_error"]) for r in rows[5:] if r["_error"]]
     assert rest == [(name, "unreadable file")]
+
+
+def ray_workers() -> Iterator[Path]:
+    """The processes that this one's Ray has started for tasks and actors."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            if (process / "cmdline").read_bytes().startswith(b"ray::"):
+                raylet = (process / "stat").read_text().rpartition(") ")[2].split()[1]
+                driver = Path(f"/proc/{raylet}/stat").read_text().rpartition(") ")[2].split()[1]
+                if int(driver) == os.getpid():
+                    yield process
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_picture_that_explodes_when_resized_is_one_rejected_row(
+    tmp_path: Path, minilm: Path
+) -> None:
+    """129 bytes are 1 x 25,000 pixels, which CLIP's processor makes 224 x 5,600,000: 12 GB."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    sink = io.BytesIO()
+    Image.new("L", (1, 25_000), 128).save(sink, "PNG")
+    pictures = [picture(50 + i) for i in range(3)] + [sink.getvalue()]
+    for i, content in enumerate(pictures):
+        (folder / f"{i}.png").write_bytes(content)
+    model = save_clip(tmp_path / "clip", minilm)
+    size = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size=size).save_pretrained(model)
+    peaks_kib: dict[str, int] = {}
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.2):
+            for process in ray_workers():
+                with contextlib.suppress(OSError, IndexError):
+                    status = (process / "status").read_text()
+                    peaks_kib[process.name] = int(status.split("VmHWM:")[1].split()[0])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.monotonic()
+    try:
+        result = fmembed.embed(
+            RunSpec.parse({
+                "source": {"uri": str(folder)},
+                "model": {"id": str(model), "dtype": "float32"},
+                "output": {"uri": str(tmp_path / "out"), "max_rejected_fraction": 0.5},
+                "probes": [],
+            })
+        )  # fmt: skip
+    finally:
+        ended.set()
+        watcher.join()
+    assert time.monotonic() - began < 30
+    assert (result.rows_embedded, result.rows_rejected) == (3, 1)
+    assert result.causes == {"image too large": 1}
+    assert peaks_kib
+    assert max(peaks_kib.values()) < 2 * 2**20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
+import transformers
 from media import picture, png_chunk
 from PIL import Image, ImageOps
+from tiny import save_clip
 
 from fmembed.checkpoint.opening import open_checkpoint
+from fmembed.checkpoint.processors import ImageTooLargeError, process_image
 from fmembed.prepare.stage import Preprocess
 from fmembed.rows.columns import row_schema
 from fmembed.spec import ModelSpec, PreprocessSpec
@@ -225,3 +229,57 @@ def test_other_modes_are_as_pillow_converts_them(mode: str, tiny_vit: Path) -> N
     plain = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
     found, expected = prepare(tiny_vit, [content, save(plain, "PNG")])
     assert found["model_input"] == expected["model_input"]
+
+
+PAN_AND_SCAN = {
+    "do_pan_and_scan": True, "pan_and_scan_min_crop_size": 256, "pan_and_scan_max_num_crops": 4,
+    "pan_and_scan_min_ratio_to_activate": 1.2,
+}  # fmt: skip
+SIZES: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    "shortest edge": ("CLIP", {"size": {"shortest_edge": 224}}, "224 x 5,600,000"),
+    "shortest edge, then cropped": ("Levit", {}, "256 x 6,400,000"),
+    "fixed": ("ViT", {}, None),
+    "fixed, after a longest edge": ("Idefics3", {}, None),
+    "padded to a square by itself": ("Llava", {"do_pad": True}, "25,000 x 25,000"),
+    "padded to a square by numpy": ("Owlv2", {}, "25,000 x 25,000"),
+    "resized, then padded to a square": ("Janus", {}, None),
+    "pan and scan": ("Gemma3", PAN_AND_SCAN, None),
+    "as it is": ("ViT", {"do_resize": False}, None),
+}
+
+
+@pytest.mark.parametrize("upright", [True, False])
+@pytest.mark.parametrize("case", list(SIZES))
+def test_what_explodes_when_it_is_resized_is_refused_before(case: str, upright: bool) -> None:
+    """129 bytes of one pixel by 25,000: 12 GB where the shortest edge is to be 224."""
+    name, options, shape = SIZES[case]
+    processor = getattr(transformers, f"{name}ImageProcessorPil")(**options)
+    thin = np.full((25_000, 1, 3) if upright else (1, 25_000, 3), 128, np.uint8)
+    resize, pad = Image.Image.resize, np.pad
+    tracemalloc.start()
+    try:
+        if shape is None:
+            limited = process_image(processor, thin, max_px=10**8)
+            np.testing.assert_array_equal(limited, process_image(processor, thin))
+        else:
+            with pytest.raises(ImageTooLargeError) as raised:
+                process_image(processor, thin, max_px=10**8)
+            shape = shape if upright else " x ".join(reversed(shape.split(" x ")))
+            assert f"would make {shape}," in str(raised.value)
+            assert "preprocess.max_image_px = 100,000,000" in str(raised.value)
+        assert tracemalloc.get_traced_memory()[1] < 300 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert (Image.Image.resize, np.pad) == (resize, pad)
+    assert "pad_to_square" not in vars(processor)
+
+
+def test_a_thin_picture_is_rejected_beside_good_ones(tmp_path: Path, minilm: Path) -> None:
+    folder = save_clip(tmp_path / "clip", minilm)
+    thin = save(np.full((25_000, 1), 128, np.uint8), "PNG")
+    rows = prepare(folder, [picture(), thin, picture(20, 900)], max_image_px=10**7)
+    assert [r["_error"] for r in rows] == [None, "image too large", None]
+    assert rows[1]["_message"] == (
+        "1 x 25,000 pixels, which the checkpoint's processor (size: {'shortest_edge': 32}) would "
+        "make 32 x 800,000, over preprocess.max_image_px = 10,000,000"
+    )
