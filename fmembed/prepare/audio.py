@@ -15,6 +15,7 @@ from fmembed.checkpoint.processors import (
     extract_features,
     load_feature_extractor,
 )
+from fmembed.prepare.containers import DamagedSoundError, check_length
 from fmembed.rows.pieces import Prepared, Refused
 from fmembed.spec import PreprocessSpec
 from fmembed.startup import uncollected
@@ -31,9 +32,13 @@ def _prepare_sound(
     checkpoint: Checkpoint, spec: PreprocessSpec, content: bytes
 ) -> Prepared | Refused:
     try:
-        samples = _decode_sound(content, checkpoint.rate_hz, spec)
+        samples = _decode_sound(check_length(content), checkpoint.rate_hz, spec)
+    except DamagedSoundError as e:
+        return Refused("corrupt audio", str(e))
     except Exception as e:  # soundfile.LibsndfileError, and what a bad header leads to
-        return Refused("corrupt audio", f"{type(e).__name__}: {e}")
+        # Without what libsndfile says before it, the name of an object in memory.
+        reason = getattr(e, "error_string", e)
+        return Refused("corrupt audio", f"{type(e).__name__}: {reason}")
     if isinstance(samples, Refused):
         return samples
     if not len(samples):
