@@ -162,7 +162,8 @@ def _check_au(content: bytes) -> bytes:
 
 def _check_sphere(content: bytes) -> None:
     """NIST's SPHERE, whose header is text."""
-    head_bytes = int(content[8:16])
+    size = re.match(rb"NIST_1A\s+(\d{1,8})\s", content)
+    head_bytes = int(size[1]) if size else 0
     head = content[:head_bytes]
 
     def field(name: bytes) -> int:

@@ -70,11 +70,12 @@ def _decode_image(content: bytes, max_px: int) -> npt.NDArray[np.uint8] | Refuse
     Of what moves the first frame, of several pages the first. The size is in the header: a small
     file that would unfold to gigabytes is never unfolded, but refused.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
     # Pillow warns at this many pixels and raises at twice as many, wherever it learns of a size: in
     # the header, or of a picture inside of another, which opening an icon unfolds.
     Image.MAX_IMAGE_PIXELS = max_px / 2  # type: ignore[assignment]
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # a checkpoint's own code may have turned it on
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; the pixels decide

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import transformers
 from media import picture, png_chunk
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from tiny import save_clip
 
 from fmembed.checkpoint.opening import open_checkpoint
@@ -200,6 +200,15 @@ def test_a_picture_cut_short_is_rejected_or_has_all_its_pixels(kind: str, tiny_v
         assert row["_error"] == "corrupt image" or row["model_input"] == whole["model_input"]
         assert "object at 0x" not in (row["_message"] or "")
     assert rest[14]["_error"] == "corrupt image" or kind == "moving GIF"
+
+
+def test_nobody_else_can_have_cut_pictures_read(
+    tiny_vit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Much code that comes with checkpoints turns this on."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    contents = [WHOLE[kind][:-200] for kind in ("JPEG", "PNG", "BMP", "TIFF in LZW")]
+    assert {r["_error"] for r in prepare(tiny_vit, contents)} == {"corrupt image"}
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "progressive JPEG", "PNG", "16-bit PNG"])
