@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from soak import Bench
+from xdist.scheduler import LoadFileScheduling
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
@@ -35,6 +36,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "local_ray" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
+
+
+class _Scheduling(LoadFileScheduling):
+    """One process has all integration tests, one after another: two Rays that start at once on two
+    cores wait for each other until they give up. The rest runs beside it, a file at a time.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        folder = "tests/integration/"
+        return folder if nodeid.startswith(folder) else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling:
+    config.option.loadscopereorder = False  # in order: integration is first
+    return _Scheduling(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gives_way() -> None:
+    """What runs beside the integration tests takes the time that they leave."""
+    if os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":
+        os.nice(10)
 
 
 @pytest.fixture(scope="session", autouse=True)

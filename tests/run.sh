@@ -7,7 +7,7 @@ source jobs/install.sh test
 export HF_HUB_OFFLINE=1
 if [[ ${1:-} == --quick ]]; then
   shift
-  # Two at once: a file stays with one process, as what it sets up is set up once.
-  set -- -n 2 --dist loadfile tests/unit -m "not ray and not slow" "$@"
+  set -- tests/unit -m "not ray and not slow" "$@"
 fi
-exec .venv/bin/python -m pytest "$@"
+# Two at once, see tests/conftest.py for which.
+exec .venv/bin/python -m pytest -n 2 "$@"
