@@ -108,7 +108,7 @@ def embed_rows(run: Run, inputs: Inputs, lock: Lock, quiet: bool, stage: type | 
     options = stage_options(checkpoint, spec.preprocess, plan, ranges, run.server_dim)
     with (
         cleaned_up(table, lock, run.id),
-        Progress(inputs.source.num_rows, quiet) as progress,
+        Progress(quiet) as progress,
         Signals(commits) as signals,
         moving_bound(plan) as hold,
     ):
@@ -116,6 +116,7 @@ def embed_rows(run: Run, inputs: Inputs, lock: Lock, quiet: bool, stage: type | 
         run.begin(plan, commits, progress)
         for one in passes(run, table, lock, commits, progress, signals):
             with one as work:
+                progress.expect(work.source)
                 hold(commits.held_bytes)
                 rows = read(work.source, work.known, num_cpus=plan.cpus_per_task)
                 pieces = prepare(rows, checkpoint, spec.preprocess, plan)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +21,12 @@ from ray._private import ray_constants
 from ray.job_config import JobConfig
 
 from fmembed import signals
+from fmembed.errors import FmembedError, reason
 from fmembed.redaction import scrub
 from fmembed.run.faults import explain
 from fmembed.startup import joins_cluster
+
+_ANSWER_S = 10.0
 
 
 class Cluster:
@@ -46,7 +51,7 @@ class Cluster:
         """
         try:
             if isinstance(error, ray.exceptions.RayError):
-                raise explain(error) from error
+                raise explain(error) from (error if self._verbose else None)
         finally:
             if self._leaves:
                 ray.shutdown()
@@ -81,15 +86,61 @@ def connect(verbose: bool) -> bool:
         "logging_level": logging.INFO if verbose else logging.ERROR,
         "log_to_driver": verbose,
     }
-    if joins_cluster():
-        with signals.kept_from_ray():
-            ray.init(**options)
-        return True
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with signals.kept_from_ray(), _on_loopback():
-        # Named, because without an address ray.init joins any cluster it finds on the machine.
-        ray.init("local", include_dashboard=False, **options)
+    try:
+        if joins_cluster():
+            _check_address(os.environ["RAY_ADDRESS"])
+            with signals.kept_from_ray(), _without_log_level():
+                ray.init(**options)
+        else:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            with signals.kept_from_ray(), _on_loopback(), _without_log_level():
+                # Named, because without an address ray.init joins any cluster that it finds here.
+                ray.init("local", include_dashboard=False, **options)
+    except FmembedError:
+        raise
+    except Exception as e:  # by what failed: RuntimeError, ConnectionError, Ray's own, Exception
+        where = "joined (RAY_ADDRESS)" if joins_cluster() else "started on this machine"
+        raise FmembedError(
+            f"Ray could not be {where}: {reason(e)}; nothing was written by this run, the same "
+            "command tries again"
+        ) from (e if verbose else None)
     return True
+
+
+def _check_address(address: str) -> None:
+    """Make sure that somebody listens at host:port; Ray (2.60) tries for minutes.
+
+    Raises:
+        FmembedError: Nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except (OSError, OverflowError) as e:
+        raise FmembedError(
+            f"RAY_ADDRESS: no Ray cluster answers at {address} ({reason(e)}); start it, name "
+            "another, or unset RAY_ADDRESS to run on this machine"
+        ) from None
+
+
+@contextmanager
+def _without_log_level() -> Iterator[None]:
+    """Leave out the one line that Ray (2.60) writes because its log level is set: that it is."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as said:
+        own = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(own, 2)
+            os.close(own)
+            said.seek(0)
+            for line in said:
+                if b"Set ray log level from environment variable" not in line:
+                    os.write(2, line)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ way to count rows by operator while a dataset streams.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from rich.text import Text
 from fmembed import terminal
 from fmembed.run.stages import READER
 from fmembed.run.verdict import EMBED, READ, WRITE
+from fmembed.sources.source import Source
 
 
 @dataclass
@@ -35,14 +37,16 @@ class Stage:
 class Progress:
     """Counts by stage, fed by Ray Data's executor and by the driver; drawn on a terminal."""
 
-    def __init__(self, num_rows: int | None, quiet: bool) -> None:
+    def __init__(self, quiet: bool) -> None:
         """Start counting.
 
         Args:
-            num_rows: Rows to come, None where only reading tells.
             quiet: Draw nothing. Nothing is drawn either where stderr is no terminal.
         """
         self.stages = {name: Stage() for name in (READ, EMBED, WRITE)}
+        # Rows to come, where known before they are read; bytes of the first n shards.
+        self._num_rows: int | None = None
+        self._num_bytes = [0]
         self._lock = threading.Lock()
         stream = terminal.stderr_to_draw_on()
         self._bars = bars.Progress(
@@ -57,7 +61,7 @@ class Progress:
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._tasks = {name: self._bars.add_task(name, total=num_rows) for name in self.stages}
+        self._tasks = {name: self._bars.add_task(name, total=None) for name in self.stages}
 
     def __enter__(self) -> Progress:
         self._bars.start()
@@ -76,6 +80,28 @@ class Progress:
         with self._lock:
             self.stages[name] = Stage(rows, busy_s)
         self._bars.update(self._tasks[name], completed=rows)
+
+    def expect(self, source: Source) -> None:
+        """Draw how far a pass over a source has come, from here on."""
+        self._num_rows = source.num_rows
+        sizes = (sum(file.size for file in shard.files) for shard in source.shards)
+        self._num_bytes = [0, *itertools.accumulate(sizes)]
+        self.foresee(0, is_read=False)
+
+    def foresee(self, num_shards: int, is_read: bool) -> None:
+        """Set how many rows there will be: as many as were read, once all are; until then, where
+        the source does not tell, as many as the bytes of the shards that were read make likely.
+
+        Args:
+            num_shards: So many were read, of those that were begun first.
+            is_read: Whether all were.
+        """
+        rows = self.stages[READ].rows
+        total: float | None = rows if is_read else self._num_rows
+        if total is None and (done := self._num_bytes[min(num_shards, len(self._num_bytes) - 1)]):
+            total = max(rows * self._num_bytes[-1] / done, rows)
+        for task in self._tasks.values():
+            self._bars.update(task, total=total)
 
     def watch(self, operators: Mapping[str, str]) -> None:
         """Follow the datasets that run from now on.
@@ -103,12 +129,15 @@ class _Counter(ExecutionCallback):
         # A task of reading is a shard, and ends with its marker row, which is no row of the source.
         # Behind it some markers are still on their way: there fewer are shown until they are out.
         markers = sum(o.metrics.num_tasks_finished or 0 for o in operators if READER in o.name)
+        is_read = bool(operators)
         for operator in operators:
             stage = next((s for part, s in self.operators.items() if part in operator.name), None)
             if stage is not None:
+                is_read = is_read and (stage != READ or operator.has_execution_finished())
                 metrics = operator.metrics
                 rows, busy_s = metrics.row_outputs_taken, metrics.block_generation_time
                 self.progress.set(stage, max((rows or 0) - markers, 0), busy_s or 0.0)
+        self.progress.foresee(markers, is_read)
 
     def after_execution_succeeds(self, executor: Any) -> None:
         self.on_execution_step(executor)

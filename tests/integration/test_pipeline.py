@@ -288,6 +288,7 @@ def test_flags_do_what_the_config_does(tmp_path: Path, tiny_bert: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["rows_read"], result["rows_embedded"]) == (40, 40)
+    assert done.stderr == ""  # nothing of Ray's, which has a log level to tell of
     assert result["table"] == str(tmp_path / "out")
     verified = run_cli("verify", "out", cwd=tmp_path)
     assert (verified.returncode, verified.stdout.splitlines()[-1]) == (0, "all is well")

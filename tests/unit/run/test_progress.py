@@ -5,17 +5,20 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from fmembed.run.progress import Progress, _Counter
 from fmembed.run.verdict import EMBED, READ
+from fmembed.sources.source import File, Shard, Source
+from fmembed.spec import SourceSpec
 
 
-def operator(name: str, tasks: int, rows: int | None) -> Any:
+def operator(name: str, tasks: int, rows: int | None, is_finished: bool = False) -> Any:
     metrics = SimpleNamespace(
         num_tasks_finished=tasks, row_outputs_taken=rows, block_generation_time=1.5
     )
-    return SimpleNamespace(name=name, metrics=metrics)
+    return SimpleNamespace(name=name, metrics=metrics, has_execution_finished=lambda: is_finished)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +34,7 @@ def operator(name: str, tasks: int, rows: int | None) -> Any:
 def test_a_stage_counts_the_rows_and_not_the_markers_that_end_shards(
     shards_read: int, rows_read: int | None, rows_embedded: int | None, shown: tuple[int, int]
 ) -> None:
-    progress = Progress(None, quiet=True)
+    progress = Progress(quiet=True)
     counter: Any = _Counter()
     counter.progress, counter.operators = progress, {"Preprocess": READ, "Embed": EMBED}
     read = "ReadShards->MapBatches(Preprocess.stream)->StreamingRepartition[]"
@@ -41,3 +44,36 @@ def test_a_stage_counts_the_rows_and_not_the_markers_that_end_shards(
     counter.on_execution_step(SimpleNamespace(_topology=topology))
     assert (progress.stages[READ].rows, progress.stages[EMBED].rows) == shown
     assert progress.stages[READ].busy_s == 1.5
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "shards_read", "is_finished", "total"),
+    [
+        # Nothing is read to its end: nobody knows.
+        (None, 0, False, None),
+        # The first of two shards was a fifth of the bytes, and held 100 rows.
+        (None, 1, False, 500),
+        (None, 2, True, 100),
+        # Where the source tells, until all is read: rows that were done before do not come.
+        (640, 1, False, 640),
+        (640, 2, True, 100),
+    ],
+)
+def test_how_many_rows_there_will_be(
+    num_rows: int | None, shards_read: int, is_finished: bool, total: float | None
+) -> None:
+    progress = Progress(quiet=True)
+    halves = [None, None] if num_rows is None else [num_rows // 2] * 2
+    shards = tuple(
+        Shard((File(name, name, size),), num_rows=rows)
+        for name, size, rows in zip("ab", (20, 80), halves, strict=True)
+    )
+    progress.expect(Source(SourceSpec(uri="x"), "jsonl", None, shards, pa.schema([])))
+    counter: Any = _Counter()
+    counter.progress, counter.operators = progress, {"Preprocess": READ, "Embed": EMBED}
+    topology = [
+        operator("ReadShards->Preprocess", shards_read, 100 + shards_read, is_finished),
+        operator("Embed", 9, 50),
+    ]
+    counter.on_execution_step(SimpleNamespace(_topology=topology))
+    assert {task.total for task in progress._bars.tasks} == {total}

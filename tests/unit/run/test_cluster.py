@@ -1,0 +1,49 @@
+"""How Ray is joined and started: what is said of it."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from fmembed.errors import FmembedError
+from fmembed.run.cluster import _check_address, _without_log_level
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(FmembedError, match=rf"^RAY_ADDRESS: no Ray cluster answers at {address} "):
+        _check_address(address)
+    with pytest.raises(FmembedError, match=r"answers at x:70000 "):
+        _check_address("x:70000")
+
+
+@pytest.mark.parametrize("address", ["auto", "ray://127.0.0.1:1", "", "localhost"])
+def test_what_is_no_host_and_port_is_left_to_ray(address: str) -> None:
+    _check_address(address)
+
+
+def test_one_that_answers_passes() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        _check_address(f"127.0.0.1:{server.getsockname()[1]}")
+
+
+def test_only_the_line_on_the_log_level_is_left_out(capfd: pytest.CaptureFixture[str]) -> None:
+    said = b"before\n[I 1] Set ray log level from environment variable X to 3\nafter"
+
+    def say_and_fail() -> None:
+        with _without_log_level():
+            os.write(2, said)
+            raise RuntimeError
+
+    with _without_log_level():
+        os.write(2, said)
+    assert capfd.readouterr().err == "before\nafter"
+    with pytest.raises(RuntimeError):
+        say_and_fail()
+    assert capfd.readouterr().err == "before\nafter"
+    os.write(2, b"as ever")
+    assert capfd.readouterr().err == "as ever"
