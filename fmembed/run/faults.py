@@ -15,12 +15,15 @@ from fmembed.errors import (
     ModelError,
 )
 
-# Ray's own defaults are endless: a model that kills its process would never fail the run.
+# Ray's own defaults are endless: a row that kills the process which reads or prepares it, or a
+# model that kills its own, would never fail the run.
+MAX_TASK_RETRIES = 3
 MAX_ACTOR_RESTARTS = 3
 # What a lost node, worker or actor looks like from the driver, as against an error of the code.
 _LOSSES = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
     ray.exceptions.NodeDiedError,
     ray.exceptions.ObjectLostError,
     ray.exceptions.RpcError,
@@ -58,6 +61,12 @@ def explain(error: BaseException) -> FmembedError:
             f"the model's process died {1 + MAX_ACTOR_RESTARTS} times and was given up: "
             f"{lines[-1] if lines else 'no reason known'}; was it killed for memory "
             "(compute.actors, compute.batch_tokens), or does the model's own code end it? " + rest
+        )
+    if isinstance(root, ray.exceptions.WorkerCrashedError | ray.exceptions.OutOfMemoryError):
+        return FmembedError(
+            f"a process that reads and prepares rows died {1 + MAX_TASK_RETRIES} times on each of "
+            "several passes and was given up: was it killed for memory (source.max_text_bytes, "
+            "source.max_media_bytes, preprocess.max_image_px)? " + rest
         )
     reason = lines[-1] if lines else type(root).__name__
     return FmembedError(f"the run failed: {type(root).__name__}: {reason}; {rest}")

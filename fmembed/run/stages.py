@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from fmembed.checkpoint.opening import Checkpoint
 from fmembed.prepare.stage import Preprocess
 from fmembed.rows.ids import RowIds
 from fmembed.rows.precision import Ranges
+from fmembed.run.faults import MAX_ACTOR_RESTARTS, MAX_TASK_RETRIES
 from fmembed.run.placement import Plan
 from fmembed.sources.reading import read_shard
 from fmembed.sources.source import Shard, Source
@@ -23,8 +25,6 @@ from fmembed.spec import PreprocessSpec
 
 # What stands in the name of the Ray Data operator that reads: "Read" and the datasource's name.
 READER = "ReadShards"
-# Ray's own default is endless: a model that kills its process would never fail the run.
-MAX_ACTOR_RESTARTS = 3
 # Windows in flight per actor: one being embedded, one waiting. Ray hands out four by itself, and
 # the actor that loads first got five of eight windows while the other one had nothing to do.
 _MAX_WINDOWS_IN_FLIGHT = 2
@@ -63,9 +63,13 @@ def read(
 
     # With more blocks than read tasks Ray splits every block anew (67 pieces in a trial).
     datasource = Shards()  # type: ignore[no-untyped-call]
-    dataset: ray.data.Dataset = ray.data.read_datasource(
-        datasource, override_num_blocks=len(shards), num_cpus=num_cpus
-    )
+    with _bounded():
+        dataset: ray.data.Dataset = ray.data.read_datasource(
+            datasource,
+            override_num_blocks=len(shards),
+            num_cpus=num_cpus,
+            ray_remote_args={"max_retries": MAX_TASK_RETRIES},
+        )
     return dataset
 
 
@@ -73,12 +77,14 @@ def prepare(
     rows: ray.data.Dataset, checkpoint: Checkpoint, spec: PreprocessSpec, plan: Plan
 ) -> ray.data.Dataset:
     """Canonical rows to what the model takes, in windows: a task for each block."""
-    ready = rows.map_batches(
-        Preprocess(checkpoint, spec).stream,
-        batch_format="pyarrow",
-        batch_size=None,
-        num_cpus=plan.cpus_per_task,
-    )
+    with _bounded():
+        ready = rows.map_batches(
+            Preprocess(checkpoint, spec).stream,
+            batch_format="pyarrow",
+            batch_size=None,
+            num_cpus=plan.cpus_per_task,
+            max_retries=MAX_TASK_RETRIES,
+        )
     return ready.repartition(target_num_rows_per_block=plan.window_rows)
 
 
@@ -99,9 +105,7 @@ def apply(
         pieces: Windows of rows.
         plan: How many actors, and what each of them is given.
     """
-    with warnings.catch_warnings():
-        # Ray 2.60 deprecates ray_remote_args and offers no other way to bound restarts.
-        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+    with _bounded():
         return pieces.map_batches(
             stage,
             fn_constructor_args=(checkpoint,),
@@ -119,6 +123,14 @@ def apply(
             max_restarts=MAX_ACTOR_RESTARTS,
             max_task_retries=MAX_ACTOR_RESTARTS,
         )
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Bound retries and restarts: Ray 2.60 deprecates `ray_remote_args`, the only way to do so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+        yield
 
 
 def stage_options(

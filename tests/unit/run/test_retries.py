@@ -1,0 +1,40 @@
+"""What becomes of a process that dies each time."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.exceptions
+
+from fmembed.run.faults import MAX_TASK_RETRIES, explain, is_loss
+from fmembed.run.stages import read
+from fmembed.sources.opening import open_source
+from fmembed.spec import SourceSpec
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_file_that_kills_its_reader_is_tried_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = tmp_path / "tries"
+
+    def die(*_: Any) -> Any:
+        """Read as a file does that takes all memory."""
+        with tries.open("a") as f:
+            f.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("fmembed.run.stages.read_shard", die)
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    source = open_source(SourceSpec(uri=str(tmp_path / "a.jsonl")))
+    with pytest.raises(ray.exceptions.RayError) as failed:
+        list(read(source).iter_internal_ref_bundles())
+    assert is_loss(failed.value), failed.value
+    assert len(tries.read_text()) == 1 + MAX_TASK_RETRIES
+    message = str(explain(failed.value))
+    assert message.startswith("a process that reads and prepares rows died 4 times ")
+    assert "source.max_text_bytes" in message
