@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,10 @@ class Window:
         return (size - 1) * rate_hz // 100 + rate_hz // 40
 
 
+# Which rows of text may share a batch: any, padded where one is longer; rows of one length; none.
+Company = Literal["any", "same length", "none"]
+
+
 @dataclass(frozen=True)
 class Family:
     """What a `model_type` implies and its config does not say.
@@ -43,6 +48,12 @@ class Family:
         pooling: What stands for the whole input where the checkpoint does not say: the class token
             (cls), the model's own pooled output (pooler), its projection, the mean, or the last
             token. None: by transformers' own tables of text decoders, else the mean.
+        company: Which rows may share a batch of text without a change to their vectors. None:
+            nobody has tested it, and model/company.py finds out at load.
+        changes_itself: A batch leaves its modules otherwise than it found them (another attention),
+            so that they are put back before the next one.
+        segments: Without segment ids it computes otherwise than with zeros.
+        needs_float32: Half precision has not all that it computes (a Fourier transform).
         positions_after_padding: A text's position ids begin after the padding's id. A config's
             `max_position_embeddings` counts those before too.
         packs: Rows of text can lie one after another, because attention runs through transformers'
@@ -65,6 +76,10 @@ class Family:
 
     modalities: tuple[Modality, ...] = ()
     pooling: Literal["cls", "pooler", "projection", "mean", "last"] | None = None
+    company: Company | None = None
+    changes_itself: bool = False
+    segments: bool = False
+    needs_float32: bool = False
     positions_after_padding: bool = False
     packs: bool = False
     fuses: bool = False
@@ -77,16 +92,18 @@ class Family:
     packages: tuple[str, ...] = ()
 
 
-_ENCODER = Family(("text",), "mean")
+_ENCODER = Family(("text",), "mean", company="any")
+# Padding changes what they make of a row: they mix over places, or share landmarks or windows.
+_MIXER = replace(_ENCODER, company="same length")
 _OFFSET = replace(_ENCODER, positions_after_padding=True)
 _BERT = replace(_ENCODER, packs=True, fuses=True)
 _ROBERTA = replace(_OFFSET, packs=True, fuses=True)
-_DECODER = Family(("text",), "last", packs=True, fuses=True)
+_DECODER = Family(("text",), "last", company="any", packs=True, fuses=True)
 _VIT = Family(("image",), "cls")
 # No token stands for the whole picture; the mean of the map, normed as in training, does.
 _MAP = Family(("image",), "pooler")
 _SPEECH = Family(("audio",), "mean")
-_IMAGE_TEXT = Family(("image", "text"), "projection")
+_IMAGE_TEXT = Family(("image", "text"), "projection", company="any")
 
 # By config.json's model_type. tests/unit/checkpoint/test_families.py compares each with plain
 # transformers.
@@ -94,18 +111,28 @@ FAMILIES: dict[str, Family] = {
     # Texts
     "bart": _ENCODER,
     "bert": _BERT,
+    "big_bird": replace(_MIXER, changes_itself=True),
     "camembert": _ROBERTA,
+    "convbert": _MIXER,
     "data2vec-text": _OFFSET,
     "deberta-v2": _ENCODER,
     "distilbert": _BERT,
     "electra": _BERT,
+    "fnet": replace(_MIXER, needs_float32=True),
+    "funnel": _MIXER,
+    "ibert": _OFFSET,
+    "lilt": _OFFSET,
     "llama": _DECODER,
     "longformer": _OFFSET,
+    "luke": _OFFSET,
+    "markuplm": _OFFSET,
     "mistral": _DECODER,
     "mixtral": _DECODER,
+    "mobilebert": _MIXER,
     "modernbert": _BERT,
     "mpnet": _OFFSET,
     "nomic_bert": _ENCODER,
+    "nystromformer": _MIXER,
     "phi": _DECODER,
     "qwen2": _DECODER,
     "qwen3": _DECODER,
@@ -114,7 +141,9 @@ FAMILIES: dict[str, Family] = {
     "t5": _ENCODER,
     "xlm-roberta": _ROBERTA,
     "xlm-roberta-xl": _OFFSET,
+    "xlnet": replace(_ENCODER, pooling="last", segments=True),
     "xmod": _OFFSET,
+    "yoso": _MIXER,
     # Pictures
     "beit": _VIT,
     "bit": _MAP,
@@ -156,6 +185,7 @@ FAMILIES: dict[str, Family] = {
     "clap": Family(
         ("audio", "text"),
         "projection",
+        company="any",
         positions_after_padding=True,
         window=Window("max_length_s", 10),  # past this its extractor takes a random piece
         sequence="mel frames",
@@ -164,6 +194,15 @@ FAMILIES: dict[str, Family] = {
     "clip": _IMAGE_TEXT,
     "metaclip_2": _IMAGE_TEXT,
     "siglip": replace(_IMAGE_TEXT, pads_text=True),
+}
+# What cannot be embedded, and why: each needs more than texts, or gives less than their states.
+REFUSED = {
+    "bros": "needs the place of each word on its page",
+    "dpr": "gives one vector and no states of its tokens",
+    "lxmert": "needs a picture beside the text",
+    "perceiver": "reads bytes, and needs to be asked for its outputs",
+    "udop": "needs the place of each word on its page",
+    "vilt": "needs a picture beside the text",
 }
 # Where a model with two towers keeps what its config says of one.
 TOWER_CONFIG = {"text": "text_config", "image": "vision_config", "audio": "audio_config"}
@@ -208,6 +247,21 @@ def unit_size_of(modality: Modality, family: Family, config: dict[str, Any]) -> 
         strides = (read_whole_number(config, f"{axis}_stride") for axis in ("frequency", "time"))
         return math.prod(stride or 10 for stride in strides)
     return math.prod(read_whole_numbers(config, "conv_stride") or [320])
+
+
+def list_turns(config: dict[str, Any]) -> Iterator[int]:
+    """The lengths past which rotary positions turn by other factors, those of all rows of a batch.
+
+    LongRoPE's, as of Phi-3. (Of kinds that go on changing with the length, the limit is the turn.)
+    """
+    for value in config.values():
+        if isinstance(value, dict):
+            if value.get("rope_type", value.get("type")) == "longrope":
+                turn = value.get("original_max_position_embeddings")
+                turn = turn or config.get("original_max_position_embeddings")
+                if isinstance(turn, int):
+                    yield turn
+            yield from list_turns(value)
 
 
 def _has_causal_head(config: dict[str, Any]) -> bool:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from fmembed.checkpoint.families import (
+    REFUSED,
     TOWER_CONFIG,
     Family,
     default_pooling,
     family_of,
+    list_turns,
     list_two_towers,
     read_sound_limits,
     unit_size_of,
@@ -36,6 +38,7 @@ from fmembed.checkpoint.files import (
     read_whole_number,
 )
 from fmembed.checkpoint.modules import read_modules, resolve_prompt
+from fmembed.checkpoint.shapes import check_shapes, count_positions, read_shapes
 from fmembed.errors import ModelError
 from fmembed.rows.outputs import DEFAULT, Output
 from fmembed.rows.precision import PRECISIONS
@@ -44,7 +47,12 @@ from fmembed.spec import EndpointSpec, Modality, ModelSpec, VectorSpec
 # Raised when the arithmetic changes by more than its rounding, so that old tables are not continued
 # with new vectors.
 _CONTRACT = 2
+# Of families whose rows once took part of their vectors from their company, or went without their
+# segment ids.
+_CONTRACT_OF_COMPANY = 3
 _FALLBACK_MAX_TOKENS = 512
+# What configs call max_position_embeddings besides.
+_OLDER_LIMITS = ("n_positions", "max_sequence_length", "max_seq_len")
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class Checkpoint:
     rate_hz: int = 0
     window_samples: int | None = None
     endpoint: EndpointSpec | None = None
+    contract: int = _CONTRACT
 
     @property
     def family(self) -> Family:
@@ -98,7 +107,7 @@ class Checkpoint:
     def identity(self) -> dict[str, Any]:
         """What decides a vector; its hash is the fingerprint."""
         identity: dict[str, Any] = {
-            "contract": _CONTRACT,
+            "contract": self.contract,
             "model.revision": self.revision,
             "model.weights": self.digest,
             "model.adapter": self.adapter_digest,
@@ -178,9 +187,12 @@ def open_checkpoint(
     config = read_config(weights)
     if not isinstance(model_type := config.get("model_type"), str):
         raise ModelError(f"model.id: {weights}/config.json names no model_type")
-    files = list_weight_files(weights, config)
-    for path in modules.dense:
-        files += list_weight_files(folder / path, {})
+    if (why := REFUSED.get(model_type)) is not None:
+        raise ModelError(
+            f"model.id: {spec.id} is of the architecture {model_type}, which {why}; take another"
+        )
+    own_files = list_weight_files(weights, config)
+    files = own_files + [p for m in modules.dense for p in list_weight_files(folder / m, {})]
     check_loads(weights, config, spec.trust_remote_code)
     modalities = list_modalities(spec)
     modality = modality or spec.modality or modalities[0]
@@ -191,13 +203,21 @@ def open_checkpoint(
     towers = modalities if len(modalities) > 1 else ()
     inner = {**config, **read_part(config, TOWER_CONFIG[modality])}
     limit = _position_limit(weights, inner, family) if modality == "text" else None
-    if spec.max_tokens is not None and limit is not None and spec.max_tokens > limit:
+    most = limit
+    if modality == "text" and not towers:
+        shapes = read_shapes(own_files)
+        if family.company is not None:
+            check_shapes(weights, shapes, inner)
+        places = _count_places(shapes, inner, family)
+        most = min((n for n in (limit, places) if n is not None), default=None)
+    if spec.max_tokens is not None and most is not None and spec.max_tokens > most:
         raise ModelError(
-            f"model.max_tokens: takes at most {limit} with this model, got {spec.max_tokens}"
+            f"model.max_tokens: takes at most {most} with this model, got {spec.max_tokens}"
         )
+    max_tokens = spec.max_tokens or modules.max_tokens or limit or _FALLBACK_MAX_TOKENS
     dtype = spec.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if native_bfloat16 else "float32"
+        dtype = "bfloat16" if native_bfloat16 and not family.needs_float32 else "float32"
     if spec.prompt is not None and modality != "text":
         raise ModelError(f"model.prompt: {spec.id} embeds {modality}, which takes no prompt")
     default = modules.pooling or default_pooling(modality, model_type, config)
@@ -221,7 +241,7 @@ def open_checkpoint(
         outputs=_resolve_outputs(
             spec, modality, default, modules.normalize, bool(towers), modules.dims
         ),
-        max_tokens=spec.max_tokens or modules.max_tokens or limit or _FALLBACK_MAX_TOKENS,
+        max_tokens=min(max_tokens, most or max_tokens),
         prompt=resolve_prompt(folder, spec.prompt) if modality == "text" else "",
         lower_case=modules.lower_case,
         dense=modules.dense,
@@ -236,7 +256,13 @@ def open_checkpoint(
         compile=spec.compile,
         rate_hz=rate_hz,
         window_samples=window_samples,
+        contract=_CONTRACT_OF_COMPANY if _once_mixed(family, inner) else _CONTRACT,
     )
+
+
+def _once_mixed(family: Family, config: dict[str, Any]) -> bool:
+    """Whether earlier versions gave a row another vector in other company, or without segments."""
+    return family.segments or family.company == "same length" or bool(list(list_turns(config)))
 
 
 def _describe_endpoint(spec: ModelSpec, endpoint: EndpointSpec) -> Checkpoint:
@@ -339,16 +365,33 @@ def _check_installed(extra: str, *packages: str) -> None:
 
 
 def _position_limit(folder: Path, config: dict[str, Any], family: Family) -> int | None:
-    """The most tokens the model can take, or None where neither config nor tokenizer says."""
+    """The most tokens a text may have, or None where neither config nor tokenizer says."""
     limits = []
     tokenizer = read_object(folder / "tokenizer_config.json") or {}
     # An absent limit is saved as about 1e30.
     if isinstance(m := tokenizer.get("model_max_length"), int) and 0 < m < 10**7:
         limits.append(m)
     if isinstance(m := config.get("max_position_embeddings"), int) and m > 0:
-        # A model that wraps another may have that one's name in its text_config.
-        inner = family_of(str(config.get("model_type")))
-        if family.positions_after_padding or inner.positions_after_padding:
-            m -= (read_whole_number(config, "pad_token_id") or 0) + 1
-        limits.append(m)
+        limits.append(m - _num_before(config, family))
     return min(limits, default=None)
+
+
+def _num_before(config: dict[str, Any], family: Family) -> int:
+    """The positions that come before a text's first."""
+    # A model that wraps another may have that one's name in its text_config.
+    inner = family_of(str(config.get("model_type")))
+    if family.positions_after_padding or inner.positions_after_padding:
+        return (read_whole_number(config, "pad_token_id") or 0) + 1
+    return 0
+
+
+def _count_places(
+    shapes: dict[str, tuple[int, ...]], config: dict[str, Any], family: Family
+) -> int | None:
+    """For how many tokens the model has positions, as its weights and older names say."""
+    places = [m for name in _OLDER_LIMITS if isinstance(m := config.get(name), int) and m > 0]
+    if "relative_attention_num_buckets" in config:
+        places = []  # T5's positions are relative and have no end, whatever its config says
+    if (rows := count_positions(shapes, config)) is not None:
+        places.append(rows - _num_before(config, family))
+    return min(places, default=None)

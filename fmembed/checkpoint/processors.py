@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -132,6 +133,27 @@ def loading(name: str, field: str = "model.id") -> Iterator[None]:
     except Exception as e:
         reason = next(filter(None, str(e).splitlines()), type(e).__name__)
         raise ModelError(f"{field}: {name} cannot be loaded: {reason}") from None
+
+
+@contextmanager
+def running(checkpoint: Checkpoint, architecture: str) -> Iterator[None]:
+    """What a model raises when it is run for the first time, as one line that names it.
+
+    Raises:
+        ModelError: Whatever was raised.
+    """
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as e:
+        reason = next(filter(None, str(e).splitlines()), type(e).__name__)
+        if checkpoint.dtype != "float32" and re.search("half|float16", reason, re.IGNORECASE):
+            reason += "; try model.dtype: float32"
+        raise ModelError(
+            f"model.id: {checkpoint.id} is of the architecture {architecture}, which cannot be "
+            f"run: {reason}"
+        ) from None
 
 
 def extract_features(

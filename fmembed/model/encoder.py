@@ -180,12 +180,13 @@ class Encoder:
 def _plan(
     model: Model, pieces: Sequence[Piece], positions: Ints, batch_tokens: int
 ) -> Iterator[Ints]:
-    """Positions of the rows of each batch; rows that padding would change share a shape."""
+    """Positions of the rows of each batch, of rows that may share one."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for i in positions.tolist():
-        shape = () if model.tower.can_pad else pieces[i].values.shape
-        groups.setdefault(shape, []).append(i)
+        groups.setdefault(model.tower.shares(pieces[i]), []).append(i)
     for group in map(np.array, groups.values()):
         lengths = model.lengths(pieces, group)
-        for batch in plan_batches(lengths, batch_tokens, packed=model.tower.packs):
+        for batch in plan_batches(
+            lengths, batch_tokens, model.tower.max_rows, packed=model.tower.packs
+        ):
             yield group[batch]

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from fmembed.arrays import Ints
 from fmembed.checkpoint.opening import Checkpoint
-from fmembed.checkpoint.processors import loading
+from fmembed.checkpoint.processors import running
+from fmembed.model.company import find_company
 from fmembed.model.loading import load_tower
 from fmembed.model.pooling import load_dense, pick_layer, pool
+from fmembed.model.text import TextTower
 from fmembed.model.tower import lengths
 from fmembed.rows.pieces import Piece
 from fmembed.rows.vectors import Vectors
@@ -28,19 +30,24 @@ class Model:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        """Load the weights, and run them once.
+        """Load the weights, and run them once; of a family that nobody has tested a few times more.
 
         Raises:
-            ModelError: The weights do not fit the architecture, or need remote code; or an output
-                asks for a layer or a pooling that the model has not.
+            ModelError: The weights do not fit the architecture, or need remote code; an output asks
+                for a layer or a pooling that the model has not; or the model cannot be run on
+                texts, or not so that a row's vector is its own.
         """
         self.checkpoint = checkpoint
         self.device = device
         self.tower = load_tower(checkpoint, device)
         self._dense = load_dense(checkpoint, device)
-        with loading(checkpoint.id), torch.inference_mode():
+        name = type(self.tower.model).__name__
+        with running(checkpoint, name), torch.inference_mode():
             first = self.forward([self.tower.example()])
         self.dims = {column: int(rows[0].shape[-1]) for column, rows in first.items()}
+        if isinstance(self.tower, TextTower) and checkpoint.family.company is None:
+            with running(checkpoint, name), torch.inference_mode():
+                self.tower.company = find_company(self, self.tower)
 
     def forward(self, pieces: list[Piece]) -> dict[str, Any]:
         """Run one batch.
@@ -74,4 +81,7 @@ class Model:
 
     def lengths(self, pieces: Sequence[Piece], positions: Ints) -> Ints:
         """Units of the sequence that each of these pieces makes: what a batch's budget counts."""
-        return lengths(pieces, positions, self.checkpoint.unit_size)
+        unit_size = self.checkpoint.unit_size
+        if self.checkpoint.modality == "text" and pieces:
+            unit_size *= pieces[0].values.ndim  # segment ids are no tokens
+        return lengths(pieces, positions, unit_size)

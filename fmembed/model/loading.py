@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from fmembed.checkpoint.opening import Checkpoint, adapter_folder
 from fmembed.checkpoint.processors import loading
+from fmembed.checkpoint.shapes import explain_mismatch
 from fmembed.errors import ModelError
 from fmembed.model.attention import PACKED, register
 from fmembed.model.audio import AudioTower
@@ -66,8 +67,11 @@ def _load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
             use_safetensors=True,
             trust_remote_code=checkpoint.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **options,
         )
+    if mismatched := sorted(report["mismatched_keys"]):
+        raise ModelError(explain_mismatch(checkpoint.id, *mismatched[0]))
     # A pooler head is optional where it is not asked for; anything else would be random weights.
     needs_pooler = any(o.pooling == "pooler" for o in checkpoint.outputs)
     missing = sorted(k for k in report["missing_keys"] if needs_pooler or "pooler" not in k)

@@ -45,6 +45,15 @@ class Tower(ABC):
         if checkpoint.compile:
             self._call = torch.compile(self._call, dynamic=True)
 
+    @property
+    def max_rows(self) -> int:
+        """How many rows a batch may have, whatever their length."""
+        return 1024
+
+    def shares(self, piece: Piece) -> tuple[int, ...]:
+        """Pieces of which this is the same may share a batch."""
+        return () if self.can_pad else piece.values.shape
+
     @abstractmethod
     def states(self, pieces: Sequence[Piece]) -> States:
         """Run the model on one batch."""

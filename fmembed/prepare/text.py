@@ -39,21 +39,20 @@ def tokenize(
         if len(texts) == 1:
             return [Refused("not tokenizable", f"{type(e).__name__}: {e}")]
         return [row for text in texts for row in tokenize(checkpoint, spec, [text])]
-    return [
-        Prepared(
-            [np.array(ids, dtype=np.int32) for ids, _ in pieces],
-            [len(ids) for ids, _ in pieces],
-            [span for _, span in pieces],
-            cut,
-        )
-        if pieces and pieces[0][0]
-        else Refused("empty input", "the tokenizer makes no token of it")
-        for pieces, cut in encoded
-    ]
+    return [_to_prepared(pieces, cut) for pieces, cut in encoded]
 
 
-# A text's pieces, each as token ids and span; and whether the model does not see all of it.
-_Encoded = tuple[list[tuple[list[int], tuple[int, int]]], bool]
+# Of a piece the token ids; or, where segment ids matter, both.
+_Values = list[int] | tuple[list[int], list[int]]
+# A text's pieces, each with its span; and whether the model does not see all of it.
+_Encoded = tuple[list[tuple[_Values, tuple[int, int]]], bool]
+
+
+def _to_prepared(pieces: list[tuple[_Values, tuple[int, int]]], is_cut: bool) -> Prepared | Refused:
+    arrays = [np.array(values, dtype=np.int32) for values, _ in pieces]
+    if not arrays or not arrays[0].size:
+        return Refused("empty input", "the tokenizer makes no token of it")
+    return Prepared(arrays, [a.shape[-1] for a in arrays], [span for _, span in pieces], is_cut)
 
 
 def _encode(checkpoint: Checkpoint, spec: PreprocessSpec, texts: list[str]) -> list[_Encoded]:
@@ -65,29 +64,34 @@ def _encode(checkpoint: Checkpoint, spec: PreprocessSpec, texts: list[str]) -> l
     if spec.chunk_tokens is not None:
         return [_chunk(checkpoint, spec, text) for text in texts]
     prepared = [t if len(t) <= _LONG else _seen_part(tokenizer, t, limit) for t in prepared]
+    with_segments = _gives_segments(checkpoint)
+    of_rows: list[_Values]
     options = {
         "truncation": True,
         "max_length": limit,
         "padding": "max_length" if checkpoint.pads_text else False,
         "return_attention_mask": False,
-        "return_token_type_ids": False,
+        "return_token_type_ids": with_segments,
     }
     if tokenizer.is_fast and prepared:
         # The call sets the Rust tokenizer's truncation and padding; the rest goes to it directly,
         # without offsets: 11 us of CPU a short row instead of 21, 35 us a sentence instead of 55.
         tokenizer(prepared[:1], **options)
         encodings = tokenizer.backend_tokenizer.encode_batch_fast(prepared)
-        ids_of_rows = [e.ids for e in encodings]
+        of_rows = [(e.ids, e.type_ids) if with_segments else e.ids for e in encodings]
         cut = [bool(e.overflowing) for e in encodings]
     else:
-        ids_of_rows = tokenizer(prepared, **options)["input_ids"]
+        batch = tokenizer(prepared, **options)
+        of_rows = ids_of_rows = batch["input_ids"]
         cut = [
             len(ids) == limit and len(tokenizer(t)["input_ids"]) > limit
             for ids, t in zip(ids_of_rows, prepared, strict=True)
         ]
+        if with_segments:
+            of_rows = list(zip(ids_of_rows, batch["token_type_ids"], strict=True))
     return [
-        ([(ids, (0, len(text)))], is_cut)
-        for ids, is_cut, text in zip(ids_of_rows, cut, texts, strict=True)
+        ([(values, (0, len(text)))], is_cut)
+        for values, is_cut, text in zip(of_rows, cut, texts, strict=True)
     ]
 
 
@@ -122,7 +126,8 @@ def _chunk(checkpoint: Checkpoint, spec: PreprocessSpec, text: str) -> _Encoded:
     if around >= limit:
         raise ValueError(f"the prompt is {around} tokens long, preprocess.chunk_tokens {limit}")
     step = max(limit - around - spec.chunk_overlap, 1)
-    pieces = []
+    pieces: list[tuple[_Values, tuple[int, int]]] = []
+    with_segments = _gives_segments(checkpoint)
     truncated = False
     for first in range(0, max(len(offsets), 1), step):
         last = min(first + limit - around, len(offsets)) - 1
@@ -135,11 +140,13 @@ def _chunk(checkpoint: Checkpoint, spec: PreprocessSpec, text: str) -> _Encoded:
             truncation=True,
             max_length=checkpoint.max_tokens,
             padding="max_length" if checkpoint.pads_text else False,
-            return_token_type_ids=False,
+            return_token_type_ids=with_segments,
             return_attention_mask=False,
         )
+        ids = batch["input_ids"]
         truncated |= bool(batch.encodings[0].overflowing)
-        pieces.append((batch["input_ids"], (start, stop)))
+        values = (ids, batch["token_type_ids"]) if with_segments else ids
+        pieces.append((values, (start, stop)))
         if last + 1 == len(offsets):
             break
     return pieces, truncated
@@ -154,6 +161,20 @@ def leave_text(
         Prepared([np.frombuffer(p.encode(), dtype=np.uint8)], [len(p)], [(0, len(t))])
         for p, t in zip(prompted, texts, strict=True)
     ]
+
+
+@functools.lru_cache(maxsize=2)
+def _gives_segments(checkpoint: Checkpoint) -> bool:
+    """Whether the tokenizer gives segment ids, and the model may make something else without them.
+
+    Nearly all tokenizers give nothing but zeros, which nearly all models assume themselves; so the
+    ids do not travel then.
+    """
+    tokenizer, family = _load_tokenizer(checkpoint), checkpoint.family
+    if "token_type_ids" not in tokenizer.model_input_names:
+        return False
+    is_untested = family.company is None
+    return is_untested or family.segments or any(tokenizer("a b")["token_type_ids"])
 
 
 @functools.lru_cache(maxsize=2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -19,7 +20,9 @@ import pytest
 from conftest import SENTENCES
 from encoding import embed, window
 from safetensors.numpy import load_file, save_file
+from tiny import save_tiny
 
+from fmembed.checkpoint.families import REFUSED
 from fmembed.checkpoint.opening import Checkpoint, open_checkpoint
 from fmembed.errors import ModelError
 from fmembed.model.encoder import Encoder
@@ -206,10 +209,94 @@ def test_weights_that_nobody_loads(name: str, model: Path) -> None:
     assert "rename it" in refused(model)
 
 
-def test_weights_of_another_size_are_one_line(model: Path) -> None:
-    edit(model / "config.json", hidden_size=64)
-    with pytest.raises(ModelError, match=r"^model\.id: .*cannot be loaded: [^\n]+$"):
+@pytest.mark.parametrize(
+    ("changes", "weight", "found", "said"),
+    [
+        ({"max_position_embeddings": 512}, "position_embeddings", "64 x 32", "512 x 32"),
+        ({"max_position_embeddings": 32}, "position_embeddings", "64 x 32", "32 x 32"),
+        ({"vocab_size": 100}, "word_embeddings", "30522 x 32", "100 x 32"),
+        ({"type_vocab_size": 3}, "token_type_embeddings", "2 x 32", "3 x 32"),
+        ({"hidden_size": 64}, "position_embeddings", "64 x 32", "64 x 64"),
+    ],
+)
+def test_embeddings_of_another_size_are_named_before_anything_is_loaded(
+    changes: dict[str, int], weight: str, found: str, said: str, model: Path
+) -> None:
+    edit(model / "config.json", **changes)
+    assert re.search(
+        rf"the weight embeddings\.{weight}\.weight is {found}, and by config\.json it is {said}",
+        refused(model),
+    )
+
+
+def test_other_weights_of_another_size_are_named_at_load(model: Path) -> None:
+    edit(model / "config.json", intermediate_size=48)
+    named = r"the weight encoder\.layer\.0\.intermediate\.dense\.\w+ is 64( x 32)?, and by"
+    with pytest.raises(
+        ModelError, match=rf"^model\.id: [^\n]*{named} config\.json it is 48[^\n]+$"
+    ):
         Encoder(resolve(model))
+
+
+def test_a_config_that_leaves_the_positions_out_has_those_of_the_weights(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "ernie"}))
+    edit(model / "tokenizer_config.json", model_max_length=512)
+    assert resolve(model).max_tokens == 64
+
+
+@pytest.mark.parametrize("family", sorted(REFUSED))
+def test_an_architecture_that_cannot_be_run_is_named(family: str, model: Path) -> None:
+    edit(model / "config.json", model_type=family)
+    assert f"is of the architecture {family}, which {REFUSED[family]}" in refused(model)
+
+
+def test_an_architecture_that_fails_is_named(tmp_path: Path, minilm: Path) -> None:
+    from transformers import NystromformerConfig, NystromformerModel
+
+    # It takes texts of just this many tokens.
+    config = NystromformerConfig(
+        vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, segment_means_seq_len=512,
+    )  # fmt: skip
+    save_tiny(tmp_path, NystromformerModel, config, minilm)
+    with pytest.raises(ModelError, match=r"^model\.id: .* is of the architecture "
+                       r"NystromformerModel, which cannot be run: [^\n]+$"):  # fmt: skip
+        Encoder(resolve(tmp_path))
+
+
+def test_half_precision_is_not_chosen_for_what_has_none(model: Path) -> None:
+    edit(model / "config.json", model_type="fnet")
+    assert open_checkpoint(ModelSpec(id=str(model)), native_bfloat16=True).dtype == "float32"
+    given = ModelSpec(id=str(model), dtype="bfloat16")
+    assert open_checkpoint(given, native_bfloat16=True).dtype == "bfloat16"
+
+
+def test_a_shard_that_is_cut_is_named(model: Path) -> None:
+    shard(model, ("one.safetensors", "two.safetensors"))
+    path = model / "two.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    assert "two.safetensors is cut or no safetensors file" in refused(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "contract"),
+    [
+        ({}, 2),
+        # Whose rows once took part of their vectors from their company.
+        ({"model_type": "fnet"}, 3),
+        ({"model_type": "xlnet"}, 3),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0]},
+          "original_max_position_embeddings": 16}, 3),
+        ({"model_type": "phi3"}, 2),
+    ],
+)  # fmt: skip
+def test_vectors_that_were_mixed_are_not_gone_on_with(
+    changes: dict[str, Any], contract: int, model: Path
+) -> None:
+    edit(model / "config.json", **changes)
+    assert resolve(model).identity["contract"] == contract
 
 
 def test_dense_modules_are_safetensors_of_the_right_size(model: Path) -> None:

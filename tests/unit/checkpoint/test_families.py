@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,37 @@ ENCODERS = {
         hf.XmodModel, hf.XmodConfig(**OFFSET, languages=["en_XX"], default_language="en_XX"),
     ),
     "electra": (hf.ElectraModel, hf.ElectraConfig(**SMALL, embedding_size=16)),
+    "big_bird": (
+        hf.BigBirdModel,
+        hf.BigBirdConfig(**SMALL, vocab_size=30522, max_position_embeddings=128, block_size=4,
+                         num_random_blocks=1),
+    ),
+    "convbert": (
+        hf.ConvBertModel, hf.ConvBertConfig(**SMALL, vocab_size=30522, embedding_size=32),
+    ),
+    "fnet": (
+        hf.FNetModel,
+        hf.FNetConfig(hidden_size=32, num_hidden_layers=2, intermediate_size=64, vocab_size=30522,
+                      pad_token_id=0),
+    ),
+    "funnel": (
+        hf.FunnelModel,
+        hf.FunnelConfig(vocab_size=30522, block_sizes=[1, 1], d_model=32, n_head=4, d_head=8,
+                        d_inner=64),
+    ),
+    "ibert": (hf.IBertModel, hf.IBertConfig(**OFFSET)),
+    "lilt": (hf.LiltModel, hf.LiltConfig(**{**OFFSET, "hidden_size": 48})),
+    "luke": (hf.LukeModel, hf.LukeConfig(**OFFSET, entity_vocab_size=8, entity_emb_size=16)),
+    "markuplm": (hf.MarkupLMModel, hf.MarkupLMConfig(**OFFSET)),
+    "mobilebert": (
+        hf.MobileBertModel,
+        hf.MobileBertConfig(**SMALL, vocab_size=30522, embedding_size=32, true_hidden_size=32,
+                            intra_bottleneck_size=32),
+    ),
+    "nystromformer": (
+        hf.NystromformerModel, hf.NystromformerConfig(**SMALL, vocab_size=30522),
+    ),
+    "yoso": (hf.YosoModel, hf.YosoConfig(**SMALL, vocab_size=30522)),
     "deberta-v2": (
         hf.DebertaV2Model,
         hf.DebertaV2Config(**SMALL, vocab_size=30522, relative_attention=True, position_buckets=16,
@@ -166,6 +198,82 @@ def test_decoders_take_the_last_token(
         return model(input_ids=ids).last_hidden_state[0, -1]
 
     assert check(tmp_path, TEXTS, reference).outputs[0].pooling == "last"
+
+
+LETTERS = string.ascii_lowercase
+NAMES = ["input_ids", "token_type_ids", "attention_mask"]
+
+
+def save_xlnet(folder: Path, names: list[str]) -> tuple[Any, Any]:
+    """A model and its tokenizer, whose class token comes last and is of segment 2."""
+    marks = ("<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>", "<eod>", "<eop>")
+    pieces = [*((mark, 0.0) for mark in marks), ("\u2581", -2.0), *((x, -3.0) for x in LETTERS)]
+    tokenizer = hf.XLNetTokenizer(vocab=pieces, model_input_names=names)
+    config = hf.XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=64)
+    model = save_tiny(folder, hf.XLNetModel, config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 0.5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("names", [NAMES, [NAMES[0], NAMES[2]]], ids=["given", "not given"])
+def test_segment_ids_are_passed_where_the_tokenizer_gives_them(
+    names: list[str], tmp_path: Path
+) -> None:
+    model, tokenizer = save_xlnet(tmp_path, names)
+    texts = ["goal", "a short one", "a longer one than that", "shares fell by four per cent"]
+
+    def reference(text: str, **more: Any) -> torch.Tensor:
+        batch = tokenizer(text, return_tensors="pt", **more)
+        return model(**batch).last_hidden_state[0, -1]
+
+    with torch.inference_mode():
+        both = [reference(texts[1], return_token_type_ids=given) for given in (True, False)]
+    assert torch.nn.functional.cosine_similarity(*both, dim=0) < 0.99
+    check(tmp_path, texts, reference)
+    # The chunks of a text are as texts of their own.
+    checkpoint = open_checkpoint(ModelSpec(id=str(tmp_path), dtype="float32"), False)
+    table = pa.Table.from_pylist(
+        [{"row_id": "0", "content_hash": "0", "_input": texts[3]}],
+        schema=row_schema(pa.schema([])),
+    )
+    ready = Preprocess(checkpoint, PreprocessSpec(chunk_tokens=8))(table)
+    out = Encoder(checkpoint, pieces_are_rows=True)(ready)
+    (vectors,), (spans,) = out["embedding"].to_pylist(), ready["piece_spans"].to_pylist()
+    assert len(vectors) > 2
+    for vector, (start, stop) in zip(vectors, spans, strict=True):
+        with torch.inference_mode():
+            expected = reference(texts[3][start:stop])
+        found = torch.tensor(vector)
+        assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.99999
+    assert out["num_units"].to_pylist() == [sum(ready["piece_units"].to_pylist()[0])]
+
+
+def test_segment_ids_that_are_not_nought_reach_packed_models_too(
+    tmp_path: Path, minilm: Path
+) -> None:
+    model = save_tiny(tmp_path, *ENCODERS["bert"], minilm)
+    path = tmp_path / "tokenizer.json"
+    saved = json.loads(path.read_text())
+    for part in saved["post_processor"]["single"]:
+        next(iter(part.values()))["type_id"] = 1
+    path.write_text(json.dumps(saved))
+    # BERT's own class would write that part anew.
+    path = tmp_path / "tokenizer_config.json"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": NAMES}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path)
+
+    def reference(text: str) -> torch.Tensor:
+        batch = tokenizer(text, truncation=True, max_length=512, return_tensors="pt")
+        assert batch["token_type_ids"].all()
+        return model(**batch).last_hidden_state[0].mean(dim=0)
+
+    check(tmp_path, TEXTS, reference)
 
 
 def test_an_instruction_goes_before_every_text(tmp_path: Path, minilm: Path) -> None:
@@ -600,6 +708,7 @@ ALONE = {
     "timm_wrapper": test_timm_checkpoints_pool_as_timm_does,
     "vit_mae": test_mae_sees_every_patch_in_order,
     "whisper": test_whisper_averages_the_frames_of_the_sound,
+    "xlnet": test_segment_ids_are_passed_where_the_tokenizer_gives_them,
 }
 CASES: dict[str, Any] = {**ENCODERS, **DECODERS, **IMAGES, **TWO_TOWERS, **WAVES, **ALONE}
 
@@ -619,3 +728,5 @@ def test_the_facts_of_a_family_agree() -> None:
         assert family.pooling
         assert (len(family.modalities) == 2) == (family.pooling == "projection")
         assert family.fuses or not family.packs
+        # Else it would be looked for at each load.
+        assert (family.company is not None) == ("text" in family.modalities)
