@@ -94,7 +94,7 @@ def embed_rows(run: Run, inputs: Inputs, lock: Lock, quiet: bool, stage: type | 
     from fmembed.run.progress import Progress
     from fmembed.run.ranges import find_ranges
     from fmembed.run.signals import Signals
-    from fmembed.run.stages import apply, prepare, read, stage_options
+    from fmembed.run.stages import apply, prepare, read, stage_options, try_model
     from fmembed.run.verdict import EMBED, READ
 
     spec, checkpoint, table = inputs.spec, inputs.checkpoint, inputs.table
@@ -102,6 +102,7 @@ def embed_rows(run: Run, inputs: Inputs, lock: Lock, quiet: bool, stage: type | 
     assert run.work is not None
     plan = place(inputs, run.work.source)
     bound_memory(plan)
+    try_model(checkpoint, plan)
     ranges = find_ranges(inputs, plan, stage, run.server_dim)
     card = table.claim(inputs.card(ranges), inputs.schema(), run.id)
     commits = Commits(spec.output, table, lock, run.id, card)

@@ -13,11 +13,13 @@ import ray.util.annotations
 from ray.data import ActorPoolStrategy, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from fmembed.checkpoint.families import FAMILIES
 from fmembed.checkpoint.opening import Checkpoint
+from fmembed.model.embed import Embed
 from fmembed.prepare.stage import Preprocess
 from fmembed.rows.ids import RowIds
 from fmembed.rows.precision import Ranges
-from fmembed.run.faults import MAX_ACTOR_RESTARTS, MAX_TASK_RETRIES
+from fmembed.run.faults import MAX_ACTOR_RESTARTS, MAX_TASK_RETRIES, explain
 from fmembed.run.placement import Plan
 from fmembed.sources.reading import read_shard
 from fmembed.sources.source import Shard, Source
@@ -131,6 +133,29 @@ def _bounded() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
         yield
+
+
+def try_model(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Load a model once, before a pool of actors does, where its family is not one of the usual.
+
+    In a process of its own that ends with it, on the device of the actors.
+
+    Raises:
+        ModelError: It cannot be run, or not so that a row's vector is its own.
+    """
+    is_tested = checkpoint.model_type in FAMILIES
+    usual = checkpoint.family.company == "any" if checkpoint.modality == "text" else is_tested
+    if checkpoint.endpoint is not None or usual:
+        return
+
+    @ray.remote(num_cpus=0, num_gpus=plan.gpus_per_actor, max_calls=1)
+    def load() -> None:
+        Embed(checkpoint, device=plan.device, num_threads=plan.num_threads)
+
+    try:
+        ray.get(load.remote())
+    except ray.exceptions.RayError as e:
+        raise explain(e) from None
 
 
 def stage_options(
