@@ -52,7 +52,6 @@ class Family:
             nobody has tested it, and model/company.py finds out at load.
         changes_itself: A batch leaves its modules otherwise than it found them (another attention),
             so that they are put back before the next one.
-        segments: Without segment ids it computes otherwise than with zeros.
         needs_float32: Half precision has not all that it computes (a Fourier transform).
         positions_after_padding: A text's position ids begin after the padding's id. A config's
             `max_position_embeddings` counts those before too.
@@ -78,7 +77,6 @@ class Family:
     pooling: Literal["cls", "pooler", "projection", "mean", "last"] | None = None
     company: Company | None = None
     changes_itself: bool = False
-    segments: bool = False
     needs_float32: bool = False
     positions_after_padding: bool = False
     packs: bool = False
@@ -141,7 +139,7 @@ FAMILIES: dict[str, Family] = {
     "t5": _ENCODER,
     "xlm-roberta": _ROBERTA,
     "xlm-roberta-xl": _OFFSET,
-    "xlnet": replace(_ENCODER, pooling="last", segments=True),
+    "xlnet": replace(_ENCODER, pooling="last"),
     "xmod": _OFFSET,
     "yoso": _MIXER,
     # Pictures

@@ -262,7 +262,8 @@ def open_checkpoint(
 
 def _once_mixed(family: Family, config: dict[str, Any]) -> bool:
     """Whether earlier versions gave a row another vector in other company, or without segments."""
-    return family.segments or family.company == "same length" or bool(list(list_turns(config)))
+    is_segmented = config.get("model_type") == "xlnet"  # its class token has one of its own
+    return is_segmented or family.company == "same length" or bool(list(list_turns(config)))
 
 
 def _describe_endpoint(spec: ModelSpec, endpoint: EndpointSpec) -> Checkpoint:

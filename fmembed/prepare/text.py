@@ -167,14 +167,13 @@ def leave_text(
 def _gives_segments(checkpoint: Checkpoint) -> bool:
     """Whether the tokenizer gives segment ids, and the model may make something else without them.
 
-    Nearly all tokenizers give nothing but zeros, which nearly all models assume themselves; so the
-    ids do not travel then.
+    Nearly all tokenizers give nothing but zeros, which the models that were tested take for none;
+    so the ids do not travel then.
     """
-    tokenizer, family = _load_tokenizer(checkpoint), checkpoint.family
+    tokenizer = _load_tokenizer(checkpoint)
     if "token_type_ids" not in tokenizer.model_input_names:
         return False
-    is_untested = family.company is None
-    return is_untested or family.segments or any(tokenizer("a b")["token_type_ids"])
+    return checkpoint.family.company is None or any(tokenizer("a b")["token_type_ids"])
 
 
 @functools.lru_cache(maxsize=2)
