@@ -63,7 +63,7 @@ def read_parquet(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
             try:
                 rows = _batch_size(handle, metadata, leaves, source)
                 checked = CheckedPages(handle, metadata, leaves)
-                parquet = pq.ParquetFile(checked, metadata=footer)
+                parquet = pq.ParquetFile(checked, metadata=footer, page_checksum_verification=True)
                 for batch in parquet.iter_batches(rows, row_groups=[group], columns=wanted):
                     for row in batch_rows(batch, source):
                         yield f"{file.name}#{first + i}", row

@@ -145,7 +145,7 @@ def _check(content: bytes, chunk: pq.ColumnChunkMetaData) -> None:
         header, at = _page(content, at, chunk)
         at += max(header.get(_STORED, 0), 0)
         num_bytes += max(header.get(_UNFOLDED, 0), 0)
-        num_values += sum(max(header[f].get(1, 0), 0) for f in _DATA if f in header)
+        num_values += sum(max(data.get(1, 0), 0) for data in _data(header))
         if num_bytes > most or num_values > chunk.num_values:
             raise PageError(
                 f"column {chunk.path_in_schema!r}: its pages say {num_bytes:,} bytes and "
@@ -157,11 +157,20 @@ def _check(content: bytes, chunk: pq.ColumnChunkMetaData) -> None:
 def _page(content: bytes, at: int, chunk: pq.ColumnChunkMetaData) -> tuple[dict[int, Any], int]:
     """Header of the page at this place, and where what it describes begins."""
     try:
-        return _struct(content, at, 0)
+        header, after = _struct(content, at, 0)
     except (IndexError, ValueError):
-        raise PageError(
-            f"column {chunk.path_in_schema!r}: a page's header cannot be read"
-        ) from None
+        header, after = {_STORED: None}, at
+    numbers = [header.get(_STORED, 0), header.get(_UNFOLDED, 0)]
+    # Of what a spoiled byte makes another kind of value of.
+    numbers += [data.get(1, 0) if isinstance(data, dict) else None for data in _data(header)]
+    if not all(isinstance(number, int) for number in numbers):
+        raise PageError(f"column {chunk.path_in_schema!r}: a page's header cannot be read")
+    return header, after
+
+
+def _data(header: dict[int, Any]) -> list[Any]:
+    """What a header says of a page of values, if it is one."""
+    return [header[field] for field in _DATA if field in header]
 
 
 def _struct(content: bytes, at: int, depth: int) -> tuple[dict[int, Any], int]:
