@@ -295,7 +295,7 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     for why, count in result["passed_over"].items():
         _print(f"not read  {count:,} {why}")
     if num_before := result["table_rejected"] - result["rows_rejected"]:
-        _print(f"rejected  {num_before:,} by earlier runs; --retry-rejected tries them again")
+        _print(f"rejected  {num_before:,} by earlier runs: fmembed rejected TABLE lists them")
     for cause, count in result["causes"].items():
         _print(f"rejected  {count:,} {cause}")
     for name, p in result["probes"].items():
@@ -311,7 +311,7 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
         if "missing" in p:
             baselines += f"; no cheap competitor: {p['missing']}"
         _print(
-            f"{name:<9} {metric} {p['value']:.3f} [{p['low']:.3f}, {p['high']:.3f}]; {baselines}"
+            f"{name:<9} {metric} {p['value']:z.3f} [{p['low']:z.3f}, {p['high']:z.3f}]; {baselines}"
         )
     _print(f"table     {result['table']} version {result['version']}")
     if result["report"]:
@@ -320,7 +320,7 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
 
 def _describe_chance(chance: dict[str, Any]) -> str:
     return (
-        f" ({chance['low']:.3f} to {chance['high']:.3f} in {chance['shuffles']:,} shuffles, "
+        f" ({chance['low']:z.3f} to {chance['high']:z.3f} in {chance['shuffles']:,} shuffles, "
         f"p = {chance['p']:.3f})"
     )
 

@@ -117,7 +117,7 @@ def _score(s: dict[str, float]) -> markupsafe.Markup:
         return round(100 * min(max(v, 0.0), 1.0), 2)
 
     low, high = percent(s["low"]), percent(s["high"])
-    range_ = f"{s['low']:.4f} to {s['high']:.4f}"
+    range_ = f"{s['low']:z.4f} to {s['high']:z.4f}"
     if s.get("shuffles"):
         range_ += f" in {s['shuffles']:,} shuffles, p = {s['p']:.3f}"
     return markupsafe.Markup(  # noqa: S704 - only formatted numbers go in

@@ -111,7 +111,7 @@ def _find_damage(kind: str | None, content: bytes) -> str | None:
             return "it is cut short: the marker of a JPEG's end is missing"
     elif kind == "PNG":
         at = 8
-        while (name := content[at + 4 : at + 8]) and name != b"IEND":
+        while (name := content[at + 4 : at + 8]).isalpha() and name != b"IEND":
             end = at + 8 + int.from_bytes(content[at : at + 4], "big")
             # No pixel depends on a chunk whose name begins with a small letter.
             crc = zlib.crc32(memoryview(content)[at + 4 : end]) if name[:1].isupper() else None

@@ -128,7 +128,8 @@ def _check_address(address: str) -> None:
 @contextmanager
 def _without_log_level() -> Iterator[None]:
     """Leave out the one line that Ray (2.60) writes because its log level is set: that it is."""
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        sys.stderr.flush()
     with tempfile.TemporaryFile() as said:
         own = os.dup(2)
         os.dup2(said.fileno(), 2)

@@ -103,10 +103,10 @@ class Run:
         num_changed = self._commits.num_changed if self._commits else 0
         if num_changed and self._inputs.spec.output.on_changed == "refuse":
             raise ChangedError(
-                f"source: {num_changed:,} rows have another content than the rows of "
-                f"{self._inputs.table.uri} with the same ids, which were left as they are; the "
-                "new rows are committed. Give another output.uri or ids of their own, or "
-                "output.on_changed: keep where the old vectors are to stay"
+                f"source: {num_changed:,} rows have another content, or none that can be read, "
+                f"than the rows of {self._inputs.table.uri} with the same ids, which were left as "
+                "they are; the new rows are committed. Give another output.uri or ids of their "
+                "own, or output.on_changed: keep where the old vectors are to stay"
             )
 
     def finish(self) -> RunResult:
@@ -156,11 +156,18 @@ class Run:
             counts={k: int(n) for k, n in counts.items() if not k.startswith(PREFIXES)},
             steady_rows_per_s=steady,
             causes=dict(commits.causes) if commits else {},
-            passed_over=dict(self._inputs.source.passed_over),
+            passed_over={**self._inputs.source.passed_over, **self._not_compared()},
             stages=self._stages(),
             verdict=self._judge(counts),
             compute=asdict(self._plan) if self._plan else {},
         )
+
+    def _not_compared(self) -> dict[str, int]:
+        """Rows of lists that are as they were, whose files may be others by now."""
+        if self._inputs.source.root is None or self.work is None or not self.work.num_skipped:
+            return {}
+        why = "files below source.root, as the lists that name them are unchanged"
+        return {why: self.work.num_skipped}
 
     def _judge(self, counts: Mapping[str, float]) -> dict[str, Any]:
         seconds = time.monotonic() - self._clock

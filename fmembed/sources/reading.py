@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from fmembed.rows.columns import CHANGED, CONTENT_HASH, SHARD, SKIPPED, TOTAL, row_schema
@@ -43,7 +44,10 @@ def read_shard(
         committed: Rows to leave out; those whose content is another by now are counted.
     """
     schema = row_schema(source.carried, source.modality)
-    num_rows = num_skipped = num_changed = 0
+    num_rows = num_skipped = 0
+    # Known ids whose content here is that of the table, and those where it is another: of rows that
+    # have one id, of which the first is in the table, neither has changed.
+    same, other = [keys_of([])], [keys_of([])]
     rows: Iterator[RawRow] = itertools.islice(_read_to_the_end(source, shard), shard.max_rows)
     if source.root is not None:
         rows = _fetch(source, rows, source.root)
@@ -55,11 +59,14 @@ def read_shard(
             done = committed.contains(keys)
             num_skipped += int(done.sum())
             contents = contents_of(table[CONTENT_HASH].to_pylist())
-            num_changed += int(committed.changed(keys, contents).sum())
+            is_other = committed.changed(keys, contents)
+            other.append(keys[is_other])
+            same.append(keys[done & ~is_other])
             table = table.filter(pa.array(~done))
         if table.num_rows:
             yield table
-    marker = {SHARD: index, TOTAL: num_rows, SKIPPED: num_skipped, CHANGED: num_changed}
+    changed = np.setdiff1d(np.concatenate(other), np.concatenate(same))
+    marker = {SHARD: index, TOTAL: num_rows, SKIPPED: num_skipped, CHANGED: len(changed)}
     yield pa.Table.from_pylist([marker], schema=schema)
 
 

@@ -136,10 +136,15 @@ class PartFiles:
             raise self._damaged(part, f"not readable: {reason(e)}") from None
         column = PARENT_ID if PARENT_ID in names else ROW_ID
         # By ranges, however small the part is: every run reads the ids of all and no vector.
-        rows = self._read_pages(part, [column, CONTENT_HASH])
-        if column == PARENT_ID:
-            rows = rows.group_by([column, CONTENT_HASH]).aggregate([])
-        return keys_of(rows[column].to_pylist()), contents_of(rows[CONTENT_HASH].to_pylist())
+        try:
+            rows = self._read_pages(part, [column, CONTENT_HASH])
+            # A dictionary, as Arrow groups no string_view, which Delta's own delete writes.
+            content_by_id = dict(
+                zip(rows[column].to_pylist(), rows[CONTENT_HASH].to_pylist(), strict=True)
+            )
+            return keys_of(content_by_id), contents_of(content_by_id.values())
+        except (KeyError, ValueError) as e:
+            raise self._damaged(part, f"no ids and contents in it: {reason(e)}") from None
 
     def write(
         self, rows: pa.Table, vectors: Sequence[str] = (), stamp: Mapping[str, str] | None = None

@@ -310,11 +310,12 @@ class Table:
         for part in rejected:
             causes = self.rejected.files.read_columns(part, [ROW_ID, "error"])
             is_twin = pc.equal(causes["error"], DUPLICATE)
-            # Not by these: the row with that id may not be in the table (it is committed later than
-            # its twin is rejected), or no longer. Where it is, either content is a known one.
-            twins = keys_of(causes.filter(is_twin)[ROW_ID].to_pylist())
-            ids.forget_contents(twins)
-            self.num_twins += len(twins)
+            # Several rows of the source have an id that is here and in the table: neither content
+            # is another one by now.
+            ids.forget_contents(keys_of(causes[ROW_ID].to_pylist()))
+            # Not by its twin is a row known: it may not be in the table (it is committed later than
+            # that one is rejected), or no longer.
+            self.num_twins += pc.sum(is_twin).as_py() or 0
             ids.add(keys_of(causes.filter(pc.invert(is_twin))[ROW_ID].to_pylist()))
         self.known_parts = frozenset(
             [part.path for part in rows] + [REJECTED + part.path for part in rejected]

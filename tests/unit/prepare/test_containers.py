@@ -126,6 +126,16 @@ def ogg_pages(content: bytes) -> list[bytes]:
 
 
 @pytest.mark.parametrize("kind", ["Vorbis", "Opus"])
+def test_an_ogg_with_a_page_that_was_changed_is_rejected(kind: str) -> None:
+    pages = ogg_pages(KINDS[kind])
+    page = pages[len(pages) // 2]
+    for at in (len(page) // 2, len(page) - 1):
+        spoiled = page[:at] + bytes([page[at] ^ 4]) + page[at + 1 :]
+        with pytest.raises(DamagedSoundError, match="does not match its checksum"):
+            check_length(b"".join(pages).replace(page, spoiled))
+
+
+@pytest.mark.parametrize("kind", ["Vorbis", "Opus"])
 def test_an_ogg_that_ends_with_a_page_but_not_the_last_is_cut(kind: str) -> None:
     content = b"".join(ogg_pages(KINDS[kind])[:-1])
     with pytest.raises(DamagedSoundError, match="the page that ends it is missing"):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -143,6 +144,17 @@ def test_rows_with_another_content_are_counted(tmp_path: Path) -> None:
     assert marker.select(["_total", "_skipped", "_changed"]).to_pylist() == [
         {"_total": 8, "_skipped": 7, "_changed": 3}
     ]
+
+
+def test_a_second_row_of_an_id_is_no_change_of_the_first(tmp_path: Path) -> None:
+    rows = [{"id": "x", "text": "first"}, {"id": "x", "text": "second"}, {"id": "y", "text": "y"}]
+    source = open_source(SourceSpec(uri=str(write_jsonl(tmp_path / "in.jsonl", rows)), id="id"))
+    (table,) = [t for t in read_here(source) if t.num_rows > 1]
+    contents = contents_of(table["content_hash"].to_pylist())
+    for known, num_changed in ((contents[0], 0), (contents[1], 0), (contents[2], 1)):
+        ids = RowIds(keys_of(["x"]), np.array([known]))
+        *_, marker = read_shard(source, source.shards[0], 0, ids)
+        assert marker["_changed"].to_pylist() == [num_changed]
 
 
 NAMES = ("a%2Fb", "c%20d", "e f", "g#h", "i?j", "ü", "k::l", "m@n:o", "p+q&r=s", "http:", "t*u")

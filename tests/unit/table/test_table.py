@@ -22,12 +22,12 @@ from tables import CARD, CONFIGURATION, DIM, IDENTITY, OUTPUT, SCHEMA, VECTORS, 
 from fmembed.errors import ConflictError, DamagedError, FmembedError, StorageError, TableError
 from fmembed.result import RunResult
 from fmembed.rows.columns import REJECTED_SCHEMA
-from fmembed.rows.ids import keys_of
+from fmembed.rows.ids import contents_of, keys_of
 from fmembed.storage import Storage
 from fmembed.table import files
 from fmembed.table import log as log_module
 from fmembed.table.card import fingerprint
-from fmembed.table.files import Part
+from fmembed.table.files import Part, PartFiles
 from fmembed.table.log import _is_damage
 from fmembed.table.parts import write_part
 from fmembed.table.reading import read
@@ -929,3 +929,28 @@ def test_columns_that_another_tool_has_added(table: Table) -> None:
     write_deltalake(table.uri, rows, mode="append", schema_mode="merge")
     found = {r["row_id"]: r["more"] for r in read(table.uri).to_pylist()}
     assert found == dict.fromkeys("abcde") | {"n": 7}
+
+
+def test_keys_are_read_from_parts_as_other_tools_write_them(tmp_path: Path) -> None:
+    """Delta's own delete writes string_view, which Arrow cannot group by; pieces share an id."""
+    view = pa.string_view()
+    rows = pa.table(
+        {
+            "row_id": pa.array(["a@0", "a@1", "b@0"], view),
+            "parent_id": pa.array(["a", "a", "b"], view),
+            "content_hash": pa.array(["ab" * 16, "ab" * 16, "cd" * 16], view),
+        }
+    )
+    own = PartFiles(Storage(str(tmp_path)))
+
+    def part(rows: pa.Table) -> Part:
+        pq.write_table(rows, tmp_path / "x.parquet")
+        return Part("x.parquet", (tmp_path / "x.parquet").stat().st_size, rows.num_rows)
+
+    keys, contents = own.read_keys(part(rows))
+    assert keys.tolist() == keys_of("ab").tolist()
+    assert contents.tolist() == contents_of(["ab" * 16, "cd" * 16]).tolist()
+    not_hex = pa.array(["zz"] * 3)
+    for spoiled in (rows.drop_columns("content_hash"), rows.set_column(2, "content_hash", not_hex)):
+        with pytest.raises(DamagedError, match="no ids and contents in it"):
+            own.read_keys(part(spoiled))
