@@ -19,6 +19,7 @@ from fmembed.errors import (
 # model that kills its own, would never fail the run.
 MAX_TASK_RETRIES = 3
 MAX_ACTOR_RESTARTS = 3
+_REST = "committed rows stay, the same command resumes; -v shows Ray's own messages"
 # What a lost node, worker or actor looks like from the driver, as against an error of the code.
 _LOSSES = (
     ray.exceptions.RayActorError,
@@ -46,27 +47,31 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
+def explain_model_death(reason: str) -> FmembedError:
+    """What the user should read where the process with the model has died on each try."""
+    return FmembedError(
+        f"the model's process died {1 + MAX_ACTOR_RESTARTS} times and was given up: {reason}; was "
+        "it killed for memory (compute.actors, compute.batch_tokens), or does the model's own code "
+        f"end it? {_REST}"
+    )
+
+
 def explain(error: BaseException) -> FmembedError:
     """What the user should read of an error that Ray raised."""
     root = root_cause(error)
     if isinstance(root, FmembedError):
         return root
     lines = [line.strip() for line in str(root).splitlines() if line.strip()]
-    rest = "committed rows stay, the same command resumes; -v shows Ray's own messages"
     if isinstance(root, ray.exceptions.ActorDiedError):
         # Ray hands on an error of an actor's constructor as text alone.
         if refused := re.search(r"fmembed\.errors\.ModelError: (.+)", str(root)):
             return ModelError(refused[1])
-        return FmembedError(
-            f"the model's process died {1 + MAX_ACTOR_RESTARTS} times and was given up: "
-            f"{lines[-1] if lines else 'no reason known'}; was it killed for memory "
-            "(compute.actors, compute.batch_tokens), or does the model's own code end it? " + rest
-        )
+        return explain_model_death(lines[-1] if lines else "no reason known")
     if isinstance(root, ray.exceptions.WorkerCrashedError | ray.exceptions.OutOfMemoryError):
         return FmembedError(
             f"a process that reads and prepares rows died {1 + MAX_TASK_RETRIES} times on each of "
             "several passes and was given up: was it killed for memory (source.max_text_bytes, "
-            "source.max_media_bytes, preprocess.max_image_px)? " + rest
+            f"source.max_media_bytes, preprocess.max_image_px)? {_REST}"
         )
     reason = lines[-1] if lines else type(root).__name__
-    return FmembedError(f"the run failed: {type(root).__name__}: {reason}; {rest}")
+    return FmembedError(f"the run failed: {type(root).__name__}: {reason}; {_REST}")

@@ -15,11 +15,12 @@ from ray.data.block import BlockMetadata
 
 from fmembed.checkpoint.families import FAMILIES
 from fmembed.checkpoint.opening import Checkpoint
+from fmembed.errors import reason
 from fmembed.model.embed import Embed
 from fmembed.prepare.stage import Preprocess
 from fmembed.rows.ids import RowIds
 from fmembed.rows.precision import Ranges
-from fmembed.run.faults import MAX_ACTOR_RESTARTS, MAX_TASK_RETRIES, explain
+from fmembed.run.faults import MAX_ACTOR_RESTARTS, MAX_TASK_RETRIES, explain, explain_model_death
 from fmembed.run.placement import Plan
 from fmembed.sources.reading import read_shard
 from fmembed.sources.source import Shard, Source
@@ -148,12 +149,16 @@ def try_model(checkpoint: Checkpoint, plan: Plan) -> None:
     if checkpoint.endpoint is not None or usual:
         return
 
-    @ray.remote(num_cpus=0, num_gpus=plan.gpus_per_actor, max_calls=1)
+    @ray.remote(
+        num_cpus=0, num_gpus=plan.gpus_per_actor, max_calls=1, max_retries=MAX_ACTOR_RESTARTS
+    )
     def load() -> None:
         Embed(checkpoint, device=plan.device, num_threads=plan.num_threads)
 
     try:
         ray.get(load.remote())
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as e:
+        raise explain_model_death(reason(e)) from None
     except ray.exceptions.RayError as e:
         raise explain(e) from None
 
