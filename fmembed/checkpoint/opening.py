@@ -202,19 +202,12 @@ def open_checkpoint(
         _check_installed(family.packages[0], *family.packages)
     towers = modalities if len(modalities) > 1 else ()
     inner = {**config, **read_part(config, TOWER_CONFIG[modality])}
-    limit = _position_limit(weights, inner, family) if modality == "text" else None
-    most = limit
-    if modality == "text" and not towers:
-        shapes = read_shapes(own_files)
+    max_tokens = spec.max_tokens or modules.max_tokens or _FALLBACK_MAX_TOKENS
+    if modality == "text":
+        shapes = {} if towers else read_shapes(own_files)
         if family.company is not None:
             check_shapes(weights, shapes, inner)
-        places = _count_places(shapes, inner, family)
-        most = min((n for n in (limit, places) if n is not None), default=None)
-    if spec.max_tokens is not None and most is not None and spec.max_tokens > most:
-        raise ModelError(
-            f"model.max_tokens: takes at most {most} with this model, got {spec.max_tokens}"
-        )
-    max_tokens = spec.max_tokens or modules.max_tokens or limit or _FALLBACK_MAX_TOKENS
+        max_tokens = _resolve_max_tokens(spec, modules.max_tokens, weights, inner, family, shapes)
     dtype = spec.dtype
     if dtype == "auto":
         dtype = "bfloat16" if native_bfloat16 and not family.needs_float32 else "float32"
@@ -241,7 +234,7 @@ def open_checkpoint(
         outputs=_resolve_outputs(
             spec, modality, default, modules.normalize, bool(towers), modules.dims
         ),
-        max_tokens=min(max_tokens, most or max_tokens),
+        max_tokens=max_tokens,
         prompt=resolve_prompt(folder, spec.prompt) if modality == "text" else "",
         lower_case=modules.lower_case,
         dense=modules.dense,
@@ -365,16 +358,40 @@ def _check_installed(extra: str, *packages: str) -> None:
             )
 
 
-def _position_limit(folder: Path, config: dict[str, Any], family: Family) -> int | None:
-    """The most tokens a text may have, or None where neither config nor tokenizer says."""
-    limits = []
+def _resolve_max_tokens(
+    spec: ModelSpec,
+    of_modules: int | None,
+    folder: Path,
+    config: dict[str, Any],
+    family: Family,
+    shapes: dict[str, tuple[int, ...]],
+) -> int:
+    """After how many tokens a text is cut.
+
+    What sentence-transformers' files say takes the place of what the tokenizer says, as it does
+    there; neither goes beyond the model's positions.
+
+    Raises:
+        ModelError: The spec asks for more than the model takes.
+    """
     tokenizer = read_object(folder / "tokenizer_config.json") or {}
     # An absent limit is saved as about 1e30.
-    if isinstance(m := tokenizer.get("model_max_length"), int) and 0 < m < 10**7:
-        limits.append(m)
+    said = tokenizer.get("model_max_length")
+    of_tokenizer = said if isinstance(said, int) and 0 < said < 10**7 else None
+    places = [_count_places(shapes, config, family)]
     if isinstance(m := config.get("max_position_embeddings"), int) and m > 0:
-        limits.append(m - _num_before(config, family))
-    return min(limits, default=None)
+        places.append(m - _num_before(config, family))
+    # A model whose positions have no end takes what its tokenizer says.
+    most = min((n for n in places if n is not None), default=None)
+    limit = min((n for n in (most, of_tokenizer) if n is not None), default=None)
+    if spec.max_tokens is not None:
+        if limit is not None and spec.max_tokens > limit:
+            raise ModelError(
+                f"model.max_tokens: takes at most {limit} with this model, got {spec.max_tokens}"
+            )
+        return spec.max_tokens
+    max_tokens = of_modules or limit or _FALLBACK_MAX_TOKENS
+    return min(max_tokens, most or max_tokens)
 
 
 def _num_before(config: dict[str, Any], family: Family) -> int:

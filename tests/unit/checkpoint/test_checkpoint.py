@@ -246,6 +246,27 @@ def test_a_config_that_leaves_the_positions_out_has_those_of_the_weights(model: 
     assert resolve(model).max_tokens == 64
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "modules", "config", "expected"),
+    [
+        (32, None, None, 32),
+        # As sentence-transformers does: its own word stands above the tokenizer's, not the model's.
+        (32, 48, None, 48),
+        (32, 600, None, 64),
+        (600, None, None, 64),
+        (32, 48, 16, 16),
+    ],
+)
+def test_after_how_many_tokens_a_text_is_cut(
+    tokenizer: int, modules: int | None, config: int | None, expected: int, model: Path
+) -> None:
+    edit(model / "tokenizer_config.json", model_max_length=tokenizer)
+    (model / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": modules}))
+    raw = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+    (model / "modules.json").write_text(json.dumps(raw))
+    assert resolve(model, max_tokens=config).max_tokens == expected
+
+
 @pytest.mark.parametrize("family", sorted(REFUSED))
 def test_an_architecture_that_cannot_be_run_is_named(family: str, model: Path) -> None:
     edit(model / "config.json", model_type=family)

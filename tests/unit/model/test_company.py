@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +224,22 @@ def test_a_limit_that_is_none_is_found_at_load(
                        r" takes 78; set model\.max_tokens: 78$"):  # fmt: skip
         Model(opened(tmp_path), torch.device("cpu"))
     Model(opened(tmp_path, max_tokens=78), torch.device("cpu"))
+
+
+def test_a_family_that_says_so_has_each_row_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo.build("distilbert").save_pretrained(tmp_path)
+    family = replace(FAMILIES["distilbert"], company="none", packs=False)
+    monkeypatch.setitem(FAMILIES, "distilbert", family)
+    encoder = Encoder(opened(tmp_path))
+    sizes: list[int] = []
+    states = encoder._model.tower.states
+
+    def count(pieces: Any) -> Any:
+        sizes.append(len(pieces))
+        return states(pieces)
+
+    monkeypatch.setattr(encoder._model.tower, "states", count)
+    embed(encoder, draw(9, 9, 9, 5))
+    assert sizes == [1] * 4
