@@ -142,6 +142,17 @@ def _save(factory: pytest.TempPathFactory, tokenizer: Path, cls: Any, config: An
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """More have nothing to share out in models as small as these, and wait for one another."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     import ray

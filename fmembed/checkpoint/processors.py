@@ -131,8 +131,12 @@ def loading(name: str, field: str = "model.id") -> Iterator[None]:
     except ModelError:
         raise
     except Exception as e:
-        reason = next(filter(None, str(e).splitlines()), type(e).__name__)
-        raise ModelError(f"{field}: {name} cannot be loaded: {reason}") from None
+        raise ModelError(f"{field}: {name} cannot be loaded: {first_line(e)}") from None
+
+
+def first_line(error: Exception) -> str:
+    """What other libraries say of an error, as far as it goes into a line."""
+    return next(filter(None, str(error).splitlines()), type(error).__name__)
 
 
 @contextmanager
@@ -147,7 +151,7 @@ def running(checkpoint: Checkpoint, architecture: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as e:
-        reason = next(filter(None, str(e).splitlines()), type(e).__name__)
+        reason = first_line(e)
         if checkpoint.dtype != "float32" and re.search("half|float16", reason, re.IGNORECASE):
             reason += "; try model.dtype: float32"
         raise ModelError(

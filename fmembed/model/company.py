@@ -16,6 +16,7 @@ import torch
 
 from fmembed.arrays import Ints
 from fmembed.checkpoint.families import Company
+from fmembed.checkpoint.processors import first_line
 from fmembed.checkpoint.shapes import POSITIONS
 from fmembed.errors import ModelError
 from fmembed.rows.pieces import Piece
@@ -98,7 +99,7 @@ def _check_limit(model: Model, row: Piece, named: str) -> None:
     try:
         _run(model, [row])
     except Exception as e:
-        reason = next(filter(None, str(e).splitlines()), type(e).__name__)
+        reason = first_line(e)
     else:
         return
     while fits + 1 < fails:

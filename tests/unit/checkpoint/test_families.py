@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from fmembed.prepare.stage import Preprocess
 from fmembed.rows.columns import row_schema
 from fmembed.spec import ModelSpec, PreprocessSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
 }  # fmt: skip
@@ -40,15 +42,6 @@ TEXTS = [*SENTENCES, "x", "A second short one."]
 
 PICTURES = [picture(50, 40), picture(32, 32), picture(70, 91), picture(33, 64)]
 SOUNDS = [sound(n) for n in (8000, 16_000, 24_000, 12_345, 40_000)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """More have nothing to share out in models as small as these, and wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def embed(checkpoint: Checkpoint, inputs: list[Any], batch_tokens: int = 300) -> pa.Table:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from fmembed.model.forward import Model
 from fmembed.rows.pieces import Piece
 from fmembed.spec import ModelSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Where neither config nor weights have a limit: what the tests run up to.
 MAX_TOKENS = 96
 # Of each way to go wrong one; the others take a minute.
@@ -33,14 +34,6 @@ QUICK = (
     "bert", "big_bird", "convbert", "cpmant", "fnet", "gpt2", "ibert", "mixtral", "modernbert",
     "phi3", "xlnet",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
