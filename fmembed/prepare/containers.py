@@ -115,7 +115,9 @@ def _check_chunks(content: bytes, layout: _Layout) -> bytes:
             return content
         whole = size.pack(found + (layout.head_bytes if layout.counts_itself else 0))
         return content[:size_at] + whole + content[size_at + size.size :]
-    if told > found:
+    # Some programs count the header too: all of it, or as the first length of a RIFF does.
+    counts_head = content[:4] == b"RIFF" and told in (len(content), len(content) - 8)
+    if told > found and not counts_head:
         raise _cut(told, found)
     end = begin + told + -told % layout.align
     rest = layout.chunks(content, end)

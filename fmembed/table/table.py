@@ -302,10 +302,8 @@ class Table:
         Raises:
             DamagedError: A part is missing, or not as it was written.
         """
-        ids = RowIds()
         rows, rejected = self.rows.pin(), self.rejected.pin()
-        for part in rows:
-            ids.add(*self.rows.files.read_keys(part))
+        ids = self._read_ids(rows)
         self.num_twins = 0
         for part in rejected:
             causes = self.rejected.files.read_columns(part, [ROW_ID, "error"])
@@ -320,6 +318,13 @@ class Table:
         self.known_parts = frozenset(
             [part.path for part in rows] + [REJECTED + part.path for part in rejected]
         )
+        return ids
+
+    def _read_ids(self, parts: Sequence[Part]) -> RowIds:
+        """Ids and contents of committed rows."""
+        ids = RowIds()
+        for part in parts:
+            ids.add(*self.rows.files.read_keys(part))
         return ids
 
     @property
@@ -463,9 +468,11 @@ class Table:
         lock, and before `row_ids`.
         """
         removed, kept, num_forgotten = [], [REJECTED_SCHEMA.empty_table()], 0
+        embedded = self._read_ids(self.rows.pin())
         for part in self.rejected.pin():
             rows = self.rejected.files.read_whole(part)
-            twins = rows.filter(pc.equal(rows["error"], DUPLICATE))
+            has_twin = pa.array(embedded.contains(keys_of(rows[ROW_ID].to_pylist())))
+            twins = rows.filter(pc.or_(pc.equal(rows["error"], DUPLICATE), has_twin))
             if twins.num_rows < rows.num_rows:
                 removed.append(part)
                 kept.append(twins)

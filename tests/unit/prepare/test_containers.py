@@ -114,6 +114,14 @@ def test_sounds_put_together_are_rejected(kind: str) -> None:
         check_length(KINDS[kind] * 2)
 
 
+@pytest.mark.parametrize("less", [0, 8])
+def test_a_wav_whose_length_counts_its_header_is_whole(less: int) -> None:
+    content = bytearray(KINDS["WAV"])
+    at = content.index(b"data") + 4
+    content[at : at + 4] = struct.pack("<I", len(content) - less)
+    np.testing.assert_array_equal(read(check_length(bytes(content))), read(KINDS["WAV"]))
+
+
 @pytest.mark.parametrize("kind", ["WAV", "AIFF", "CAF", "RF64", "FLAC", "Vorbis", "MP3"])
 def test_what_follows_a_sound_is_nothing_of_it(kind: str) -> None:
     content = KINDS[kind] + b"TAG" + bytes(125)

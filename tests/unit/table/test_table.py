@@ -677,6 +677,12 @@ def test_retry_of_a_part_with_twins_alone(table: Table) -> None:
     assert [p.path for p in table.rejected.parts()] == [twin.rejected.path]
     table.row_ids()
     assert table.forget_rejected("r3") == 0
+    # Nor is a bad row forgotten whose id is embedded: its shard would skip it without a word.
+    bad = write(table.uri, block(["d"], ("d",)))
+    assert bad.rejected is not None
+    table.rejected.commit([bad.rejected], REJECTED_SCHEMA, CONFIGURATION, ("run", 8))
+    table.row_ids()
+    assert table.forget_rejected("r4") == 0
     # Nothing that was ever committed is deleted.
     assert Table(table.uri).remove_strays() == 0
 
