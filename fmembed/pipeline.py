@@ -119,8 +119,8 @@ def embed_rows(run: Run, inputs: Inputs, lock: Lock, quiet: bool, stage: type | 
             with one as work:
                 progress.expect(work.source)
                 hold(commits.held_bytes)
-                rows = read(work.source, work.known, num_cpus=plan.cpus_per_task)
-                pieces = prepare(rows, checkpoint, spec.preprocess, plan)
+                rows = read(work.source, work.known, plan.cpus_per_task, work.apart)
+                pieces = prepare(rows, checkpoint, spec.preprocess, plan, work.apart)
                 vectors = apply(stage, checkpoint, options, pieces, plan)
                 for bundle in vectors.iter_internal_ref_bundles():
                     run.count(bundle)

@@ -44,6 +44,8 @@ SHARD, TOTAL, SKIPPED, CHANGED = "_shard", "_total", "_skipped", "_changed"
 PARENT_ID, PIECE, PIECE_START, PIECE_STOP = "parent_id", "piece", "piece_start", "piece_stop"
 # The cause of a row whose id another row has: the one rejection whose id is also embedded.
 DUPLICATE = "duplicate id"
+# The cause of a row that ends the process which reads or prepares it.
+KILLS = "ends its process"
 # How much the model saw of a row: its tokens, patches or samples; and whether that is not all.
 NUM_UNITS, TRUNCATED = "num_units", "truncated"
 # What no carried column may be called.

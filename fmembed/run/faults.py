@@ -20,11 +20,12 @@ from fmembed.errors import (
 MAX_TASK_RETRIES = 3
 MAX_ACTOR_RESTARTS = 3
 _REST = "committed rows stay, the same command resumes; -v shows Ray's own messages"
+# A task's process that has died on each try.
+TASK_DEATHS = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
 # What a lost node, worker or actor looks like from the driver, as against an error of the code.
 _LOSSES = (
+    *TASK_DEATHS,
     ray.exceptions.RayActorError,
-    ray.exceptions.WorkerCrashedError,
-    ray.exceptions.OutOfMemoryError,
     ray.exceptions.NodeDiedError,
     ray.exceptions.ObjectLostError,
     ray.exceptions.RpcError,
@@ -67,7 +68,7 @@ def explain(error: BaseException) -> FmembedError:
         if refused := re.search(r"fmembed\.errors\.ModelError: (.+)", str(root)):
             return ModelError(refused[1])
         return explain_model_death(lines[-1] if lines else "no reason known")
-    if isinstance(root, ray.exceptions.WorkerCrashedError | ray.exceptions.OutOfMemoryError):
+    if isinstance(root, TASK_DEATHS):
         return FmembedError(
             f"a process that reads and prepares rows died {1 + MAX_TASK_RETRIES} times on each of "
             "several passes and was given up: was it killed for memory (source.max_text_bytes, "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from types import TracebackType
 
 import ray.exceptions
 
 from fmembed.errors import Interrupted, LockedError, StorageError
 from fmembed.run.commits import Commits
-from fmembed.run.faults import is_loss, root_cause
+from fmembed.run.faults import TASK_DEATHS, is_loss, root_cause
 from fmembed.run.progress import Progress
 from fmembed.run.record import Run
 from fmembed.run.signals import Signals
@@ -45,9 +46,10 @@ def passes(
         ray.exceptions.RayError: An error of the code, or losses that do not end.
     """
     num_broken = 0
+    apart = False
     while run.work:
         num_before = commits.num_embedded
-        current = Pass(run.work, commits, signals)
+        current = Pass(replace(run.work, apart=apart), commits, signals)
         yield current
         lost, current.lost = current.lost, None
         if lost is None:
@@ -58,9 +60,12 @@ def passes(
         limit = 1 if isinstance(cause, ray.exceptions.ActorDiedError) else _MAX_BROKEN
         if num_broken >= limit and commits.num_embedded == num_before:
             raise lost
+        # What Ray has tried again so often as a process that reads or prepares rows.
+        apart = apart or isinstance(cause, TASK_DEATHS)
         progress.say(
             f"lost a node, actor or worker ({type(cause).__name__}); going on from "
             f"the {commits.num_embedded:,} rows that this run has committed"
+            + (", looking for a row that ends its process" if apart else "")
         )
         lock.check()
         table.remove_strays(commits.run_id)

@@ -20,6 +20,7 @@ from fmembed.model.embed import Embed
 from fmembed.prepare.stage import Preprocess
 from fmembed.rows.ids import RowIds
 from fmembed.rows.precision import Ranges
+from fmembed.run.apart import PreprocessApart, read_apart
 from fmembed.run.faults import MAX_ACTOR_RESTARTS, MAX_TASK_RETRIES, explain, explain_model_death
 from fmembed.run.placement import Plan
 from fmembed.sources.reading import read_shard
@@ -34,7 +35,7 @@ _MAX_WINDOWS_IN_FLIGHT = 2
 
 
 def read(
-    source: Source, committed: RowIds | None = None, num_cpus: float = 1.0
+    source: Source, committed: RowIds | None = None, num_cpus: float = 1.0, apart: bool = False
 ) -> ray.data.Dataset:
     """Read the shards as Ray Data blocks of `columns.row_schema(source.carried)`.
 
@@ -42,6 +43,7 @@ def read(
         source: What `open_source` found.
         committed: Rows to leave out; the marker row that ends a shard says how many.
         num_cpus: What Ray reserves for a read task.
+        apart: Whether in a process apart, so that a row may end it.
     """
     committed_ref = ray.put(committed) if committed is not None and len(committed) else None
     described, shards, num_bytes = source.without_shards, source.shards, source.num_bytes
@@ -50,7 +52,7 @@ def read(
     def read_fn(index: int, shard: Shard) -> Callable[[], Iterator[pa.Table]]:
         def read_blocks() -> Iterator[pa.Table]:
             known = ray.get(committed_ref) if committed_ref is not None else None
-            yield from read_shard(described, shard, index, known)
+            yield from (read_apart if apart else read_shard)(described, shard, index, known)
 
         return read_blocks
 
@@ -77,12 +79,25 @@ def read(
 
 
 def prepare(
-    rows: ray.data.Dataset, checkpoint: Checkpoint, spec: PreprocessSpec, plan: Plan
+    rows: ray.data.Dataset,
+    checkpoint: Checkpoint,
+    spec: PreprocessSpec,
+    plan: Plan,
+    apart: bool = False,
 ) -> ray.data.Dataset:
-    """Canonical rows to what the model takes, in windows: a task for each block."""
+    """Canonical rows to what the model takes, in windows: a task for each block.
+
+    Args:
+        rows: As `read` yields them.
+        checkpoint: The model.
+        spec: How it is given its inputs.
+        plan: CPUs of a task, rows of a window.
+        apart: Whether in a process apart, so that a row may end it.
+    """
+    preprocess = PreprocessApart if apart else Preprocess
     with _bounded():
         ready = rows.map_batches(
-            Preprocess(checkpoint, spec).stream,
+            preprocess(checkpoint, spec).stream,
             batch_format="pyarrow",
             batch_size=None,
             num_cpus=plan.cpus_per_task,

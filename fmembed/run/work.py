@@ -18,11 +18,14 @@ class Work:
         source: With the shards that are left to read.
         known: Ids of the committed and rejected rows, which readers leave out.
         num_skipped: Rows of the shards that need no second reading.
+        apart: Whether rows are read and prepared in processes apart, because among them there may
+            be some that end theirs.
     """
 
     source: Source
     known: RowIds
     num_skipped: int
+    apart: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.source.shards)

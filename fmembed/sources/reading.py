@@ -17,18 +17,21 @@ import pyarrow as pa
 from fmembed.rows.columns import CHANGED, CONTENT_HASH, SHARD, SKIPPED, TOTAL, row_schema
 from fmembed.rows.ids import RowIds, contents_of, keys_of
 from fmembed.sources.canonical import canonical
+from fmembed.sources.deaths import Deaths
 from fmembed.sources.files import check_regular, open_root
 from fmembed.sources.formats.base import (
     CHUNK_BYTES,
     CHUNK_ROWS,
     FETCHED,
     rejection,
-    too_large_row,
+    too_large,
+    without_input,
 )
 from fmembed.sources.formats.registry import FORMATS
 from fmembed.sources.source import File, RawRow, Shard, Source
 
 _FETCH_THREADS = 16
+_NONE = Deaths()
 
 
 def read_shard(
@@ -43,15 +46,36 @@ def read_shard(
         index: Which of the source's shards it is, for the rows to say.
         committed: Rows to leave out; those whose content is another by now are counted.
     """
+    return (table for _, table in read_steps(source, shard, index, committed) if table.num_rows)
+
+
+def read_steps(
+    source: Source,
+    shard: Shard,
+    index: int,
+    committed: RowIds | None = None,
+    deaths: Deaths = _NONE,
+) -> Iterator[tuple[int, pa.Table]]:
+    """As `read_shard`, each table with the number of rows that were read by then.
+
+    Args:
+        source: As there.
+        shard: As there.
+        index: As there.
+        committed: As there.
+        deaths: Rows that are to be read alone, or left out.
+    """
     schema = row_schema(source.carried, source.modality)
     num_rows = num_skipped = 0
     # Known ids whose content here is that of the table, and those where it is another: of rows that
     # have one id, of which the first is in the table, neither has changed.
     same, other = [keys_of([])], [keys_of([])]
-    rows: Iterator[RawRow] = itertools.islice(_read_to_the_end(source, shard), shard.max_rows)
+    rows: Iterator[RawRow] = itertools.islice(
+        _read_to_the_end(source, shard, deaths), shard.max_rows
+    )
     if source.root is not None:
-        rows = _fetch(source, rows, source.root)
-    for chunk in _chunks(source, rows):
+        rows = _fetch(source, rows, source.root, 1 if deaths else 2 * _FETCH_THREADS)
+    for chunk in _chunks(source, rows, deaths.alone):
         table = canonical(source, chunk, index, schema)
         num_rows += table.num_rows
         if committed is not None:
@@ -63,11 +87,10 @@ def read_shard(
             other.append(keys[is_other])
             same.append(keys[done & ~is_other])
             table = table.filter(pa.array(~done))
-        if table.num_rows:
-            yield table
+        yield num_rows, table
     changed = np.setdiff1d(np.concatenate(other), np.concatenate(same))
     marker = {SHARD: index, TOTAL: num_rows, SKIPPED: num_skipped, CHANGED: len(changed)}
-    yield pa.Table.from_pylist([marker], schema=schema)
+    yield num_rows, pa.Table.from_pylist([marker], schema=schema)
 
 
 def read_here(source: Source) -> list[pa.Table]:
@@ -75,24 +98,28 @@ def read_here(source: Source) -> list[pa.Table]:
     return [t for i, shard in enumerate(source.shards) for t in read_shard(source, shard, i)]
 
 
-def _read_to_the_end(source: Source, shard: Shard) -> Iterator[RawRow]:
+def _read_to_the_end(source: Source, shard: Shard, deaths: Deaths) -> Iterator[RawRow]:
     """Read; what breaks off becomes a rejected row with its cause, and what came before stays.
 
     Decompressors and parsers raise what they like (zlib.error, zipfile.BadZipFile, ...), so there
     is no list of what to expect.
     """
+    at = 0
     for file in shard.files:
         num_rows = 0
         try:
-            for row in _read_file(source, shard, file):
+            rows = _read_file(source, shard, file)
+            for row in deaths.past(source, rows, at) if deaths else rows:
                 yield row
                 num_rows += 1
         except Exception as e:
             error, message = rejection(e, source)
             # Two dots: lines that were left blank have numbers too, so a plain one may be taken.
-            at = f"{file.name}#{shard.first_row + num_rows}.."
-            row_id = at if num_rows or shard.start else file.name
+            rest = f"{file.name}#{shard.first_row + num_rows}.."
+            row_id = rest if num_rows or shard.start else file.name
             yield row_id, (error, f"from row {num_rows} on: {message}" if num_rows else message)
+            at += 1
+        at += num_rows
 
 
 def _read_file(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
@@ -102,19 +129,21 @@ def _read_file(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
     yield from FORMATS[source.format].rows(source, shard, file)
 
 
-def _chunks(source: Source, rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
+def _chunks(source: Source, rows: Iterator[RawRow], alone: range) -> Iterator[list[RawRow]]:
     chunk: list[RawRow] = []
     num_bytes, most = 0, source.most_bytes
-    for row_id, row in rows:
+    for at, (row_id, row) in enumerate(rows):
         if isinstance(row, dict):
             size = 0
             for value in row.values():
                 size += len(value) if isinstance(value, str | bytes) else _num_bytes(value)
             if size > most:
-                row = too_large_row(source, row, size)
+                row = without_input(source, row, too_large(size, source))
             num_bytes += size
         chunk.append((row_id, row))
-        if len(chunk) == CHUNK_ROWS or num_bytes >= CHUNK_BYTES:
+        is_full = len(chunk) == CHUNK_ROWS or num_bytes >= CHUNK_BYTES
+        # It is handed on before the next row is asked for, which may end the process.
+        if is_full or at in alone or at + 1 in alone:
             yield chunk
             chunk, num_bytes = [], 0
     if chunk:
@@ -134,8 +163,17 @@ def _num_bytes(value: Any) -> int:
     return num_bytes
 
 
-def _fetch(source: Source, rows: Iterator[RawRow], root: tuple[Any, str]) -> Iterator[RawRow]:
-    """Put the content in place of the paths; a file that cannot be read is its own row's fate."""
+def _fetch(
+    source: Source, rows: Iterator[RawRow], root: tuple[Any, str], ahead: int
+) -> Iterator[RawRow]:
+    """Put the content in place of the paths; a file that cannot be read is its own row's fate.
+
+    Args:
+        source: What the rows are from.
+        rows: With paths.
+        root: Below which they are.
+        ahead: How many are fetched at once.
+    """
     read_below = open_root(*root, source.most_bytes)
     column = source.spec.input
 
@@ -160,5 +198,5 @@ def _fetch(source: Source, rows: Iterator[RawRow], root: tuple[Any, str]) -> Ite
 
     # Over a network most of a fetch is waiting.
     with ThreadPoolExecutor(_FETCH_THREADS) as pool:
-        while some := list(itertools.islice(rows, 2 * _FETCH_THREADS)):
+        while some := list(itertools.islice(rows, ahead)):
             yield from pool.map(fetch, some)

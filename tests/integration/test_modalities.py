@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
+import shutil
 import tarfile
 import threading
 import time
@@ -24,6 +26,7 @@ from transformers import CLIPImageProcessorPil
 import fmembed
 from fmembed import RunSpec
 from fmembed.cli import run
+from fmembed.rows.columns import KILLS
 from fmembed.sources.opening import open_source
 from fmembed.sources.reading import read_here
 from fmembed.spec import SourceSpec
@@ -244,3 +247,48 @@ def test_a_picture_that_explodes_when_resized_is_one_rejected_row(
     assert result.causes == {"image too large": 1}
     assert peaks_kib
     assert max(peaks_kib.values()) < 2 * 2**20
+
+
+KILLING = """
+import os
+from transformers import ViTImageProcessorPil
+class KillingProcessor(ViTImageProcessorPil):
+    def preprocess(self, images, *args, **kwargs):
+        if images[0][0, 0].tolist() == [1, 2, 3]:
+            os.kill(os.getpid(), 9)
+        return super().preprocess(images, *args, **kwargs)
+"""
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_picture_that_ends_the_process_which_prepares_it_is_one_rejected_row(
+    tmp_path: Path, tiny_vit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a codec's bug does, or the kernel when memory is at its end."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i:02}.png").write_bytes(picture(50 + i))
+    Image.new("RGB", (20, 20), (1, 2, 3)).save(folder / "13.png")
+    model = shutil.copytree(tiny_vit, tmp_path / "model")
+    (model / "killing.py").write_text(KILLING)
+    settings = json.loads((model / "preprocessor_config.json").read_text())
+    settings |= {"image_processor_type": "KillingProcessor"}
+    settings |= {"auto_map": {"AutoImageProcessor": "killing.KillingProcessor"}}
+    (model / "preprocessor_config.json").write_text(json.dumps(settings))
+    result = fmembed.embed(
+        RunSpec.parse({
+            "source": {"uri": str(folder)},
+            "model": {"id": str(model), "dtype": "float32", "trust_remote_code": True},
+            "output": {"uri": str(tmp_path / "out"), "max_rejected_fraction": 0.5},
+            "probes": [],
+        })
+    )  # fmt: skip
+    assert (result.rows_embedded, result.rows_rejected) == (19, 1)
+    assert result.causes == {KILLS: 1}
+    assert "looking for a row that ends its process" in capsys.readouterr().err
+    assert run(["rejected", result.table]) == 0
+    listed = capsys.readouterr().out
+    assert "1 ends its process (stage preprocess)" in listed
+    assert "13.png: its process died, also with this row alone" in listed
+    assert fmembed.verify(result.table).problems == []

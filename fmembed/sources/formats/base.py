@@ -133,10 +133,10 @@ def too_large(num_bytes: int, source: Source) -> Rejection:
     return "row too large", f"{num_bytes:,} bytes, more than {most}"
 
 
-def too_large_row(source: Source, row: dict[Any, Any], num_bytes: int) -> dict[Any, Any]:
-    """Its id, and instead of the input why it is not embedded."""
+def without_input(source: Source, row: dict[Any, Any], why: Rejection) -> dict[Any, Any]:
+    """A row's id, and instead of the input why it is not embedded."""
     named = {source.spec.id: row.get(source.spec.id)} if source.spec.id else {}
-    return {**named, FETCHED: too_large(num_bytes, source)}
+    return {**named, FETCHED: why}
 
 
 def rejection(error: Exception, source: Source) -> Rejection:

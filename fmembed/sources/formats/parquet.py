@@ -21,7 +21,7 @@ from fmembed.sources.formats.base import (
     over_files,
     rejection,
     too_large,
-    too_large_row,
+    without_input,
 )
 from fmembed.sources.formats.unfolding import (
     BATCH_BYTES,
@@ -153,7 +153,7 @@ def batch_rows(batch: pa.RecordBatch, source: Source) -> Iterator[dict[Any, Any]
             assert i == 0
             ids = [c for c in (source.spec.id,) if c in batch.schema.names]
             (row,) = _values(batch.slice(start, 1).select(ids)) if ids else ({},)
-            yield too_large_row(source, row, int(sizes[start]))
+            yield without_input(source, row, too_large(int(sizes[start]), source))
             start += 1
         yield from _values(batch.slice(start, stop - start))
 
