@@ -38,28 +38,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("ray")
 
 
+# Integration tests in the Ray of their test process; the others start Rays of their own.
+_IN_PROCESS = ("test_configs.py", "test_modalities.py", "test_pipeline.py")
+
+
 class _Scheduling(LoadFileScheduling):
-    """One process has all integration tests, one after another: two Rays that start at once on two
-    cores wait for each other until they give up. The rest runs beside it, a file at a time.
+    """One process has all tests that start Ray again and again, one after another: several Rays
+    that start at once on two cores wait for each other until they give up. The rest runs beside
+    it, a file at a time.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         folder = "tests/integration/"
-        return folder if nodeid.startswith(folder) else super()._split_scope(nodeid)
+        starts_ray = nodeid.startswith(folder) and not any(name in nodeid for name in _IN_PROCESS)
+        return folder if starts_ray else super()._split_scope(nodeid)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling:
     config.option.loadscopereorder = False  # in order: integration is first
     return _Scheduling(config, log)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def gives_way() -> None:
-    """What runs beside the integration tests takes the time that they leave; Ray's own workers are
-    at 15.
-    """
-    if os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":
-        os.nice(19)
 
 
 @pytest.fixture(scope="session", autouse=True)

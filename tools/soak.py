@@ -79,7 +79,7 @@ class Run(subprocess.Popen[str]):
 
 
 class Bench:
-    """A dataset, a checkpoint that counts, and the vectors of an undisturbed run."""
+    """A dataset, a checkpoint that counts, and the vectors that it gives without a disturbance."""
 
     def __init__(self, folder: Path, num_rows: int, row_s: float) -> None:
         self.folder = folder
@@ -89,24 +89,32 @@ class Bench:
         self.source = folder / "in"
         self.source.mkdir()
         # Files of many sizes: some shards are whole long before others.
-        rows = [(f"k{i}", f"row {i} " + "of some words " * (i % 11)) for i in range(num_rows)]
+        rows = {f"k{i}": f"row {i} " + "of some words " * (i % 11) for i in range(num_rows)}
         cuts = [0, num_rows // 50, num_rows // 10, num_rows // 4, num_rows // 2, num_rows]
         for n, (start, stop) in enumerate(itertools.pairwise(cuts)):
-            lines = (json.dumps({"key": k, "text": t}) for k, t in rows[start:stop])
+            some = itertools.islice(rows.items(), start, stop)
+            lines = (json.dumps({"key": k, "text": t}) for k, t in some)
             (self.source / f"{n}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-        self.ids = {k for k, _ in rows}
-        self.reference = self._embed_undisturbed("reference")
+        self._rows = rows
+        self.ids = set(rows)
+        self.reference = self._embed_undisturbed(self.model)
 
-    def _embed_undisturbed(self, name: str, model: Path | None = None) -> dict[str, Any]:
-        run = self.start(self.folder / name, None, model)
-        assert run.end() == 0, run.messages()
-        return read_vectors(self.folder / name)
+    def _embed_undisturbed(self, model: Path) -> dict[str, Any]:
+        """Row id to vector, by the model alone: no Ray, no table."""
+        from fmembed.checkpoint.opening import open_checkpoint
+        from fmembed.model.embed import embed_here
+        from fmembed.spec import ModelSpec
+
+        trusted = ModelSpec(id=str(model), dtype="float32", trust_remote_code=True)
+        done = embed_here(open_checkpoint(trusted, False), list(self._rows.values()))
+        assert not done["_error"].drop_null()
+        return dict(zip(self._rows, np.stack(done["embedding"].to_pylist()), strict=True))
 
     @functools.cached_property
     def other(self) -> tuple[Path, dict[str, Any]]:
         """Another model, and its undisturbed vectors."""
         model = make_counted_model(self.folder / "other", self.log, 0, seed=1)
-        return model, self._embed_undisturbed("other-reference", model)
+        return model, self._embed_undisturbed(model)
 
     def start(
         self, table: Path | str, address: str | None, model: Path | None = None, actors: int = 2
@@ -129,12 +137,15 @@ class Bench:
         return Run(command, environment, self.folder / f"stderr-{self._num_runs}.log")
 
     @contextmanager
-    def held(self, table: Path | str) -> Iterator[Run]:
-        """Start a run whose model stands still after some rows, once some of them are committed."""
+    def held(self, table: Path | str, address: str | None = None, actors: int = 1) -> Iterator[Run]:
+        """Start a run whose model stands still after some rows, once some of them are committed.
+
+        One actor, because what is held may leave a second one idle.
+        """
         committed = self.num_committed(table)
         gate = Path(f"{self.log}.hold")
         gate.write_text(str(self.num_forwarded() + 64))
-        run = self.start(table, None, actors=1)  # what is held would leave a second one idle
+        run = self.start(table, address, actors=actors)
         try:
             wait_for(lambda: self.num_committed(table) > committed or run.poll() is not None)
             assert run.poll() is None, run.messages()
@@ -145,6 +156,13 @@ class Bench:
             raise
         finally:
             gate.unlink()
+
+    def go_on(self, run: Run) -> None:
+        """Let a run that is held compute some more rows, until it stands still again."""
+        limit = self.num_forwarded() + 32
+        Path(f"{self.log}.hold").write_text(str(limit))
+        wait_for(lambda: self.num_forwarded() > limit or run.poll() is not None)
+        assert run.poll() is None, run.messages()
 
     def num_forwarded(self) -> int:
         """Rows that the model has computed so far, in all runs."""
@@ -175,10 +193,10 @@ class Bench:
         return problems
 
 
-def race_creators(bench: Bench, table: Path, tally: Tally) -> None:
+def race_creators(bench: Bench, table: Path, address: str | None, tally: Tally) -> None:
     """Start two runs with different models at once where nothing is yet."""
     other, other_reference = bench.other
-    runs = [bench.start(table, None, model) for model in (bench.model, other)]
+    runs = [bench.start(table, address, model, actors=1) for model in (bench.model, other)]
     codes = [run.end() for run in runs]
     assert sorted(codes)[0] == 0 < sorted(codes)[1] <= 2, [run.messages() for run in runs]
     reference = bench.reference if codes[0] == 0 else other_reference
@@ -213,7 +231,8 @@ def make_counted_model(
     # As of a family that is known and not packed: one that nobody has tested is loaded and tried in
     # a process of its own before each run's actors, and its trial would be counted.
     raw |= {"model_type": "deberta-v2", "log": str(log), "row_s": row_s, "dies": dies}
-    names = {"AutoConfig": "CountedConfig", "AutoModel": "CountedModel"}
+    models = ("AutoModel", "AutoModelForTextEncoding")
+    names = {"AutoConfig": "CountedConfig"} | dict.fromkeys(models, "CountedModel")
     raw["auto_map"] = {auto: f"counted_model.{name}" for auto, name in names.items()}
     (folder / "config.json").write_text(json.dumps(raw))
     return folder
@@ -298,7 +317,7 @@ def kill_once(
     goal = forwarded + at * (len(bench.ids) - committed)
     run = bench.start(table, None if kind == "local driver" else cluster.address)
     wait_for(lambda: bench.num_forwarded() > goal or run.poll() is not None)
-    if run.poll() is None and _kill(kind, run, cluster):
+    if run.poll() is None and kill(kind, run, cluster):
         tally.kills[kind] = tally.kills.get(kind, 0) + 1
     code = run.end()
     if kind.endswith("driver"):
@@ -307,7 +326,8 @@ def kill_once(
     tally.redone.append(redone)
 
 
-def _kill(kind: str, run: Run, cluster: SimulatedCluster) -> bool:
+def kill(kind: str, run: Run, cluster: SimulatedCluster) -> bool:
+    """SIGKILL the driver, or an actor, a worker or the second node; false where there is none."""
     if kind.endswith("driver"):
         run.kill()
         return True
@@ -399,7 +419,7 @@ def soak(minutes: float, min_kills: int, seed: int) -> Tally:
                 finish(bench, table, cluster)
                 problems = bench.check(table, tally)
                 assert not problems, problems
-                race_creators(bench, Path(folder) / f"race{n}", tally)
+                race_creators(bench, Path(folder) / f"race{n}", None, tally)
                 table = Path(folder) / f"table{n + 1}"
             print(f"{kind}: {tally}, redone this time {tally.redone[-1]}", flush=True)
             if time_is_up:
