@@ -288,23 +288,79 @@ def _pairs(folder: Path, kind: Kind) -> set[tuple[bytes, str]]:
 
 
 def _compare(folder: Path, kind: Kind, rows: list[dict[str, Any]]) -> list[str]:
-    """With what others find in the spoiled file."""
-    import pyarrow.parquet as pq
-
+    """With what others find in the spoiled file: whom they find it with, and how many rows."""
     path = folder / f"{_SPOILED}.{kind.suffix}"
     here = [r for r in rows if (r["row_id"] or "").startswith(f"{_SPOILED}.{kind.suffix}")]
-    if kind.suffix == "jsonl":
-        num = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
-        if len(here) != num:
-            return [f"unaccounted: {len(here)} of {num} lines"]
-    if kind.suffix == "parquet":
-        try:
-            texts = pq.read_table(path, page_checksum_verification=True)["text"]
-        except Exception:  # what it raises of a spoiled file is any of many
-            return []
-        if len(here) != len(texts):
-            return [f"unaccounted: {len(here)} of {len(texts)} rows of Parquet"]
-    return []
+    taken = {(r["_input"], r[kind.source["label"]]) for r in here if not r["_error"]}
+    faults = []
+    for name, read in _READERS.get(kind.suffix, {}).items():
+        pairs = None
+        with contextlib.suppress(Exception):  # what they raise of a spoiled file is any of many
+            pairs = read(path)
+        if pairs is None:
+            continue
+        num = len(pairs)
+        # An archive's member without its partner is a row to us, and none to others.
+        if num > len(here) or (num < len(here) and kind.suffix != "tar"):
+            faults.append(f"unaccounted: {len(here)} of {num} rows that {name} finds")
+        if kind.suffix == "tar":
+            continue
+        # Of rows that are rejected nothing is compared.
+        if len(here) == len(pairs) and not taken <= set(pairs):
+            faults.append(f"foreign: {name} does not find {list(taken - set(pairs))[:2]}")
+    return faults
+
+
+def _lines_of(path: Path) -> list[Any]:
+    found: list[Any] = []
+    for line in path.read_bytes().split(b"\n"):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                found.append((row["text"], row["label"]))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                found.append(None)
+    return found
+
+
+def _parquet_by_arrow(path: Path) -> list[Any]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, page_checksum_verification=True)
+    return [(row["text"], row["label"]) for row in table.to_pylist()]
+
+
+def _by_duckdb(path: Path, query: str) -> list[Any]:
+    import duckdb
+
+    with duckdb.connect() as database:
+        return list(database.execute(query, [str(path)]).fetchall())
+
+
+def _samples_of_webdataset(path: Path) -> list[Any]:
+    # Not installed with the tests: `pip install webdataset` before a long run.
+    import webdataset
+
+    samples = webdataset.WebDataset(str(path), shardshuffle=False)
+    return [(s["png"], s.get("cls")) for s in samples if "png" in s]
+
+
+# Who else reads such a file, as contents and labels, in the order of its rows.
+_TEXTS = "{text: 'VARCHAR', label: 'VARCHAR'}"
+# Who else reads such a file, as contents and labels, in the order of its rows.
+_READERS: dict[str, dict[str, Callable[[Path], list[Any]]]] = {
+    "jsonl": {
+        "json": _lines_of,
+        "DuckDB": lambda path: _by_duckdb(
+            path, f"from read_json(?, format = 'newline_delimited', columns = {_TEXTS})"
+        ),
+    },
+    "parquet": {
+        "pyarrow": _parquet_by_arrow,
+        "DuckDB": lambda path: _by_duckdb(path, "select text, label from read_parquet(?)"),
+    },
+    "tar": {"webdataset": _samples_of_webdataset},
+}
 
 
 def _is_readable(content: bytes, modality: str) -> bool:
