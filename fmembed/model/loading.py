@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from fmembed.model.linear import fuse
 from fmembed.model.text import TextTower
 from fmembed.model.tower import Tower
 
+_NUMBER = re.compile(r"\.\d+\.")
 _TOWERS: dict[str, type[Tower]] = {"text": TextTower, "image": ImageTower, "audio": AudioTower}
 
 
@@ -72,6 +75,11 @@ def _load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
         )
     if mismatched := sorted(report["mismatched_keys"]):
         raise ModelError(explain_mismatch(checkpoint.id, *mismatched[0]))
+    if surplus := _surplus_layers(model, report["unexpected_keys"]):
+        raise ModelError(
+            f"model.id: {checkpoint.id} has weights of layers that config.json leaves out, "
+            f"{surplus[0]} first; fetch config and weights that belong together"
+        )
     # A pooler head is optional where it is not asked for; anything else would be random weights.
     needs_pooler = any(o.pooling == "pooler" for o in checkpoint.outputs)
     missing = sorted(k for k in report["missing_keys"] if needs_pooler or "pooler" not in k)
@@ -93,6 +101,21 @@ def _load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
     if device.type == "cpu" and not checkpoint.compile and is_known and checkpoint.family.fuses:
         fuse(model)
     return model
+
+
+def _surplus_layers(model: Any, unexpected: Iterable[str]) -> list[str]:
+    """Weights that the model has too, but of layers with other numbers.
+
+    A checkpoint may hold more than is asked for, as heads for other tasks; but a model of fewer
+    layers than were trained would be another one, without a word.
+    """
+    known = {_NUMBER.sub(".*.", name) for name in model.state_dict()}
+    prefix = f"{model.base_model_prefix}."
+    return sorted(
+        name
+        for name in unexpected
+        if _NUMBER.search(name) and _NUMBER.sub(".*.", name.removeprefix(prefix)) in known
+    )
 
 
 def _merge_adapter(model: Any, checkpoint: Checkpoint) -> Any:

@@ -328,6 +328,8 @@ def _check_mpeg(content: bytes, start: int) -> bytes:
             at += size
     if content.startswith(b"\xff", at):
         raise DamagedSoundError("it is cut short: its last frame is not whole")
+    if content.endswith(bytes(_MOST_ZEROS)):
+        raise DamagedSoundError("it is cut short: what follows its last frame is zeros")
     told = _told_frames(content[start : start + min(_frame_bytes(first), 64)])
     # Some count the frame that holds the table, so one more or less is well.
     if told and num_frames < told:
@@ -371,6 +373,7 @@ def _find_frame(content: bytes, at: int, first: bytes) -> int:
     return len(content)
 
 
+_MOST_ZEROS = 4096  # more than a frame may have; so ends a file that was given its length first
 _MOST_GAP_BYTES = 2**20  # a picture of its own between two songs
 
 

@@ -238,6 +238,15 @@ def test_other_weights_of_another_size_are_named_at_load(model: Path) -> None:
         Encoder(resolve(model))
 
 
+def test_layers_that_a_config_leaves_out_are_named_at_load(model: Path) -> None:
+    edit(model / "config.json", num_hidden_layers=1)
+    named = (
+        r"has weights of layers that config\.json leaves out, encoder\.layer\.1\.\S+ first; fetch"
+    )
+    with pytest.raises(ModelError, match=rf"^model\.id: [^\n]*{named}[^\n]+$"):
+        Encoder(resolve(model))
+
+
 def test_a_config_that_leaves_the_positions_out_has_those_of_the_weights(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     del config["max_position_embeddings"]

@@ -160,6 +160,16 @@ def test_an_mp3_that_ends_with_a_frame_but_not_the_last_is_cut() -> None:
         check_length(content[: ends[14]])
 
 
+def test_an_mp3_whose_rest_is_zeros_is_cut() -> None:
+    content = without_table(KINDS["MP3, constant rate"])
+    half = len(content) // 2
+    assert len(content) - half > 4096
+    with pytest.raises(DamagedSoundError, match="what follows its last frame is zeros"):
+        check_length(content[:half] + bytes(len(content) - half))
+    padded = content + bytes(1000)
+    np.testing.assert_array_equal(read(check_length(padded)), read(content))
+
+
 def size_of(kind: str, name: bytes, size: bytes, after: int = 4) -> Callable[[], bytes]:
     content = KINDS[kind]
     return lambda: patched(content, content.index(name) + after, size)
