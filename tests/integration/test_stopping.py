@@ -22,7 +22,7 @@ def has_started_ray(run: psutil.Process, _: Path) -> bool:
 
 
 def has_committed(_: psutil.Process, table: Path) -> bool:
-    return any((table / "_runs").glob("*"))
+    return any((table / "_runs").glob("*.json"))
 
 
 @pytest.mark.parametrize(

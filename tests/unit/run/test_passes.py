@@ -9,7 +9,9 @@ import pytest
 import ray.exceptions
 
 from fmembed.errors import Interrupted
+from fmembed.rows.ids import RowIds
 from fmembed.run.passes import passes
+from fmembed.run.work import Work
 
 LOST, DIED = ray.exceptions.WorkerCrashedError, ray.exceptions.ActorDiedError
 
@@ -19,9 +21,10 @@ class Fake:
 
     def __init__(self) -> None:
         self.said: list[str] = []
+        self.apart: list[bool] = []
         self.num_embedded = 0
         self.run_id = "r"
-        self.work: Any = SimpleNamespace(source=SimpleNamespace(shards=(1,)), known=())
+        self.work = Work(SimpleNamespace(shards=(1,)), RowIds(), 0)  # type: ignore[arg-type]
 
     def find_work(self) -> None:
         self.said.append("look")
@@ -35,7 +38,8 @@ def run(outcomes: list[Any]) -> Fake:
     fake: Any = Fake()
     left = iter(outcomes)
     for one in passes(fake, fake, fake, fake, fake, fake):
-        with one:
+        with one as work:
+            fake.apart.append(work.apart)
             outcome = next(left)
             num_rows, error = outcome if isinstance(outcome, tuple) else (outcome, None)
             fake.num_embedded += num_rows
@@ -53,6 +57,10 @@ def test_after_a_loss_what_is_written_is_committed_and_the_rest_read_again() -> 
         "begin", "commit_written", "settle", "say", "check", "remove_strays", "look",
         "begin", "settle",
     ]  # fmt: skip
+
+
+def test_after_a_task_that_died_on_each_try_rows_are_read_and_prepared_apart() -> None:
+    assert run([(1, DIED()), (1, LOST()), (1, DIED()), 1]).apart == [False, False, True, True]
 
 
 def test_losses_that_never_end() -> None:
