@@ -46,6 +46,7 @@ FAULTS = ("crashes", "hangs", "lost", "foreign", "unaccounted", "accepted")
 _TIMEOUT_S = 60.0
 _NUM_ROWS = 6  # of each file
 _GOOD, _SPOILED = ("a", "z"), "m"
+_IN_ORDER = ("a", "m", "z")
 
 Rows = list[tuple[bytes, str]]  # content and label, of which each content has its own
 
@@ -117,7 +118,7 @@ def sound_rows(name: str) -> Rows:
 
 @dataclass(frozen=True)
 class Kind:
-    """What is spoiled: files of rows, or files that are rows (`write` is None)."""
+    """What is spoiled: files of rows, or files that are rows, or a dataset's (`write` is None)."""
 
     make: Callable[[str], Rows]
     write: Callable[[Rows], bytes] | None
@@ -141,6 +142,7 @@ KINDS = {
     "tsv": Kind(text_rows, as_tsv, "tsv", _TEXT),
     "parquet": Kind(text_rows, as_parquet, "parquet", _TEXT),
     "tar": Kind(picture_rows, as_tar, "tar", {"input": "png", "label": "cls"}, "image"),
+    "hf": Kind(text_rows, None, "arrow", _TEXT),
     "pictures": Kind(picture_rows, None, "png", {"label": "label"}, "image"),
     "sounds": Kind(sound_rows, None, "wav", {"label": "label"}, "audio"),
 }
@@ -184,6 +186,15 @@ def spoil(content: bytes, rng: random.Random) -> bytes:
 
 def write_folder(folder: Path, kind: Kind, rng: random.Random) -> None:
     """A spoiled file between good ones."""
+    if kind.suffix == "arrow":
+        from datasets import Dataset
+
+        rows = [row for name in _IN_ORDER for row in kind.rows(name)]
+        columns = {"text": [t.decode() for t, _ in rows], "label": [label for _, label in rows]}
+        Dataset.from_dict(columns).save_to_disk(folder, num_shards=len(_IN_ORDER))
+        path = sorted(folder.glob("*.arrow"))[1]
+        path.write_bytes(spoil(path.read_bytes(), rng))
+        return
     for name in (*_GOOD, _SPOILED):
         rows = kind.rows(name)
         if kind.write is not None:
@@ -317,7 +328,7 @@ def _lines_of(path: Path) -> list[Any]:
         if line.strip():
             try:
                 row = json.loads(line)
-                found.append((row["text"], row["label"]))
+                found.append((row["text"], row.get("label")))
             except (ValueError, KeyError, TypeError, AttributeError):
                 found.append(None)
     return found
@@ -462,12 +473,14 @@ class _Worker:
 
 def fuzz(minutes: float, num_inputs: int, seed: int, keep: Path | None) -> dict[str, int]:
     """Spoil and look until the time is up and so many inputs were seen; faults by name."""
+    import datasets
     import transformers as hf
     from tiny import save_tiny
 
     from fmembed.errors import ModelError
     from fmembed.storage import resolve_package
 
+    datasets.disable_progress_bars()
     rng, counts = random.Random(seed), dict.fromkeys(("inputs", *FAULTS), 0)  # noqa: S311
     deadline = time.monotonic() + minutes * 60
     small = {

@@ -51,6 +51,25 @@ def test_classes_have_names(streaming: bool, tmp_path: Path) -> None:
     assert [r["kind"] for r in rows] == ["dog", "cat", None, None]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_whose_place_in_the_file_is_damaged_are_rejected_alone(
+    streaming: bool, tmp_path: Path
+) -> None:
+    texts = [f"text {i} of some words" for i in range(40)]
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "data"))
+    (path,) = (tmp_path / "data").glob("*.arrow")
+    places = np.cumsum([0, *map(len, texts)]).astype("<i4")
+    content = bytearray(path.read_bytes())
+    at = content.index(places.tobytes())
+    content[at + 4 * 20 : at + 4 * 21] = (2**30).to_bytes(4, "little")  # where text 20 begins
+    path.write_bytes(content)
+    rows = rows_of(tmp_path / "data", hf=HubDataset(streaming=streaming))
+    assert [i for i, row in enumerate(rows) if row["_error"]] == [19, 20]
+    assert {row["_error"] for row in rows} == {None, "unreadable file"}
+    assert [r["_input"] for i, r in enumerate(rows) if i not in (19, 20)] == texts[:19] + texts[21:]
+    assert len({row["row_id"] for row in rows}) == 40
+
+
 def png(shade: int) -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.full((4, 4), shade, np.uint8)).save(file, "png")
