@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray.exceptions
 
 from fmembed.errors import SourceError
 from fmembed.inputs import Inputs
 from fmembed.rows.columns import accepted
 from fmembed.rows.precision import PRECISIONS, Ranges, measure_ranges, ranges_from_lists
+from fmembed.run.faults import TASK_DEATHS, root_cause
 from fmembed.run.placement import Plan
 from fmembed.run.stages import apply, prepare, read, stage_options
 from fmembed.sources.shards import sample
@@ -35,7 +37,12 @@ def find_ranges(inputs: Inputs, plan: Plan, stage: type, dim: int) -> Ranges:
     known = inputs.table.card()
     if known is not None and known.fingerprint == fingerprint(inputs.identity):
         return ranges_from_lists(known.ranges)
-    return _measure(inputs, plan, stage, dim)
+    try:
+        return _measure(inputs, plan, stage, dim, apart=False)
+    except ray.exceptions.RayError as e:
+        if not isinstance(root_cause(e), TASK_DEATHS):
+            raise
+    return _measure(inputs, plan, stage, dim, apart=True)
 
 
 def _in_need(inputs: Inputs) -> list[str]:
@@ -44,15 +51,16 @@ def _in_need(inputs: Inputs) -> list[str]:
     return [o.column for o in outputs if PRECISIONS[o.precision].needs_ranges]
 
 
-def _measure(inputs: Inputs, plan: Plan, stage: type, dim: int) -> Ranges:
+def _measure(inputs: Inputs, plan: Plan, stage: type, dim: int, apart: bool) -> Ranges:
     """From rows spread over the whole source, in full precision."""
     spec = inputs.spec.preprocess
     exact = tuple(replace(o, precision="float32") for o in inputs.checkpoint.outputs)
     checkpoint = replace(inputs.checkpoint, outputs=exact)
     # A few rows only: one actor loads the model faster than several.
     one = replace(plan, min_actors=1, max_actors=1)
-    rows = read(sample(inputs.source, _NUM_ROWS, _NUM_SHARDS), num_cpus=plan.cpus_per_task)
-    pieces = prepare(rows, checkpoint, spec, one)
+    some = sample(inputs.source, _NUM_ROWS, _NUM_SHARDS)
+    rows = read(some, num_cpus=plan.cpus_per_task, apart=apart)
+    pieces = prepare(rows, checkpoint, spec, one, apart)
     options = stage_options(checkpoint, spec, one, {}, dim)
     embedded = apply(stage, checkpoint, options, pieces, one)
     needed = _in_need(inputs)
