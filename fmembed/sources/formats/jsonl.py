@@ -38,9 +38,11 @@ def jsonl_schema(source: Source, files: Sequence[File]) -> pa.Schema:
 
 def _file_schema(source: Source, file: File, max_rows: int, max_bytes: int) -> pa.Schema:
     objects: list[dict[str, Any]] = []
-    num_bytes = 0
+    num_bytes, hint = 0, ""
     try:
         for _, line in itertools.islice(_numbered_lines(source, file), max_rows):
+            if isinstance(line, bytes) and line.lstrip().startswith(b"["):
+                hint = "; a line begins an array, where there should be one object a line"
             row = _parse(line, source)
             if isinstance(row, dict):
                 objects.append(row)
@@ -51,7 +53,7 @@ def _file_schema(source: Source, file: File, max_rows: int, max_bytes: int) -> p
         if not objects:
             raise
     if not objects:
-        raise ValueError("no JSON object in it")
+        raise ValueError(f"no JSON object in it{hint}")
     return _infer_schema(objects, source.spec.wanted)
 
 

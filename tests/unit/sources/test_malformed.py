@@ -204,6 +204,7 @@ REFUSED: dict[str, tuple[str, bytes | None, str]] = {
     "nothing there": ("none.jsonl", None, "no such file"),
     "an unknown kind": ("a.xyz", b"x", "cannot tell the format"),
     "only a broken Parquet file": ("a.parquet", b"no", "no readable parquet file"),
+    "an array in JSON": ("a.jsonl", b'[{"text": "a"},\n{"text": "b"}]', "a line begins an array"),
     "only binary JSON lines": ("a.jsonl", b"\xff\xfe\n", "no JSON object in it"),
     "an empty CSV file": ("a.csv", b"", "no readable csv file"),
 }
