@@ -266,12 +266,13 @@ def look_at_folder(folder: Path, kind: Kind, checkpoint: Any) -> list[str]:
 
 def _pairs(folder: Path, kind: Kind) -> set[tuple[bytes, str]]:
     """Contents and labels as others find them side by side in the spoiled file."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = folder / f"{_SPOILED}.{kind.suffix}"
     pairs: set[tuple[bytes, str]] = set()
     with contextlib.suppress(Exception):  # by reader; what was found before it counts
-        content = path.read_bytes()
+        content = path.read_bytes() if path.is_file() else b""
         if kind.suffix == "jsonl":
             for line in content.split(b"\n"):
                 with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
@@ -280,6 +281,10 @@ def _pairs(folder: Path, kind: Kind) -> set[tuple[bytes, str]]:
         elif kind.suffix == "parquet":
             for row in pq.read_table(path).to_pylist():
                 pairs.add((row["text"].encode(), row["label"]))
+        elif kind.suffix == "arrow":
+            for file in folder.glob("*.arrow"):
+                for row in pa.ipc.open_stream(file.read_bytes()).read_all().to_pylist():
+                    pairs.add((row["text"].encode(), row["label"]))
         elif kind.suffix == "tar":
             members: dict[str, dict[str, bytes]] = collections.defaultdict(dict)
             with tarfile.open(path, ignore_zeros=True) as archive:
@@ -302,7 +307,7 @@ def _compare(folder: Path, kind: Kind, rows: list[dict[str, Any]]) -> list[str]:
     """With what others find in the spoiled file: whom they find it with, and how many rows."""
     path = folder / f"{_SPOILED}.{kind.suffix}"
     here = [r for r in rows if (r["row_id"] or "").startswith(f"{_SPOILED}.{kind.suffix}")]
-    taken = {(r["_input"], r[kind.source["label"]]) for r in here if not r["_error"]}
+    good = [(r["_input"], r[kind.source["label"]]) for r in here if not r["_error"]]
     faults = []
     for name, read in _READERS.get(kind.suffix, {}).items():
         pairs = None
@@ -315,12 +320,12 @@ def _compare(folder: Path, kind: Kind, rows: list[dict[str, Any]]) -> list[str]:
         if any(r["_error"] and r["row_id"].endswith((path.name, "..")) for r in here):
             num = min(num, len(here))
         # An archive's member without its partner is a row to us, and none to others.
-        if num > len(here) or (num < len(here) and kind.suffix != "tar"):
+        if num > len(here) or (num < len(good) and kind.suffix != "tar"):
             faults.append(f"unaccounted: {len(here)} of {num} rows that {name} finds")
         if kind.suffix == "tar":
             continue
         # Of rows that are rejected nothing is compared.
-        foreign = [row for row in taken if row not in pairs]
+        foreign = [row for row in good if row not in pairs]
         if len(here) == len(pairs) and foreign:
             faults.append(f"foreign: {name} does not find {foreign[:2]}")
     return faults
