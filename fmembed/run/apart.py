@@ -32,8 +32,7 @@ from fmembed.sources.source import Shard, Source
 # A child is ended where the node is so short of memory, and it has taken so much: Ray, which ends
 # a process of its own at 0.95, would take the parent.
 _MOST_MEMORY, _LEAST_GROWTH_BYTES, _LOOK_S = 0.9, 2**29, 0.02
-
-
+# What preparing imports late, besides this module.
 _IMPORTED = (
     "transformers.models.auto.tokenization_auto",
     "transformers.models.auto.image_processing_auto",
