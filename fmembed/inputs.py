@@ -93,7 +93,7 @@ def open_inputs(spec: RunSpec) -> Inputs:
     identity = {**checkpoint.identity, **spec.preprocess.identity(checkpoint.modality)}
     table = Table.open_output(spec.output.uri, identity)
     if not source.file_is_row:  # there the column has whatever name it is given
-        table.check_column(spec.source.input)
+        table.check_columns(spec.source.input, spec.source.id)
     source = replace(source, carried=table.carried_types(source.carried))
     return Inputs(spec, source, checkpoint, identity, table)
 

@@ -94,7 +94,13 @@ def read_modules(folder: Path) -> _Modules:
                 "the checkpoint's own, which is not run"
             )
         check_inside(path, "modules.json")
-        config = read_object(folder / path / "config.json") or {}
+        config = read_object(folder / path / "config.json")
+        if config is None and kind in ("Pooling", "Dense"):
+            raise ModelError(
+                f"model.id: {folder / path / 'config.json'} is missing, and modules.json names its "
+                f"module, {kind}; fetch the whole checkpoint"
+            )
+        config = config or {}
         if kind == "Transformer":
             transformer = path
             found = (read_object(folder / path / name) for name in _SETTINGS)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fmembed.arrays import Floats, Ints
+from fmembed.errors import ModelError
 from fmembed.rows.columns import reject
 from fmembed.rows.outputs import Output
 from fmembed.rows.pieces import INPUT_COLUMNS, PIECE_COLUMNS, Pieces
@@ -39,6 +40,20 @@ class VectorColumns:
     dims: Mapping[str, int]
     ranges: Ranges
     pieces_are_rows: bool
+
+    def __post_init__(self) -> None:
+        """Refuse to keep more dimensions than there are.
+
+        Raises:
+            ModelError: A column asks for more.
+        """
+        for output in self.outputs:
+            most = self.dims[output.column]
+            if output.dims is not None and output.dims > most:
+                raise ModelError(
+                    f"model.dims: takes at most {most} with this model, got {output.dims} for the "
+                    f"column {output.column}"
+                )
 
     def join(self, rows: pa.Table, pieces: Pieces, vectors: Vectors, causes: Causes) -> pa.Table:
         """Put a column for each output in the place of what the model took.

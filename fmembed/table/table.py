@@ -262,23 +262,35 @@ class Table:
         parts = self.rows.parts()
         return self.read_part(parts[0], None).schema if parts else pa.schema([])
 
-    def check_column(self, column: str) -> None:
-        """Make sure that a run embeds the column that the table was filled from.
+    def check_columns(self, column: str, id_column: str | None) -> None:
+        """Make sure that a run embeds the column that the table was filled from, with the same ids.
 
-        Its rows have the same ids, so that all of them would be taken for done.
+        With another column all rows would be taken for done, with other ids all would come twice.
+
+        Args:
+            column: What the run embeds.
+            id_column: Where it has its ids from; None for files' names and rows' numbers.
 
         Raises:
-            TableError: It embeds another one.
+            TableError: It embeds another one, or has ids from another one.
         """
         card = self.card()
         if card is None or self._is_bare():
             return
         source = card.spec.get("source")
-        known = source.get("input") if isinstance(source, dict) else None
+        source = source if isinstance(source, dict) else {}
+        known = source.get("input")
         if isinstance(known, str) and known != column:
             raise TableError(
                 f"source.input: {self.uri} was filled from the column {known[:200]!r}, this run "
                 f"embeds {column!r}; name that column or another output.uri"
+            )
+        known = source.get("id", id_column)
+        if known != id_column:
+            raise TableError(
+                f"source.id: the ids of {self.uri} are from {_said(known)}, those of this run from "
+                f"{_said(id_column)}, so that all rows would come twice; give the same, or another "
+                "output.uri"
             )
 
     def carried_types(self, carried: pa.Schema) -> pa.Schema:
@@ -603,6 +615,10 @@ class Table:
         except (ValueError, RecursionError):
             tell(f"{path} in {self.uri} is no JSON; it is passed over")
             return None
+
+
+def _said(id_column: Any) -> str:
+    return "files' names and rows' numbers" if id_column is None else f"column {id_column!a:.200}"
 
 
 def _probe_path(version: int | None, name: str, column: str) -> str:

@@ -17,6 +17,8 @@ from fmembed.storage import tell
 
 # Where a quote is looked for in TSV.
 _TOLD_FILES, _TOLD_ROWS = 10, 1000
+# Lines that are told one by one as lost.
+_MAX_LOST_LINES = 1_000_000
 
 
 def read_csv(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
@@ -43,15 +45,25 @@ def read_csv(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
                 continue
             except csv.Error as e:
                 message = f"{e}, {_lines_lost(first_line, reader.line_num)}"
-                yield f"{file.name}#{i}", ("bad CSV", message)
+                yield from _lost_rows(f"{file.name}#{i}", message, first_line, reader.line_num)
                 continue
             if values and len(values) != len(header):
                 message = f"{len(values)} fields where the header has {len(header)}"
                 if reader.line_num > first_line:
                     message += f", {_lines_lost(first_line, reader.line_num)}"
-                yield f"{file.name}#{i}", ("bad CSV", message)
+                yield from _lost_rows(f"{file.name}#{i}", message, first_line, reader.line_num)
             elif values:
                 yield f"{file.name}#{i}", {name: values[at] for name, at in wanted.items()}
+
+
+def _lost_rows(row_id: str, message: str, first: int, last: int) -> Iterator[RawRow]:
+    """A bad row, and one for each further line that it took: they were rows, most likely, and count
+    as such where it is asked how many may be rejected.
+    """
+    yield row_id, ("bad CSV", message)
+    taken = ("bad CSV", f"taken by the row that begins in line {first:,}")
+    for line in range(first + 1, min(last, first + _MAX_LOST_LINES) + 1):
+        yield f"{row_id}/line {line}", taken
 
 
 def _lines_lost(first: int, last: int) -> str:

@@ -163,6 +163,8 @@ def test_every_class_is_followed_or_refused(tmp_path: Path, tiny_bert: Path) -> 
     found = classes()
     assert found.keys() >= FOLLOWED | {"Router", "WordEmbeddings", "CLIPModel", "StaticEmbedding"}
     kept = json.loads((tmp_path / "st" / "modules.json").read_text())
+    (tmp_path / "st" / "2_X").mkdir()
+    (tmp_path / "st" / "2_X" / "config.json").write_text("{}")
     for name, class_ in found.items():
         added = {"idx": 2, "name": "2", "path": "2_X", "type": f"{class_.__module__}.{name}"}
         (tmp_path / "st" / "modules.json").write_text(json.dumps([*kept, added]))
@@ -171,6 +173,15 @@ def test_every_class_is_followed_or_refused(tmp_path: Path, tiny_bert: Path) -> 
         else:
             with pytest.raises(ModelError, match=f"'{name}' is not supported"):
                 read_modules(tmp_path / "st")
+
+
+def test_a_module_whose_config_is_missing_is_named(tmp_path: Path, tiny_bert: Path) -> None:
+    """Without it a pooling by the first token was taken for an average."""
+    save(tmp_path / "st", tiny_bert)
+    (config,) = (tmp_path / "st").glob("*_Pooling/config.json")
+    config.unlink()
+    with pytest.raises(ModelError, match=r"_Pooling/config\.json is missing, and modules\.json"):
+        read_modules(tmp_path / "st")
 
 
 @pytest.mark.parametrize(

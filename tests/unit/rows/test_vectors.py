@@ -45,6 +45,12 @@ def close(found: Any, expected: Any) -> None:
     np.testing.assert_allclose(np.array(found), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_more_dimensions_than_the_model_has_are_refused(tiny_bert: Path) -> None:
+    checkpoint = open_checkpoint(ModelSpec(id=str(tiny_bert), dtype="float32", dims=33), False)
+    with pytest.raises(ModelError, match=r"^model\.dims: takes at most 32 with this model, got 33"):
+        Encoder(checkpoint)
+
+
 def test_layers_poolings_and_dims_come_in_one_pass(tiny_bert: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 

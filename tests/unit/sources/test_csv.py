@@ -69,11 +69,13 @@ def test_quotes_in_tsv_are_told(
 
 def test_a_quote_that_is_not_closed_says_what_it_took(tmp_path: Path) -> None:
     path = write(tmp_path, "q.csv", 'text,label\none,a\n"two,b\nthree,a\nfour,b\n')
-    (first, second) = rows_of(path)
+    (first, second, *rest) = rows_of(path)
     assert first == ("one", "a")
     assert second == (
         "bad CSV", "unexpected end of data, which took lines 3 to 5; is a quote not closed?"
     )  # fmt: skip
+    # Each of them counts where it is asked how many may be rejected.
+    assert rest == [("bad CSV", "taken by the row that begins in line 3")] * 2
 
 
 def test_a_quote_that_is_closed_too_late_says_what_it_took(tmp_path: Path) -> None:
@@ -81,7 +83,7 @@ def test_a_quote_that_is_closed_too_late_says_what_it_took(tmp_path: Path) -> No
     (error, message), *rest = rows_of(path)
     assert error == "bad CSV"
     assert "lines 2 to 3; is a quote not closed?" in message
-    assert rest == [("four", "b")]
+    assert rest == [("bad CSV", "taken by the row that begins in line 2"), ("four", "b")]
 
 
 @pytest.mark.parametrize("delimiter", [";", "|", "\t", "§"])

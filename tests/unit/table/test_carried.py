@@ -120,20 +120,31 @@ def test_a_column_keeps_the_type_that_the_table_has(tmp_path: Path) -> None:
 
 def test_a_table_is_of_one_column(tmp_path: Path) -> None:
     table = make_table(tmp_path)
-    table.check_column("text")  # its spec does not say: a table that somebody else has made
+    table.check_columns("text", None)  # its spec does not say: a table that somebody else has made
     spec = {"source": {"input": "title"}}
     card = CARD.model_copy(update={"spec": spec})
     (tmp_path / "other").mkdir()
     other = make_table(tmp_path / "other", card)
-    other.check_column("title")
+    other.check_columns("title", None)
     with pytest.raises(TableError, match=r"^source\.input: .* from the column 'title', .* 'text'"):
-        other.check_column("text")
+        other.check_columns("text", None)
+
+
+@pytest.mark.parametrize(("was", "is_"), [("key", None), (None, "key"), ("key", "other")])
+def test_a_table_s_ids_are_from_one_column(
+    was: str | None, is_: str | None, tmp_path: Path
+) -> None:
+    card = CARD.model_copy(update={"spec": {"source": {"input": "text", "id": was}}})
+    table = make_table(tmp_path, card)
+    table.check_columns("text", was)
+    with pytest.raises(TableError, match=r"^source\.id: .*, so that all rows would come twice"):
+        table.check_columns("text", is_)
 
 
 def test_a_table_without_a_row_is_anybody_s(tmp_path: Path) -> None:
     card = CARD.model_copy(update={"spec": {"source": {"input": "title"}}})
     table = Table.open_output(str(tmp_path / "out"), IDENTITY)
-    table.check_column("text")
+    table.check_columns("text", None)
     vectors = [pa.field("embedding", pa.list_(pa.float32()))]
     table.claim(card, table_schema(pa.schema([]), vectors), "run")
-    table.check_column("text")
+    table.check_columns("text", None)
