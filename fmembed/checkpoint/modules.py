@@ -97,8 +97,8 @@ def read_modules(folder: Path) -> _Modules:
         config = read_object(folder / path / "config.json")
         if config is None and kind in ("Pooling", "Dense"):
             raise ModelError(
-                f"model.id: {folder / path / 'config.json'} is missing, and modules.json names its "
-                f"module, {kind}; fetch the whole checkpoint"
+                f"model.id: {folder} has no {shorten(path + '/config.json')}, and its modules.json "
+                f"names the module, a {kind}; fetch the whole checkpoint"
             )
         config = config or {}
         if kind == "Transformer":

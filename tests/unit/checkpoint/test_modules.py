@@ -180,7 +180,7 @@ def test_a_module_whose_config_is_missing_is_named(tmp_path: Path, tiny_bert: Pa
     save(tmp_path / "st", tiny_bert)
     (config,) = (tmp_path / "st").glob("*_Pooling/config.json")
     config.unlink()
-    with pytest.raises(ModelError, match=r"_Pooling/config\.json is missing, and modules\.json"):
+    with pytest.raises(ModelError, match=r"has no .*_Pooling/config\.json', and its"):
         read_modules(tmp_path / "st")
 
 
