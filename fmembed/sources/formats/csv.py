@@ -34,43 +34,35 @@ def read_csv(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
             yield file.name, ("unreadable file", f"it has no column {missing[0]!r}")
             return
         for i in itertools.count():
+            row_id = f"{file.name}#{i}"
             lines.begin_row()
-            first_line = reader.line_num + 1
+            first_line = lines.num_lines + 1
             try:
                 values = next(reader)
             except StopIteration:
                 break
-            except BadRow as e:
-                yield f"{file.name}#{i}", (e.error, e.message)
-                continue
-            except csv.Error as e:
-                message = f"{e}, {_lines_lost(first_line, reader.line_num)}"
-                yield from _lost_rows(f"{file.name}#{i}", message, first_line, reader.line_num)
+            except (BadRow, csv.Error) as e:
+                error = e.error if isinstance(e, BadRow) else "bad CSV"
+                yield from _lost_rows(row_id, error, str(e), first_line, lines.num_lines)
                 continue
             if values and len(values) != len(header):
                 message = f"{len(values)} fields where the header has {len(header)}"
-                if reader.line_num > first_line:
-                    message += f", {_lines_lost(first_line, reader.line_num)}"
-                yield from _lost_rows(f"{file.name}#{i}", message, first_line, reader.line_num)
+                yield from _lost_rows(row_id, "bad CSV", message, first_line, lines.num_lines)
             elif values:
-                yield f"{file.name}#{i}", {name: values[at] for name, at in wanted.items()}
+                yield row_id, {name: values[at] for name, at in wanted.items()}
 
 
-def _lost_rows(row_id: str, message: str, first: int, last: int) -> Iterator[RawRow]:
+def _lost_rows(row_id: str, error: str, message: str, first: int, last: int) -> Iterator[RawRow]:
     """A bad row, and one for each further line that it took: they were rows, most likely, and count
     as such where it is asked how many may be rejected.
     """
-    yield row_id, ("bad CSV", message)
-    taken = ("bad CSV", f"taken by the row that begins in line {first:,}")
+    where = f"in line {first:,}"
+    if last > first:  # what the second quote of a pair should have ended
+        where = f"which took lines {first:,} to {last:,}; is a quote not closed?"
+    yield row_id, (error, f"{message}, {where}")
+    taken = (error, f"taken by the row that begins in line {first:,}")
     for line in range(first + 1, min(last, first + _MAX_LOST_LINES) + 1):
         yield f"{row_id}/line {line}", taken
-
-
-def _lines_lost(first: int, last: int) -> str:
-    if last <= first:
-        return f"in line {first:,}"
-    # What the second quote of a pair should have ended.
-    return f"which took lines {first:,} to {last:,}; is a quote not closed?"
 
 
 def csv_schema(source: Source, files: Sequence[File]) -> pa.Schema:
@@ -141,6 +133,8 @@ class _Lines:
     def __init__(self, handle: Any, most: int, dialect: dict[str, Any]) -> None:
         self._handle, self._most = handle, most
         self._delimiter, self._quote = dialect["delimiter"], dialect["quotechar"]
+        # So many were begun; `csv.reader` does not know of those that it was never given.
+        self.num_lines, self._is_at_end = 0, True
         self.begin_row()
 
     def begin_row(self) -> None:
@@ -171,6 +165,8 @@ class _Lines:
 
     def _read(self, most: int) -> str:
         line: str = self._handle.readline(most)
+        self.num_lines += bool(line) and self._is_at_end
+        self._is_at_end = line.endswith(("\r", "\n"))
         self._length += len(line)
         self._num_quotes += line.count(self._quote) if self._quote else 0
         self._num_values += line.count(self._delimiter)

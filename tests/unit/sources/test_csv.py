@@ -78,6 +78,17 @@ def test_a_quote_that_is_not_closed_says_what_it_took(tmp_path: Path) -> None:
     assert rest == [("bad CSV", "taken by the row that begins in line 3")] * 2
 
 
+def test_a_quote_that_is_not_closed_in_a_large_file_says_what_it_took(tmp_path: Path) -> None:
+    """The row is given up as too large before the file ends; its lines are lost all the same."""
+    lines = ["text,label", "one,a", '"two,b', *(f"text number {i},c" for i in range(100))]
+    path = write(tmp_path, "q.csv", "\n".join(lines) + "\n")
+    (first, (error, message), *rest) = rows_of(path, max_text_bytes=200)
+    assert first == ("one", "a")
+    assert error == "row too large"
+    assert message.endswith("which took lines 3 to 103; is a quote not closed?")
+    assert rest == [("row too large", "taken by the row that begins in line 3")] * 100
+
+
 def test_a_quote_that_is_closed_too_late_says_what_it_took(tmp_path: Path) -> None:
     path = write(tmp_path, "q.csv", 'text,label\n"two,b\nthree,"a"\nfour,b\n')
     (error, message), *rest = rows_of(path)
