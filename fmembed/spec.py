@@ -10,7 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fmembed.config_file import MAX_CONFIG_BYTES, read_yaml
 from fmembed.errors import SpecError
@@ -315,9 +323,10 @@ class ComputeSpec(_Part):
 
     @field_validator("gpus_per_actor", "batch_tokens", "window_rows")
     @classmethod
-    def _check_positive(cls, value: Any) -> Any:
-        if value != "auto" and value < 0:
-            raise ValueError("takes a number of at least 0, or auto")
+    def _check_positive(cls, value: Any, info: ValidationInfo) -> Any:
+        least = 0 if info.field_name == "gpus_per_actor" else 1
+        if value != "auto" and value < least:
+            raise ValueError(f"takes a number of at least {least}, or auto")
         return value
 
 

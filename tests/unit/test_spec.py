@@ -27,6 +27,12 @@ def test_short_config_is_enough() -> None:
         ({"model": {}}, "model.id: missing"),
         ({"compute": {"actors": [3, 1]}}, "compute.actors: takes a number"),
         ({"compute": {"actors": "many"}}, "compute.actors: "),
+        ({"compute": {"batch_tokens": 0}}, "compute.batch_tokens: takes a number of at least 1"),
+        ({"compute": {"window_rows": 0}}, "compute.window_rows: takes a number of at least 1"),
+        (
+            {"compute": {"gpus_per_actor": -1}},
+            "compute.gpus_per_actor: takes a number",
+        ),
         ({"probes": ["knm"]}, "probes.0: "),
         ({"output": {"uri": "c", "commit_every_s": 0}}, "output.commit_every_s: takes a number of"),
         ({"output": {"uri": "c", "commit_every_s": "often"}}, "output.commit_every_s: "),
