@@ -52,7 +52,7 @@ class VectorColumns:
             if output.dims is not None and output.dims > most:
                 raise ModelError(
                     f"model.dims: takes at most {most} with this model, got {output.dims} for the "
-                    f"column {output.column}"
+                    f"column {output.column} (or its checkpoint says so, as truncate_dim)"
                 )
 
     def join(self, rows: pa.Table, pieces: Pieces, vectors: Vectors, causes: Causes) -> pa.Table:

@@ -23,9 +23,9 @@ from ray._common.utils import get_system_memory
 from ray._private.utils import get_used_memory
 
 from fmembed.prepare.stage import Preprocess
-from fmembed.rows.columns import KILLS, reject
+from fmembed.rows.columns import reject
 from fmembed.rows.ids import RowIds
-from fmembed.sources.deaths import TRIES, Deaths
+from fmembed.sources.deaths import TRIES, Deaths, died_of
 from fmembed.sources.reading import read_steps
 from fmembed.sources.source import Shard, Source
 
@@ -69,7 +69,7 @@ class Child:
             return done.result()
         except BrokenProcessPool:
             self.end()
-            raise DiedError(f"{why}, also with this row alone") from None
+            raise DiedError(why) from None
 
     def end(self) -> None:
         """End the child, if there is one."""
@@ -172,6 +172,6 @@ class PreprocessApart(Preprocess):
             except DiedError as e:
                 why = str(e)
         if rows.num_rows == 1:
-            return super().__call__(reject(rows, "preprocess", {0: (KILLS, why)}))
+            return super().__call__(reject(rows, "preprocess", {0: died_of(why)}))
         half = rows.num_rows // 2
         return pa.concat_tables([self(rows.slice(0, half)), self(rows.slice(half))])

@@ -8,10 +8,15 @@ from dataclasses import dataclass, field
 
 from fmembed.rows.columns import KILLS
 from fmembed.sources.formats.base import CHUNK_ROWS, without_input
-from fmembed.sources.source import BadRow, RawRow, Source
+from fmembed.sources.source import BadRow, RawRow, Rejection, Source
 
 # A row that ends the process alone is tried once more: something else may have ended it.
 TRIES = 2
+
+
+def died_of(why: str) -> Rejection:
+    """Why a row is rejected at which, alone, a process has died each time."""
+    return KILLS, f"{why}, also with this row alone"
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,9 @@ class Deaths:
         for i in itertools.count(at):
             # Between two files nobody knows which one's it is: first the second is left unopened.
             if self.times.get(i, 0) > TRIES + (i > at):
-                raise BadRow(KILLS, self.why)
+                raise BadRow(*died_of(self.why))
             if (row := next(rows, None)) is None:
                 return
             if self.times.get(i, 0) >= TRIES and isinstance(row[1], dict):
-                row = row[0], without_input(source, row[1], (KILLS, self.why))
+                row = row[0], without_input(source, row[1], died_of(self.why))
             yield row

@@ -56,14 +56,14 @@ def read_steps(
     committed: RowIds | None = None,
     deaths: Deaths = _NONE,
 ) -> Iterator[tuple[int, pa.Table]]:
-    """As `read_shard`, each table with the number of rows that were read by then.
+    """As `read_shard`, and with each table, which may be empty, how many rows were read by then.
 
     Args:
-        source: As there.
-        shard: As there.
-        index: As there.
-        committed: As there.
-        deaths: Rows that are to be read alone, or left out.
+        source: As for `read_shard`, as are the next three.
+        shard: What to read.
+        index: Which one it is.
+        committed: Rows to leave out.
+        deaths: Rows to hand on one by one, and those to reject unseen.
     """
     schema = row_schema(source.carried, source.modality)
     num_rows = num_skipped = 0

@@ -110,11 +110,9 @@ def _read(dataset: Any, source: Source, shard: Shard, whole: File) -> Iterator[R
     # As Arrow holds it on disk: a row's size is looked at before it becomes Python's.
     if not source.spec.hf.streaming:
         stored = dataset.with_format("arrow")
-        i = shard.start or 0
-        for start in range(i, shard.stop or 0, CHUNK_ROWS):
-            for row in _whole_rows(
-                stored[start : min(start + CHUNK_ROWS, shard.stop or 0)], source
-            ):
+        i, end = shard.start or 0, shard.stop or 0
+        for start in range(i, end, CHUNK_ROWS):
+            for row in _whole_rows(stored[start : min(start + CHUNK_ROWS, end)], source):
                 yield f"{whole.name}#{i}", row
                 i += 1
         return
