@@ -17,8 +17,8 @@ from fmembed.storage import tell
 
 # Where a quote is looked for in TSV.
 _TOLD_FILES, _TOLD_ROWS = 10, 1000
-# Lines that are told one by one as lost.
-_MAX_LOST_LINES = 1_000_000
+# Lines of one row that are told one by one as lost: half a megabyte of gzip may hold ten million.
+_MAX_LOST_LINES = 100_000
 
 
 def read_csv(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
@@ -41,9 +41,13 @@ def read_csv(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
                 values = next(reader)
             except StopIteration:
                 break
-            except (BadRow, csv.Error) as e:
-                error = e.error if isinstance(e, BadRow) else "bad CSV"
-                yield from _lost_rows(row_id, error, str(e), first_line, lines.num_lines)
+            except BadRow as e:
+                # One large row, if its quotes were closed in the end.
+                last_line = lines.num_lines if lines.is_in_quotes else first_line
+                yield from _lost_rows(row_id, e.error, e.message, first_line, last_line)
+                continue
+            except csv.Error as e:
+                yield from _lost_rows(row_id, "bad CSV", str(e), first_line, lines.num_lines)
                 continue
             if values and len(values) != len(header):
                 message = f"{len(values)} fields where the header has {len(header)}"
@@ -141,6 +145,11 @@ class _Lines:
         """What is read from here on is the next row."""
         self._length = self._num_values = self._num_quotes = 0
 
+    @property
+    def is_in_quotes(self) -> bool:
+        """Whether a quote of the row is still open."""
+        return self._num_quotes % 2 == 1
+
     def __iter__(self) -> _Lines:
         return self
 
@@ -155,7 +164,7 @@ class _Lines:
             raise StopIteration
         if self._length > self._most:
             # The row ends where a line ends and all quotes are closed.
-            while line and (line[-1] not in "\r\n" or self._num_quotes % 2):
+            while line and (line[-1] not in "\r\n" or self.is_in_quotes):
                 line = self._read(READ_BYTES)
             most = f"source.max_text_bytes = {self._most:,}"
             raise BadRow("row too large", f"{self._length:,} characters, more than {most}")
