@@ -267,7 +267,9 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))
         return
-    if not (result["rows_embedded"] or result["rows_rejected"] or result["rows_changed"]):
+    if not result["rows_read"]:
+        _print("nothing to do: the source holds no row")
+    elif not (result["rows_embedded"] or result["rows_rejected"] or result["rows_changed"]):
         _print(f"nothing to do: all {result['rows_skipped']:,} rows are done")
     _print(
         f"rows      {result['rows_read']:,} read, {result['rows_embedded']:,} embedded, "
@@ -292,12 +294,16 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
         _print(f"advice    {verdict['advice']}")
     if num_changed := result["rows_changed"]:
         _print(f"changed   {num_changed:,} rows have another content by now; the old one was kept")
+    if num_cut := result["num_truncated"]:
+        _print(f"cut       {num_cut:,} rows are longer than the model takes, and it saw a part")
     for why, count in result["passed_over"].items():
         _print(f"not read  {count:,} {why}")
     if num_before := result["table_rejected"] - result["rows_rejected"]:
         _print(f"rejected  {num_before:,} by earlier runs: fmembed rejected TABLE lists them")
     for cause, count in result["causes"].items():
         _print(f"rejected  {count:,} {cause}")
+    if unlabelled := max((p.get("unlabelled", 0) for p in result["probes"].values()), default=0):
+        _print(f"labels    {unlabelled:,} rows have none, and no part in the probes of labels")
     for name, p in result["probes"].items():
         if "skipped" in p:
             _print(f"{name:<9} skipped: {p['skipped']}")

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 from fsspec.utils import glob_translate
 
-from fmembed.checkpoint.files import check_tokenizer
+from fmembed.checkpoint.files import check_processor
 from fmembed.checkpoint.opening import Checkpoint, list_modalities, open_checkpoint
 from fmembed.devices import cpu_has_bfloat16, has_cuda
 from fmembed.errors import ModelError, SourceError, SpecError, TableError
@@ -87,8 +87,8 @@ def open_inputs(spec: RunSpec) -> Inputs:
     checkpoint = open_checkpoint(spec.model, _native_bfloat16(spec), source.modality)
     # Code of a checkpoint's own may keep its words wherever it likes.
     is_ours = checkpoint.endpoint is None and not checkpoint.trust_remote_code
-    if checkpoint.modality == "text" and is_ours:
-        check_tokenizer(checkpoint.folder() / checkpoint.weights)
+    if is_ours:
+        check_processor(checkpoint.folder() / checkpoint.weights, checkpoint.modality)
     _check_preprocess(spec, checkpoint)
     identity = {**checkpoint.identity, **spec.preprocess.identity(checkpoint.modality)}
     table = Table.open_output(spec.output.uri, identity)

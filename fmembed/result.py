@@ -155,6 +155,8 @@ class _Probe(_Record):
     headline: _Score | None = None
     baselines: dict[str, _Interval | None] = {}
     missing: str | None = None
+    # Records of earlier versions are without.
+    unlabelled: Annotated[int, Field(ge=0)] = 0
     confusion: _Confusion | None = None
     suspicious: list[_Suspicious] | None = None
 

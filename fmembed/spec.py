@@ -450,6 +450,8 @@ def _one_line(error: ValidationError) -> str:
             return f"{field}: missing; {'.'.join(names[:-1])} takes {', '.join(known)}{more}"
         return f"{field}: missing; every config names source.uri, model.id and output.uri{more}"
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "tuple_type":  # Python's word, and no YAML's
+        message = "takes a list, in brackets"
     return f"{field}: {message}{_shown(names[-1] if names else '', first['input'])}{more}"
 
 

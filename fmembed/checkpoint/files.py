@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fmembed.errors import ModelError
+from fmembed.spec import Modality
 from fmembed.storage import resolve_package, tell
 
 # Files that decide a vector; README, training arguments and the like do not.
@@ -29,6 +30,8 @@ _MAX_LAYERS = 10_000
 _VOCABULARY = re.compile(
     r"tokenizer\.json|tekken\.json|vocab.*\.(?:txt|json)|.+\.(?:model|spm|bpe|codes|tiktoken|tokenizer)"
 )
+# Where a checkpoint says how pictures and sounds are prepared, newer versions' file first.
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _WITHOUT_VOCABULARY = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
 # What timm would fetch or unpickle, of the arguments that a config hands to its models.
 _TIMM_LOADS = frozenset(
@@ -80,8 +83,7 @@ def digest_adapter(uri: str) -> str:
 
 def read_processor(folder: Path) -> dict[str, Any]:
     """What the processor saved with a checkpoint says; newer versions save one file for all."""
-    whole = read_object(folder / "processor_config.json") or {}
-    single = read_object(folder / "preprocessor_config.json") or {}
+    whole, single = (read_object(folder / name) or {} for name in _PROCESSORS)
     return {
         **read_part(whole, "image_processor"),
         **read_part(whole, "feature_extractor"),
@@ -284,13 +286,24 @@ def _has_own_code(folder: Path, config: dict[str, Any]) -> bool:
     return any("--" in name or (folder / f"{name}.py").is_file() for name in names)
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Refuse a checkpoint of texts without a vocabulary: transformers makes an empty one of it, to
-    which all texts are the same.
+def check_processor(folder: Path, modality: Modality) -> None:
+    """Refuse a checkpoint that does not say how its inputs are prepared.
+
+    Of texts one without a vocabulary: transformers makes an empty one of it, to which all texts are
+    the same.
 
     Raises:
-        ModelError: There is none.
+        ModelError: It does not.
     """
+    if modality != "text":
+        # timm's own say it in their config.
+        said_elsewhere = read_config(folder).get("model_type") == "timm_wrapper"
+        if not said_elsewhere and not any((folder / name).is_file() for name in _PROCESSORS):
+            raise ModelError(
+                f"model.id: {folder} has no preprocessor_config.json, which says how its {modality} "
+                "is prepared; fetch the whole checkpoint"
+            )
+        return
     settings = read_object(folder / "tokenizer_config.json") or {}
     if str(settings.get("tokenizer_class")).removesuffix("Fast") in _WITHOUT_VOCABULARY:
         return

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fmembed.checkpoint.families import (
+    FAMILIES,
     REFUSED,
     TOWER_CONFIG,
     Family,
@@ -38,7 +39,13 @@ from fmembed.checkpoint.files import (
     read_whole_number,
 )
 from fmembed.checkpoint.modules import read_modules, resolve_prompt
-from fmembed.checkpoint.shapes import check_shapes, count_positions, read_shapes
+from fmembed.checkpoint.shapes import (
+    check_shapes,
+    count_layers,
+    count_positions,
+    explain_layer,
+    read_shapes,
+)
 from fmembed.errors import ModelError
 from fmembed.rows.outputs import DEFAULT, Output
 from fmembed.rows.precision import PRECISIONS
@@ -203,8 +210,9 @@ def open_checkpoint(
     towers = modalities if len(modalities) > 1 else ()
     inner = {**config, **read_part(config, TOWER_CONFIG[modality])}
     max_tokens = spec.max_tokens or modules.max_tokens or _FALLBACK_MAX_TOKENS
+    shapes = {} if towers else read_shapes(own_files)
+    num_layers = count_layers(weights, shapes, inner) if model_type in FAMILIES else None
     if modality == "text":
-        shapes = {} if towers else read_shapes(own_files)
         if family.company is not None:
             check_shapes(weights, shapes, inner)
         max_tokens = _resolve_max_tokens(spec, modules.max_tokens, weights, inner, family, shapes)
@@ -214,6 +222,10 @@ def open_checkpoint(
     if spec.prompt is not None and modality != "text":
         raise ModelError(f"model.prompt: {spec.id} embeds {modality}, which takes no prompt")
     default = modules.pooling or default_pooling(modality, model_type, config)
+    outputs = _resolve_outputs(
+        spec, modality, default, modules.normalize, bool(towers), modules.dims
+    )
+    _check_layers(outputs, num_layers)
     adapter = absolute_uri(spec.adapter) if spec.adapter else None
     rate_hz, window_samples = (
         read_sound_limits(weights, family) if modality == "audio" else (0, None)
@@ -231,9 +243,7 @@ def open_checkpoint(
         ),
         model_type=model_type,
         weights=modules.transformer,
-        outputs=_resolve_outputs(
-            spec, modality, default, modules.normalize, bool(towers), modules.dims
-        ),
+        outputs=outputs,
         max_tokens=max_tokens,
         prompt=resolve_prompt(folder, spec.prompt) if modality == "text" else "",
         lower_case=modules.lower_case,
@@ -334,6 +344,20 @@ def _resolve_outputs(
             )
         )
     return tuple(outputs)
+
+
+def _check_layers(outputs: tuple[Output, ...], num_layers: int | None) -> None:
+    """Refuse a layer that the model has not, where its number is known by now.
+
+    Raises:
+        ModelError: There is one; of other models this is found when they are loaded.
+    """
+    for output in outputs:
+        if num_layers is None or output.layer is None:
+            continue
+        # What goes into the first layer is a state too.
+        if not -num_layers - 1 <= output.layer <= num_layers:
+            raise ModelError(explain_layer(num_layers + 1, output.layer))
 
 
 def adapter_folder(checkpoint: Checkpoint) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ _TABLES = (
 )
 # How configs call the columns of these tables; an embedding may be narrower than the states.
 _WIDTHS = ("embedding_size", "hidden_size", "d_model", "dim", "n_embd")
+# How configs call the number of a model's layers, and how one layer's weights are called.
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
+_LAYER = re.compile(r"(?:(.+)\.)?(?:layers?|h|blocks?)\.(\d+)\..+")
 
 
 def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
@@ -70,6 +74,32 @@ def check_shapes(folder: Path, shapes: dict[str, tuple[int, ...]], config: dict[
             raise ModelError(explain_mismatch(folder, name, shape, (num_rows, num_columns)))
 
 
+def count_layers(
+    folder: Path, shapes: dict[str, tuple[int, ...]], config: dict[str, Any]
+) -> int | None:
+    """How many layers there are, where config and weights say so in a way that is known.
+
+    Raises:
+        ModelError: They say different numbers: the rest would be random, or left out.
+    """
+    said = next((n for name in _DEPTHS if (n := read_whole_number(config, name))), None)
+    stacks: dict[str, set[int]] = defaultdict(set)
+    for name in shapes:
+        if layer := _LAYER.fullmatch(name):
+            stacks[layer[1] or ""].add(int(layer[2]))
+    if said is None or not stacks:
+        return None
+    depths = {max(numbers) + 1 for numbers in stacks.values()}
+    if said in depths:
+        return said
+    if len(stacks) > 1:  # layers in layers, or beside others
+        return None
+    raise ModelError(
+        f"model.id: {folder} has the weights of {max(depths)} layers, and by config.json it has "
+        f"{said}; fetch config and weights that belong together"
+    )
+
+
 def explain_mismatch(
     name: str | Path, weight: str, shape: tuple[int, ...], expected: tuple[int, ...]
 ) -> str:
@@ -79,6 +109,11 @@ def explain_mismatch(
         f"model.id: {name}: the weight {weight} is {found}, and by config.json it is {said}; "
         "fetch config and weights that belong together"
     )
+
+
+def explain_layer(num_states: int, layer: int) -> str:
+    """The one line about a layer that a model of so many hidden states has not."""
+    return f"model.layer: takes {-num_states} to {num_states - 1} with this model, got {layer}"
 
 
 def count_positions(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> int | None:

@@ -16,15 +16,22 @@ _UNITS = {"text": "tokens", "image": "patches", "audio": "samples"}
 def pick_headlines(results: Sequence[dict[str, Any]], card: Card) -> dict[str, Any]:
     several = len(card.pooled) > 1
     return {
-        f"{r['probe']} {r['column']}" if several else r["probe"]: {"skipped": r["skipped"]}
-        if "skipped" in r
-        else {
-            **r["headline"],
-            "baselines": {n: b["value"] for n, b in r["baselines"].items() if b is not None},
-            **_by_chance(r["baselines"]),
-            **({"missing": r["missing"]} if "missing" in r else {}),
+        f"{r['probe']} {r['column']}" if several else r["probe"]: {
+            "unlabelled": r.get("unlabelled", 0),
+            **_headline(r),
         }
         for r in results
+    }
+
+
+def _headline(r: dict[str, Any]) -> dict[str, Any]:
+    if "skipped" in r:
+        return {"skipped": r["skipped"]}
+    return {
+        **r["headline"],
+        "baselines": {n: b["value"] for n, b in r["baselines"].items() if b is not None},
+        **_by_chance(r["baselines"]),
+        **({"missing": r["missing"]} if "missing" in r else {}),
     }
 
 

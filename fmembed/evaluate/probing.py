@@ -69,7 +69,8 @@ def evaluate(
     stored = _stored_probes(table, result.version, card, tuple(probes.PROBES))
     found_by = {(p["probe"], p["column"]): p for p in [*stored, *left_out]}
     results = list(found_by.values())
-    result = replace(_with_headlines(result, table, card, results), usd=in_usd(spec, result))
+    named = [found for found in results if found["probe"] in spec.probes]
+    result = replace(_with_headlines(result, table, card, named), usd=in_usd(spec, result))
     _write_report(table, spec, card, schema, result, results, map_)
     return result
 
@@ -134,6 +135,8 @@ def _run_probes(
     for found in results:
         if None in found.get("baselines", {}).values():
             found["missing"] = sample.missing or "no text has a word"
+        if "labels" in probes.PROBES[found["probe"]].NEEDS:
+            found["unlabelled"] = sample.num_unlabelled
     return results
 
 

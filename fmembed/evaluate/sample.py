@@ -35,7 +35,7 @@ class TableSample:
 
     Shapes: vectors (rows, dim) float32 by column; `texts` has a text for each row, or else `cheap`
     the name and the features, shape (rows, n), of its pictures or sounds; `missing` says why there
-    is neither.
+    is neither. `num_unlabelled` rows of the table are left out, for they have no label.
     """
 
     rows: pa.Table
@@ -43,6 +43,7 @@ class TableSample:
     texts: list[str | None] | None
     cheap: tuple[str, Floats] | None
     missing: str | None
+    num_unlabelled: int = 0
 
     def values(self, column: str | None) -> list[Any] | None:
         """A column's values; None where none is named."""
@@ -128,7 +129,7 @@ def read_sample(
     columns = [column for column in named if column]
     columns += [PARENT_ID, PIECE_START, PIECE_STOP] if by_piece else []
     columns += card.pooled
-    rows: pa.Table = ray.get(
+    rows, num_unlabelled = ray.get(
         ray.remote(num_cpus=1)(sample).remote(
             table.uri, columns, probes.MAX_ROWS, spec.source.label
         )
@@ -143,7 +144,7 @@ def read_sample(
     else:
         texts, cheap, missing = fetch_inputs(source, card, rows)
     vectors = {column: _to_floats(rows, column, card) for column in card.pooled}
-    return TableSample(rows, vectors, texts, cheap, missing)
+    return TableSample(rows, vectors, texts, cheap, missing, num_unlabelled)
 
 
 def check_rows(table: Table, rows: pa.Table, card: Card) -> None:

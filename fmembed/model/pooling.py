@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fmembed.checkpoint.files import read_config
 from fmembed.checkpoint.opening import Checkpoint
 from fmembed.checkpoint.processors import loading
+from fmembed.checkpoint.shapes import explain_layer
 from fmembed.errors import ModelError
 
 
@@ -87,9 +88,7 @@ def pick_layer(states: States, layer: int | None) -> Tensor:
         return states.hidden_BLD
     num_layers = len(states.layers)
     if not -num_layers <= layer < num_layers:
-        raise ModelError(
-            f"model.layer: takes {-num_layers} to {num_layers - 1} with this model, got {layer}"
-        )
+        raise ModelError(explain_layer(num_layers, layer))
     hidden = states.layers[layer]
     if hidden.shape[1] != states.mask_BL.shape[1]:
         raise ModelError(

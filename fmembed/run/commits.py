@@ -271,12 +271,16 @@ def check_rejected(table: Table, output: OutputSpec, num_rejected: int, num_rows
     if num_rejected <= output.max_rejected_fraction * num_rows:
         return
     found = Counter[str]()
-    for cause in table.rejected_by_cause(0):
+    by_cause = table.rejected_by_cause(1)
+    for cause in by_cause:
         found[cause["error"]] += cause["rows"]
     causes = ", ".join(f"{n:,} {cause}" for cause, n in found.most_common(5))
+    # Of the most frequent one an example: its message says what may help.
+    example = by_cause[0]["samples"][0]
     raise RejectedError(
         f"{num_rejected:,} of {num_rows:,} rows were rejected, more than "
-        f"output.max_rejected_fraction = {output.max_rejected_fraction} allows ({causes}); the "
+        f"output.max_rejected_fraction = {output.max_rejected_fraction} allows ({causes}; as "
+        f"{example['row_id'][:200]}: {example['message']}); the "
         f"embedded rows are committed, the rejected ones are in {table.rejected.uri}"
     )
 

@@ -47,7 +47,9 @@ def canonical(source: Source, chunk: list[RawRow], shard: int, schema: pa.Schema
                 row["_input"], content = _text(value, spec)
                 raw = {**raw, spec.input: row["_input"]}
             else:
-                row["_input"] = content = _bytes(value, spec)
+                is_file = source.file_is_row or FETCHED in raw
+                what = "its file" if is_file else f"column {spec.input!r}"
+                row["_input"] = content = _bytes(value, what)
             for field in source.carried:
                 row[field.name] = _kept(raw.get(field.name), field, spec)
             row["content_hash"] = hashlib.blake2b(content, digest_size=16).hexdigest()
@@ -118,19 +120,22 @@ def _text(value: Any, spec: SourceSpec) -> tuple[str, bytes]:
     return text, content
 
 
-def _bytes(value: Any, spec: SourceSpec) -> bytes:
-    """The bytes of a picture or sound, as a column of bytes or of `datasets` Image or Audio."""
+def _bytes(value: Any, what: str) -> bytes:
+    """The bytes of a picture or sound, as a column of bytes or of `datasets` Image or Audio.
+
+    Args:
+        value: As it was read.
+        what: Where from, for the reason why it cannot be embedded.
+    """
     if isinstance(value, dict):
         # Only the bytes: a path that a row names is never opened.
         value = value.get("bytes")
     if value is None:
-        raise BadRow("null input", f"column {spec.input!r} holds no bytes")
+        raise BadRow("null input", f"{what} holds no bytes")
     if not isinstance(value, bytes):
-        raise BadRow(
-            "wrong type", f"column {spec.input!r}: takes bytes, got {type(value).__name__}"
-        )
+        raise BadRow("wrong type", f"{what}: takes bytes, got {type(value).__name__}")
     if not value:
-        raise BadRow("empty input", f"column {spec.input!r} holds no byte")
+        raise BadRow("empty input", f"{what} holds no byte")
     return value
 
 

@@ -452,7 +452,8 @@ class Log:
         if have != schema.names:
             raise TableError(
                 f"source.carry: the table at {self.uri} has the columns {', '.join(have)}, this "
-                f"run has {', '.join(schema.names)}; name the same columns or another output.uri"
+                f"run has {', '.join(schema.names)}; name the same columns (by source.label, split, "
+                "caption and carry) or another output.uri"
             )
         for (name, here), (_, given) in zip(_types(delta.schema()), _in_delta(schema), strict=True):
             if here != given:

@@ -101,7 +101,9 @@ def _read_by_ray(table: Table, parts: list[Part], columns: list[str] | None) -> 
     return numbers.map_batches(read_one, batch_size=1)
 
 
-def sample(uri: str, columns: list[str], max_rows: int, label: str | None) -> pa.Table:
+def sample(
+    uri: str, columns: list[str], max_rows: int, label: str | None
+) -> tuple[pa.Table, int]:
     """Read a fixed sample: the rows with the smallest content hashes.
 
     Memory is bounded by one part and the sample, whatever the table's size.
@@ -113,15 +115,18 @@ def sample(uri: str, columns: list[str], max_rows: int, label: str | None) -> pa
         label: Leave out rows without a label in this column: null, blank text, or NaN.
 
     Returns:
-        Rows in the order of their row ids.
+        Rows in the order of their row ids; and how many of the table have no label.
     """
     table = Table.open(uri)
     wanted = list(dict.fromkeys([ROW_ID, CONTENT_HASH, *columns]))
     chosen: pa.Table | None = None
+    num_unlabelled = 0
     for part in table.rows.parts():
         rows = table.read_part(part, wanted)
         if label is not None:
-            rows = rows.filter(_is_labelled(rows[label]))
+            labelled = rows.filter(_is_labelled(rows[label]))
+            num_unlabelled += rows.num_rows - labelled.num_rows
+            rows = labelled
         chosen = rows if chosen is None else pa.concat_tables([chosen, rows])
         if chosen.num_rows > max_rows:
             order = pc.sort_indices(
@@ -129,8 +134,8 @@ def sample(uri: str, columns: list[str], max_rows: int, label: str | None) -> pa
             )
             chosen = chosen.take(order[:max_rows])
     if chosen is None:
-        return read(uri, columns=wanted)
-    return chosen.take(pc.sort_indices(chosen, sort_keys=[(ROW_ID, "ascending")]))
+        return read(uri, columns=wanted), 0
+    return chosen.take(pc.sort_indices(chosen, sort_keys=[(ROW_ID, "ascending")])), num_unlabelled
 
 
 def _is_labelled(labels: pa.ChunkedArray) -> pa.ChunkedArray:

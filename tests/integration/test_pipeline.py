@@ -227,7 +227,8 @@ def test_bad_and_duplicate_rows_are_rejected(tmp_path: Path, tiny_bert: Path) ->
     folder = tmp_path / "in"
     folder.mkdir()
     write_jsonl(folder / "a.jsonl", [*ROWS[:100], {"text": "", "topic": "river", "key": "empty"}])
-    write_jsonl(folder / "b.jsonl", [*ROWS[90:200], ROWS[150]])
+    nameless = {**ROWS[199], "topic": None}
+    write_jsonl(folder / "b.jsonl", [*ROWS[90:199], nameless, ROWS[150]])
     out = {"uri": str(tmp_path / "out"), "max_rejected_fraction": 0.2, "part_bytes": 1}
     result = fmembed.embed(
         spec(tmp_path, tiny_bert, source={"uri": str(folder)}, output=out,
@@ -235,6 +236,9 @@ def test_bad_and_duplicate_rows_are_rejected(tmp_path: Path, tiny_bert: Path) ->
     )  # fmt: skip
     assert (result.rows_read, result.rows_embedded, result.rows_rejected) == (212, 200, 12)
     assert result.causes == {"duplicate id": 11, "empty input": 1}
+    assert result.probes["knn"]["unlabelled"] == 1
+    page = (Path(result.table) / "_report.html").read_text(encoding="utf-8")
+    assert "1 rows without a label take no part" in page
     assert fmembed.verify(result.table).problems == []
     stages = pq.read_table(Path(result.table) / "_rejected", columns=["row_id", "stage"])
     assert {"row_id": "empty", "stage": "read"} in stages.to_pylist()
@@ -267,11 +271,11 @@ def test_too_many_rejections_stop_the_run_and_keep_the_rest(
     tmp_path: Path, tiny_bert: Path
 ) -> None:
     write_jsonl(tmp_path / "in.jsonl", [*ROWS[:20], *({"key": f"x{i}"} for i in range(5))])
-    with pytest.raises(RejectedError, match=r"5 of 25 rows.*5 null input"):
+    with pytest.raises(RejectedError, match=r"5 of 25 rows.*5 null input; as x0: col"):
         fmembed.embed(spec(tmp_path, tiny_bert))
     assert fmembed.read(str(tmp_path / "out")).num_rows == 20
     # The same command again has nothing to do, and is no success.
-    with pytest.raises(RejectedError, match=r"5 of 25 rows.*5 null input"):
+    with pytest.raises(RejectedError, match=r"5 of 25 rows.*5 null input; as x0: col"):
         fmembed.embed(spec(tmp_path, tiny_bert))
     allowed = {"uri": str(tmp_path / "out"), "max_rejected_fraction": 0.5}
     assert fmembed.embed(spec(tmp_path, tiny_bert, output=allowed)).rows_skipped == 25

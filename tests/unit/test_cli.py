@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -283,6 +283,21 @@ def test_a_score_is_printed_with_what_chance_gives(capsys: pytest.CaptureFixture
     )
     # As a version before this one has stored it.
     assert "knn       AMI 0.900 [0.800, 0.950]; shuffled labels 0.900\n" in said
+
+
+def test_what_a_run_leaves_out_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    result = RunResult(
+        run_id="r", started="", table="t", version=1, fingerprint="", rows_read=9, rows_embedded=9,
+        num_truncated=2, probes={"knn": {"skipped": "no two labels", "unlabelled": 4}},
+    )  # fmt: skip
+    _print_result(asdict(result), as_json=False)
+    said = capsys.readouterr().out
+    assert "cut       2 rows are longer than the model takes, and it saw a part\n" in said
+    assert "labels    4 rows have none, and no part in the probes of labels\n" in said
+    _print_result(asdict(replace(result, rows_read=0, rows_embedded=0, num_truncated=0)), False)
+    said = capsys.readouterr().out
+    assert said.startswith("nothing to do: the source holds no row\n")
+    assert "cut " not in said
 
 
 def test_arguments_are_not_obeyed_either(tmp_path: Path) -> None:

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from shutil import copytree, ignore_patterns
+
+import pytest
+
+from fmembed.errors import ModelError
+from fmembed.inputs import open_inputs
+from fmembed.spec import RunSpec
 
 _PROGRAM = """
 import sys
@@ -23,3 +31,19 @@ def test_a_mistake_is_said_before_ray_and_torch_are_imported() -> None:
         [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == ["source.uri: no such file or folder: nope", "[]"]
+
+
+@pytest.mark.parametrize(("model", "file"), [("tiny_vit", "a.png"), ("tiny_wav2vec2", "a.wav")])
+def test_a_model_without_its_processor_is_refused(
+    model: str, file: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    whole = request.getfixturevalue(model)
+    folder = copytree(whole, tmp_path / "model", ignore=ignore_patterns("preprocessor_config.json"))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / file).write_bytes(b"its content is looked at later")
+    spec = {"source": {"uri": str(tmp_path / "in")}, "output": {"uri": str(tmp_path / "out")}}
+    assert open_inputs(RunSpec.parse({**spec, "model": {"id": str(whole)}})).source.num_rows == 1
+    with pytest.raises(
+        ModelError, match=r"^model\.id: \S+ has no preprocessor_config\.json, which says how its"
+    ):
+        open_inputs(RunSpec.parse({**spec, "model": {"id": str(folder)}}))

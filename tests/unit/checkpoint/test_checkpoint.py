@@ -238,8 +238,30 @@ def test_other_weights_of_another_size_are_named_at_load(model: Path) -> None:
         Encoder(resolve(model))
 
 
+@pytest.mark.parametrize("said", [1, 3])
+def test_another_number_of_layers_is_named_before_anything_is_loaded(
+    said: int, model: Path
+) -> None:
+    edit(model / "config.json", num_hidden_layers=said)
+    assert re.search(
+        rf"has the weights of 2 layers, and by config\.json it has {said}; fetch", refused(model)
+    )
+
+
+@pytest.mark.parametrize("layer", [-4, 3, 99])
+def test_a_layer_that_there_is_not_is_named_before_anything_is_loaded(
+    layer: int, model: Path
+) -> None:
+    with pytest.raises(
+        ModelError, match=rf"^model\.layer: takes -3 to 2 with this model, got {layer}$"
+    ):
+        resolve(model, layer=layer, pooling="mean")
+    assert resolve(model, layer=-3, pooling="mean").outputs[0].layer == -3
+
+
 def test_layers_that_a_config_leaves_out_are_named_at_load(model: Path) -> None:
-    edit(model / "config.json", num_hidden_layers=1)
+    # Of a family that nobody has tested the names are not known.
+    edit(model / "config.json", num_hidden_layers=1, model_type="ernie")
     named = (
         r"has weights of layers that config\.json leaves out, encoder\.layer\.1\.\S+ first; fetch"
     )

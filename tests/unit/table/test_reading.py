@@ -36,5 +36,7 @@ def test_blank_labels_and_nan_are_none(
     written = write(table.uri, rows)
     assert written.part is not None
     table.rows.commit([written.part], written.schema, CONFIGURATION, ("run", 0))
-    assert sample(table.uri, ["topic"], 10, "topic")["topic"].to_pylist() == expected
-    assert sample(table.uri, ["topic"], 10, None).num_rows == 5
+    rows, num_unlabelled = sample(table.uri, ["topic"], 10, "topic")
+    assert (rows["topic"].to_pylist(), num_unlabelled) == (expected, 5 - len(expected))
+    rows, num_unlabelled = sample(table.uri, ["topic"], 10, None)
+    assert (rows.num_rows, num_unlabelled) == (5, 0)
