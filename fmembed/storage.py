@@ -161,7 +161,7 @@ class Storage:
         if self.local and not os.path.isdir(self.local / prefix):
             return {}
         try:
-            found = obstore.list_with_delimiter(self._store, prefix)
+            found = obstore.list_with_delimiter(self._store, prefix or None)
         except (BaseError, OSError) as e:
             raise self._error("list", prefix, e) from None
         return {str(meta["path"]): int(meta["size"]) for meta in found["objects"]}

@@ -35,7 +35,7 @@ def main() -> None:
     """Make a table of a million rows and the file they came from; time the three ways to skip."""
     with tempfile.TemporaryDirectory() as folder:
         table = Table(f"{folder}/table")
-        table.row_ids()
+        table.known()
         schema = table_schema(pa.schema([]), [pa.field("embedding", pa.list_(pa.float32(), DIM))])
         n = NUM_ROWS // NUM_PARTS
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(n * DIM, np.float32)), DIM)
@@ -54,7 +54,7 @@ def main() -> None:
                 f.write(json.dumps(row) + "\n")
 
         started = time.monotonic()
-        ids = table.row_ids()
+        ids = table.known().load()
         print(
             f"reading the ids: {time.monotonic() - started:.1f} s, {ids.nbytes / len(ids):g} B/row"
         )

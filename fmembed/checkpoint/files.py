@@ -300,8 +300,8 @@ def check_processor(folder: Path, modality: Modality) -> None:
         said_elsewhere = read_config(folder).get("model_type") == "timm_wrapper"
         if not said_elsewhere and not any((folder / name).is_file() for name in _PROCESSORS):
             raise ModelError(
-                f"model.id: {folder} has no preprocessor_config.json, which says how its {modality} "
-                "is prepared; fetch the whole checkpoint"
+                f"model.id: {folder} has no preprocessor_config.json, which says how its "
+                f"{modality} is prepared; fetch the whole checkpoint"
             )
         return
     settings = read_object(folder / "tokenizer_config.json") or {}

@@ -7,8 +7,11 @@ from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 Keys = npt.NDArray[np.bytes_]
+_Bools = npt.NDArray[np.bool_]
+_Halves = npt.NDArray[np.uint64]
 
 
 def keys_of(row_ids: Iterable[str]) -> Keys:
@@ -26,45 +29,69 @@ def contents_of(hashes: Iterable[str | None]) -> Keys:
     return np.array([bytes.fromhex(h or "") for h in hashes], dtype="S16")
 
 
+def to_arrow(keys: Keys) -> pa.Array:
+    """Keys as an Arrow array of 16 bytes each, not copied."""
+    return pa.Array.from_buffers(pa.binary(16), len(keys), [None, pa.py_buffer(keys)])
+
+
+def to_keys(column: pa.ChunkedArray) -> Keys:
+    """What `to_arrow` made, as keys again."""
+    chunk = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    return np.frombuffer(chunk.buffers()[1], dtype="S16")[chunk.offset :][: len(chunk)]
+
+
+def first_halves(keys: Keys) -> _Halves:
+    """The first 64 bits of each key as a number: its order is theirs, and comparing it is cheap."""
+    return _halves(keys)[0]
+
+
+def _halves(keys: Keys) -> tuple[_Halves, _Halves]:
+    halves = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2).astype(np.uint64)
+    return np.ascontiguousarray(halves[:, 0]), np.ascontiguousarray(halves[:, 1])
+
+
 class RowIds:
-    """A set of row ids, each with its content where that is known: 32 bytes a row, sorted by id,
-    membership by binary search.
+    """Row ids, each with its content where that is known: 32 bytes a row, sorted by the first half
+    of the id, membership by binary search. An id may be there several times, with other contents.
     """
 
     def __init__(self, keys: Keys | None = None, contents: Keys | None = None) -> None:
-        self._keys = self._contents = np.empty(0, dtype="S16")
-        self._recent: list[tuple[Keys, Keys]] = []
+        self._sorted = _Sorted(np.empty(0, dtype="S16"), np.empty(0, dtype="S16"))
+        self._recent: list[_Sorted] = []
         self._num_recent = 0
         if keys is not None:
             self.add(keys, contents)
 
     def __len__(self) -> int:
-        return len(self._keys) + self._num_recent
+        return len(self._sorted) + self._num_recent
 
     @property
     def nbytes(self) -> int:
         """Memory of the keys."""
-        return sum(int(a.nbytes) for some in self._all for a in some)
+        return sum(some.nbytes for some in (self._sorted, *self._recent))
 
-    @property
-    def _all(self) -> list[tuple[Keys, Keys]]:
-        return [(self._keys, self._contents), *self._recent]
-
-    def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
+    def contains(self, keys: Keys) -> _Bools:
         """Whether each key is in the set, shape (rows,)."""
-        found = np.zeros(len(keys), dtype=np.bool_)
-        for known, _ in self._all:
-            found |= _find(known, keys)[1]
-        return found
+        return self._look_up(keys)[0]
 
-    def changed(self, keys: Keys, contents: Keys) -> npt.NDArray[np.bool_]:
-        """Whether each key is in the set, and known to have another content, shape (rows,)."""
-        changed = np.zeros(len(keys), dtype=np.bool_)
-        for known, known_contents in self._all:
-            at, is_known = _find(known, keys)
-            before = known_contents[at[is_known]]
-            changed[is_known] |= (before != b"") & (before != contents[is_known])
-        return changed
+    def changed(self, keys: Keys, contents: Keys) -> _Bools:
+        """Whether each key is in the set, and known to have another content, shape (rows,).
+
+        Of an id that is there several times, another one than all of them.
+        """
+        found, is_same = self._look_up(keys, contents)
+        return found & ~is_same
+
+    def _look_up(self, keys: Keys, contents: Keys | None = None) -> tuple[_Bools, _Bools]:
+        """Whether each key is there; and whether with this content, or one that is not known."""
+        found, is_same = (np.zeros(len(keys), dtype=np.bool_) for _ in range(2))
+        for some in (self._sorted, *self._recent):
+            for rows, at in some.find(keys):
+                found[rows] = True
+                if contents is not None:
+                    known = some.contents[at]
+                    is_same[rows] |= (known == b"") | (known == contents[rows])
+        return found, is_same
 
     def add(self, keys: Keys, contents: Keys | None = None) -> None:
         """Add keys, with their contents where those are known. Merged into the sorted array only
@@ -72,28 +99,48 @@ class RowIds:
         """
         if contents is None:
             contents = np.zeros(len(keys), dtype="S16")
-        self._recent.append(_sort(keys, contents))
+        self._recent.append(_Sorted(keys, contents))
         self._num_recent += len(keys)
-        if self._num_recent * 10 > len(self._keys) or len(self._recent) > 64:
-            keys, contents = (np.concatenate(arrays) for arrays in zip(*self._all, strict=True))
-            self._keys, self._contents = _sort(keys, contents)
+        if self._num_recent * 10 > len(self._sorted) or len(self._recent) > 64:
+            self._sorted = _Sorted.merge([self._sorted, *self._recent])
             self._recent, self._num_recent = [], 0
 
-    def forget_contents(self, keys: Keys) -> None:
-        """Take the contents of some rows for unknown: of ids that several rows have."""
-        for known, contents in self._all:
-            at, is_known = _find(known, keys)
-            contents[at[is_known]] = b""
 
+class _Sorted:
+    """Keys in the order of their first halves, with their contents."""
 
-def _sort(keys: Keys, contents: Keys) -> tuple[Keys, Keys]:
-    order = np.argsort(keys)
-    return keys[order], contents[order]
+    def __init__(self, keys: Keys, contents: Keys) -> None:
+        first, rest = _halves(keys)
+        order = np.argsort(first)
+        self._first, self._rest, self.contents = first[order], rest[order], contents[order]
 
+    @classmethod
+    def merge(cls, some: list[_Sorted]) -> _Sorted:
+        merged = cls.__new__(cls)
+        first, rest, contents = (
+            np.concatenate([getattr(s, name) for s in some])
+            for name in ("_first", "_rest", "contents")
+        )
+        order = np.argsort(first)
+        merged._first, merged._rest, merged.contents = first[order], rest[order], contents[order]
+        return merged
 
-def _find(known: Keys, keys: Keys) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
-    """Where each key is among sorted ones, and whether it is."""
-    if not len(known):
-        return np.zeros(len(keys), dtype=np.intp), np.zeros(len(keys), dtype=np.bool_)
-    at = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-    return at, known[at] == keys
+    def __len__(self) -> int:
+        return len(self._first)
+
+    @property
+    def nbytes(self) -> int:
+        return self._first.nbytes + self._rest.nbytes + self.contents.nbytes
+
+    def find(self, keys: Keys) -> Iterable[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:
+        """Which of some keys are here, and where; several times where they are so often here."""
+        first, rest = _halves(keys)
+        at = np.searchsorted(self._first, first)
+        rows = np.arange(len(keys))
+        while len(rows):
+            is_here = at < len(self._first)
+            is_here[is_here] = self._first[at[is_here]] == first[rows[is_here]]
+            rows, at = rows[is_here], at[is_here]
+            is_whole = self._rest[at] == rest[rows]
+            yield rows[is_whole], at[is_whole]
+            at = at + 1

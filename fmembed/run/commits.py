@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -17,13 +17,14 @@ import ray
 
 from fmembed.errors import RejectedError
 from fmembed.rows.columns import REJECTED_SCHEMA
-from fmembed.rows.ids import RowIds
 from fmembed.sources.source import Shard
 from fmembed.spec import OutputSpec
+from fmembed.storage import Storage
 from fmembed.table.card import Card
-from fmembed.table.files import RUN, WRITE
+from fmembed.table.files import REJECTED, RUN, WRITE
+from fmembed.table.keys import KeyFiles, KeyRows, Kind, KnownRows, find_twins
 from fmembed.table.lock import Lock
-from fmembed.table.parts import REJECTED, ShardCount, Written, write_part
+from fmembed.table.parts import ShardCount, Written, write_part, write_without
 from fmembed.table.records import Commit, WholeShard
 from fmembed.table.table import Table
 
@@ -66,6 +67,8 @@ class Commits:
         self._num_writes = 0
         self.is_committing = False
         self._num_known_before: int | None = None
+        # The files of keys of what this run has committed.
+        self._key_files: list[str] = []
         self._whole: list[WholeShard] = []
         self._began = self._last_commit = time.monotonic()
         self._num_rejected_before = table.num_rejected()
@@ -75,24 +78,23 @@ class Commits:
         self.busy_s = 0.0
         self.causes: Counter[str] = Counter()
 
-    def begin(self, shards: Sequence[Shard], committed: RowIds) -> None:
+    def begin(self, shards: Sequence[Shard], known: KnownRows) -> None:
         """Start a pass over shards; what an earlier pass of this run did not commit is dropped.
 
         Args:
             shards: What will be read, in the order that rows count them by.
-            committed: Ids of the rows that will be left out; grows with what is written.
+            known: The rows that will be left out.
         """
         if self._num_known_before is None:
-            self._num_known_before = len(committed) + self._table.num_twins
-        self._known = committed
-        self._known_parts = self._table.known_parts
+            self._num_known_before = known.num_rows
+        self._known_parts = frozenset(known.parts)
         self._shard_keys = [shard.key for shard in shards]
         self._shards: dict[int, ShardCount] = {}
         self._shard_parts: dict[int, set[str]] = defaultdict(set)
         self._pending: list[Any] = []
         self._pending_bytes = 0
         self._writes: dict[Any, _Write] = {}
-        self._written: list[Written] = []
+        self._written: list[_Written] = []
         # This pass will skip what this run has committed before it, which is not skipped at all.
         self.num_skipped = -(self.num_embedded + self.num_rejected)
         self.num_changed = 0  # their shards are not whole, so that all of them are read again
@@ -132,14 +134,38 @@ class Commits:
     def commit_written(self) -> None:
         """Commit the parts that are written by now."""
         self._last_commit = time.monotonic()
-        written, self._written = self._written, []
-        if not written:
+        if not self._written:
             return
+        kept = self._keep_keys()
+        written, self._written = self._written, []
         self.is_committing = True
         try:
-            self._commit(written)
+            self._commit([w.result for w in written])
+            self._key_files.append(kept)
         finally:
             self.is_committing = False
+
+    def _keep_keys(self) -> str:
+        """Have a task write the keys of what is about to be committed; the file.
+
+        Where a row has the id of one that an earlier part holds, its part is written anew without
+        it, and the first try left for `remove_strays`: that is rare.
+        """
+        name = f"{self.run_id}-{self.num_commits:06d}"
+        task = ray.remote(num_cpus=0, max_retries=_MAX_WRITE_RETRIES)(_write_keys)
+        while True:
+            held_by = [w.result.held_by for w in self._written]
+            shards = {i: self._shard_keys[i] for w in self._written for i in w.result.shards}
+            keys = [w.keys for w in self._written]
+            args = (self._table.uri, name, self._key_files, held_by, shards, *keys)
+            twins, path = ray.get(task.remote(*args))
+            if not twins:
+                return str(path)
+            anew = {i: self._start(_write_anew, self._written[i], ids) for i, ids in twins.items()}
+            for i, (ref, keys_ref) in anew.items():
+                result: Written = ray.get(ref)
+                self.num_written += result.num_rows - self._written[i].result.num_rows
+                self._written[i] = _Written(result, keys_ref)
 
     def _commit(self, written: list[Written]) -> None:
         self._lock.check()
@@ -213,47 +239,46 @@ class Commits:
 
     def _write_pending(self) -> None:
         if self._pending:
-            self._submit(_Write(self._pending, self._pending_bytes))
+            ref, keys = self._start(_write_blocks, *self._pending)
+            self._writes[ref] = _Write(keys, self._pending_bytes)
             self._pending, self._pending_bytes = [], 0
 
-    def _submit(self, write: _Write) -> None:
+    def _start(self, write: Callable[..., Any], *given: Any) -> list[Any]:
+        """Start a task that writes parts; references to what it has written, and to the keys."""
         # Counted, so that the same rows twice are two parts: one of them may have to be undone.
         self._num_writes += 1
-        own = {RUN: self.run_id, WRITE: str(self._num_writes)}
+        stamp = {**self._configuration, RUN: self.run_id, WRITE: str(self._num_writes)}
         # No CPU reserved: Ray Data has planned with all of them, and a write is short.
-        task = ray.remote(num_cpus=0, max_retries=_MAX_WRITE_RETRIES)(_write_blocks)
-        ref = task.remote(
-            self._table.uri, self._vectors, write.twice, {**self._configuration, **own},
-            *write.blocks,
-        )  # fmt: skip
-        self._writes[ref] = write
+        task = ray.remote(num_cpus=0, max_retries=_MAX_WRITE_RETRIES, num_returns=2)(write)
+        refs: list[Any] = task.remote(self._table.uri, self._vectors, stamp, *given)
+        return refs
 
     def _collect(self, num_returns: int) -> None:
         done, _ = ray.wait(list(self._writes), num_returns=num_returns)
         for ref in done:
             write = self._writes.pop(ref)
-            written: Written = ray.get(ref)
-            twice = self._known.contains(written.keys)
-            if twice.any():
-                # Two parts with one id. Rare, so the later part is simply written once more, and
-                # the first try left for `remove_strays`. Its twins add up: another part may have
-                # become known since the last try.
-                found = frozenset(written.keys[twice].tolist())
-                self._submit(replace(write, twice=write.twice | found))
-                continue
-            self._known.add(written.keys)
-            self._written.append(written)
-            self.num_written += len(written.keys)
-            self.busy_s += written.busy_s
+            result: Written = ray.get(ref)
+            self._written.append(_Written(result, write.keys))
+            self.num_written += result.num_rows
+            self.busy_s += result.busy_s
 
 
 @dataclass(frozen=True)
 class _Write:
-    """Blocks on their way to a part; `twice` are keys of rows that other parts hold."""
+    """Blocks on their way to a part. `keys` refers to those of the rows, which the driver does not
+    hold.
+    """
 
-    blocks: list[Any]
+    keys: Any
     num_bytes: int
-    twice: frozenset[bytes] = frozenset()
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Parts that are not yet committed, and a reference to the keys of their rows."""
+
+    result: Written
+    keys: Any
 
 
 def check_rejected(table: Table, output: OutputSpec, num_rejected: int, num_rows: int) -> None:
@@ -291,10 +316,45 @@ def interval_s(given: float | Literal["auto"], run_s: float) -> float:
 
 
 def _write_blocks(
+    uri: str, vectors: tuple[str, ...], stamp: dict[str, str], *blocks: pa.Table
+) -> tuple[Written, KeyRows]:
+    return write_part(uri, list(blocks), vectors, stamp)
+
+
+def _write_anew(
     uri: str,
     vectors: tuple[str, ...],
-    twice: frozenset[bytes],
     stamp: dict[str, str],
-    *blocks: pa.Table,
-) -> Written:
-    return write_part(uri, list(blocks), vectors, twice, stamp)
+    written: _Written,
+    twins: frozenset[bytes],
+) -> tuple[Written, KeyRows]:
+    return write_without(uri, written.result, ray.get(written.keys), twins, vectors, stamp)
+
+
+def _write_keys(
+    uri: str,
+    name: str,
+    committed: Sequence[str],
+    held_by: Sequence[dict[Kind, str]],
+    shards: dict[int, str | None],
+    *keys: KeyRows,
+) -> tuple[dict[int, frozenset[bytes]], str | None]:
+    """Look for rows that are there already; where there is none, write the keys of all.
+
+    Args:
+        uri: The table.
+        name: Of the file.
+        committed: Files of keys of this run's commits.
+        held_by: The parts of each write, by the kind of their rows.
+        shards: Keys of the shards by number.
+        keys: Of the rows of each write.
+
+    Returns:
+        By the number of a write the ids in it that are there already; and the file, if there are
+        none.
+    """
+    files = KeyFiles(Storage(uri))
+    twins = find_twins(files, committed, keys)
+    if twins:
+        return twins, None
+    return {}, files.write(name, list(zip(keys, held_by, strict=True)), shards)

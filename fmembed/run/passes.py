@@ -107,8 +107,10 @@ class Pass:
                     error.exit_code - 128,
                 ) from None
             if isinstance(error, ray.exceptions.RayError) and is_loss(error):
-                commits.commit_written()
                 self.lost = error
+                # The keys of what is written may be lost too: then it is embedded again.
+                with contextlib.suppress(ray.exceptions.RayError):
+                    commits.commit_written()
         finally:
             commits.settle()
         return self.lost is not None

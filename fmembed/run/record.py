@@ -45,8 +45,6 @@ class Run:
     def find_work(self) -> Work:
         """See what is left; of a server ask one vector before anything is written.
 
-        What was left before is forgotten: the ids in it are 32 bytes for each row of the table.
-
         Raises:
             ModelError: The server does not answer, or not with a vector.
         """
@@ -91,7 +89,7 @@ class Run:
         """
         if self._commits is None and self.work is not None:
             table = self._inputs.table
-            num_rows = len(self.work.known) + table.num_twins
+            num_rows = self.work.known.num_rows
             check_rejected(table, self._inputs.spec.output, table.num_rejected(), num_rows)
 
     def check_changed(self) -> None:

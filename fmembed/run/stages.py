@@ -18,7 +18,6 @@ from fmembed.checkpoint.opening import Checkpoint
 from fmembed.errors import reason
 from fmembed.model.embed import Embed
 from fmembed.prepare.stage import Preprocess
-from fmembed.rows.ids import RowIds
 from fmembed.rows.precision import Ranges
 from fmembed.run.apart import PreprocessApart, read_apart
 from fmembed.run.faults import MAX_ACTOR_RESTARTS, MAX_TASK_RETRIES, explain, explain_model_death
@@ -26,6 +25,7 @@ from fmembed.run.placement import Plan
 from fmembed.sources.reading import read_shard
 from fmembed.sources.source import Shard, Source
 from fmembed.spec import PreprocessSpec
+from fmembed.table.keys import KnownRows
 
 # What stands in the name of the Ray Data operator that reads: "Read" and the datasource's name.
 READER = "ReadShards"
@@ -35,24 +35,26 @@ _MAX_WINDOWS_IN_FLIGHT = 2
 
 
 def read(
-    source: Source, committed: RowIds | None = None, num_cpus: float = 1.0, apart: bool = False
+    source: Source, known: KnownRows | None = None, num_cpus: float = 1.0, apart: bool = False
 ) -> ray.data.Dataset:
     """Read the shards as Ray Data blocks of `columns.row_schema(source.carried)`.
 
     Args:
         source: What `open_source` found.
-        committed: Rows to leave out; the marker row that ends a shard says how many.
+        known: Rows to leave out; the marker row that ends a shard says how many.
         num_cpus: What Ray reserves for a read task.
         apart: Whether in a process apart, so that a row may end it.
     """
-    committed_ref = ray.put(committed) if committed is not None and len(committed) else None
+    # Not by the driver, which holds no row's key.
+    load = ray.remote(num_cpus=0)(KnownRows.load)
+    known_ref = load.remote(known) if known is not None and known.num_rows else None
     described, shards, num_bytes = source.without_shards, source.shards, source.num_bytes
 
     # A task is sent what its function holds: one shard, and never the list of all files.
     def read_fn(index: int, shard: Shard) -> Callable[[], Iterator[pa.Table]]:
         def read_blocks() -> Iterator[pa.Table]:
-            known = ray.get(committed_ref) if committed_ref is not None else None
-            yield from (read_apart if apart else read_shard)(described, shard, index, known)
+            ids = ray.get(known_ref) if known_ref is not None else None
+            yield from (read_apart if apart else read_shard)(described, shard, index, ids)
 
         return read_blocks
 

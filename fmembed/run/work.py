@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from fmembed.inputs import Inputs
-from fmembed.rows.ids import RowIds
 from fmembed.sources.source import Source
+from fmembed.table.keys import KnownRows
 
 
 @dataclass(frozen=True)
@@ -16,14 +16,14 @@ class Work:
 
     Args:
         source: With the shards that are left to read.
-        known: Ids of the committed and rejected rows, which readers leave out.
+        known: The committed and rejected rows, which readers leave out.
         num_skipped: Rows of the shards that need no second reading.
         apart: Whether rows are read and prepared in processes apart, because among them there may
             be some that end theirs.
     """
 
     source: Source
-    known: RowIds
+    known: KnownRows
     num_skipped: int
     apart: bool = False
 
@@ -33,7 +33,7 @@ class Work:
 
 def find_work(inputs: Inputs) -> Work:
     """Compare the source with what the table's logs and records say by now."""
-    known = inputs.table.row_ids()
+    known = inputs.table.known()
     left, num_skipped = skip_committed(inputs.source, inputs.table.whole_shards())
     return Work(left, known, num_skipped)
 

@@ -20,6 +20,8 @@ from fmembed.rows.ids import Keys, contents_of, keys_of
 from fmembed.storage import Storage
 from fmembed.table.card import PREFIX
 
+# Where the rejected rows' log and parts are in a table.
+REJECTED = "_rejected/"
 # In a part's footer, beside the table's card: which run wrote it (as on each commit), and which of
 # its writes it is of.
 RUN, WRITE = f"{PREFIX}run", f"{PREFIX}write"

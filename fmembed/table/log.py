@@ -274,6 +274,26 @@ class Log:
             found += [n for n in half if PART.fullmatch(HALF_WRITTEN.sub("", n))]
         return sorted(found)
 
+    def check_there(self, parts: Sequence[Part]) -> None:
+        """Make sure that parts are there, by one listing where that is whole.
+
+        Raises:
+            DamagedError: One is not, or has another size than it was written with.
+        """
+        if not parts:
+            return
+        sizes = self.storage.sizes("")
+        for part in parts:
+            size = sizes.get(part.path)
+            if size is None:  # a listing may have missed it, or it lies in another tool's folder
+                size = self.storage.size_bytes(part.path)
+            if size is None:
+                raise DamagedError(self.uri, f"{part.path}: committed, but missing")
+            if size != part.size_bytes:
+                raise DamagedError(
+                    self.uri, f"{part.path}: {size} bytes where the log says {part.size_bytes}"
+                )
+
     def remove(self, paths: Iterable[str]) -> None:
         """Delete files that no version names."""
         for path in paths:
@@ -452,8 +472,8 @@ class Log:
         if have != schema.names:
             raise TableError(
                 f"source.carry: the table at {self.uri} has the columns {', '.join(have)}, this "
-                f"run has {', '.join(schema.names)}; name the same columns (by source.label, split, "
-                "caption and carry) or another output.uri"
+                f"run has {', '.join(schema.names)}; name the same columns (in source.label, "
+                "split, caption and carry) or another output.uri"
             )
         for (name, here), (_, given) in zip(_types(delta.schema()), _in_delta(schema), strict=True):
             if here != given:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -38,14 +38,15 @@ from fmembed.rows.columns import (
     table_schema,
 )
 from fmembed.rows.counts import sum_counts
-from fmembed.rows.ids import Keys, keys_of
+from fmembed.rows.ids import RowIds, contents_of, keys_of
 from fmembed.rows.pieces import PIECE_SPANS, PIECE_UNITS
 from fmembed.rows.precision import PRECISIONS
 from fmembed.storage import Storage
 from fmembed.table.card import Card
-from fmembed.table.files import Part, PartFiles
+from fmembed.table.files import REJECTED, Part, PartFiles
+from fmembed.table.keys import KeyRows, Kind
 
-REJECTED = "_rejected/"
+_TWIN = "another row of the source has the same id"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,6 @@ class Written:
     num_rows: int
     part: Part | None
     rejected: Part | None
-    keys: Keys
     shards: dict[int, ShardCount]
     num_units: int
     num_truncated: int
@@ -93,33 +93,42 @@ class Written:
     causes: dict[str, int]
     busy_s: float
 
+    @property
+    def held_by(self) -> dict[Kind, str]:
+        """The part that holds its rows, by their kind."""
+        held: dict[Kind, str] = {}
+        if self.part is not None:
+            held["embedded"] = self.part.path
+        if self.rejected is not None:
+            held["rejected"] = held["twin"] = REJECTED + self.rejected.path
+        return held
+
 
 def write_part(
     uri: str,
     blocks: list[pa.Table],
     vectors: Sequence[str],
-    twice: frozenset[bytes] = frozenset(),
     stamp: Mapping[str, str] | None = None,
-) -> Written:
+) -> tuple[Written, KeyRows]:
     """Write embedded rows as one part, and rejected ones as another.
 
     Args:
         uri: The table.
         blocks: Rows as the embed stage yields them.
         vectors: The columns of vectors.
-        twice: Keys of rows that another part already holds; they are rejected here.
         stamp: For the footers of the parts, see `Log.write`.
 
     Returns:
-        The parts, not committed, with what the driver needs to commit and to count them.
+        The parts, not committed, with what the driver needs to commit and to count them; and the
+        keys of the rows.
     """
     started = time.monotonic()
     rows = pa.concat_tables(blocks)
-    rows = _reject_duplicates(rows, twice)
+    rows = _reject_duplicates(rows)
     good = _keep(rows, accepted(rows))
     bad = rows.filter(rows[STAGE].is_valid())
     pieces_are_rows = PIECE_UNITS in rows.schema.names
-    keys = keys_of(good[ROW_ID].to_pylist())
+    keys = _keys_of(good, bad)
     num_truncated = int(np.sum(good[TRUNCATED].to_numpy(), dtype=np.int64))
     units = int(np.sum(good[NUM_UNITS].to_numpy(), dtype=np.int64))
     given = good
@@ -137,20 +146,89 @@ def write_part(
     if bad.num_rows:
         columns = [bad[ROW_ID], bad[STAGE], bad[ERROR], bad[MESSAGE]]
         causes = pa.table([c.cast(pa.string()) for c in columns], schema=REJECTED_SCHEMA)
-        folder = Storage(f"{Storage(uri).uri}/{REJECTED}".rstrip("/"))
-        rejected = PartFiles(folder).write(causes, (), stamp)
-    return Written(
+        rejected = _rejected_files(uri).write(causes, (), stamp)
+    written = Written(
         schema=schema,
         num_rows=given.num_rows,
         part=part,
         rejected=rejected,
-        keys=keys,
         shards=_count_shards(rows),
         num_units=units,
         num_truncated=num_truncated,
         counts=sum_counts(rows),
         causes=dict(collections.Counter(bad[ERROR].to_pylist())),
         busy_s=time.monotonic() - started,
+    )
+    return written, keys
+
+
+def write_without(
+    uri: str,
+    written: Written,
+    keys: KeyRows,
+    twins: frozenset[bytes],
+    vectors: Sequence[str],
+    stamp: Mapping[str, str],
+) -> tuple[Written, KeyRows]:
+    """Write the parts of a write anew, with some of its embedded rows as rejected ones.
+
+    Args:
+        uri: The table.
+        written: What `write_part` gave, as its other half, `keys`.
+        keys: Of its rows.
+        twins: Keys of the rows whose id a row in another part has.
+        vectors: The columns of vectors.
+        stamp: For the footers of the new parts.
+
+    Returns:
+        As `write_part`; the parts that were written first are strays.
+    """
+    assert written.part is not None
+    rows = PartFiles(Storage(uri)).read_whole(written.part)
+    name = PARENT_ID if PARENT_ID in rows.schema.names else ROW_ID
+    taken = RowIds(np.array(sorted(twins), dtype="S16"))
+    is_twin = taken.contains(keys_of(rows[name].to_pylist()))
+    good, bad = rows.filter(pa.array(~is_twin)), rows.filter(pa.array(is_twin))
+    ids = list(dict.fromkeys(bad[name].to_pylist()))
+    cut = dict(zip(bad[name].to_pylist(), bad[TRUNCATED].to_pylist(), strict=True))
+    causes = [{ROW_ID: i, "stage": "write", "error": DUPLICATE, "message": _TWIN} for i in ids]
+    rejected = pa.Table.from_pylist(causes, REJECTED_SCHEMA)
+    if written.rejected is not None:
+        before = _rejected_files(uri).read_whole(written.rejected)
+        rejected = pa.concat_tables([before, rejected])
+    is_taken = (keys.kinds == 0) & taken.contains(keys.ids)
+    shards = dict(written.shards)
+    for index, count in zip(*np.unique(keys.shards[is_taken], return_counts=True), strict=True):
+        shards[int(index)] = shards.get(int(index), ShardCount()) + ShardCount(rejected=int(count))
+    anew = replace(
+        written,
+        num_rows=written.num_rows - len(ids),
+        part=PartFiles(Storage(uri)).write(good, vectors, stamp) if good.num_rows else None,
+        rejected=_rejected_files(uri).write(rejected, (), stamp),
+        shards=shards,
+        num_units=written.num_units - (pc.sum(bad[NUM_UNITS]).as_py() or 0),
+        num_truncated=written.num_truncated - sum(cut.values()),
+        causes=dict(
+            collections.Counter(written.causes) + collections.Counter({DUPLICATE: len(ids)})
+        ),
+    )
+    return anew, replace(keys, kinds=np.where(is_taken, 2, keys.kinds).astype(np.int8))
+
+
+def _rejected_files(uri: str) -> PartFiles:
+    return PartFiles(Storage(f"{Storage(uri).uri}/{REJECTED}".rstrip("/")))
+
+
+def _keys_of(good: pa.Table, bad: pa.Table) -> KeyRows:
+    names = [ROW_ID, CONTENT_HASH, SHARD, ERROR]
+    rows = pa.concat_tables([good.select(names), bad.select(names)])
+    is_twin = pc.equal(bad[ERROR], DUPLICATE)
+    kinds = np.where(np.asarray(is_twin, dtype=np.bool_), 2, 1)
+    return KeyRows(
+        keys_of(rows[ROW_ID].to_pylist()),
+        contents_of(rows[CONTENT_HASH].to_pylist()),
+        np.concatenate([np.zeros(good.num_rows), kinds]).astype(np.int8),
+        rows[SHARD].fill_null(-1).to_numpy(),
     )
 
 
@@ -202,14 +280,14 @@ def _count_shards(rows: pa.Table) -> dict[int, ShardCount]:
     return dict(counts)
 
 
-def _reject_duplicates(rows: pa.Table, twice: frozenset[bytes]) -> pa.Table:
+def _reject_duplicates(rows: pa.Table) -> pa.Table:
     good = np.flatnonzero(accepted(rows))
     keys = keys_of(rows[ROW_ID].take(pa.array(good)).to_pylist()).tolist()
-    seen = set(twice)
+    seen: set[bytes] = set()
     causes = {}
     for i, key in zip(good.tolist(), keys, strict=True):
         if key in seen:
-            causes[i] = (DUPLICATE, "another row of the source has the same id")
+            causes[i] = (DUPLICATE, _TWIN)
         seen.add(key)
     return reject(rows, "write", causes)
 

@@ -101,9 +101,7 @@ def _read_by_ray(table: Table, parts: list[Part], columns: list[str] | None) -> 
     return numbers.map_batches(read_one, batch_size=1)
 
 
-def sample(
-    uri: str, columns: list[str], max_rows: int, label: str | None
-) -> tuple[pa.Table, int]:
+def sample(uri: str, columns: list[str], max_rows: int, label: str | None) -> tuple[pa.Table, int]:
     """Read a fixed sample: the rows with the smallest content hashes.
 
     Memory is bounded by one part and the sample, whatever the table's size.

@@ -22,10 +22,9 @@ from fmembed.result import RunResult
 from fmembed.rows.columns import DUPLICATE, PARENT_ID, REJECTED_SCHEMA, ROW_ID
 from fmembed.rows.ids import RowIds, keys_of
 from fmembed.table.card import TABLE, Card
-from fmembed.table.files import PART, RUN, WRITE, Part
+from fmembed.table.files import PART, REJECTED, RUN, WRITE, Part
 from fmembed.table.lock import Lock
 from fmembed.table.log import ENTRY, Log, what_is_cut
-from fmembed.table.parts import REJECTED
 from fmembed.table.records import Commit, put_run, put_shards, read_runs, read_shards, run_path
 from fmembed.table.table import Table
 
@@ -66,6 +65,8 @@ class _Repair:
         embedded = RowIds()
         self._mend_parts(table.rows, "", card, RowIds(), embedded)
         self._mend_parts(table.rejected, REJECTED, card, embedded, RowIds())
+        for path in table.known().find_wrong():
+            self._quarantine(path, "not the keys of its parts' rows, which are read instead")
         self._mend_records(card)
         return self._done
 

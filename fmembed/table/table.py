@@ -3,6 +3,7 @@
     <table>/part-<blake2b>.parquet   rows; each part is named after its own checksum
     <table>/_delta_log/              which parts are committed; the table's card in its metadata
     <table>/_rejected/               the rejected rows, a Delta table of the same make
+    <table>/_keys/                   ids and contents of the rows, as keys (keys.py)
     <table>/_runs/, _shards/         records of runs (records.py)
     <table>/_lock/                   who writes (lock.py)
     <table>/_probes/, _report.html   what the probes found
@@ -25,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -34,9 +36,10 @@ from fmembed.rows.columns import DUPLICATE, REJECTED_SCHEMA, ROW_ID
 from fmembed.rows.ids import RowIds, keys_of
 from fmembed.storage import HALF_WRITTEN, Storage, tell
 from fmembed.table.card import FINGERPRINT, TABLE, Card, fingerprint
-from fmembed.table.files import PART, RUN, WRITE, Part
+from fmembed.table.files import PART, REJECTED, RUN, WRITE, Part
+from fmembed.table.keys import KeyFiles, KnownRows, know, write_missing
 from fmembed.table.log import Log
-from fmembed.table.parts import REJECTED, as_written
+from fmembed.table.parts import as_written
 from fmembed.table.records import Commit, WholeShard, put_run, put_shards, read_runs, read_shards
 
 # Where a run has died before its log was made, only these are left of it.
@@ -55,10 +58,7 @@ class Table:
         self.uri = self.rows.uri
         self.storage = self.rows.storage
         self.rejected = Log(f"{self.uri}/_rejected")
-        # The parts that the ids of `row_ids` were read from; those of `_rejected` with its name.
-        self.known_parts: frozenset[str] = frozenset()
-        # Rejected rows whose id another row has, which are not among these ids.
-        self.num_twins = 0
+        self.key_files = KeyFiles(self.storage)
 
     @classmethod
     def open(cls, uri: str) -> Table:
@@ -306,42 +306,22 @@ class Table:
             [known.field(f.name) if f.name in known.names else f for f in carried]
         ).remove_metadata()
 
-    def row_ids(self) -> RowIds:
-        """Ids of all rows that are known, committed or rejected; contents of the committed ones.
+    def known(self) -> KnownRows:
+        """What the newest version knows of the source's rows: by its files of keys, unread.
 
-        From here on this object commits only on top of what was read here.
+        From here on this object commits only on top of what was looked at here.
 
         Raises:
-            DamagedError: A part is missing, or not as it was written.
+            DamagedError: A part is missing, or has not the size that it was written with.
         """
         rows, rejected = self.rows.pin(), self.rejected.pin()
-        ids = self._read_ids(rows)
-        self.num_twins = 0
-        for part in rejected:
-            causes = self.rejected.files.read_columns(part, [ROW_ID, "error"])
-            is_twin = pc.equal(causes["error"], DUPLICATE)
-            # Several rows of the source have an id that is here and in the table: neither content
-            # is another one by now.
-            ids.forget_contents(keys_of(causes[ROW_ID].to_pylist()))
-            # Not by its twin is a row known: it may not be in the table (it is committed later than
-            # that one is rejected), or no longer.
-            self.num_twins += pc.sum(is_twin).as_py() or 0
-            ids.add(keys_of(causes.filter(pc.invert(is_twin))[ROW_ID].to_pylist()))
-        self.known_parts = frozenset(
-            [part.path for part in rows] + [REJECTED + part.path for part in rejected]
-        )
-        return ids
-
-    def _read_ids(self, parts: Sequence[Part]) -> RowIds:
-        """Ids and contents of committed rows."""
-        ids = RowIds()
-        for part in parts:
-            ids.add(*self.rows.files.read_keys(part))
-        return ids
+        self.rows.check_there(rows)
+        self.rejected.check_there(rejected)
+        return know(self.uri, self.key_files.list(), rows, rejected)
 
     @property
     def has_moved(self) -> bool:
-        """Whether somebody has committed since `row_ids`."""
+        """Whether somebody has committed since `known`."""
         return self.rows.has_moved or self.rejected.has_moved
 
     def has_leftovers(self, retry_rejected: bool) -> bool:
@@ -370,6 +350,10 @@ class Table:
         self.remove_strays()
         if retry_rejected:
             self.forget_rejected(run_id)
+        known = self.known() if self.card() is not None else None
+        if known is not None and known.missing:
+            write_missing(self.storage, known, f"{run_id}-missing")
+            return True
         return self.has_moved or retry_rejected
 
     def strays(self) -> list[tuple[Log, str]]:
@@ -414,6 +398,8 @@ class Table:
                 folder = REJECTED if log is self.rejected else ""
                 self.storage.move(folder + path, f"_quarantine/{run or 'unknown'}/{folder}{path}")
                 num_aside += 1
+        there = [*self.storage.paths(), *self.storage.paths(REJECTED)]
+        self.key_files.remove_strays(there)
         if num_aside:
             tell(
                 f"{num_aside:,} parts of runs that the log of {self.uri} does not know were moved "
@@ -477,13 +463,15 @@ class Table:
         """Let a run try the rejected rows again, as if they had never been read; how many.
 
         Not those with an id that another row has: that row is embedded, and stays. Only under the
-        lock, and before `row_ids`.
+        lock, and before `known`.
         """
         removed, kept, num_forgotten = [], [REJECTED_SCHEMA.empty_table()], 0
-        embedded = self._read_ids(self.rows.pin())
-        for part in self.rejected.pin():
-            rows = self.rejected.files.read_whole(part)
-            has_twin = pa.array(embedded.contains(keys_of(rows[ROW_ID].to_pylist())))
+        known, parts = self.known(), self.rejected.parts()
+        rows_of = [self.rejected.files.read_whole(part) for part in parts]
+        ids = [keys_of(rows[ROW_ID].to_pylist()) for rows in rows_of]
+        embedded = RowIds(known.which_are_embedded(np.concatenate([keys_of([]), *ids])))
+        for part, rows, own in zip(parts, rows_of, ids, strict=True):
+            has_twin = pa.array(embedded.contains(own))
             twins = rows.filter(pc.or_(pc.equal(rows["error"], DUPLICATE), has_twin))
             if twins.num_rows < rows.num_rows:
                 removed.append(part)

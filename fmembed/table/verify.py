@@ -15,9 +15,8 @@ from fmembed.rows.columns import DUPLICATE, PARENT_ID, ROW_ID
 from fmembed.rows.ids import Keys, RowIds, keys_of
 from fmembed.rows.precision import PRECISIONS
 from fmembed.table.card import FINGERPRINT, Card
-from fmembed.table.files import PART, Part
+from fmembed.table.files import PART, REJECTED, Part
 from fmembed.table.log import ENTRY, Log, what_is_cut
-from fmembed.table.parts import REJECTED
 from fmembed.table.table import Table
 
 _UNIT_NORM_TOLERANCE = 1e-3
@@ -49,8 +48,9 @@ def verify(uri: str) -> VerifyResult:
     """Recount a table from storage.
 
     Checked: every part's checksum, size and row count against the log; ids unique and none both
-    embedded and rejected; one dimension; no NaN or infinity; norms (1 where the model normalises,
-    never 0); no stray part; and rows read = embedded + rejected + skipped in the last run's record.
+    embedded and rejected; keys those of the parts' rows; one dimension; no NaN or infinity; norms
+    (1 where the model normalises, never 0); no stray part; and rows read = embedded + rejected +
+    skipped in the last run's record.
 
     Raises:
         TableError: No table there.
@@ -74,6 +74,7 @@ def verify(uri: str) -> VerifyResult:
         problems.append(f"{num_both} rows are both embedded and rejected")
     problems += embedded.problems()
     problems += _list_strays(table)
+    problems += _list_wrong_keys(table)
     problems += [*_list_cut(table.rows, ""), *_list_cut(table.rejected, REJECTED)]
     problems += [
         f"the log no longer holds what run {run} has committed; --repair takes its parts back"
@@ -186,6 +187,17 @@ def _list_strays(table: Table) -> list[str]:
     return [
         f"{_prefix(table, log)}{path}: a stray file that no commit names"
         for log, path in table.strays()
+    ]
+
+
+def _list_wrong_keys(table: Table) -> list[str]:
+    """Rows are known by their keys: where those are wrong, a run leaves out what is not done."""
+    try:
+        wrong = table.known().find_wrong()
+    except DamagedError:
+        return []  # said of the part already
+    return [
+        f"{path}: not the keys of its parts' rows; --repair has them made anew" for path in wrong
     ]
 
 

@@ -20,7 +20,7 @@ def embed(checkpoint: Checkpoint, texts: list[str], batch_tokens: int = 4096) ->
 
 
 def window(checkpoint: Checkpoint, texts: list[str]) -> pa.Table:
-    rows = [{"row_id": str(i), "content_hash": "0", "_input": t} for i, t in enumerate(texts)]
+    rows = [{"row_id": str(i), "content_hash": "0" * 32, "_input": t} for i, t in enumerate(texts)]
     return Preprocess(checkpoint, PreprocessSpec())(
         pa.Table.from_pylist(rows, schema=row_schema(pa.schema([])))
     )

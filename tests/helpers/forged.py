@@ -72,8 +72,8 @@ def make_table(
     }
     configuration |= {"fmembed.fingerprint": fingerprint(identity), "fmembed.table": "0123abcd"}
     table = Table.open_output(str(folder), identity)
-    table.row_ids()
-    written = write_part(table.uri, [_block(dim, columns or {})], ("embedding",))
+    table.known()
+    written, _ = write_part(table.uri, [_block(dim, columns or {})], ("embedding",))
     assert written.part is not None
     table.rows.commit([written.part], written.schema, configuration, ("r", 0))
     if run is not None:

@@ -8,8 +8,10 @@ import numpy as np
 import pyarrow as pa
 
 from fmembed.rows.columns import row_schema, table_schema
+from fmembed.storage import Storage
 from fmembed.table.card import Card, StoredOutput, fingerprint
-from fmembed.table.parts import Written, write_part
+from fmembed.table.keys import KeyRows
+from fmembed.table.parts import Written, write_part, write_without
 
 DIM = 4
 
@@ -59,7 +61,25 @@ SCHEMA = table_schema(
 _WRITES = itertools.count()
 
 
-def write(uri: str, rows: pa.Table, twice: frozenset[bytes] = frozenset()) -> Written:
+def write(uri: str, rows: pa.Table, twins: frozenset[bytes] = frozenset()) -> Written:
     """One write task of a run."""
-    stamp = {**CONFIGURATION, "fmembed.run": "run", "fmembed.write": str(next(_WRITES))}
-    return write_part(uri, [rows], VECTORS, twice, stamp)
+    return write_with_keys(uri, rows, twins)[0]
+
+
+def write_with_keys(
+    uri: str, rows: pa.Table, twins: frozenset[bytes] = frozenset()
+) -> tuple[Written, KeyRows]:
+    """The same, and the keys of the rows; those whose id another part has are rejected."""
+    written, keys = write_part(uri, [rows], VECTORS, _stamp())
+    if not twins:
+        return written, keys
+    first = [(uri, written.part), (f"{uri}/_rejected", written.rejected)]
+    written, keys = write_without(uri, written, keys, twins, VECTORS, _stamp())
+    for folder, part in first:  # as `remove_strays` does in the end
+        if part is not None:
+            Storage(folder).delete(part.path)
+    return written, keys
+
+
+def _stamp() -> dict[str, str]:
+    return {**CONFIGURATION, "fmembed.run": "run", "fmembed.write": str(next(_WRITES))}

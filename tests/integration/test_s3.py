@@ -126,7 +126,7 @@ def test_lock(s3: str) -> None:
 def test_of_two_commits_on_one_version_the_second_fails(s3: str) -> None:
     tables = [Table(f"{s3}/commits") for _ in range(2)]
     for t in tables:
-        t.row_ids()
+        t.known()
     part = tables[0].rows.files.write(pa.table({"row_id": ["a"]}, schema=SCHEMA))
     tables[0].rows.commit([part], SCHEMA, CONFIGURATION, ("one", 0))
     rows = pa.table({"row_id": ["b"]}, schema=SCHEMA)
@@ -198,7 +198,7 @@ def test_credentials_from_a_config_file(
     storage.put("x", b"1")
     assert storage.get("x") == b"1"
     table = Table(f"{s3}/profile-table")
-    table.row_ids()
+    table.known()
     part = table.rows.files.write(pa.table({"row_id": ["a"]}, schema=SCHEMA))
     assert table.rows.commit([part], SCHEMA, {}, ("one", 0)) == 1
 

@@ -64,7 +64,7 @@ def unwritable(config: dict[str, Any], tmp_path: Path) -> None:
 
 def another_model(config: dict[str, Any], tmp_path: Path) -> None:
     table = Table(config["output"]["uri"])
-    table.row_ids()
+    table.known()
     table.claim(CARD, SCHEMA, "r")
     written = write(table.uri, block(["a"]))
     assert written.part is not None

@@ -28,7 +28,9 @@ def embed(
     checkpoint: Checkpoint, inputs: list[Any], ranges: Any = None, **preprocess: Any
 ) -> pa.Table:
     spec = PreprocessSpec(**preprocess)
-    rows = [{"row_id": f"r{i}", "content_hash": "0", "_input": x} for i, x in enumerate(inputs)]
+    rows = [
+        {"row_id": f"r{i}", "content_hash": "0" * 32, "_input": x} for i, x in enumerate(inputs)
+    ]
     table = pa.Table.from_pylist(rows, schema=row_schema(pa.schema([]), checkpoint.modality))
     encoder = Encoder(
         checkpoint, ranges=ranges, pieces_are_rows=spec.pieces_are_rows(checkpoint.modality)
@@ -130,7 +132,7 @@ def test_what_float16_cannot_hold_is_rejected(
         return states
 
     monkeypatch.setattr(encoder._tower, "states", louder)
-    rows = [{"row_id": t, "content_hash": "0", "_input": t} for t in ("a", SENTENCES[1])]
+    rows = [{"row_id": t, "content_hash": "0" * 32, "_input": t} for t in ("a", SENTENCES[1])]
     table = pa.Table.from_pylist(rows, schema=row_schema(pa.schema([])))
     loud, quiet = encoder(Preprocess(checkpoint, PreprocessSpec())(table)).to_pylist()
     assert (loud["_error"], loud["h"], loud["full"]) == ("not finite", None, None)
@@ -164,7 +166,7 @@ def test_chunks_are_rows_that_embed_as_their_own_text(
     checkpoint = open_(tiny_bert)
     options = {"chunk_tokens": 24, "chunk_overlap": overlap}
     block = embed(checkpoint, [LONG, "short", LONG[:300]], **options)
-    written = write_part(str(tmp_path), [block], ("embedding",))
+    written, _ = write_part(str(tmp_path), [block], ("embedding",))
     import pyarrow.parquet as pq
 
     assert written.part is not None

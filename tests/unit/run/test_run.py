@@ -38,7 +38,7 @@ def test_what_was_checked_is_checked_again_under_the_lock(
     class Waited(Lock):
         def __enter__(self) -> Lock:
             table = Table(str(tmp_path / "out"))
-            table.row_ids()
+            table.known()
             table.claim(CARD, SCHEMA, "other")
             written = write(table.uri, block(["a"]))
             assert written.part is not None

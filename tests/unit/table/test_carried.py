@@ -69,8 +69,8 @@ def make_table(folder: Path, card: Card = CARD) -> Table:
     table = Table.open_output(str(folder / "out"), IDENTITY)
     schema = table_schema(source.carried, [pa.field("embedding", pa.list_(pa.float32()))])
     table.claim(card, schema, "run")
-    table.row_ids()
-    written = write_part(table.uri, [rows], VECTORS, frozenset(), card.to_configuration())
+    table.known()
+    written, _ = write_part(table.uri, [rows], VECTORS, card.to_configuration())
     assert written.part is not None
     table.rows.commit([written.part], written.schema, card.to_configuration(), ("run", 0))
     return table

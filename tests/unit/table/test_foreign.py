@@ -145,7 +145,7 @@ def test_a_folder_inside_of_a_table_is_refused(
 def test_what_lies_in_a_table_and_is_not_of_it_stays(tmp_path: Path) -> None:
     folder = tmp_path / "ours"
     table = Table.open_output(str(folder), IDENTITY)
-    table.row_ids()
+    table.known()
     table.claim(CARD, SCHEMA, "run")
     written = write(table.uri, block(["a", "b"], ("b",)))
     assert written.part is not None
@@ -226,7 +226,7 @@ def test_a_source_inside_a_table_of_ours_is_refused(
 ) -> None:
     """The table is there and could be added to: only that it would read itself is wrong."""
     table = Table.open_output(str(tmp_path / "out"), IDENTITY)
-    table.row_ids()
+    table.known()
     table.claim(CARD, SCHEMA, "run")
     (tmp_path / "out" / "texts").mkdir()
     (tmp_path / "out" / "texts" / "a.txt").write_text("one")

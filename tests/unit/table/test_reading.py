@@ -32,7 +32,7 @@ def test_blank_labels_and_nan_are_none(
     table = Table.open_output(str(tmp_path / "t"), IDENTITY)
     vectors = [pa.field("embedding", pa.list_(pa.float32()))]
     table.claim(CARD, table_schema(pa.schema([("topic", labels.type)]), vectors), "run")
-    table.row_ids()
+    table.known()
     written = write(table.uri, rows)
     assert written.part is not None
     table.rows.commit([written.part], written.schema, CONFIGURATION, ("run", 0))

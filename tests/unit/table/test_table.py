@@ -41,10 +41,10 @@ from fmembed.table.verify import verify
 def table(tmp_path: Path) -> Table:
     """Two committed parts, five rows, one rejected."""
     table = Table.open_output(str(tmp_path / "t"), IDENTITY)
-    table.row_ids()
+    table.known()
     table.claim(CARD, SCHEMA, "run")
     for number, rows in enumerate((block(["a", "b", "x"], ("x",)), block(["c", "d", "e"]))):
-        table.row_ids()
+        table.known()
         written = write(table.uri, rows)
         assert written.part is not None
         if written.rejected:
@@ -69,7 +69,7 @@ def test_round_trip(table: Table) -> None:
     result = verify(table.uri)
     assert result.problems == []
     assert (result.rows, result.rows_rejected, result.parts, result.dim) == (5, 1, 2, DIM)
-    assert table.row_ids().contains(keys_of("abcdex")).all()
+    assert table.known().load().contains(keys_of("abcdex")).all()
 
 
 def test_a_repeated_commit_is_a_no_op(table: Table) -> None:
@@ -82,8 +82,8 @@ def test_a_repeated_commit_is_a_no_op(table: Table) -> None:
 
 def test_a_commit_on_what_somebody_else_has_changed_is_refused(table: Table) -> None:
     slow, fast = Table(table.uri), Table(table.uri)
-    slow.row_ids()
-    fast.row_ids()
+    slow.known()
+    fast.known()
     for name, late in (("f", fast), ("s", slow)):
         written = write(late.uri, block([name], seed=3))
         assert written.part is not None
@@ -100,7 +100,7 @@ def test_a_commit_on_what_somebody_else_has_changed_is_refused(table: Table) -> 
 
 def test_strays_are_removed_and_old_versions_stay(table: Table, tmp_path: Path) -> None:
     folder = tmp_path / "t"
-    table.row_ids()
+    table.known()
     first, second = table.rows.parts()
     schema = read(table.uri).schema
     table.rows.commit([], schema, CONFIGURATION, ("remove", 0), removed=[first])
@@ -117,9 +117,9 @@ def test_strays_are_removed_and_old_versions_stay(table: Table, tmp_path: Path) 
 
 
 def test_rejected_rows_by_cause_and_forgotten(table: Table) -> None:
+    table.known()
     written = write(table.uri, block(["d", "y"], ("y",)), frozenset(keys_of("d").tolist()))
     assert written.rejected is not None
-    table.row_ids()
     table.rejected.commit([written.rejected], REJECTED_SCHEMA, CONFIGURATION, ("run", 7))
     kept, (old, new) = table.rows.parts()[0].path, table.rejected.parts()
     shards = [WholeShard("clean", 4, frozenset([kept]))]
@@ -137,7 +137,7 @@ def test_rejected_rows_by_cause_and_forgotten(table: Table) -> None:
     # The twin of an embedded row stays rejected: it has no vector, and its id has one.
     assert [r["error"] for r in table.read_rejected().to_pylist()] == ["duplicate id"]
     assert table.whole_shards() == {"clean": 4}
-    ids = table.row_ids()
+    ids = table.known().load()
     assert ids.contains(keys_of("abcde")).all()
     assert not ids.contains(keys_of("xy")).any()
     assert table.strays() == []
@@ -152,7 +152,7 @@ def test_uncommitted_is_invisible_and_stray(table: Table) -> None:
 
 def test_duplicates_are_rejected(tmp_path: Path) -> None:
     known = frozenset(keys_of(["k"]).tolist())
-    written = write_part(str(tmp_path), [block(["a", "k", "a", "b"])], VECTORS, known)
+    written = write(str(tmp_path), block(["a", "k", "a", "b"]), known)
     assert written.part is not None
     assert written.part.num_rows == 2
     assert written.causes == {"duplicate id": 2}
@@ -171,7 +171,7 @@ def break_missing(folder: Path) -> None:
 
 def commit(folder: Path, rows: pa.Table) -> None:
     table = Table(str(folder))
-    table.row_ids()
+    table.known()
     part = table.rows.files.write(rows)
     table.rows.commit([part], rows.schema, CONFIGURATION, ("other", 0))
 
@@ -342,7 +342,7 @@ def test_a_log_that_lost_its_newest_entry_deletes_nothing_and_skips_nothing(
     again = Table(table.uri)
     if damage is damage_gone:
         assert again.whole_shards() == {}
-        known = again.row_ids()
+        known = again.known().load()
         lost = "x" if folder else "cde"
         assert not known.contains(keys_of(lost)).any()
         assert again.remove_strays() == 0
@@ -350,7 +350,7 @@ def test_a_log_that_lost_its_newest_entry_deletes_nothing_and_skips_nothing(
         assert any("--repair" in p for p in verify(table.uri).problems)
     else:
         own = again.num_rejected if folder else again.strays
-        for look in (again.row_ids, again.whole_shards, own):
+        for look in (again.known, again.whole_shards, own):
             with pytest.raises(DamagedError, match="verify --repair"):
                 look()
     assert {p.name for p in Path(table.uri).rglob("part-*")} == before
@@ -376,7 +376,9 @@ def test_a_log_that_is_gone_is_not_an_empty_one(table: Table, folder: str) -> No
         again = Table.open_output(table.uri, IDENTITY)
         # The rejected row is read again; the others are in the table.
         assert again.whole_shards() == {}
-        assert [again.row_ids().contains(keys_of(i))[0] for i in "abcdex"] == [True] * 5 + [False]
+        assert [again.known().load().contains(keys_of(i))[0] for i in "abcdex"] == [True] * 5 + [
+            False
+        ]
         assert again.remove_strays() == 0
     assert {p.name for p in Path(table.uri).rglob("part-*")} == parts
     repair(table.uri)
@@ -406,7 +408,7 @@ def test_a_table_with_a_broken_part_has_a_way_back(
     assert sorted(read(table.uri)["row_id"].to_pylist()) == sorted(rest)
     again = Table(table.uri)
     assert again.whole_shards() == {}
-    assert not again.row_ids().contains(keys_of(ids)).any()
+    assert not again.known().load().contains(keys_of(ids)).any()
     # What is broken is kept, if there is anything of it.
     kept = list(Path(table.uri, "_quarantine").rglob("part-*"))
     assert len(kept) == (0 if damage is damage_gone else 1)
@@ -441,13 +443,13 @@ def test_an_empty_listing_is_no_empty_table(table: Table, monkeypatch: pytest.Mo
         patch.setattr(Storage, "sizes", lambda *_: {})
         assert table.strays() == []
         assert table.whole_shards() == {}
-        assert table.row_ids().contains(keys_of("abcdex")).all()
+        assert table.known().load().contains(keys_of("abcdex")).all()
 
         def no_table(*_: Any, **__: Any) -> None:
             raise TableNotFoundError
 
         patch.setattr(log_module, "DeltaTable", no_table)
-        for look in (table.row_ids, table.strays, lambda: Table.open_output(table.uri, IDENTITY)):
+        for look in (table.known, table.strays, lambda: Table.open_output(table.uri, IDENTITY)):
             with pytest.raises((StorageError, TableError), match="does not list the log"):
                 look()
     assert {p.name for p in Path(table.uri).rglob("part-*")} == parts
@@ -475,7 +477,7 @@ def test_restore_by_another_tool_has_its_rows_read_again(table: Table) -> None:
     DeltaTable(table.uri).restore(1)
     again = Table(table.uri)
     assert again.whole_shards() == {}
-    assert [again.row_ids().contains(keys_of(i))[0] for i in "abcdex"] == [
+    assert [again.known().load().contains(keys_of(i))[0] for i in "abcdex"] == [
         True, True, False, False, False, True,
     ]  # fmt: skip
     assert again.remove_strays() == 0
@@ -490,7 +492,7 @@ def test_delete_by_another_tool_is_understood_and_said(tmp_path: Path, precision
     outputs = {"embedding": OUTPUT.model_copy(update={"precision": precision})}
     card = CARD.model_copy(update={"outputs": outputs})
     table = Table.open_output(str(tmp_path / "t"), IDENTITY)
-    table.row_ids()
+    table.known()
     table.claim(card, SCHEMA, "run")
     rows = block(["a", "b", "c"])
     type_ = pa.list_(pa.type_for_alias(precision), DIM)
@@ -512,7 +514,7 @@ def test_delete_by_another_tool_is_understood_and_said(tmp_path: Path, precision
     assert any("written by another tool" in note for note in result.notes)
     assert [p for p in result.problems if "no run has finished" not in p] == []
     # What is not in the table is read again.
-    assert not Table(table.uri).row_ids().contains(keys_of("b")).any()
+    assert not Table(table.uri).known().load().contains(keys_of("b")).any()
     DeltaTable(table.uri).vacuum(0, enforce_retention_duration=False, dry_run=False)
     with pytest.raises(TableError, match=r"parts of version 1 .* are gone, as by another"):
         read(table.uri, version=1)
@@ -536,7 +538,7 @@ def test_what_leads_out_of_the_table_is_not_read(table: Table, tmp_path: Path) -
             read,
             verify,
             lambda uri: Table(uri).strays(),
-            lambda uri: Table(uri).row_ids(),
+            lambda uri: Table(uri).known(),
         ):
             with pytest.raises(TableError, match="is not in the table's folder"):
                 look(table.uri)
@@ -596,8 +598,8 @@ def test_of_two_creators_with_other_models_one_has_the_table(tmp_path: Path) -> 
                 "fingerprint": fingerprint(other_identity)}
     )  # fmt: skip
     first, second = Table.open_output(uri, IDENTITY), Table.open_output(uri, other_identity)
-    first.row_ids()
-    second.row_ids()
+    first.known()
+    second.known()
     first.claim(CARD, SCHEMA, "first")
     written = write(uri, block(["a"]))
     assert written.part is not None
@@ -619,21 +621,21 @@ def test_a_table_that_never_had_a_row_may_be_another_models(tmp_path: Path) -> N
     """A first try that failed early does not bind the folder to its settings."""
     uri = str(tmp_path / "t")
     table = Table.open_output(uri, IDENTITY)
-    table.row_ids()
+    table.known()
     table.claim(CARD, SCHEMA, "first")
     other_identity = IDENTITY | {"model.dtype": "bfloat16"}
     other = CARD.model_copy(
         update={"identity": other_identity, "fingerprint": fingerprint(other_identity)}
     )
     again = Table.open_output(uri, other_identity)
-    again.row_ids()
+    again.known()
     again.claim(other, SCHEMA, "second")
     assert Table(uri).card() == other
     written = write(uri, block(["a"]))
     assert written.part is not None
     with pytest.raises(ConflictError):  # the first one wakes up
         table.rows.commit([written.part], written.schema, CONFIGURATION, ("first", 0))
-    again.row_ids()
+    again.known()
     again.rows.commit([written.part], SCHEMA, other.to_configuration(), ("second", 0))
     with pytest.raises(TableError, match=r"source\.carry: the table .* has the columns"):
         again.claim(other, SCHEMA.remove(5), "third")
@@ -649,7 +651,7 @@ def test_a_lost_answer_to_the_creation_of_a_table_is_no_conflict(
         return create(*arguments)  # the client's second try finds what its first has made
 
     table = Table.open_output(str(tmp_path / "t"), IDENTITY)
-    table.row_ids()
+    table.known()
     with monkeypatch.context() as patch:
         patch.setattr(Storage, "create", lose_answer)
         table.claim(CARD, SCHEMA, "run")
@@ -670,18 +672,18 @@ def test_retry_of_a_part_with_twins_alone(table: Table) -> None:
     """It stays as it is; rewritten, it would have to be added and removed at once."""
     twin = write(table.uri, block(["d"]), frozenset(keys_of("d").tolist()))
     assert twin.rejected is not None
-    table.row_ids()
+    table.known()
     table.rejected.commit([twin.rejected], REJECTED_SCHEMA, CONFIGURATION, ("run", 7))
-    table.row_ids()
+    table.known()
     assert table.forget_rejected("r2") == 1
     assert [p.path for p in table.rejected.parts()] == [twin.rejected.path]
-    table.row_ids()
+    table.known()
     assert table.forget_rejected("r3") == 0
     # Nor is a bad row forgotten whose id is embedded: its shard would skip it without a word.
     bad = write(table.uri, block(["d"], ("d",)))
     assert bad.rejected is not None
     table.rejected.commit([bad.rejected], REJECTED_SCHEMA, CONFIGURATION, ("run", 8))
-    table.row_ids()
+    table.known()
     assert table.forget_rejected("r4") == 0
     # Nothing that was ever committed is deleted.
     assert Table(table.uri).remove_strays() == 0
@@ -692,7 +694,7 @@ def test_the_last_run_is_the_last_by_version(table: Table) -> None:
     last = table.last_run()
     assert last is not None
     counts = replace(last, rows_read=1, started="2001-01-01T00:00:00")
-    table.row_ids()
+    table.known()
     written = write(table.uri, block(["n"], seed=7))
     assert written.part is not None
     table.rows.commit([written.part], written.schema, CONFIGURATION, ("late", 0))
@@ -734,7 +736,7 @@ def test_what_a_probe_found_is_of_its_version_alone(table: Table) -> None:
     # The log is cut back, and another part makes version 2.
     Path(table.uri, "_delta_log", f"{2:020d}.json").unlink()
     again = Table(table.uri)
-    again.row_ids()
+    again.known()
     written = write(table.uri, block(["n"], seed=5))
     assert written.part is not None
     again.rows.commit([written.part], written.schema, CONFIGURATION, ("next", 0))
@@ -750,13 +752,13 @@ def test_what_a_probe_found_is_of_its_version_alone(table: Table) -> None:
 def test_a_twin_does_not_stand_for_the_row_that_is_not_in_the_table(tmp_path: Path) -> None:
     """Rejections are committed first: a kill after them leaves the twin alone."""
     table = Table.open_output(str(tmp_path / "t"), IDENTITY)
-    table.row_ids()
+    table.known()
     table.claim(CARD, SCHEMA, "run")
     written = write(table.uri, block(["a", "a", "b"]))
     assert written.causes == {"duplicate id": 1}
     assert written.rejected is not None
     table.rejected.commit([written.rejected], REJECTED_SCHEMA, CONFIGURATION, ("run", 0))
-    assert not Table(table.uri).row_ids().contains(keys_of("ab")).any()
+    assert not Table(table.uri).known().load().contains(keys_of("ab")).any()
 
 
 def test_parts_of_old_versions_stay_whatever_clock_removed_them(table: Table) -> None:
@@ -824,7 +826,7 @@ def test_a_path_with_dots_through_a_link_is_one_folder(tmp_path: Path) -> None:
     (tmp_path / "user").mkdir()
     (tmp_path / "user" / "link").symlink_to(tmp_path / "real" / "deep")
     table = Table.open_output(str(tmp_path / "user" / "link" / ".." / "t"), IDENTITY)
-    table.row_ids()
+    table.known()
     table.claim(CARD, SCHEMA, "run")
     assert (tmp_path / "real" / "t" / "_delta_log").is_dir()
     assert not (tmp_path / "user" / "t").exists()
@@ -857,7 +859,7 @@ def test_what_others_call_a_probe_is_not_written_over(tmp_path: Path) -> None:
 
 def test_a_table_from_which_nothing_may_be_taken_says_so(table: Table) -> None:
     DeltaTable(table.uri).alter.set_table_properties({"delta.appendOnly": "true"})
-    table.row_ids()
+    table.known()
     added = write(table.uri, block(["n"], seed=7))
     assert added.part is not None
     old = table.rows.parts()
@@ -888,20 +890,20 @@ def test_parts_that_an_older_backup_knows_nothing_of_are_kept(table: Table, tmp_
     """Logs and records restored together; the parts are those of today."""
     backup = tmp_path / "backup"
     shutil.copytree(table.uri, backup)
-    table.row_ids()
+    table.known()
     stamp = {**CONFIGURATION, "fmembed.run": "newer", "fmembed.write": "0"}
-    newer = write_part(table.uri, [block(["n"], seed=9)], VECTORS, frozenset(), stamp)
+    newer, _ = write_part(table.uri, [block(["n"], seed=9)], VECTORS, stamp)
     assert newer.part is not None
     table.rows.commit([newer.part], newer.schema, CONFIGURATION, ("newer", 0))
     for name in ("_delta_log", "_runs"):
         shutil.rmtree(Path(table.uri, name))
         shutil.copytree(backup / name, Path(table.uri, name))
     again = Table(table.uri)
-    assert not again.row_ids().contains(keys_of("n"))[0]
+    assert not again.known().load().contains(keys_of("n"))[0]
     assert again.remove_strays() == 1
     assert Path(table.uri, "_quarantine", "newer", newer.part.path).exists()
     # What this run itself has not committed is certainly nobody's.
-    stray = write_part(table.uri, [block(["m"], seed=9)], VECTORS, frozenset(), stamp)
+    stray, _ = write_part(table.uri, [block(["m"], seed=9)], VECTORS, stamp)
     assert stray.part is not None
     assert again.remove_strays("newer") == 1
     assert not list(Path(table.uri).rglob(stray.part.path))
@@ -919,7 +921,7 @@ def test_rows_that_are_embedded_and_rejected_are_told_apart_by_repair(table: Tab
     """As where the rejected rows' log has lost the commit of a retry."""
     written = write(table.uri, block(["x"], seed=4))
     assert written.part is not None
-    table.row_ids()
+    table.known()
     table.rows.commit([written.part], written.schema, CONFIGURATION, ("retry", 0))
     assert any("both embedded and rejected" in p for p in verify(table.uri).problems)
     assert any("its rows are embedded again" in line for line in repair(table.uri))

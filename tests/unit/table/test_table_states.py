@@ -23,12 +23,13 @@ from disk import Disk
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tables import CARD, CONFIGURATION, DIM, IDENTITY, SCHEMA, block, write
+from tables import CARD, CONFIGURATION, DIM, IDENTITY, SCHEMA, block, write, write_with_keys
 
 from fmembed.errors import ConflictError, DamagedError, FmembedError, TableError
 from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.rows.ids import RowIds, keys_of
 from fmembed.table.files import Part
+from fmembed.table.keys import KeyRows
 from fmembed.table.parts import Written
 from fmembed.table.reading import read
 from fmembed.table.records import Commit, WholeShard
@@ -54,7 +55,7 @@ class Driver:
     table: Table
     known: RowIds
     last: Commit
-    written: list[tuple[list[str], Written]] = field(default_factory=list)
+    written: list[tuple[list[str], Written, KeyRows]] = field(default_factory=list)
     num_commits: int = 0
 
 
@@ -74,7 +75,7 @@ class TableStates(RuleBasedStateMachine):
         self.num_runs = 0
         # A run with another model that looked while there was nothing.
         self.early = Table(self.uri)
-        self.early.row_ids()
+        self.early.known()
         self.drivers = [self.open(), self.open()]
         for name in FOREIGN:
             (Path(self.uri) / name).write_text("somebody's")
@@ -96,7 +97,7 @@ class TableStates(RuleBasedStateMachine):
         self.num_runs += 1
         run_id = f"run{self.num_runs}"
         table = Table.open_output(self.uri, IDENTITY)
-        known = table.row_ids()
+        known = table.known().load()
         table.check_usable(IDENTITY)
         table.claim(CARD, SCHEMA, run_id)
         return Driver(run_id, table, known, Commit(run=run_id))
@@ -123,8 +124,15 @@ class TableStates(RuleBasedStateMachine):
         self.drivers = [self.open(), self.open()]
 
     def ids_in(self, part: str) -> list[str]:
-        """Ids of a part's rows: its name differs with each run of the same steps, these do not."""
-        return list(pq.read_table(Path(self.uri, part), columns=["row_id"])["row_id"].to_pylist())
+        """Ids of a part's rows: its name differs with each run of the same steps, these do not.
+
+        None of one that was cut before it was committed, and lies there still.
+        """
+        try:
+            rows = pq.read_table(Path(self.uri, part), columns=["row_id"])
+        except pa.ArrowInvalid:
+            return []
+        return list(rows["row_id"].to_pylist())
 
     def readable(self) -> set[str]:
         """Committed rows whose parts are as they were written."""
@@ -151,26 +159,36 @@ class TableStates(RuleBasedStateMachine):
         if not todo:
             return
         rows = block(todo, tuple(BAD & set(todo)), seed=self.num_runs)
-        twin, written = write(self.uri, rows), write(self.uri, rows)
+        twin, (written, keys) = write(self.uri, rows), write_with_keys(self.uri, rows)
         # The same rows of two identical files: two parts, so that one of them can be left out.
         assert not {twin.part, twin.rejected} & {written.part, written.rejected} - {None}
         driver.known.add(keys_of(todo))
-        driver.written.append((todo, written))
+        driver.written.append((todo, written, keys))
 
-    @rule(who=st.integers(0, 1), crash=st.sampled_from(["no", "before", "between", "after"]))
-    def commit(self, who: int, crash: str) -> None:
-        """Commit all that is written; a crash loses the driver, never the table's word."""
+    @rule(
+        who=st.integers(0, 1),
+        crash=st.sampled_from(["no", "before", "between", "after"]),
+        has_keys=st.booleans(),
+    )
+    def commit(self, who: int, crash: str, has_keys: bool) -> None:
+        """Commit all that is written; a crash loses the driver, never the table's word.
+
+        Without files of keys, as earlier versions have: the parts are read instead.
+        """
         driver = self.drivers[who]
         if crash == "before" or not driver.written:
             if crash != "no":
                 self.reopen(who)
             return
-        parts = [w.part for _, w in driver.written if w.part]
-        bad = [w.rejected for _, w in driver.written if w.rejected]
-        ids = {i for todo, _ in driver.written for i in todo}
+        parts = [w.part for _, w, _ in driver.written if w.part]
+        bad = [w.rejected for _, w, _ in driver.written if w.rejected]
+        ids = {i for todo, _, _ in driver.written for i in todo}
         number = driver.num_commits
         transaction = (driver.run_id, number)
         made: dict[str, int] = {}
+        if has_keys:
+            keys = [(k, w.held_by) for _, w, k in driver.written]
+            driver.table.key_files.write(f"{driver.run_id}-{number}", keys, {})
         try:
             if bad:
                 version = driver.table.rejected.commit(
@@ -321,6 +339,14 @@ class TableStates(RuleBasedStateMachine):
             self.disk.settle()
             self.check_what_counts_as_done(Table(self.uri), RowIds())
 
+    @rule(what=st.sampled_from(["gone", "cut", "empty", "forged"]), data=st.data())
+    def damage_keys(self, what: str, data: Any) -> None:
+        """Nor are the files of keys: without one, or with a cut one, its parts are read."""
+        paths = sorted(Path(self.uri).glob("_keys/*.parquet"))
+        if paths:
+            _spoil(data.draw(st.sampled_from(paths)), what)
+            self.disk.settle()
+
     @rule(folder=st.sampled_from(["_delta_log", "_rejected", "_rejected/_delta_log"]))
     def damage_folder(self, folder: str) -> None:
         if self.is_damaged or (folder == "_delta_log" and not self.embedded):
@@ -364,7 +390,7 @@ class TableStates(RuleBasedStateMachine):
         before = {path for path in self.recorded if Path(self.uri, path).exists()}
         with contextlib.suppress(FmembedError):
             table = Table.open_output(self.uri, IDENTITY)
-            known = table.row_ids()
+            known = table.known().load()
             table.check_usable(IDENTITY)
             table.remove_strays()
             self.check_what_counts_as_done(table, known)
@@ -394,7 +420,7 @@ class TableStates(RuleBasedStateMachine):
         assert sorted(rejected) == sorted(self.rejected)
         found = read(self.uri)["row_id"].to_pylist() if table.rows.parts() else []
         assert sorted(found) == sorted(self.embedded)
-        known = table.row_ids()
+        known = table.known().load()
         assert len(known) == len(found) + len(rejected)
         self.check_what_counts_as_done(table, known)
         card = table.card()

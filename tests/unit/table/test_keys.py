@@ -1,0 +1,230 @@
+"""The files of keys: what a run knows by them is what the parts hold, whatever becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from tables import CARD, CONFIGURATION, SCHEMA, block, write_with_keys
+
+from fmembed.rows.columns import REJECTED_SCHEMA
+from fmembed.rows.ids import contents_of, keys_of, to_keys
+from fmembed.table import keys as module
+from fmembed.table.keys import KeyFiles, KeyRows, find_twins, write_missing
+from fmembed.table.repair import repair
+from fmembed.table.table import Table
+from fmembed.table.verify import verify
+
+
+def rows(ids: str, kind: int = 0, shard: int = -1) -> KeyRows:
+    """Keys of rows named by letters, of which each has its own content."""
+    return KeyRows(
+        keys_of(ids),
+        contents_of(f"{ord(i):032x}" for i in ids),
+        np.full(len(ids), kind, dtype=np.int8),
+        np.full(len(ids), shard, dtype=np.int32),
+    )
+
+
+def commit(table: Table, ids: str, bad: str = "", twins: str = "", number: int = 0) -> str:
+    """As a run commits; the file of keys."""
+    table.known()
+    some = frozenset(keys_of(twins).tolist())
+    written, keys = write_with_keys(table.uri, block([*ids], tuple(bad), seed=number), some)
+    path = table.key_files.write(f"run-{number}", [(keys, written.held_by)], {})
+    if written.rejected is not None:
+        table.rejected.commit([written.rejected], REJECTED_SCHEMA, CONFIGURATION, ("run", number))
+    if written.part is not None:
+        table.rows.commit([written.part], written.schema, CONFIGURATION, ("run", number))
+    return path
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Table:
+    table = Table(str(tmp_path / "t"))
+    table.known()
+    table.claim(CARD, SCHEMA, "run")
+    return table
+
+
+def is_known(table: Table, ids: str) -> list[bool]:
+    return list(table.known().load().contains(keys_of(ids)).tolist())
+
+
+def problems(table: Table) -> list[str]:
+    """What `verify` says of a table that no run has finished."""
+    return [p for p in verify(table.uri).problems if p != "no run has finished on this table"]
+
+
+def test_what_is_known_is_what_is_committed(table: Table) -> None:
+    commit(table, "abcx", "x")
+    known = table.known()
+    assert (known.missing, known.num_rows, len(known.files)) == ((), 4, 1)
+    assert is_known(table, "abcxd") == [True] * 4 + [False]
+    commit(table, "dea", twins="a", number=1)
+    known = table.known()
+    assert (known.missing, known.num_rows, len(known.files)) == ((), 7, 2)
+    assert sorted(known.which_are_embedded(keys_of("axd?")).tolist()) == sorted(
+        keys_of("ad").tolist()
+    )
+    # Of a file that no commit has followed nothing is known.
+    written, keys = write_with_keys(table.uri, block(["z"]))
+    table.key_files.write("dead-0", [(keys, written.held_by)], {})
+    assert is_known(table, "abcdexz") == [True] * 6 + [False]
+    assert problems(table) == [f"{written.part.path}: a stray file that no commit names"]
+    table.remove_strays("run")
+    assert problems(table) == []
+
+
+def test_contents_of_twins_and_of_rejected_rows(table: Table) -> None:
+    uri = table.uri
+    table.known()
+    first, second = (write_with_keys(uri, block(["a", "b"], bad, seed=i)) for i, bad in
+                     enumerate([(), ("b",)]))  # fmt: skip
+    given = [
+        KeyRows(keys.ids, contents_of(["0" * 31 + c, "0" * 31 + d]), kinds, keys.shards)
+        for (_, keys), c, d, kinds in (
+            (first, "1", "2", np.array([0, 1], np.int8)),
+            (second, "3", "4", np.array([2, 1], np.int8)),
+        )
+    ]
+    held = [{"embedded": first[0].part.path}, {"twin": "_rejected/none", "rejected": "_rejected/x"}]
+    table.key_files.write("run-0", list(zip(given, held, strict=True)), {})
+    parts = {first[0].part.path: first[0].part, "_rejected/none": None, "_rejected/x": None}
+    known = module.KnownRows(uri, tuple(table.key_files.list()), parts, (), 4)
+    ids = known.load()
+    asked = keys_of("aaab")
+    now = contents_of(["0" * 31 + c for c in "1352"])
+    # A row has not changed whose content any row of its id had; of a rejected one none is known.
+    assert ids.changed(asked, now).tolist() == [False, False, True, False]
+    assert ids.contains(asked).all()
+    # A twin alone is no reason to take its id for known.
+    del parts[first[0].part.path]
+    alone = module.KnownRows(uri, known.files, parts, (), 3).load()
+    assert alone.contains(keys_of("ab")).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("bucket_rows", [1, 7, 2**20])
+def test_a_file_is_sorted_in_buckets_of_the_same_first_bits(
+    bucket_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: Table
+) -> None:
+    monkeypatch.setattr(module, "_BUCKET_ROWS", bucket_rows)
+    ids = [f"row-{i}" for i in range(100)]
+    n = len(ids)
+    given = KeyRows(
+        keys_of(ids), contents_of([f"{i:032x}" for i in range(n)]), np.zeros(n, np.int8),
+        np.arange(n, dtype=np.int32) % 3 - 1,
+    )  # fmt: skip
+    path = table.key_files.write("run-0", [(given, {"embedded": "p"})], {0: "zero", 1: "one"})
+    groups = [g for g in table.key_files.read_buckets(path) if g.num_rows]
+    assert bucket_rows > n or len(groups) > n // bucket_rows / 2
+    found = np.concatenate([to_keys(g["id"]) for g in groups])
+    assert found.tolist() == sorted(given.ids.tolist())
+    (file,) = table.key_files.list()
+    assert [(p.path, p.kind, p.rows) for p in file.parts] == [("p", "embedded", n)]
+    whole = pq.read_table(Path(table.uri, path))
+    shards = {
+        key: None if shard == -1 else file.shards[shard]
+        for key, shard in zip(
+            to_keys(whole["id"]).tolist(), whole["shard"].to_pylist(), strict=True
+        )
+    }
+    expected = dict(zip(given.ids.tolist(), [None, "zero", "one"] * 34, strict=False))
+    assert shards == expected
+    contents = dict(zip(to_keys(whole["id"]).tolist(), to_keys(whole["content"]).tolist(),
+                        strict=True))  # fmt: skip
+    assert contents == dict(zip(given.ids.tolist(), given.contents.tolist(), strict=True))
+    # A twin is found in whichever bucket.
+    twins = find_twins(
+        table.key_files,
+        [path],
+        [
+            rows("a"),
+            KeyRows(
+                *(getattr(given, name)[[5, 50]] for name in ("ids", "contents", "kinds", "shards"))
+            ),
+        ],
+    )
+    assert twins == {1: frozenset(given.ids[[5, 50]].tolist())}
+
+
+def test_twins_are_found_among_writes_and_in_what_the_run_has_committed(table: Table) -> None:
+    def twins(paths: list[str], *given: KeyRows) -> dict[int, str]:
+        found = find_twins(table.key_files, paths, given)
+        names = {keys_of(i)[0]: i for i in "abcdexy"}
+        return {i: "".join(sorted(names[key] for key in keys)) for i, keys in found.items()}
+
+    assert twins([]) == {}
+    assert twins([], rows("ab"), rows("cd")) == {}
+    # The first one stays.
+    assert twins([], rows("ab"), rows("bc"), rows("cb")) == {1: "b", 2: "bc"}
+    # Rejected rows are no twins.
+    assert twins([], rows("ab"), rows("ab", kind=1), rows("b", kind=2)) == {}
+    path = commit(table, "aby", "y")
+    assert twins([path], rows("cd"), rows("aey")) == {1: "a"}
+    assert twins([], rows("cd"), rows("aey")) == {}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        Path.unlink,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("no Parquet"),
+        lambda path: path.write_bytes(path.read_bytes()[:-20]),
+        lambda path: path.write_bytes(path.read_bytes().replace(b'{"parts"', b'{"pants"')),
+        # A page, whose checksum then is another one.
+        lambda path: path.write_bytes(path.read_bytes().replace(keys_of("a")[0], b"?" * 16)),
+    ],
+)
+def test_without_a_file_the_parts_are_read(
+    spoil: Callable[[Path], object], table: Table, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, lost = commit(table, "abx", "x"), commit(table, "cdy", "y", number=1)
+    assert kept != lost
+    for path in (kept, lost):
+        spoil(Path(table.uri, path))
+    assert is_known(table, "abcdxye") == [True] * 6 + [False]
+    if Path(table.uri, kept).exists():
+        assert f"{kept} in {table.uri} is no file of keys, or a damaged one" in (
+            capsys.readouterr().err
+        )
+    assert problems(table) == []
+    before = table.known()
+    if before.missing:
+        write_missing(table.storage, before, "next")
+        assert (table.known().missing, table.known().num_rows) == ((), 6)
+        assert is_known(table, "abcdxye") == [True] * 6 + [False]
+
+
+def test_wrong_keys_are_found_and_mended(table: Table) -> None:
+    path = commit(table, "ab")
+    written, keys = write_with_keys(table.uri, block(["a", "c"]))
+    assert written.part is not None
+    (part,) = table.rows.parts()
+    table.storage.delete(written.part.path)
+    # Whole, and of a row that is not in the part: by it, "c" would never be embedded.
+    table.key_files.write(path.removeprefix("_keys/").removesuffix(".parquet"),
+                          [(keys, {"embedded": part.path})], {})  # fmt: skip
+    assert is_known(table, "abc") == [True, False, True]
+    assert any("not the keys of its parts' rows" in p for p in problems(table))
+    assert any(path in line for line in repair(table.uri))
+    assert is_known(Table(table.uri), "abc") == [True, True, False]
+    assert not any("keys" in p for p in problems(table))
+
+
+def test_a_missing_part_is_said_by_one_listing(table: Table) -> None:
+    commit(table, "ab")
+    (part,) = table.rows.parts()
+    path = Path(table.uri, part.path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(module.DamagedError, match=rf"{part.path}: {len(content) - 1} bytes where"):
+        table.known()
+    path.unlink()
+    with pytest.raises(module.DamagedError, match=f"{part.path}: committed, but missing"):
+        table.known()
+    assert KeyFiles(table.storage).list()
