@@ -71,6 +71,8 @@ def connect(verbose: bool) -> bool:
     if not verbose:
         # Its errors too: it logs tracebacks of what the driver is told and handles.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        # And in the output, whatever it is told of logs, the tracebacks of errors in tasks.
+        ray._private.worker.print_to_stdstream = lambda *_, **__: None
         warnings.filterwarnings("ignore", module=r"ray\.data\.")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     if ray.is_initialized():

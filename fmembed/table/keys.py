@@ -214,7 +214,7 @@ def _to_parquet(
             writer.write_table(
                 table.slice(start, stop - start), row_group_size=max(stop - start, 1)
             )
-    return memoryview(sink.getvalue())
+    return memoryview(sink.getvalue()).cast("B")
 
 
 def find_twins(

@@ -274,14 +274,15 @@ def test_endpoint(tmp_path: Path, articles: Path) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_layer_that_the_model_has_not_is_the_user_s_error(
-    tmp_path: Path, tiny_bert: Path
+def test_what_only_loading_tells_is_the_user_s_error(
+    tmp_path: Path, tiny_bert: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text('{"text": "one"}\n')
     raw = {
         "source": {"uri": str(source)}, "output": {"uri": str(tmp_path / "out")},
-        "model": {"id": str(tiny_bert), "dtype": "float32", "layer": 9},
+        "model": {"id": str(tiny_bert), "dtype": "float32", "dims": 99},
     }  # fmt: skip
-    with pytest.raises(fmembed.ModelError, match=r"^model\.layer: takes -3 to 2 with this model"):
+    with pytest.raises(fmembed.ModelError, match=r"^model\.dims: takes at most 32 with this model"):
         fmembed.embed(fmembed.RunSpec.parse(raw), quiet=True)
+    assert capfd.readouterr() == ("", "")  # no traceback of Ray's

@@ -20,7 +20,7 @@ import ray
 from conftest import SENTENCES, run_cli, write_jsonl
 
 import fmembed
-from fmembed import ChangedError, RejectedError, RunSpec, TableError, cli
+from fmembed import ChangedError, RejectedError, RunSpec, TableError, cli, pipeline
 from fmembed.bench.ways import EmbedNothing
 from fmembed.run.memory import _BUFFER_BYTES, _Bound
 
@@ -50,6 +50,13 @@ def spec(tmp_path: Path, model: Path, **parts: Any) -> RunSpec:
     return RunSpec.parse(raw)
 
 
+def embed_nothing(config: RunSpec, **options: Any) -> fmembed.RunResult:
+    """The line, with random numbers for vectors: where they are not looked at, no model is loaded,
+    which takes six seconds of CPU a run.
+    """
+    return pipeline.embed(config, stage=EmbedNothing, **options)
+
+
 def vectors(uri: str) -> Any:
     rows = fmembed.read(uri).sort_by("row_id")
     return np.stack(rows["embedding"].to_pylist())
@@ -69,7 +76,7 @@ def test_what_is_not_read_or_does_not_fit_is_said(
         "output": {"max_rejected_fraction": 0.5},
         "probes": [],
     }
-    first = fmembed.embed(spec(tmp_path, tiny_bert, **parts))
+    first = embed_nothing(spec(tmp_path, tiny_bert, **parts))
     assert first.rows_embedded == 4
     assert set(first.passed_over.values()) == {1}
     assert [why.split(",")[0] for why in first.passed_over] == [
@@ -81,13 +88,13 @@ def test_what_is_not_read_or_does_not_fit_is_said(
     assert "not read  1 files with .md, no jsonl" in capsys.readouterr().out
     # The table's type stays: another week's value that does not fit is its own row's fate.
     write_jsonl(folder / "c.jsonl", [{"text": "more", "n": 7}, {"text": "half", "n": 0.5}])
-    second = fmembed.embed(spec(tmp_path, tiny_bert, **parts))
+    second = embed_nothing(spec(tmp_path, tiny_bert, **parts))
     assert (second.rows_embedded, second.causes) == (1, {"wrong type": 1})
     assert fmembed.read(second.table).schema.field("n").type == pa.int64()
     assert fmembed.verify(second.table).problems == []
     parts["source"]["input"] = "n"
     with pytest.raises(TableError, match=r"^source\.input: .* the column 'text', this run .* 'n'"):
-        fmembed.embed(spec(tmp_path, tiny_bert, **parts))
+        embed_nothing(spec(tmp_path, tiny_bert, **parts))
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -110,21 +117,21 @@ def test_no_row_is_taken_for_done_because_of_its_name_alone(
     write("en", WORDS, 0)
     write("de", [f"{w} auf Deutsch" for w in WORDS], 0)
     for kind in ("", "-files"):
-        assert fmembed.embed(config(f"en{kind}", f"out{kind}")).rows_embedded == 4
+        assert embed_nothing(config(f"en{kind}", f"out{kind}")).rows_embedded == 4
         # Another source, whose ids are the same: none of its rows is in the table.
         with pytest.raises(ChangedError, match=r"^source: 4 rows have another content"):
-            fmembed.embed(config(f"de{kind}", f"out{kind}"))
+            embed_nothing(config(f"de{kind}", f"out{kind}"))
         # The same rows at another place are the same.
         shutil.copytree(tmp_path / f"en{kind}", tmp_path / f"copy{kind}")
-        copied = fmembed.embed(config(f"copy{kind}", f"out{kind}"))
+        copied = embed_nothing(config(f"copy{kind}", f"out{kind}"))
         assert (copied.rows_embedded, copied.rows_skipped, copied.rows_changed) == (0, 4, 0)
     before = {kind: vectors(str(tmp_path / f"out{kind}")) for kind in ("", "-files")}
     write("en", [*WORDS[:2], "mended", "changed", "new"], 2)
     for kind in ("", "-files"):
         with pytest.raises(ChangedError, match=r"^source: 2 rows have another content"):
-            fmembed.embed(config(f"en{kind}", f"out{kind}"))
+            embed_nothing(config(f"en{kind}", f"out{kind}"))
         # It is said each time, and what is new is in the table all the same.
-        kept = fmembed.embed(config(f"en{kind}", f"out{kind}", "keep"))
+        kept = embed_nothing(config(f"en{kind}", f"out{kind}", "keep"))
         assert (kept.rows_embedded, kept.rows_skipped, kept.rows_changed) == (0, 5, 2)
         now = vectors(kept.table)
         assert len(now) == 5
@@ -230,7 +237,7 @@ def test_bad_and_duplicate_rows_are_rejected(tmp_path: Path, tiny_bert: Path) ->
     nameless = {**ROWS[199], "topic": None}
     write_jsonl(folder / "b.jsonl", [*ROWS[90:199], nameless, ROWS[150]])
     out = {"uri": str(tmp_path / "out"), "max_rejected_fraction": 0.2, "part_bytes": 1}
-    result = fmembed.embed(
+    result = embed_nothing(
         spec(tmp_path, tiny_bert, source={"uri": str(folder)}, output=out,
              compute={"window_rows": 20})
     )  # fmt: skip
@@ -257,11 +264,11 @@ def test_identical_files_end(tmp_path: Path, tiny_bert: Path) -> None:
         tmp_path, tiny_bert, source={"uri": str(folder), "label": None}, output=out, probes=[],
         compute={"window_rows": 7},
     )  # fmt: skip
-    result = fmembed.embed(config)
+    result = embed_nothing(config)
     assert (result.rows_read, result.rows_embedded, result.rows_rejected) == (183, 60, 123)
     assert result.causes == {"duplicate id": 120, "empty input": 3}
     assert fmembed.verify(result.table).problems == []
-    again = fmembed.embed(config, retry_rejected=True)
+    again = embed_nothing(config, retry_rejected=True)
     assert (again.rows_embedded, again.rows_rejected) == (0, 3)
     assert fmembed.verify(result.table).problems == []
 
@@ -272,13 +279,13 @@ def test_too_many_rejections_stop_the_run_and_keep_the_rest(
 ) -> None:
     write_jsonl(tmp_path / "in.jsonl", [*ROWS[:20], *({"key": f"x{i}"} for i in range(5))])
     with pytest.raises(RejectedError, match=r"5 of 25 rows.*5 null input; as x0: col"):
-        fmembed.embed(spec(tmp_path, tiny_bert))
+        embed_nothing(spec(tmp_path, tiny_bert))
     assert fmembed.read(str(tmp_path / "out")).num_rows == 20
     # The same command again has nothing to do, and is no success.
     with pytest.raises(RejectedError, match=r"5 of 25 rows.*5 null input; as x0: col"):
-        fmembed.embed(spec(tmp_path, tiny_bert))
+        embed_nothing(spec(tmp_path, tiny_bert))
     allowed = {"uri": str(tmp_path / "out"), "max_rejected_fraction": 0.5}
-    assert fmembed.embed(spec(tmp_path, tiny_bert, output=allowed)).rows_skipped == 25
+    assert embed_nothing(spec(tmp_path, tiny_bert, output=allowed)).rows_skipped == 25
     assert fmembed.verify(str(tmp_path / "out")).problems == []
 
 
@@ -316,7 +323,7 @@ def test_whole_files_are_not_read_again_and_rejected_rows_can_be_tried_again(
         tmp_path, tiny_bert, source={"uri": str(folder)}, probes=[],
         output={"uri": str(tmp_path / "out"), "max_rejected_fraction": 0.5},
     )  # fmt: skip
-    first = fmembed.embed(config)
+    first = embed_nothing(config)
     assert (first.rows_read, first.rows_embedded, first.rows_rejected) == (83, 80, 3)
     listed = run_cli("rejected", first.table)
     assert listed.stdout.splitlines() == [
@@ -340,13 +347,13 @@ def test_whole_files_are_not_read_again_and_rejected_rows_can_be_tried_again(
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     spoil(folder / "a.jsonl")
-    again = fmembed.embed(config)
+    again = embed_nothing(config)
     assert (again.rows_read, again.rows_skipped, again.rows_embedded) == (83, 83, 0)
 
     # Mended: the null row has a text, the cut line is whole; the twin stays what it is.
     rows = [{**bad[0], "text": "at last"}, bad[1], {"text": "whole", "topic": "x", "key": "cut"}]
     write_jsonl(folder / "b.jsonl", [*ROWS[50:80], *rows])
-    retried = fmembed.embed(config, retry_rejected=True)
+    retried = embed_nothing(config, retry_rejected=True)
     assert (retried.rows_embedded, retried.rows_rejected, retried.rows_skipped) == (2, 0, 81)
     listed = run_cli("rejected", first.table)
     assert listed.stdout.splitlines()[0] == "rows rejected: 1"
@@ -355,7 +362,7 @@ def test_whole_files_are_not_read_again_and_rejected_rows_can_be_tried_again(
     assert len(found) == len(set(found)) == 82
     assert fmembed.verify(first.table).problems == []
     # A second retry finds only the twin, which no retry can mend.
-    assert fmembed.embed(config, retry_rejected=True).rows_embedded == 0
+    assert embed_nothing(config, retry_rejected=True).rows_embedded == 0
     assert fmembed.verify(first.table).problems == []
 
 
