@@ -211,7 +211,9 @@ def open_checkpoint(
     inner = {**config, **read_part(config, TOWER_CONFIG[modality])}
     max_tokens = spec.max_tokens or modules.max_tokens or _FALLBACK_MAX_TOKENS
     shapes = {} if towers else read_shapes(own_files)
-    num_layers = count_layers(weights, shapes, inner) if model_type in FAMILIES else None
+    # Of pictures there are families that call other things layers (EfficientNet).
+    is_plain = model_type in FAMILIES and modality != "image"
+    num_layers = count_layers(weights, shapes, inner) if is_plain else None
     if modality == "text":
         if family.company is not None:
             check_shapes(weights, shapes, inner)

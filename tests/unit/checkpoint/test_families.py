@@ -31,7 +31,7 @@ from fmembed.prepare.stage import Preprocess
 from fmembed.rows.columns import row_schema
 from fmembed.spec import ModelSpec, PreprocessSpec
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,

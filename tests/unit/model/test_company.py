@@ -102,6 +102,7 @@ def test_every_text_family_is_built_or_said_why_not() -> None:
     assert sorted([*zoo.FAMILIES, *unbuilt, *refused]) == sorted(zoo.list_text_families())
 
 
+@pytest.mark.slow
 def test_what_the_table_says_is_what_is_found(tmp_path: Path) -> None:
     """The check at load comes to the same as the record of each family that has one."""
     for family in zoo.FAMILIES:

@@ -48,6 +48,7 @@ def cosine(a: Any, b: Any) -> Any:
     return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
+@pytest.mark.slow
 def test_sentence_transformers_checkpoint(minilm: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
@@ -129,6 +130,7 @@ def test_bfloat16_on_a_gpu(minilm: Path) -> None:
     assert cosine(embed(bfloat16, SENTENCES), embed(float32, SENTENCES)).min() > 0.999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import shutil
@@ -20,7 +21,7 @@ import torch
 from media import RATE_HZ, bomb_png, picture, png_chunk, sound
 from PIL import Image
 
-from fmembed.checkpoint.opening import open_checkpoint
+from fmembed.checkpoint.opening import Checkpoint, open_checkpoint
 from fmembed.errors import ModelError
 from fmembed.model.encoder import Encoder
 from fmembed.prepare.stage import Preprocess
@@ -46,11 +47,17 @@ def float_wav(value: float) -> bytes:
 
 
 def embed(folder: Path, contents: list[bytes], batch_tokens: int = 4096, **limits: Any) -> Any:
-    checkpoint = open_checkpoint(ModelSpec(id=str(folder), dtype="float32"), False)
+    checkpoint, encoder = load(folder, batch_tokens)
     rows = [{"row_id": str(i), "content_hash": "0", "_input": c} for i, c in enumerate(contents)]
     table = pa.Table.from_pylist(rows, schema=row_schema(pa.schema([]), checkpoint.modality))
-    ready = Preprocess(checkpoint, PreprocessSpec(**limits))(table)
-    return Encoder(checkpoint, batch_tokens=batch_tokens)(ready)
+    return encoder(Preprocess(checkpoint, PreprocessSpec(**limits))(table))
+
+
+@functools.cache
+def load(folder: Path, batch_tokens: int) -> tuple[Checkpoint, Encoder]:
+    """Once for all tests of a model: loading one takes a second."""
+    checkpoint = open_checkpoint(ModelSpec(id=str(folder), dtype="float32"), False)
+    return checkpoint, Encoder(checkpoint, batch_tokens=batch_tokens)
 
 
 def assert_equal(rows: pa.Table, expected: list[torch.Tensor]) -> None:

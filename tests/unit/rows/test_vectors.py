@@ -210,6 +210,7 @@ def test_every_chunk_has_the_prompt(tiny_bert: Path) -> None:
 # --- windows --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_long_sounds_are_averaged_over_their_windows(tiny_wav2vec2: Path) -> None:
     checkpoint = open_(tiny_wav2vec2)
     content = sound(20_000)
@@ -243,6 +244,7 @@ def test_windows(
     assert ready["piece_spans"].to_pylist() == [[list(s) for s in spans]]
 
 
+@pytest.mark.slow
 def test_sounds_longer_than_the_model_takes_go_through_in_windows(
     tmp_path: Path, minilm: Path
 ) -> None:

@@ -28,6 +28,8 @@ from fmembed.sources.reading import read_shard
 from fmembed.sources.source import Shard, Source
 from fmembed.spec import ModelSpec, PreprocessSpec, SourceSpec
 
+pytestmark = pytest.mark.slow  # 40 s: each starts processes
+
 
 class Killing(LocalFileSystem):  # type: ignore[misc]
     """Files, of which some end the process that reads so many bytes of them."""
