@@ -293,7 +293,9 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
             _print(f"batches   tokens: {', '.join(budgets)}")
         _print(f"advice    {verdict['advice']}")
     if num_changed := result["rows_changed"]:
-        _print(f"changed   {num_changed:,} rows have another content by now; the old one was kept")
+        _print(
+            f"changed   {num_changed:,} rows are others by now (input, or carried columns); kept"
+        )
     if num_cut := result["num_truncated"]:
         _print(f"cut       {num_cut:,} rows are longer than the model takes, and it saw a part")
     for why, count in result["passed_over"].items():

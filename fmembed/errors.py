@@ -2,7 +2,7 @@
 
 FmembedError            exit 1: the run failed
 ├── RejectedError       exit 1: too many rows were rejected
-├── ChangedError        exit 1: rows have another content than when they were embedded
+├── ChangedError        exit 1: rows are others than when they were embedded
 ├── StorageError        exit 1: storage is full, forbidden or out of reach
 │   └── DamagedError    exit 1: a log or a part is not as it was written
 ├── LockedError         exit 1: another run is writing the table
@@ -40,7 +40,7 @@ class RejectedError(FmembedError):
 
 
 class ChangedError(FmembedError):
-    """Rows of the source have another content than the table's rows of the same ids."""
+    """Rows of the source are others than the table's rows of the same ids."""
 
 
 class Interrupted(FmembedError):  # noqa: N818 - not an error: the run can be resumed

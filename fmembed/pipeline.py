@@ -45,7 +45,7 @@ def embed(
     Raises:
         UserError: The spec, the source, the checkpoint or the output is wrong; nothing was written.
         RejectedError: Too many rows were rejected; what was embedded is committed.
-        ChangedError: Rows have another content than when they were embedded, and keep their old
+        ChangedError: Rows are others than when they were embedded, and keep their old
             vectors; what else is new is committed.
         Interrupted: SIGINT, SIGTERM or SIGHUP; what was finished is committed.
         LockedError: Another run is writing the table.

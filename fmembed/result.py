@@ -56,7 +56,8 @@ class RunResult:
 
     `rows_per_s` is over the whole run, start included; `steady_rows_per_s` from when as many
     windows have come out of the model as there are actors to the last commit, without their rows.
-    `rows_changed` are those among the skipped ones that the table holds with another content.
+    `rows_changed` are those among the skipped ones that the table holds with another content, or
+    with other values in the carried columns.
     `passed_over` counts what lies among the source's files and is not read, by reason.
     `verdict` is empty where nothing was embedded. `probes`, `report` and `usd` are what evaluation
     adds; the record beside the table is without them.

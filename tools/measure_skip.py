@@ -17,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 from tables import CONFIGURATION
 
 from fmembed.rows.columns import table_schema
+from fmembed.rows.ids import contents_of, keys_of
 from fmembed.run.work import skip_committed
 from fmembed.sources.opening import open_source
 from fmembed.sources.reading import read_shard
 from fmembed.spec import SourceSpec
+from fmembed.table.keys import KeyRows
 from fmembed.table.table import Table
 
 NUM_ROWS, NUM_PARTS, DIM = 1_000_000, 10, 8
@@ -40,12 +42,17 @@ def main() -> None:
         n = NUM_ROWS // NUM_PARTS
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(n * DIM, np.float32)), DIM)
         rest = [vectors, np.ones(n, np.int32), np.zeros(n, bool)]
-        parts = []
+        parts, keys = [], []
         for k in range(NUM_PARTS):
             rows = range(k * n, (k + 1) * n)
             hashes = [blake2b(text(i).encode(), digest_size=16).hexdigest() for i in rows]
             columns = [[f"doc-{i}" for i in rows], hashes, *rest]
             parts.append(table.rows.files.write(pa.table(columns, schema=schema)))
+            of_part = KeyRows.of(keys_of(columns[0]), contents_of(hashes))
+            keys.append((of_part, {"embedded": parts[-1].path}))
+        started = time.monotonic()
+        kept = table.key_files.write("run-0", keys, {})
+        print(f"writing the keys: {time.monotonic() - started:.1f} s")
         table.rows.commit(parts, schema, CONFIGURATION, ("run", 0))
         path = Path(folder) / "in.jsonl"
         with path.open("w", encoding="utf-8") as f:
@@ -54,10 +61,16 @@ def main() -> None:
                 f.write(json.dumps(row) + "\n")
 
         started = time.monotonic()
-        ids = table.known().load()
-        print(
-            f"reading the ids: {time.monotonic() - started:.1f} s, {ids.nbytes / len(ids):g} B/row"
-        )
+        known = table.known()
+        print(f"what the driver looks at: {time.monotonic() - started:.2f} s")
+        started = time.monotonic()
+        ids = known.load()
+        assert (len(ids), known.missing) == (NUM_ROWS, ())
+        print(f"loading them: {time.monotonic() - started:.1f} s, {ids.nbytes / NUM_ROWS:g} B/row")
+        table.storage.delete(kept)
+        started = time.monotonic()
+        assert len(table.known().load()) == NUM_ROWS
+        print(f"from the parts, without the keys: {time.monotonic() - started:.1f} s")
         source = open_source(SourceSpec(uri=str(path), id="id"))
         started = time.monotonic()
         _, num_skipped = skip_committed(source, {source.shards[0].key or "": NUM_ROWS})

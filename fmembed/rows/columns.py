@@ -7,11 +7,13 @@ Between stages rows are Arrow tables with these columns:
     content_hash   string    blake2b-128 of the raw input bytes, hex; null where nothing was read
     _input         string, or binary for images and audio: what to embed; dropped by preprocess
     <carried>      any       what the user asked to keep
+    _carried       int64     64 bits of the hash of the carried values; null without one
     _stage, _error, _message string   null, or where and why the row was rejected
     _shard         int32     which of the source's shards it was read from
     _total, _skipped, _changed int64  null, but on the marker row (null row_id) that ends each
                              shard: how many rows the shard holds, how many of them were known
-                             before, and how many of those with another content
+                             before, and how many of those with another content, or
+                             other carried values
 
 From prepare to the model there are also the columns of `rows.pieces` (model_input, input_dtype,
 input_shapes, piece_units, piece_spans, num_units, truncated), after it one for each output, and on
@@ -38,6 +40,7 @@ _MAX_MESSAGE = 500
 
 ROW_ID, CONTENT_HASH, INPUT = "row_id", "content_hash", "_input"
 STAGE, ERROR, MESSAGE = "_stage", "_error", "_message"
+CARRIED = "_carried"
 SHARD, TOTAL, SKIPPED, CHANGED = "_shard", "_total", "_skipped", "_changed"
 # Where a text's chunks or a sound's windows are rows of their own: whose, which, and from where to
 # where (characters of the text, samples at the model's rate).
@@ -51,6 +54,7 @@ NUM_UNITS, TRUNCATED = "num_units", "truncated"
 # What no carried column may be called.
 RESERVED = (*OWN_COLUMNS, DEFAULT)
 _BOOKKEEPING = (
+    pa.field(CARRIED, pa.int64()),
     pa.field(STAGE, pa.string()),
     pa.field(ERROR, pa.string()),
     pa.field(MESSAGE, pa.string()),

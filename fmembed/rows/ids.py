@@ -10,6 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 Keys = npt.NDArray[np.bytes_]
+# Of what a row carries; 0 where there is nothing, or it is not known.
+Hashes = npt.NDArray[np.int64]
 _Bools = npt.NDArray[np.bool_]
 _Halves = npt.NDArray[np.uint64]
 
@@ -51,16 +53,22 @@ def _halves(keys: Keys) -> tuple[_Halves, _Halves]:
 
 
 class RowIds:
-    """Row ids, each with its content where that is known: 32 bytes a row, sorted by the first half
-    of the id, membership by binary search. An id may be there several times, with other contents.
+    """Row ids, each with its content and the hash of what is carried where those are known: 40
+    bytes a row, sorted by the first half of the id, membership by binary search. An id may be there
+    several times, with other contents.
     """
 
-    def __init__(self, keys: Keys | None = None, contents: Keys | None = None) -> None:
-        self._sorted = _Sorted(np.empty(0, dtype="S16"), np.empty(0, dtype="S16"))
+    def __init__(
+        self,
+        keys: Keys | None = None,
+        contents: Keys | None = None,
+        carried: Hashes | None = None,
+    ) -> None:
+        self._sorted = _Sorted(keys_of([]), keys_of([]), np.empty(0, dtype=np.int64))
         self._recent: list[_Sorted] = []
         self._num_recent = 0
         if keys is not None:
-            self.add(keys, contents)
+            self.add(keys, contents, carried)
 
     def __len__(self) -> int:
         return len(self._sorted) + self._num_recent
@@ -74,32 +82,42 @@ class RowIds:
         """Whether each key is in the set, shape (rows,)."""
         return self._look_up(keys)[0]
 
-    def changed(self, keys: Keys, contents: Keys) -> _Bools:
-        """Whether each key is in the set, and known to have another content, shape (rows,).
+    def changed(self, keys: Keys, contents: Keys, carried: Hashes | None = None) -> _Bools:
+        """Whether each key is in the set, and known to have another content or other carried
+        values, shape (rows,).
 
-        Of an id that is there several times, another one than all of them.
+        Of an id that is there several times, others than all of them.
         """
-        found, is_same = self._look_up(keys, contents)
+        if carried is None:
+            carried = np.zeros(len(keys), dtype=np.int64)
+        found, is_same = self._look_up(keys, contents, carried)
         return found & ~is_same
 
-    def _look_up(self, keys: Keys, contents: Keys | None = None) -> tuple[_Bools, _Bools]:
+    def _look_up(
+        self, keys: Keys, contents: Keys | None = None, carried: Hashes | None = None
+    ) -> tuple[_Bools, _Bools]:
         """Whether each key is there; and whether with this content, or one that is not known."""
         found, is_same = (np.zeros(len(keys), dtype=np.bool_) for _ in range(2))
         for some in (self._sorted, *self._recent):
             for rows, at in some.find(keys):
                 found[rows] = True
-                if contents is not None:
-                    known = some.contents[at]
-                    is_same[rows] |= (known == b"") | (known == contents[rows])
+                if contents is not None and carried is not None:
+                    known, hashes = some.contents[at], some.carried[at]
+                    has_content = (known == b"") | (known == contents[rows])
+                    # 0 is none, or one that is not known.
+                    both = (hashes != 0) & (carried[rows] != 0)
+                    is_same[rows] |= has_content & ~(both & (hashes != carried[rows]))
         return found, is_same
 
-    def add(self, keys: Keys, contents: Keys | None = None) -> None:
-        """Add keys, with their contents where those are known. Merged into the sorted array only
-        once they amount to a tenth of it.
+    def add(self, keys: Keys, contents: Keys | None = None, carried: Hashes | None = None) -> None:
+        """Add keys, with their contents and hashes where those are known. Merged into the sorted
+        array only once they amount to a tenth of it.
         """
         if contents is None:
             contents = np.zeros(len(keys), dtype="S16")
-        self._recent.append(_Sorted(keys, contents))
+        if carried is None:
+            carried = np.zeros(len(keys), dtype=np.int64)
+        self._recent.append(_Sorted(keys, contents, carried))
         self._num_recent += len(keys)
         if self._num_recent * 10 > len(self._sorted) or len(self._recent) > 64:
             self._sorted = _Sorted.merge([self._sorted, *self._recent])
@@ -107,22 +125,25 @@ class RowIds:
 
 
 class _Sorted:
-    """Keys in the order of their first halves, with their contents."""
+    """Keys in the order of their first halves, with their contents and hashes."""
 
-    def __init__(self, keys: Keys, contents: Keys) -> None:
-        first, rest = _halves(keys)
+    def __init__(self, keys: Keys, contents: Keys, carried: Hashes) -> None:
+        self._sort(*_halves(keys), contents, carried)
+
+    def _sort(self, first: _Halves, rest: _Halves, contents: Keys, carried: Hashes) -> None:
         order = np.argsort(first)
-        self._first, self._rest, self.contents = first[order], rest[order], contents[order]
+        self._first, self._rest = first[order], rest[order]
+        self.contents, self.carried = contents[order], carried[order]
 
     @classmethod
     def merge(cls, some: list[_Sorted]) -> _Sorted:
         merged = cls.__new__(cls)
-        first, rest, contents = (
-            np.concatenate([getattr(s, name) for s in some])
-            for name in ("_first", "_rest", "contents")
+        merged._sort(
+            np.concatenate([s._first for s in some]),
+            np.concatenate([s._rest for s in some]),
+            np.concatenate([s.contents for s in some]),
+            np.concatenate([s.carried for s in some]),
         )
-        order = np.argsort(first)
-        merged._first, merged._rest, merged.contents = first[order], rest[order], contents[order]
         return merged
 
     def __len__(self) -> int:
@@ -130,7 +151,8 @@ class _Sorted:
 
     @property
     def nbytes(self) -> int:
-        return self._first.nbytes + self._rest.nbytes + self.contents.nbytes
+        arrays = (self._first, self._rest, self.contents, self.carried)
+        return sum(a.nbytes for a in arrays)
 
     def find(self, keys: Keys) -> Iterable[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:
         """Which of some keys are here, and where; several times where they are so often here."""

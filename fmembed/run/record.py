@@ -101,10 +101,11 @@ class Run:
         num_changed = self._commits.num_changed if self._commits else 0
         if num_changed and self._inputs.spec.output.on_changed == "refuse":
             raise ChangedError(
-                f"source: {num_changed:,} rows have another content, or none that can be read, "
-                f"than the rows of {self._inputs.table.uri} with the same ids, which were left as "
-                "they are; the new rows are committed. Give another output.uri or ids of their "
-                "own, or output.on_changed: keep where the old vectors are to stay"
+                f"source: {num_changed:,} rows are others (their input, or none that can be read, "
+                f"or a label or other carried value) than those of {self._inputs.table.uri} with "
+                "the same ids, which were left as they are; the new rows are committed. Give "
+                "another output.uri or ids of their own, or output.on_changed: keep where the old "
+                "rows are to stay"
             )
 
     def finish(self) -> RunResult:

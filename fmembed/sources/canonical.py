@@ -6,14 +6,17 @@ A bad one makes a rejected row of its own row alone.
 from __future__ import annotations
 
 import hashlib
+import json
 import reprlib
 import uuid
+from datetime import UTC, date, datetime
+from datetime import time as dt_time
 from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
 
-from fmembed.rows.columns import ERROR, MESSAGE, SHARD, STAGE, clean_message
+from fmembed.rows.columns import CARRIED, ERROR, MESSAGE, SHARD, STAGE, clean_message
 from fmembed.sources.formats.base import FETCHED
 from fmembed.sources.source import BadRow, RawRow, Source
 from fmembed.sources.types import keep
@@ -59,9 +62,44 @@ def canonical(source: Source, chunk: list[RawRow], shard: int, schema: pa.Schema
         row[SHARD] = shard
         for name, values in columns.items():
             values.append(row.get(name))
-    return pa.table(
+    table = pa.table(
         [pa.array(v, t) for v, t in zip(columns.values(), schema.types, strict=True)], schema=schema
     )
+    return _with_hash_of_carried(table, source.carried.names)
+
+
+def _with_hash_of_carried(rows: pa.Table, names: list[str]) -> pa.Table:
+    """By which it is seen that a row's label is another one by now.
+
+    Of the values as they are stored, in words that no version of a library changes. 64 bits: they
+    are compared with those of the same row alone.
+    """
+    if not names:
+        return rows
+    is_good = rows[STAGE].is_null().to_pylist()
+    given = rows.select(names).to_pylist()
+    hashes = [
+        _hash(list(row.values())) if good else None
+        for row, good in zip(given, is_good, strict=True)
+    ]
+    at = rows.schema.get_field_index(CARRIED)
+    return rows.set_column(at, rows.schema.field(at), pa.array(hashes, pa.int64()))
+
+
+def _hash(values: list[Any]) -> int:
+    text = json.dumps(values, default=_in_words)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _in_words(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return ["bytes", value.hex()]
+    if isinstance(value, datetime):
+        value = value.astimezone(UTC) if value.tzinfo else value
+    if isinstance(value, date | datetime | dt_time):
+        return value.isoformat()
+    return str(value)  # decimals, durations, UUIDs
 
 
 def _row_id(value: Any, column: str) -> str:

@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fmembed.rows.columns import CHANGED, CONTENT_HASH, SHARD, SKIPPED, TOTAL, row_schema
+from fmembed.rows.columns import (
+    CARRIED,
+    CHANGED,
+    CONTENT_HASH,
+    SHARD,
+    SKIPPED,
+    TOTAL,
+    row_schema,
+)
 from fmembed.rows.ids import RowIds, contents_of, keys_of
 from fmembed.sources.canonical import canonical
 from fmembed.sources.deaths import Deaths
@@ -83,7 +91,8 @@ def read_steps(
             done = committed.contains(keys)
             num_skipped += int(done.sum())
             contents = contents_of(table[CONTENT_HASH].to_pylist())
-            is_other = committed.changed(keys, contents)
+            carried = table[CARRIED].fill_null(0).to_numpy()
+            is_other = committed.changed(keys, contents, carried)
             other.append(keys[is_other])
             same.append(keys[done & ~is_other])
             table = table.filter(pa.array(~done))

@@ -2,8 +2,9 @@
 
     <table>/_keys/<run>-<number>.parquet    those of one commit's rows
 
-A row takes 32 bytes: `id` and `content`, the blake2b-128 of its id and of its raw input (zeros
-where nothing was read); and, as places in two lists of the file's metadata, its `part` and the
+A row takes 40 bytes: `id` and `content`, the blake2b-128 of its id and of its raw input (zeros
+where nothing was read), and `carried`, 64 bits of that of its carried values (0 where there is
+none, or it is not known); and, as places in two lists of the file's metadata, its `part` and the
 `shard` of the source that it was read from (-1 where that is not known). Rows are sorted by id, in
 row groups of which each has all ids with the same first bits.
 
@@ -14,8 +15,8 @@ of parts that no file tells of are read from the parts, so all of them may be de
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ from pydantic import BaseModel, ValidationError
 
 from fmembed.errors import DamagedError
 from fmembed.rows.columns import DUPLICATE, ROW_ID
-from fmembed.rows.ids import Keys, RowIds, first_halves, keys_of, to_arrow, to_keys
+from fmembed.rows.ids import Hashes, Keys, RowIds, first_halves, keys_of, to_arrow, to_keys
 from fmembed.storage import Storage, tell
 from fmembed.table.card import PREFIX
 from fmembed.table.files import REJECTED, Part, PartFiles
@@ -37,7 +38,7 @@ FOLDER = "_keys/"
 Kind = Literal["embedded", "rejected", "twin"]
 KINDS: tuple[Kind, ...] = ("embedded", "rejected", "twin")
 _CONTENT = f"{PREFIX}keys"
-# A bucket is what is read at once: 2**20 rows of 32 bytes.
+# A bucket is what is read at once: 2**20 rows of 40 bytes.
 _BUCKET_ROWS = 2**20
 _FILE_ROWS = 2**22
 _INTS = npt.NDArray[np.int32]
@@ -63,11 +64,41 @@ class KeyRows:
 
     ids: Keys
     contents: Keys
+    carried: Hashes
     kinds: npt.NDArray[np.int8]
     shards: _INTS
 
+    @classmethod
+    def of(
+        cls,
+        ids: Keys,
+        contents: Keys | None = None,
+        carried: Hashes | None = None,
+        kinds: npt.NDArray[np.int8] | None = None,
+        shards: _INTS | None = None,
+    ) -> KeyRows:
+        """Keys of embedded rows, if nothing else is said, of which nothing else is known."""
+        n = len(ids)
+        return cls(
+            ids,
+            np.zeros(n, dtype="S16") if contents is None else contents,
+            np.zeros(n, dtype=np.int64) if carried is None else carried,
+            np.zeros(n, dtype=np.int8) if kinds is None else kinds,
+            np.full(n, -1, dtype=np.int32) if shards is None else shards,
+        )
+
+    @classmethod
+    def join(cls, some: Sequence[KeyRows]) -> KeyRows:
+        """One after another."""
+        rows = [cls.of(keys_of([])), *some]
+        return cls(*(np.concatenate([getattr(r, f.name) for r in rows]) for f in fields(cls)))
+
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __getitem__(self, which: npt.NDArray[Any]) -> KeyRows:
+        """Those rows."""
+        return KeyRows(*(getattr(self, f.name)[which] for f in fields(self)))
 
     @property
     def embedded(self) -> Keys:
@@ -147,7 +178,7 @@ class KeyFiles:
             shards: Key of each shard by its number; None where it has none.
         """
         parts: list[_PartKeys] = []
-        columns: list[tuple[Keys, Keys, _INTS, _INTS]] = []
+        chosen: list[KeyRows] = []
         shard_keys = sorted({key for key in shards.values() if key is not None})
         places = {key: i for i, key in enumerate(shard_keys)}
         place_of = np.full(max(shards, default=-1) + 2, -1, dtype=np.int32)
@@ -155,17 +186,16 @@ class KeyFiles:
             place_of[index] = -1 if key is None else places[key]
         for rows, held_by in writes:
             for kind, part in held_by.items():
-                mask = rows.kinds == KINDS.index(kind)
-                num_rows = int(mask.sum())
-                if num_rows:
-                    at = np.full(num_rows, len(parts), dtype=np.int32)
+                some = rows[rows.kinds == KINDS.index(kind)]
+                if len(some):
                     # The last place stands for -1, a shard that is not known.
-                    shard = place_of[np.minimum(rows.shards[mask], len(place_of) - 1)]
-                    columns.append((rows.ids[mask], rows.contents[mask], at, shard))
-                    parts.append(_PartKeys(path=part, kind=kind, rows=num_rows))
+                    places_of_rows = place_of[np.minimum(some.shards, len(place_of) - 1)]
+                    chosen.append(replace(some, shards=places_of_rows))
+                    parts.append(_PartKeys(path=part, kind=kind, rows=len(some)))
+        at = np.repeat(np.arange(len(parts), dtype=np.int32), [part.rows for part in parts])
         content = _Content(parts=parts, shards=shard_keys)
         path = f"{FOLDER}{name}.parquet"
-        self._storage.put(path, _to_parquet(columns, content))
+        self._storage.put(path, _to_parquet(KeyRows.join(chosen), at, content))
         return path
 
     def remove_strays(self, exists: Iterable[str]) -> None:
@@ -182,26 +212,21 @@ class KeyFiles:
         )
 
 
-def _to_parquet(
-    columns: Sequence[tuple[Keys, Keys, _INTS, _INTS]], content: _Content
-) -> memoryview:
-    empty = (np.empty(0, "S16"), np.empty(0, "S16"), np.empty(0, np.int32), np.empty(0, np.int32))
-    ids, contents, parts, shards = (
-        np.concatenate(arrays) for arrays in zip(empty, *columns, strict=True)
-    )
-    first = first_halves(ids)
+def _to_parquet(rows: KeyRows, parts: _INTS, content: _Content) -> memoryview:
+    first = first_halves(rows.ids)
     order = np.argsort(first)
-    first = first[order]
+    first, rows = first[order], rows[order]
     table = pa.table(
         {
-            "id": to_arrow(ids[order]),
-            "content": to_arrow(contents[order]),
+            "id": to_arrow(rows.ids),
+            "content": to_arrow(rows.contents),
+            "carried": rows.carried,
             "part": parts[order],
-            "shard": shards[order],
+            "shard": rows.shards,
         }
     ).replace_schema_metadata({_CONTENT: content.model_dump_json()})
     sink = pa.BufferOutputStream()
-    num_bits = max(int(len(ids) - 1) // _BUCKET_ROWS, 0).bit_length()
+    num_bits = max((len(rows) - 1) // _BUCKET_ROWS, 0).bit_length()
     ends = [
         int(np.searchsorted(first, np.uint64(i) << np.uint64(64 - num_bits)))
         for i in range(1, 2**num_bits)
@@ -210,7 +235,7 @@ def _to_parquet(
         sink, table.schema, compression="none", use_dictionary=["part", "shard"],
         write_statistics=["id"], write_page_checksum=True,
     ) as writer:  # fmt: skip
-        for start, stop in zip([0, *ends], [*ends, len(ids)], strict=True):
+        for start, stop in zip([0, *ends], [*ends, len(rows)], strict=True):
             writer.write_table(
                 table.slice(start, stop - start), row_group_size=max(stop - start, 1)
             )
@@ -278,25 +303,20 @@ class KnownRows:
     num_rows: int
 
     def load(self) -> RowIds:
-        """Ids of all rows, committed or rejected, with the contents of the committed ones.
+        """Ids of all rows, committed or rejected, with what is known of the committed ones.
 
-        Of an id that several rows have, the contents of all of them. 32 bytes a row.
+        Of an id that several rows have, the contents of all of them. 40 bytes a row.
 
         Raises:
             DamagedError: A part is missing, or not as it was written.
         """
-        found: dict[Kind, list[tuple[Keys, Keys]]] = {kind: [] for kind in KINDS}
-        for rows in self.read():
-            for i, kind in enumerate(KINDS):
-                mask = rows.kinds == i
-                if mask.any():
-                    found[kind].append((rows.ids[mask], rows.contents[mask]))
-        ids = RowIds(*_join(found["embedded"]))
+        rows = KeyRows.join(list(self.read()))
+        embedded, rejected, twins = (rows[rows.kinds == i] for i in range(len(KINDS)))
+        ids = RowIds(embedded.ids, embedded.contents, embedded.carried)
         # Not by its twin is a row known: it may be committed later than that one is rejected.
-        twins, contents = _join(found["twin"])
-        is_in = ids.contains(twins)
-        ids.add(twins[is_in], contents[is_in])
-        ids.add(_join(found["rejected"])[0])
+        twins = twins[ids.contains(twins.ids)]
+        ids.add(twins.ids, twins.contents, twins.carried)
+        ids.add(rejected.ids)
         return ids
 
     def which_are_embedded(self, keys: Keys) -> Keys:
@@ -324,13 +344,8 @@ class KnownRows:
             is_current = np.array([part.path in self.parts for part in file.parts], dtype=np.bool_)
             kinds = np.array([KINDS.index(part.kind) for part in file.parts], dtype=np.int8)
             at = table["part"].to_numpy()
-            ids, contents = to_keys(table["id"]), to_keys(table["content"])
-            unknown = np.full(len(at), -1, dtype=np.int32)
-            rows = KeyRows(ids, contents, kinds[at], unknown)
-            if not is_current.all():
-                mask = is_current[at]
-                rows = KeyRows(ids[mask], contents[mask], kinds[at][mask], unknown[mask])
-            yield rows
+            rows = _to_rows(table, kinds[at])
+            yield rows if is_current.all() else rows[is_current[at]]
         for path in missing:
             yield self.read_part(path)
 
@@ -345,17 +360,13 @@ class KnownRows:
             table = KeyFiles(Storage(self.uri)).read(file)
             if table is None:
                 continue
-            at = table["part"].to_numpy()
-            ids, contents = to_keys(table["id"]), to_keys(table["content"])
+            at, rows = table["part"].to_numpy(), _to_rows(table)
             for path in dict.fromkeys(part.path for part in file.parts if part.path in self.parts):
                 places = [i for i, part in enumerate(file.parts) if part.path == path]
-                mask = np.isin(at, places)
-                told = sorted(zip(ids[mask].tolist(), contents[mask].tolist(), strict=True))
-                rows = self.read_part(path)
-                held = sorted(zip(rows.ids.tolist(), rows.contents.tolist(), strict=True))
-                if path.startswith(REJECTED):  # which keep no content
-                    told = [(key, b"") for key, _ in told]
-                if told != held:
+                told, held = rows[np.isin(at, places)], self.read_part(path)
+                if path.startswith(REJECTED):  # the part keeps no content
+                    told = KeyRows.of(told.ids)
+                if _pairs(told) != _pairs(held):
                     wrong.append(file.path)
                     break
         return wrong
@@ -369,21 +380,21 @@ class KnownRows:
         folder = REJECTED if path.startswith(REJECTED) else ""
         files, part = PartFiles(Storage(f"{self.uri}/{folder}".rstrip("/"))), self.parts[path]
         if not folder:
-            ids, contents = files.read_keys(part)
-            kinds = np.zeros(len(ids), dtype=np.int8)
-        else:
-            rows = files.read_columns(part, [ROW_ID, "error"])
-            ids = keys_of(rows[ROW_ID].to_pylist())
-            contents = np.zeros(len(ids), dtype="S16")
-            is_twin = np.asarray(pc.equal(rows["error"], DUPLICATE), dtype=np.bool_)
-            kinds = np.where(is_twin, 2, 1).astype(np.int8)
-        return KeyRows(ids, contents, kinds, np.full(len(ids), -1, dtype=np.int32))
+            return KeyRows.of(*files.read_keys(part))
+        rows = files.read_columns(part, [ROW_ID, "error"])
+        is_twin = np.asarray(pc.equal(rows["error"], DUPLICATE), dtype=np.bool_)
+        kinds = np.where(is_twin, 2, 1).astype(np.int8)
+        return KeyRows.of(keys_of(rows[ROW_ID].to_pylist()), kinds=kinds)
 
 
-def _join(some: Sequence[tuple[Keys, Keys]]) -> tuple[Keys, Keys]:
-    empty = np.empty(0, dtype="S16")
-    ids, contents = zip((empty, empty), *some, strict=True)
-    return np.concatenate(ids), np.concatenate(contents)
+def _to_rows(table: pa.Table, kinds: npt.NDArray[np.int8] | None = None) -> KeyRows:
+    """The rows of a file of keys; shards are not told."""
+    ids, contents = to_keys(table["id"]), to_keys(table["content"])
+    return KeyRows.of(ids, contents, table["carried"].to_numpy(), kinds)
+
+
+def _pairs(rows: KeyRows) -> list[tuple[bytes, bytes]]:
+    return sorted(zip(rows.ids.tolist(), rows.contents.tolist(), strict=True))
 
 
 def know(

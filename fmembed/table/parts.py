@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fmembed.rows.columns import (
+    CARRIED,
     CHANGED,
     CONTENT_HASH,
     DUPLICATE,
@@ -220,13 +221,14 @@ def _rejected_files(uri: str) -> PartFiles:
 
 
 def _keys_of(good: pa.Table, bad: pa.Table) -> KeyRows:
-    names = [ROW_ID, CONTENT_HASH, SHARD, ERROR]
+    names = [ROW_ID, CONTENT_HASH, CARRIED, SHARD, ERROR]
     rows = pa.concat_tables([good.select(names), bad.select(names)])
     is_twin = pc.equal(bad[ERROR], DUPLICATE)
     kinds = np.where(np.asarray(is_twin, dtype=np.bool_), 2, 1)
     return KeyRows(
         keys_of(rows[ROW_ID].to_pylist()),
         contents_of(rows[CONTENT_HASH].to_pylist()),
+        rows[CARRIED].fill_null(0).to_numpy(),
         np.concatenate([np.zeros(good.num_rows), kinds]).astype(np.int8),
         rows[SHARD].fill_null(-1).to_numpy(),
     )

@@ -119,7 +119,7 @@ def test_no_row_is_taken_for_done_because_of_its_name_alone(
     for kind in ("", "-files"):
         assert embed_nothing(config(f"en{kind}", f"out{kind}")).rows_embedded == 4
         # Another source, whose ids are the same: none of its rows is in the table.
-        with pytest.raises(ChangedError, match=r"^source: 4 rows have another content"):
+        with pytest.raises(ChangedError, match=r"^source: 4 rows are others"):
             embed_nothing(config(f"de{kind}", f"out{kind}"))
         # The same rows at another place are the same.
         shutil.copytree(tmp_path / f"en{kind}", tmp_path / f"copy{kind}")
@@ -128,7 +128,7 @@ def test_no_row_is_taken_for_done_because_of_its_name_alone(
     before = {kind: vectors(str(tmp_path / f"out{kind}")) for kind in ("", "-files")}
     write("en", [*WORDS[:2], "mended", "changed", "new"], 2)
     for kind in ("", "-files"):
-        with pytest.raises(ChangedError, match=r"^source: 2 rows have another content"):
+        with pytest.raises(ChangedError, match=r"^source: 2 rows are others"):
             embed_nothing(config(f"en{kind}", f"out{kind}"))
         # It is said each time, and what is new is in the table all the same.
         kept = embed_nothing(config(f"en{kind}", f"out{kind}", "keep"))
@@ -138,7 +138,7 @@ def test_no_row_is_taken_for_done_because_of_its_name_alone(
         assert (now[:4] == before[kind]).all()
         cli._print_result(json.loads(json.dumps(asdict(kept))), as_json=False)
         shown = capsys.readouterr().out
-        assert "changed   2 rows have another content by now" in shown
+        assert "changed   2 rows are others by now (input, or carried columns)" in shown
         assert "nothing to do" not in shown
         assert fmembed.verify(kept.table).problems == []
 
@@ -352,7 +352,8 @@ def test_whole_files_are_not_read_again_and_rejected_rows_can_be_tried_again(
 
     # Mended: the null row has a text, the cut line is whole; the twin stays what it is.
     rows = [{**bad[0], "text": "at last"}, bad[1], {"text": "whole", "topic": "x", "key": "cut"}]
-    write_jsonl(folder / "b.jsonl", [*ROWS[50:80], *rows])
+    rows_b = [*ROWS[50:80], *rows]
+    write_jsonl(folder / "b.jsonl", rows_b)
     retried = embed_nothing(config, retry_rejected=True)
     assert (retried.rows_embedded, retried.rows_rejected, retried.rows_skipped) == (2, 0, 81)
     listed = run_cli("rejected", first.table)
@@ -361,6 +362,12 @@ def test_whole_files_are_not_read_again_and_rejected_rows_can_be_tried_again(
     assert {"late", "cut"} < set(found)
     assert len(found) == len(set(found)) == 82
     assert fmembed.verify(first.table).problems == []
+    # A label that is another one by now is not passed over.
+    relabelled = [{**row, "topic": "another"} if row["key"] == "k55" else row for row in rows_b]
+    write_jsonl(folder / "b.jsonl", relabelled)
+    with pytest.raises(ChangedError, match=r"^source: 1 rows are others"):
+        embed_nothing(config)
+    write_jsonl(folder / "b.jsonl", rows_b)
     # A second retry finds only the twin, which no retry can mend.
     assert embed_nothing(config, retry_rejected=True).rows_embedded == 0
     assert fmembed.verify(first.table).problems == []

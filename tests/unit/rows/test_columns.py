@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -65,9 +66,20 @@ def test_empty() -> None:
     assert RowIds().changed(keys_of(["a"]), contents_of([None])).tolist() == [False]
 
 
-def test_a_row_takes_32_bytes() -> None:
+def test_what_is_carried_is_compared_where_it_is_known() -> None:
+    names = keys_of("abcd")
+    ids = RowIds(names, contents_of(["ab" * 16] * 4), np.array([1, 2, 0, 4]))
+    now = contents_of(["ab" * 16, "ab" * 16, "ab" * 16, "cd" * 16])
+    changed = ids.changed(names, now, np.array([1, 3, 5, 4]))
+    assert changed.tolist() == [False, True, False, True]
+    assert ids.changed(names, now).tolist() == [False, False, False, True]
+    ids.add(names, now, np.array([7, 3, 7, 7]))  # twins, of whom one is what the row is by now
+    assert ids.changed(names, now, np.array([1, 3, 5, 4])).tolist() == [False, False, False, True]
+
+
+def test_a_row_takes_40_bytes() -> None:
     ids = RowIds()
     for start in range(0, 10_000, 100):
         ids.add(keys_of(f"doc-{i}" for i in range(start, start + 100)))
-    assert ids.nbytes == 32 * len(ids) == 320_000
+    assert ids.nbytes == 40 * len(ids) == 400_000
     assert ids.contains(keys_of(["doc-0", "doc-9999", "doc-10000"])).tolist() == [True, True, False]

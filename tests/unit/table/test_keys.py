@@ -21,12 +21,9 @@ from fmembed.table.verify import verify
 
 def rows(ids: str, kind: int = 0, shard: int = -1) -> KeyRows:
     """Keys of rows named by letters, of which each has its own content."""
-    return KeyRows(
-        keys_of(ids),
-        contents_of(f"{ord(i):032x}" for i in ids),
-        np.full(len(ids), kind, dtype=np.int8),
-        np.full(len(ids), shard, dtype=np.int32),
-    )
+    contents = contents_of(f"{ord(i):032x}" for i in ids)
+    kinds, shards = np.full(len(ids), kind, np.int8), np.full(len(ids), shard, np.int32)
+    return KeyRows.of(keys_of(ids), contents, None, kinds, shards)
 
 
 def commit(table: Table, ids: str, bad: str = "", twins: str = "", number: int = 0) -> str:
@@ -85,7 +82,7 @@ def test_contents_of_twins_and_of_rejected_rows(table: Table) -> None:
     first, second = (write_with_keys(uri, block(["a", "b"], bad, seed=i)) for i, bad in
                      enumerate([(), ("b",)]))  # fmt: skip
     given = [
-        KeyRows(keys.ids, contents_of(["0" * 31 + c, "0" * 31 + d]), kinds, keys.shards)
+        KeyRows.of(keys.ids, contents_of(["0" * 31 + c, "0" * 31 + d]), None, kinds)
         for (_, keys), c, d, kinds in (
             (first, "1", "2", np.array([0, 1], np.int8)),
             (second, "3", "4", np.array([2, 1], np.int8)),
@@ -114,9 +111,9 @@ def test_a_file_is_sorted_in_buckets_of_the_same_first_bits(
     monkeypatch.setattr(module, "_BUCKET_ROWS", bucket_rows)
     ids = [f"row-{i}" for i in range(100)]
     n = len(ids)
-    given = KeyRows(
-        keys_of(ids), contents_of([f"{i:032x}" for i in range(n)]), np.zeros(n, np.int8),
-        np.arange(n, dtype=np.int32) % 3 - 1,
+    given = KeyRows.of(
+        keys_of(ids), contents_of([f"{i:032x}" for i in range(n)]), np.arange(n),
+        shards=np.arange(n, dtype=np.int32) % 3 - 1,
     )  # fmt: skip
     path = table.key_files.write("run-0", [(given, {"embedded": "p"})], {0: "zero", 1: "one"})
     groups = [g for g in table.key_files.read_buckets(path) if g.num_rows]
@@ -137,17 +134,10 @@ def test_a_file_is_sorted_in_buckets_of_the_same_first_bits(
     contents = dict(zip(to_keys(whole["id"]).tolist(), to_keys(whole["content"]).tolist(),
                         strict=True))  # fmt: skip
     assert contents == dict(zip(given.ids.tolist(), given.contents.tolist(), strict=True))
+    carried = dict(zip(to_keys(whole["id"]).tolist(), whole["carried"].to_pylist(), strict=True))
+    assert carried == dict(zip(given.ids.tolist(), range(n), strict=True))
     # A twin is found in whichever bucket.
-    twins = find_twins(
-        table.key_files,
-        [path],
-        [
-            rows("a"),
-            KeyRows(
-                *(getattr(given, name)[[5, 50]] for name in ("ids", "contents", "kinds", "shards"))
-            ),
-        ],
-    )
+    twins = find_twins(table.key_files, [path], [rows("a"), given[np.array([5, 50])]])
     assert twins == {1: frozenset(given.ids[[5, 50]].tolist())}
 
 
