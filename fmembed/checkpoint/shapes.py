@@ -39,9 +39,10 @@ _TABLES = (
 )
 # How configs call the columns of these tables; an embedding may be narrower than the states.
 _WIDTHS = ("embedding_size", "hidden_size", "d_model", "dim", "n_embd")
-# How configs call the number of a model's layers, and how one layer's weights are called.
+# How configs call the number of a model's layers, and how one layer's weights are called: by the
+# outermost number, as there may be layers in a block.
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
-_LAYER = re.compile(r"(?:(.+)\.)?(?:layers?|h|blocks?)\.(\d+)\..+")
+_LAYER = re.compile(r"(?:(.+?)\.)?(?:layers?|h|blocks?)\.(\d+)\..+")
 
 
 def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:

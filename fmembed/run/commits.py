@@ -15,14 +15,14 @@ from typing import Any, Literal
 import pyarrow as pa
 import ray
 
-from fmembed.errors import RejectedError
+from fmembed.errors import DamagedError, FmembedError, RejectedError
 from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.sources.source import Shard
 from fmembed.spec import OutputSpec
-from fmembed.storage import Storage
 from fmembed.table.card import Card
 from fmembed.table.files import REJECTED, RUN, WRITE
-from fmembed.table.keys import KeyFiles, KeyRows, Kind, KnownRows, find_twins
+from fmembed.table.keys import KeyRows, find_twins
+from fmembed.table.known import KnownRows
 from fmembed.table.lock import Lock
 from fmembed.table.parts import ShardCount, Written, write_part, write_without
 from fmembed.table.records import Commit, WholeShard
@@ -141,12 +141,13 @@ class Commits:
         self.is_committing = True
         try:
             self._commit([w.result for w in written])
-            self._key_files.append(kept)
+            if kept is not None:
+                self._key_files.append(kept)
         finally:
             self.is_committing = False
 
-    def _keep_keys(self) -> str:
-        """Have a task write the keys of what is about to be committed; the file.
+    def _keep_keys(self) -> str | None:
+        """Have a task write the keys of what is about to be committed; the file, if there is a row.
 
         Where a row has the id of one that an earlier part holds, its part is written anew without
         it, and the first try left for `remove_strays`: that is rare.
@@ -154,13 +155,13 @@ class Commits:
         name = f"{self.run_id}-{self.num_commits:06d}"
         task = ray.remote(num_cpus=0, max_retries=_MAX_WRITE_RETRIES)(_write_keys)
         while True:
-            held_by = [w.result.held_by for w in self._written]
+            written = [w.result for w in self._written]
             shards = {i: self._shard_keys[i] for w in self._written for i in w.result.shards}
             keys = [w.keys for w in self._written]
-            args = (self._table.uri, name, self._key_files, held_by, shards, *keys)
+            args = (self._table.uri, name, self._key_files, written, shards, *keys)
             twins, path = ray.get(task.remote(*args))
             if not twins:
-                return str(path)
+                return path
             anew = {i: self._start(_write_anew, self._written[i], ids) for i, ids in twins.items()}
             for i, (ref, keys_ref) in anew.items():
                 result: Written = ray.get(ref)
@@ -335,7 +336,7 @@ def _write_keys(
     uri: str,
     name: str,
     committed: Sequence[str],
-    held_by: Sequence[dict[Kind, str]],
+    written: Sequence[Written],
     shards: dict[int, str | None],
     *keys: KeyRows,
 ) -> tuple[dict[int, frozenset[bytes]], str | None]:
@@ -345,16 +346,28 @@ def _write_keys(
         uri: The table.
         name: Of the file.
         committed: Files of keys of this run's commits.
-        held_by: The parts of each write, by the kind of their rows.
+        written: What each write has written.
         shards: Keys of the shards by number.
         keys: Of the rows of each write.
 
     Returns:
         By the number of a write the ids in it that are there already; and the file, if there are
         none.
+
+    Raises:
+        FmembedError: Keys are not those of the parts.
     """
-    files = KeyFiles(Storage(uri))
-    twins = find_twins(files, committed, keys)
+    table = Table(uri)
+    for some, result in zip(keys, written, strict=True):
+        num_rejected = result.rejected.num_rows if result.rejected else 0
+        if (len(some.embedded), len(some)) != (result.num_rows, result.num_rows + num_rejected):
+            # Ray has computed them once more after a loss, of a model that answers otherwise.
+            raise FmembedError("the keys of a part were computed anew, and are others by now")
+    try:
+        twins = find_twins(table.key_files.embedded(committed), keys)
+    except DamagedError:  # or gone: any row of the table is one that this run has committed
+        twins = find_twins(table.known().embedded(), keys)
     if twins:
         return twins, None
-    return {}, files.write(name, list(zip(keys, held_by, strict=True)), shards)
+    held_by = [result.held_by for result in written]
+    return {}, table.key_files.write(name, list(zip(keys, held_by, strict=True)), shards)

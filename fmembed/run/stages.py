@@ -25,7 +25,7 @@ from fmembed.run.placement import Plan
 from fmembed.sources.reading import read_shard
 from fmembed.sources.source import Shard, Source
 from fmembed.spec import PreprocessSpec
-from fmembed.table.keys import KnownRows
+from fmembed.table.known import KnownRows
 
 # What stands in the name of the Ray Data operator that reads: "Read" and the datasource's name.
 READER = "ReadShards"
@@ -47,7 +47,7 @@ def read(
     """
     # Not by the driver, which holds no row's key.
     load = ray.remote(num_cpus=0)(KnownRows.load)
-    known_ref = load.remote(known) if known is not None and known.num_rows else None
+    known_ref = load.remote(known) if known is not None and known.parts else None
     described, shards, num_bytes = source.without_shards, source.shards, source.num_bytes
 
     # A task is sent what its function holds: one shard, and never the list of all files.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from fmembed.inputs import Inputs
 from fmembed.sources.source import Source
-from fmembed.table.keys import KnownRows
+from fmembed.table.known import KnownRows
 
 
 @dataclass(frozen=True)

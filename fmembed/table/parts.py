@@ -225,7 +225,7 @@ def _keys_of(good: pa.Table, bad: pa.Table) -> KeyRows:
     rows = pa.concat_tables([good.select(names), bad.select(names)])
     is_twin = pc.equal(bad[ERROR], DUPLICATE)
     kinds = np.where(np.asarray(is_twin, dtype=np.bool_), 2, 1)
-    return KeyRows(
+    return KeyRows.of(
         keys_of(rows[ROW_ID].to_pylist()),
         contents_of(rows[CONTENT_HASH].to_pylist()),
         rows[CARRIED].fill_null(0).to_numpy(),

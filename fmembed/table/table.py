@@ -37,7 +37,8 @@ from fmembed.rows.ids import RowIds, keys_of
 from fmembed.storage import HALF_WRITTEN, Storage, tell
 from fmembed.table.card import FINGERPRINT, TABLE, Card, fingerprint
 from fmembed.table.files import PART, REJECTED, RUN, WRITE, Part
-from fmembed.table.keys import KeyFiles, KnownRows, know, write_missing
+from fmembed.table.keys import KeyFiles
+from fmembed.table.known import KnownRows, know
 from fmembed.table.log import Log
 from fmembed.table.parts import as_written
 from fmembed.table.records import Commit, WholeShard, put_run, put_shards, read_runs, read_shards
@@ -317,7 +318,9 @@ class Table:
         rows, rejected = self.rows.pin(), self.rejected.pin()
         self.rows.check_there(rows)
         self.rejected.check_there(rejected)
-        return know(self.uri, self.key_files.list(), rows, rejected)
+        card = self.card()
+        pieces = card is not None and bool(card.identity.get("preprocess.pieces_are_rows"))
+        return know(self.uri, rows, rejected, pieces)
 
     @property
     def has_moved(self) -> bool:
@@ -347,14 +350,18 @@ class Table:
             TableError: It is another model's by now.
         """
         self.check_usable(identity)
+        # By what was looked at before the lock: what follows looks anew.
+        has_moved = self.has_moved
         self.remove_strays()
         if retry_rejected:
             self.forget_rejected(run_id)
-        known = self.known() if self.card() is not None else None
-        if known is not None and known.missing:
-            write_missing(self.storage, known, f"{run_id}-missing")
-            return True
-        return self.has_moved or retry_rejected
+        if self.card() is None:
+            return has_moved
+        known = self.known()
+        there = [*self.storage.paths(), *self.storage.paths(REJECTED)]
+        self.key_files.clean_up(there, known.damaged)
+        known.write_missing(f"{run_id}-missing")
+        return has_moved or retry_rejected or bool(known.missing)
 
     def strays(self) -> list[tuple[Log, str]]:
         """What dead runs left behind: files of this table that no version names."""
@@ -398,8 +405,6 @@ class Table:
                 folder = REJECTED if log is self.rejected else ""
                 self.storage.move(folder + path, f"_quarantine/{run or 'unknown'}/{folder}{path}")
                 num_aside += 1
-        there = [*self.storage.paths(), *self.storage.paths(REJECTED)]
-        self.key_files.remove_strays(there)
         if num_aside:
             tell(
                 f"{num_aside:,} parts of runs that the log of {self.uri} does not know were moved "

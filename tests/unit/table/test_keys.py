@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tables import CARD, CONFIGURATION, SCHEMA, block, write_with_keys
+from tables import CARD, CONFIGURATION, IDENTITY, SCHEMA, block, write_with_keys
 
+from fmembed.errors import DamagedError
 from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.rows.ids import contents_of, keys_of, to_keys
 from fmembed.table import keys as module
-from fmembed.table.keys import KeyFiles, KeyRows, find_twins, write_missing
+from fmembed.table.keys import KeyFiles, KeyRows, find_twins
+from fmembed.table.known import _MAX_TWINS, KnownRows
 from fmembed.table.repair import repair
 from fmembed.table.table import Table
 from fmembed.table.verify import verify
@@ -31,7 +33,8 @@ def commit(table: Table, ids: str, bad: str = "", twins: str = "", number: int =
     table.known()
     some = frozenset(keys_of(twins).tolist())
     written, keys = write_with_keys(table.uri, block([*ids], tuple(bad), seed=number), some)
-    path = table.key_files.write(f"run-{number}", [(keys, written.held_by)], {})
+    path = table.key_files.write(f"0123ab-{number}", [(keys, written.held_by)], {})
+    assert path is not None
     if written.rejected is not None:
         table.rejected.commit([written.rejected], REJECTED_SCHEMA, CONFIGURATION, ("run", number))
     if written.part is not None:
@@ -69,7 +72,7 @@ def test_what_is_known_is_what_is_committed(table: Table) -> None:
     )
     # Of a file that no commit has followed nothing is known.
     written, keys = write_with_keys(table.uri, block(["z"]))
-    table.key_files.write("dead-0", [(keys, written.held_by)], {})
+    table.key_files.write("dead00-0", [(keys, written.held_by)], {})
     assert is_known(table, "abcdexz") == [True] * 6 + [False]
     assert problems(table) == [f"{written.part.path}: a stray file that no commit names"]
     table.remove_strays("run")
@@ -89,9 +92,9 @@ def test_contents_of_twins_and_of_rejected_rows(table: Table) -> None:
         )
     ]
     held = [{"embedded": first[0].part.path}, {"twin": "_rejected/none", "rejected": "_rejected/x"}]
-    table.key_files.write("run-0", list(zip(given, held, strict=True)), {})
+    table.key_files.write("0123ab-0", list(zip(given, held, strict=True)), {})
     parts = {first[0].part.path: first[0].part, "_rejected/none": None, "_rejected/x": None}
-    known = module.KnownRows(uri, tuple(table.key_files.list()), parts, (), 4)
+    known = KnownRows(uri, tuple(table.key_files.list()[0]), parts, ())
     ids = known.load()
     asked = keys_of("aaab")
     now = contents_of(["0" * 31 + c for c in "1352"])
@@ -100,7 +103,7 @@ def test_contents_of_twins_and_of_rejected_rows(table: Table) -> None:
     assert ids.contains(asked).all()
     # A twin alone is no reason to take its id for known.
     del parts[first[0].part.path]
-    alone = module.KnownRows(uri, known.files, parts, (), 3).load()
+    alone = KnownRows(uri, known.files, parts, ()).load()
     assert alone.contains(keys_of("ab")).tolist() == [False, True]
 
 
@@ -115,12 +118,14 @@ def test_a_file_is_sorted_in_buckets_of_the_same_first_bits(
         keys_of(ids), contents_of([f"{i:032x}" for i in range(n)]), np.arange(n),
         shards=np.arange(n, dtype=np.int32) % 3 - 1,
     )  # fmt: skip
-    path = table.key_files.write("run-0", [(given, {"embedded": "p"})], {0: "zero", 1: "one"})
-    groups = [g for g in table.key_files.read_buckets(path) if g.num_rows]
+    path = table.key_files.write("0123ab-0", [(given, {"embedded": "p"})], {0: "zero", 1: "one"})
+    assert path is not None
+    (file,), damaged = table.key_files.list()
+    assert damaged == []
+    groups = [g for g in table.key_files.read(file) if len(g)]
     assert bucket_rows > n or len(groups) > n // bucket_rows / 2
-    found = np.concatenate([to_keys(g["id"]) for g in groups])
+    found = np.concatenate([g.ids for g in groups])
     assert found.tolist() == sorted(given.ids.tolist())
-    (file,) = table.key_files.list()
     assert [(p.path, p.kind, p.rows) for p in file.parts] == [("p", "embedded", n)]
     whole = pq.read_table(Path(table.uri, path))
     shards = {
@@ -137,13 +142,13 @@ def test_a_file_is_sorted_in_buckets_of_the_same_first_bits(
     carried = dict(zip(to_keys(whole["id"]).tolist(), whole["carried"].to_pylist(), strict=True))
     assert carried == dict(zip(given.ids.tolist(), range(n), strict=True))
     # A twin is found in whichever bucket.
-    twins = find_twins(table.key_files, [path], [rows("a"), given[np.array([5, 50])]])
+    twins = find_twins(table.key_files.embedded([path]), [rows("a"), given[np.array([5, 50])]])
     assert twins == {1: frozenset(given.ids[[5, 50]].tolist())}
 
 
 def test_twins_are_found_among_writes_and_in_what_the_run_has_committed(table: Table) -> None:
     def twins(paths: list[str], *given: KeyRows) -> dict[int, str]:
-        found = find_twins(table.key_files, paths, given)
+        found = find_twins(table.key_files.embedded(paths), given)
         names = {keys_of(i)[0]: i for i in "abcdexy"}
         return {i: "".join(sorted(names[key] for key in keys)) for i, keys in found.items()}
 
@@ -173,21 +178,94 @@ def test_twins_are_found_among_writes_and_in_what_the_run_has_committed(table: T
 def test_without_a_file_the_parts_are_read(
     spoil: Callable[[Path], object], table: Table, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kept, lost = commit(table, "abx", "x"), commit(table, "cdy", "y", number=1)
-    assert kept != lost
-    for path in (kept, lost):
-        spoil(Path(table.uri, path))
+    paths = [commit(table, "abx", "x"), commit(table, "cdy", "y", number=1)]
+    there = []
+    for path in (Path(table.uri, path) for path in paths):
+        before = path.read_bytes()
+        spoil(path)
+        if path.exists() and path.read_bytes() != before:
+            there.append(f"_keys/{path.name}")
     assert is_known(table, "abcdxye") == [True] * 6 + [False]
-    if Path(table.uri, kept).exists():
-        assert f"{kept} in {table.uri} is no file of keys, or a damaged one" in (
-            capsys.readouterr().err
-        )
-    assert problems(table) == []
-    before = table.known()
-    if before.missing:
-        write_missing(table.storage, before, "next")
-        assert (table.known().missing, table.known().num_rows) == ((), 6)
-        assert is_known(table, "abcdxye") == [True] * 6 + [False]
+    # A run that goes on finds what it has committed in the table itself.
+    with pytest.raises(DamagedError, match="not readable"):
+        list(table.key_files.embedded(paths))
+    assert len(find_twins(table.known().embedded(), [rows("aez")])[0]) == 1
+    # It is said, and the next run or `verify --repair` puts the file aside.
+    told = [p for p in problems(table) if "not the keys of its parts' rows" in p]
+    assert sorted(told) == sorted(p for path in there for p in told if p.startswith(path))
+    assert len(told) == len(there)
+    if there:
+        assert repair(table.uri)
+    table = Table(table.uri)
+    table.known()
+    assert table.clean_up(IDENTITY, "0123ab", False) is True
+    known = table.known()
+    assert (known.missing, known.damaged, known.num_rows) == ((), (), 6)
+    assert is_known(table, "abcdxye") == [True] * 6 + [False]
+    assert not [p for p in problems(table) if "keys" in p]
+    assert table.clean_up(IDENTITY, "0123ab", False) is False
+
+
+@pytest.mark.slow
+def test_whatever_bit_of_a_file_is_flipped_the_same_rows_are_known(table: Table) -> None:
+    path = Path(table.uri, commit(table, "abx", "x"))
+    content = bytearray(path.read_bytes())
+    for bit in range(0, 8 * len(content), 41):
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        known = table.known()
+        assert known.num_rows == 3
+        assert known.load().contains(keys_of("abxc")).tolist() == [True, True, True, False]
+        known.find_wrong()
+        content[bit // 8] ^= 1 << bit % 8
+
+
+def test_what_somebody_else_commits_before_the_lock_is_looked_for_again(table: Table) -> None:
+    commit(table, "ab")
+    late = Table(table.uri)
+    late.known()
+    assert late.clean_up(IDENTITY, "0123ab", False) is False
+    commit(table, "cd", number=1)
+    assert late.clean_up(IDENTITY, "0123ab", False) is True
+    assert late.clean_up(IDENTITY, "0123ab", False) is False
+
+
+def test_an_id_of_very_many_rows_is_looked_up_as_fast_as_another(table: Table) -> None:
+    commit(table, "ab")
+    (part,) = table.rows.parts()
+    n = 50_000
+    twins = KeyRows.of(
+        np.repeat(keys_of("a"), n), contents_of(f"{i:032x}" for i in range(n)), None,
+        np.full(n, 2, np.int8),
+    )  # fmt: skip
+    path = table.key_files.write("0123ab-9", [(twins, {"twin": "_rejected/x"})], {})
+    assert path is not None
+    files = tuple(table.key_files.list()[0])
+    known = KnownRows(table.uri, files, {part.path: part, "_rejected/x": part}, ())
+    ids = known.load()
+    assert len(ids) < 3 + _MAX_TWINS
+    asked = np.repeat(keys_of("a"), 1000)
+    assert ids.contains(asked).all()
+    # Of so many contents none is known.
+    assert not ids.changed(asked, contents_of(["ff" * 16] * 1000)).any()
+    assert ids.contains(keys_of("bz")).tolist() == [True, False]
+
+
+def test_files_without_a_row_are_not_written_and_those_left_over_are_removed(table: Table) -> None:
+    assert table.key_files.write("0123ab-0", [(rows(""), {})], {}) is None
+    path = commit(table, "ab")
+    half = Path(table.uri, f"{path}#0123abcd.tmp")
+    half.write_bytes(b"half")
+    foreign = Path(table.uri, "_keys", "notes.parquet")
+    foreign.write_bytes(b"somebody's")
+    (part,) = table.rows.parts()
+    table.rows.commit([], SCHEMA, CONFIGURATION, ("gone", 0), removed=[part])
+    table.clean_up(IDENTITY, "0123ab", False)
+    assert Path(table.uri, path).exists()  # an older version has its part
+    Path(table.uri, part.path).unlink()  # as by a vacuum
+    table.clean_up(IDENTITY, "0123ab", False)
+    assert sorted(p.name for p in Path(table.uri, "_keys").iterdir()) == ["notes.parquet"]
+    assert foreign.read_bytes() == b"somebody's"
 
 
 def test_wrong_keys_are_found_and_mended(table: Table) -> None:
@@ -197,11 +275,12 @@ def test_wrong_keys_are_found_and_mended(table: Table) -> None:
     (part,) = table.rows.parts()
     table.storage.delete(written.part.path)
     # Whole, and of a row that is not in the part: by it, "c" would never be embedded.
-    table.key_files.write(path.removeprefix("_keys/").removesuffix(".parquet"),
-                          [(keys, {"embedded": part.path})], {})  # fmt: skip
+    table.storage.delete(path)
+    wrong = table.key_files.write("0123ab-0", [(keys, {"embedded": part.path})], {})
+    assert wrong is not None
     assert is_known(table, "abc") == [True, False, True]
     assert any("not the keys of its parts' rows" in p for p in problems(table))
-    assert any(path in line for line in repair(table.uri))
+    assert any(wrong in line for line in repair(table.uri))
     assert is_known(Table(table.uri), "abc") == [True, True, False]
     assert not any("keys" in p for p in problems(table))
 
@@ -212,9 +291,9 @@ def test_a_missing_part_is_said_by_one_listing(table: Table) -> None:
     path = Path(table.uri, part.path)
     content = path.read_bytes()
     path.write_bytes(content[:-1])
-    with pytest.raises(module.DamagedError, match=rf"{part.path}: {len(content) - 1} bytes where"):
+    with pytest.raises(DamagedError, match=rf"{part.path}: {len(content) - 1} bytes where"):
         table.known()
     path.unlink()
-    with pytest.raises(module.DamagedError, match=f"{part.path}: committed, but missing"):
+    with pytest.raises(DamagedError, match=f"{part.path}: committed, but missing"):
         table.known()
-    assert KeyFiles(table.storage).list()
+    assert KeyFiles(table.storage).list()[0]
