@@ -152,6 +152,8 @@ def _overrides(fields: dict[str, Any], assignments: list[str] | None) -> dict[st
     overrides = {field: value for field, value in fields.items() if value is not None}
     for assignment in assignments or ():
         name, _, value = assignment.partition("=")
+        if not (name and value):
+            raise SpecError(f"--set: takes FIELD=VALUE (null for none), got {assignment!a:.200}")
         overrides[name] = read_yaml(value, f"--set {name}")
     return overrides
 
@@ -300,8 +302,10 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
         _print(f"cut       {num_cut:,} rows are longer than the model takes, and it saw a part")
     for why, count in result["passed_over"].items():
         _print(f"not read  {count:,} {why}")
+    if num_absent := result["rows_absent"]:
+        _print(f"absent    {num_absent:,} rows of the table were not in the source; they stay")
     if num_before := result["table_rejected"] - result["rows_rejected"]:
-        _print(f"rejected  {num_before:,} by earlier runs: fmembed rejected TABLE lists them")
+        _print(f"rejected  {num_before:,} by earlier runs: fmembed rejected {result['table']}")
     for cause, count in result["causes"].items():
         _print(f"rejected  {count:,} {cause}")
     if unlabelled := max((p.get("unlabelled", 0) for p in result["probes"].values()), default=0):

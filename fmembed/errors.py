@@ -106,6 +106,6 @@ class DamagedError(StorageError):
     def __init__(self, uri: str, what: str) -> None:
         super().__init__(
             f"table: {uri} is damaged: {what}; nothing was deleted or taken for done: "
-            "fmembed verify --repair TABLE mends it"
+            f"fmembed verify --repair {uri} mends it"
         )
         self.what = what

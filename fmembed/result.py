@@ -57,7 +57,8 @@ class RunResult:
     `rows_per_s` is over the whole run, start included; `steady_rows_per_s` from when as many
     windows have come out of the model as there are actors to the last commit, without their rows.
     `rows_changed` are those among the skipped ones that the table holds with another content, or
-    with other values in the carried columns.
+    with other values in the carried columns; `rows_absent` how many more the table has, embedded
+    or rejected, than the source.
     `passed_over` counts what lies among the source's files and is not read, by reason.
     `verdict` is empty where nothing was embedded. `probes`, `report` and `usd` are what evaluation
     adds; the record beside the table is without them.
@@ -75,6 +76,7 @@ class RunResult:
     rows_rejected: int = 0
     rows_skipped: int = 0
     rows_changed: int = 0
+    rows_absent: int = 0
     rows_per_s: float = 0.0
     seconds: float = 0.0
     table_rows: int = 0

@@ -452,6 +452,8 @@ def _one_line(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "tuple_type":  # Python's word, and no YAML's
         message = "takes a list, in brackets"
+    elif first["type"] == "model_type":
+        message = "takes a mapping of fields"
     return f"{field}: {message}{_shown(names[-1] if names else '', first['input'])}{more}"
 
 

@@ -73,6 +73,11 @@ def read_modules(folder: Path) -> _Modules:
     dims = read_whole_number(own, "truncate_dim")
     modules = read_json(folder / "modules.json")
     if modules is None:
+        if own and "__version__" in own:
+            raise ModelError(
+                f"model.id: {folder} has {_OWN} and no modules.json, which says how its vectors "
+                "are pooled and normalised; fetch the whole checkpoint"
+            )
         return _Modules(dims=dims)
     if not isinstance(modules, list) or not all(isinstance(m, dict) for m in modules):
         raise ModelError(f"model.id: {folder / 'modules.json'} takes a JSON list of objects")

@@ -8,7 +8,7 @@ import numpy as np
 
 from fmembed.probes.agreement import METRICS, agreement, shuffled_ami
 from fmembed.probes.arrays import SEED, Ints
-from fmembed.probes.data import Need, Sample, cheap_features
+from fmembed.probes.data import Need, Sample, UnfitError, cheap_features
 
 VERSION = 2
 NEEDS: frozenset[Need] = frozenset(("labels",))
@@ -21,6 +21,11 @@ def run(sample: Sample) -> dict[str, Any]:
     competitor is no accuracy, but k-means on the cheap features.
     """
     data = sample.split_rows()
+    if 2 * len(data.classes) > len(data.labels):
+        # As a column of numbers: each row alone agrees with each row alone, which says nothing.
+        raise UnfitError(
+            f"{len(data.classes):,} labels for {len(data.labels):,} rows: needs two rows of a label"
+        )
     found = cluster(data.vectors, len(data.classes))
     agreed = agreement(data.labels, found)
     scores = [{"metric": m, **agreed[m]} for m in METRICS]

@@ -66,7 +66,9 @@ class Commits:
         self.num_commits = 0
         self._num_writes = 0
         self.is_committing = False
-        self._num_known_before: int | None = None
+        # Rows that the table had before this run, embedded and rejected.
+        self.num_known_before = 0
+        self._has_begun = False
         # The files of keys of what this run has committed.
         self._key_files: list[str] = []
         self._whole: list[WholeShard] = []
@@ -85,8 +87,8 @@ class Commits:
             shards: What will be read, in the order that rows count them by.
             known: The rows that will be left out.
         """
-        if self._num_known_before is None:
-            self._num_known_before = known.num_rows
+        if not self._has_begun:
+            self.num_known_before, self._has_begun = known.num_rows, True
         self._known_parts = frozenset(known.parts)
         self._shard_keys = [shard.key for shard in shards]
         self._shards: dict[int, ShardCount] = {}
@@ -234,7 +236,7 @@ class Commits:
             RejectedError: With the causes.
         """
         num_rejected = self.num_rejected + self._num_rejected_before
-        num_rows = self.num_embedded + self.num_rejected + (self._num_known_before or 0)
+        num_rows = self.num_embedded + self.num_rejected + self.num_known_before
         if self.num_rejected and (num_rows >= _MIN_ROWS_TO_STOP or at_end):
             check_rejected(self._table, self._output, num_rejected, num_rows)
 

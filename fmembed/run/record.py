@@ -130,6 +130,11 @@ class Run:
         num_rejected = commits.num_rejected if commits else 0
         num_skipped = self.work.num_skipped if self.work is not None else 0
         num_skipped += commits.num_skipped if commits else 0
+        num_known = num_embedded + num_rejected
+        if commits is not None:
+            num_known += commits.num_known_before
+        elif self.work is not None:
+            num_known += self.work.known.num_rows
         counts = dict(commits.counts) if commits else {}
         steady = None
         if self._num_warm and num_embedded > self._warm_rows:
@@ -146,6 +151,7 @@ class Run:
             rows_rejected=num_rejected,
             rows_skipped=num_skipped,
             rows_changed=commits.num_changed if commits else 0,
+            rows_absent=max(num_known - num_embedded - num_rejected - num_skipped, 0),
             rows_per_s=round(num_embedded / seconds, 2),
             seconds=round(seconds, 2),
             table_rows=sum(p.num_rows for p in table.rows.parts()),

@@ -171,7 +171,8 @@ def _bytes(value: Any, what: str) -> bytes:
     if value is None:
         raise BadRow("null input", f"{what} holds no bytes")
     if not isinstance(value, bytes):
-        raise BadRow("wrong type", f"{what}: takes bytes, got {type(value).__name__}")
+        paths = "; of paths, source.root says below which folder" if isinstance(value, str) else ""
+        raise BadRow("wrong type", f"{what}: takes bytes, got {type(value).__name__}{paths}")
     if not value:
         raise BadRow("empty input", f"{what} holds no byte")
     return value

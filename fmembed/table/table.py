@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fmembed.errors import FmembedError, StorageError, TableError
+from fmembed.errors import DamagedError, FmembedError, StorageError, TableError
 from fmembed.result import RunResult, check_run
 from fmembed.rows.columns import DUPLICATE, REJECTED_SCHEMA, ROW_ID
 from fmembed.rows.ids import RowIds, keys_of
@@ -106,7 +106,7 @@ class Table:
             tried = f"_lock/.probe-{uuid.uuid4().hex}"
             table.storage.put(tried, b"")
             table.storage.delete(tried)
-        except TableError:
+        except (TableError, DamagedError):
             raise
         except FmembedError as e:
             raise TableError(f"{e}; give a folder or URL that this user may write") from None

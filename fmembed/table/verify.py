@@ -259,7 +259,7 @@ def _compare_record(table: Table, rows: int, rejected: int) -> tuple[list[str], 
     except TableError:
         return ["the record of the last run is damaged"], table.counted_version
     if run is None:
-        return ["no run has finished on this table"], None
+        return ["no run has finished on this table; run the same command again"], None
     wrong = []
     counted = run.rows_embedded + run.rows_rejected + run.rows_skipped
     if run.rows_read != counted:

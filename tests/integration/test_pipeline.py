@@ -367,6 +367,10 @@ def test_whole_files_are_not_read_again_and_rejected_rows_can_be_tried_again(
     write_jsonl(folder / "b.jsonl", relabelled)
     with pytest.raises(ChangedError, match=r"^source: 1 rows are others"):
         embed_nothing(config)
+    # Nor are rows that are no longer in the source.
+    write_jsonl(folder / "b.jsonl", ROWS[50:60])
+    shorter = embed_nothing(config)
+    assert (shorter.rows_read, shorter.rows_skipped, shorter.rows_absent) == (60, 60, 23)
     write_jsonl(folder / "b.jsonl", rows_b)
     # A second retry finds only the twin, which no retry can mend.
     assert embed_nothing(config, retry_rejected=True).rows_embedded == 0

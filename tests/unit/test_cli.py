@@ -165,6 +165,15 @@ def test_wrong_options(
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("assignment", ["model.layer", "model.layer=", "=3", ""])
+def test_a_setting_without_a_value_is_no_null(
+    assignment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["embed", "--set", assignment]) == 2
+    said = capsys.readouterr().err
+    assert said == f"fmembed: --set: takes FIELD=VALUE (null for none), got {assignment!a}\n"
+
+
 def test_what_ends_a_command_is_said(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,12 +297,14 @@ def test_a_score_is_printed_with_what_chance_gives(capsys: pytest.CaptureFixture
 def test_what_a_run_leaves_out_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     result = RunResult(
         run_id="r", started="", table="t", version=1, fingerprint="", rows_read=9, rows_embedded=9,
-        num_truncated=2, probes={"knn": {"skipped": "no two labels", "unlabelled": 4}},
+        num_truncated=2, rows_absent=3,
+        probes={"knn": {"skipped": "no two labels", "unlabelled": 4}},
     )  # fmt: skip
     _print_result(asdict(result), as_json=False)
     said = capsys.readouterr().out
     assert "cut       2 rows are longer than the model takes, and it saw a part\n" in said
     assert "labels    4 rows have none, and no part in the probes of labels\n" in said
+    assert "absent    3 rows of the table were not in the source; they stay\n" in said
     _print_result(asdict(replace(result, rows_read=0, rows_embedded=0, num_truncated=0)), False)
     said = capsys.readouterr().out
     assert said.startswith("nothing to do: the source holds no row\n")

@@ -175,6 +175,18 @@ def test_every_class_is_followed_or_refused(tmp_path: Path, tiny_bert: Path) -> 
                 read_modules(tmp_path / "st")
 
 
+def test_without_modules_json_the_rest_of_it_is_no_plain_checkpoint(
+    tmp_path: Path, tiny_bert: Path
+) -> None:
+    """It would be averaged and not normalised, whatever the file said."""
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "st"))
+    (folder / "config_sentence_transformers.json").write_text('{"__version__": {"pytorch": "2"}}')
+    with pytest.raises(
+        ModelError, match=r"no modules\.json, which says how its vectors are pooled"
+    ):
+        open_checkpoint(ModelSpec(id=str(folder), dtype="float32"), False)
+
+
 def test_a_module_whose_config_is_missing_is_named(tmp_path: Path, tiny_bert: Path) -> None:
     """Without it a pooling by the first token was taken for an average."""
     save(tmp_path / "st", tiny_bert)

@@ -115,6 +115,17 @@ def test_clustering_begins_with_the_score_that_chance_does_not_raise() -> None:
     assert all(s["low"] <= s["value"] <= s["high"] for s in scores.values())
 
 
+def test_rows_that_are_each_a_label_of_their_own_are_no_clusters() -> None:
+    """They would be found again without a mistake, whatever the vectors say."""
+    ids = [str(i) for i in range(200)]
+    hashes = [hashlib.blake2b(i.encode(), digest_size=16).hexdigest() for i in ids]
+    vectors = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
+    made = label_rows(ids, hashes, vectors, ids, None, None)
+    assert run_probe("clustering", Sample(made))["skipped"] == (
+        "200 labels for 200 rows: needs two rows of a label"
+    )
+
+
 def test_tfidf_is_a_real_competitor() -> None:
     accuracy = cheap_accuracy(data(noise=1000.0))
     assert accuracy is not None
