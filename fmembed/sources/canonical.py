@@ -9,6 +9,7 @@ import hashlib
 import json
 import reprlib
 import uuid
+from collections.abc import Iterable, Sequence
 from datetime import UTC, date, datetime
 from datetime import time as dt_time
 from decimal import Decimal
@@ -68,7 +69,7 @@ def canonical(source: Source, chunk: list[RawRow], shard: int, schema: pa.Schema
     return _with_hash_of_carried(table, source.carried.names)
 
 
-def _with_hash_of_carried(rows: pa.Table, names: list[str]) -> pa.Table:
+def _with_hash_of_carried(rows: pa.Table, names: Sequence[str]) -> pa.Table:
     """By which it is seen that a row's label is another one by now.
 
     Of the values as they are stored, in words that no version of a library changes. 64 bits: they
@@ -77,19 +78,23 @@ def _with_hash_of_carried(rows: pa.Table, names: list[str]) -> pa.Table:
     if not names:
         return rows
     is_good = rows[STAGE].is_null().to_pylist()
-    given = rows.select(names).to_pylist()
-    hashes = [
-        _hash(list(row.values())) if good else None
-        for row, good in zip(given, is_good, strict=True)
-    ]
+    values = zip(*(rows[name] for name in names), strict=True)
+    hashes = [_hash(row) if good else None for row, good in zip(values, is_good, strict=True)]
     at = rows.schema.get_field_index(CARRIED)
     return rows.set_column(at, rows.schema.field(at), pa.array(hashes, pa.int64()))
 
 
-def _hash(values: list[Any]) -> int:
-    text = json.dumps(values, default=_in_words)
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+def _hash(values: Iterable[pa.Scalar]) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for value in values:
+        if isinstance(value, pa.BinaryScalar) and value.is_valid:  # not copied, as it may be large
+            kind = b"text" if isinstance(value, pa.StringScalar) else b"bytes"
+            content = value.as_buffer()
+        else:
+            kind, content = b"json", json.dumps(value.as_py(), default=_in_words).encode()
+        digest.update(kind + len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def _in_words(value: Any) -> Any:
