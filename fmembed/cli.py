@@ -386,16 +386,18 @@ def run(arguments: list[str] | None = None) -> int:
                 terminal.say(e.code)
                 return 1
             return e.code or 0
-        except FmembedError as e:
-            terminal.say(" ".join(str(e).split()))
-            return e.exit_code
-        except signals.Stopped as e:
-            e.heard()
-            terminal.say(_INTERRUPTED)
-            return e.exit_code
         except KeyboardInterrupt:  # where the signals are not ours
             terminal.say(_INTERRUPTED)
             return 130
+        except (Exception, signals.Stopped) as e:
+            if (stopped := signals.Stopped.unheard) is not None:
+                stopped.heard()
+                terminal.say(_INTERRUPTED)
+                return stopped.exit_code
+            if not isinstance(e, FmembedError):
+                raise
+            terminal.say(" ".join(str(e).split()))
+            return e.exit_code
     return 0
 
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fmembed.errors import Interrupted
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 # Time enough to leave Ray, which takes 1.4 s.
 _KNOCK_S = 5.0
@@ -18,14 +24,17 @@ class Stopped(BaseException):
 
     No `Exception`, so that nobody takes it for a failure of what it strikes in. Where it strikes in
     a destructor or a callback it is lost all the same: until it is heard the signal is sent again.
+    And compiled code makes other errors of it: Ray's, where it reads a value, a SystemError.
     """
 
     _knock: ClassVar[threading.Timer | None] = None
+    unheard: ClassVar[Stopped | None] = None
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.exit_code = 128 + signum
         self.heard()
+        Stopped.unheard = self
         Stopped._knock = threading.Timer(_KNOCK_S, os.kill, (os.getpid(), signum))
         Stopped._knock.daemon = True
         Stopped._knock.start()
@@ -35,6 +44,7 @@ class Stopped(BaseException):
         """Stop sending the signal again."""
         if Stopped._knock is not None:
             Stopped._knock.cancel()
+        Stopped.unheard = None
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -51,12 +61,18 @@ def raise_stopped() -> Iterator[None]:
     def stop(signum: int, _: Any) -> None:
         raise Stopped(signum)
 
-    caught = stop_signals()
+    def tell(lost: UnraisableHookArgs) -> None:
+        if not isinstance(lost.exc_value, Stopped | Interrupted):  # which come again
+            before(lost)
+
+    caught, before = stop_signals(), sys.unraisablehook
     for signum in caught:
         signal.signal(signum, stop)
+    sys.unraisablehook = tell
     try:
         yield
     finally:
+        sys.unraisablehook = before
         for signum in caught:
             signal.signal(signum, signal.SIG_DFL)
 

@@ -97,14 +97,14 @@ class Pass:
         """
         commits = self._commits
         try:
-            if isinstance(error, Interrupted):
+            if (interrupted := self._signals.behind(error)) is not None:
                 self._signals.heard()
                 with contextlib.suppress(ray.exceptions.RayError):
                     commits.commit()
                 raise Interrupted(
-                    f"{error}; {commits.num_embedded:,} rows of this run are committed, "
+                    f"{interrupted}; {commits.num_embedded:,} rows of this run are committed, "
                     "the same command resumes",
-                    error.exit_code - 128,
+                    interrupted.exit_code - 128,
                 ) from None
             if isinstance(error, ray.exceptions.RayError) and is_loss(error):
                 self.lost = error

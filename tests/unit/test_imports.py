@@ -12,11 +12,11 @@ from conftest import ROOT
 GROUND = {
     "arrays": set(),
     "redaction": set(),
-    "signals": set(),
     "startup": set(),
     "terminal": set(),
     "devices": set(),
     "errors": {"redaction"},
+    "signals": {"errors"},
     "result": {"errors"},
     "config_file": {"errors", "redaction"},
     "spec": {"config_file", "errors", "redaction"},

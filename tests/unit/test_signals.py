@@ -55,6 +55,21 @@ def test_a_signal_waits_for_a_commit_and_is_sent_again_until_it_is_heard(
     assert signal.getsignal(signum) == before
 
 
+def test_an_error_that_compiled_code_makes_of_a_signal_is_the_signal() -> None:
+    def strike() -> None:
+        try:
+            receive(signal.SIGTERM)
+        except Interrupted as e:
+            raise SystemError("returned a result with an exception set") from e
+
+    commits: Any = SimpleNamespace(is_committing=False)
+    with pytest.raises(Interrupted) as interrupted, Signals(commits):
+        strike()
+    assert interrupted.value.exit_code == 128 + signal.SIGTERM
+    with pytest.raises(SystemError), Signals(commits):
+        raise SystemError("of its own")
+
+
 def test_a_hangup_that_is_ignored_stays_ignored() -> None:
     """As nohup does."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -132,25 +147,43 @@ def test_what_ray_starts_outlives_a_terminal_that_goes() -> None:
 
 
 SLOW = """
-import time, fmembed.table.verify
+import time, fmembed.signals, fmembed.table.verify
 from fmembed.cli import main
+fmembed.signals._KNOCK_S = 0.5
+class Lost:
+    def __del__(self):
+        time.sleep(60)
 def verify(_):
     print("begun", flush=True)
-    try:
-        time.sleep(60)
-    except Exception:  # as libraries do
-        pass
+    {strikes}
 fmembed.table.verify.verify = verify
 main(["verify", "somewhere"])
 """
+IN_A_LIBRARY = """
+    try:
+        time.sleep(60)
+    except Exception:
+        pass
+"""
+IN_COMPILED_CODE = """
+    try:
+        time.sleep(60)
+    except BaseException as e:
+        raise SystemError("returned a result with an exception set") from e
+"""
+IN_A_DESTRUCTOR = """
+    Lost()
+    time.sleep(60)
+"""
 
 
+@pytest.mark.parametrize("strikes", [IN_A_LIBRARY, IN_COMPILED_CODE, IN_A_DESTRUCTOR])
 @pytest.mark.parametrize("signum", ALL)
 def test_a_command_that_is_stopped_says_so_in_one_line(
-    signum: signal.Signals, tmp_path: Path
+    signum: signal.Signals, strikes: str, tmp_path: Path
 ) -> None:
     run = subprocess.Popen(
-        [sys.executable, "-c", SLOW],
+        [sys.executable, "-c", SLOW.format(strikes=strikes)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert run.stdout

@@ -29,6 +29,9 @@ class Fake:
     def find_work(self) -> None:
         self.said.append("look")
 
+    def behind(self, error: BaseException | None) -> Interrupted | None:
+        return error if isinstance(error, Interrupted) else None
+
     def __getattr__(self, name: str) -> Any:
         return lambda *_: self.said.append(name)
 
