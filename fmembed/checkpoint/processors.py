@@ -135,8 +135,12 @@ def loading(name: str, field: str = "model.id") -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What other libraries say of an error, as far as it goes into a line."""
-    return next(filter(None, str(error).splitlines()), type(error).__name__)
+    """What other libraries say of an error, as far as it goes into a line; with the cause where an
+    import has failed, as transformers tells only its module's name.
+    """
+    line = next(filter(None, str(error).splitlines()), type(error).__name__)
+    cause = error.__cause__ if isinstance(error, ImportError) else None
+    return line if cause is None else f"{line} ({type(cause).__name__}: {cause})"
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from tiny import save_tiny
 
 from fmembed.checkpoint.families import REFUSED
 from fmembed.checkpoint.opening import Checkpoint, open_checkpoint
+from fmembed.checkpoint.processors import loading
 from fmembed.errors import ModelError
 from fmembed.model.encoder import Encoder
 from fmembed.spec import ModelSpec
@@ -619,3 +620,10 @@ def test_timm_loads_nothing_but_the_weights_beside(
 def test_ids_that_are_no_folder(name: str) -> None:
     with pytest.raises(ModelError):
         open_checkpoint(ModelSpec(id=name), False)
+
+
+def test_an_import_that_fails_is_told_with_its_cause() -> None:
+    """Of transformers alone: `Could not import module 'BertModel'`."""
+    told = r"cannot be loaded: no module \(RuntimeError: why\)"
+    with pytest.raises(ModelError, match=told), loading("tiny"):
+        raise ModuleNotFoundError("no module") from RuntimeError("why")
