@@ -35,6 +35,7 @@ from fmembed.errors import (
     Interrupted,
     LockedError,
     ModelError,
+    NoFilesError,
     RejectedError,
     SourceError,
     SpecError,
@@ -42,10 +43,18 @@ from fmembed.errors import (
     TableError,
     UserError,
 )
-from fmembed.spec import ComputeSpec, HubDataset, ModelSpec, OutputSpec, RunSpec, SourceSpec
+from fmembed.spec import (
+    ComputeSpec,
+    HubDataset,
+    ModelSpec,
+    OutputSpec,
+    RefreshSpec,
+    RunSpec,
+    SourceSpec,
+)
 
 if TYPE_CHECKING:
-    from fmembed.pipeline import embed, probe
+    from fmembed.pipeline import embed, probe, refresh
     from fmembed.result import RunResult
     from fmembed.table.reading import read
     from fmembed.table.verify import verify
@@ -63,7 +72,9 @@ __all__ = [
     "LockedError",
     "ModelError",
     "ModelSpec",
+    "NoFilesError",
     "OutputSpec",
+    "RefreshSpec",
     "RejectedError",
     "RunResult",
     "RunSpec",
@@ -77,6 +88,7 @@ __all__ = [
     "embed",
     "probe",
     "read",
+    "refresh",
     "verify",
 ]
 
@@ -87,7 +99,7 @@ def __getattr__(name: str) -> Any:
         from fmembed.result import RunResult
 
         return RunResult
-    if name in ("embed", "probe"):
+    if name in ("embed", "probe", "refresh"):
         from fmembed import pipeline
 
         return getattr(pipeline, name)

@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import typer
 
-from fmembed import __version__, signals, terminal
+from fmembed import __version__, signals, summary, terminal
 from fmembed.config_file import read_yaml
 from fmembed.errors import FmembedError, SpecError
 from fmembed.redaction import scrub
@@ -58,6 +58,8 @@ app = typer.Typer(
     help="Verified tables of embeddings from a dataset and a pretrained foundation model.",
 )
 
+# The exit code of a refresh that has left rows in the table which the source has no more.
+_WITHHELD = 3
 _INTERRUPTED = "interrupted; what is committed stays, the same command resumes"
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 _Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's own output.")]
@@ -67,21 +69,36 @@ _Set = Annotated[
 ]
 
 
+_Config = Annotated[str | None, typer.Argument(help="A YAML config.")]
+_Source = Annotated[str | None, typer.Option(help="source.uri")]
+_Format = Annotated[str | None, typer.Option("--format", help="source.format")]
+_Input = Annotated[str | None, typer.Option("--input", help="source.input")]
+_Id = Annotated[str | None, typer.Option("--id", help="source.id")]
+_Label = Annotated[str | None, typer.Option(help="source.label")]
+_Split = Annotated[str | None, typer.Option(help="source.split")]
+_Carry = Annotated[list[str] | None, typer.Option(help="source.carry, once a column")]
+_Model = Annotated[str | None, typer.Option(help="model.id")]
+_Revision = Annotated[str | None, typer.Option(help="model.revision")]
+_Dtype = Annotated[str | None, typer.Option(help="model.dtype")]
+_Prompt = Annotated[str | None, typer.Option(help="model.prompt")]
+_Output = Annotated[str | None, typer.Option(help="output.uri")]
+
+
 @app.command()
 def embed(
-    config: Annotated[str | None, typer.Argument(help="A YAML config.")] = None,
-    source: Annotated[str | None, typer.Option(help="source.uri")] = None,
-    format_: Annotated[str | None, typer.Option("--format", help="source.format")] = None,
-    input_: Annotated[str | None, typer.Option("--input", help="source.input")] = None,
-    id_: Annotated[str | None, typer.Option("--id", help="source.id")] = None,
-    label: Annotated[str | None, typer.Option(help="source.label")] = None,
-    split: Annotated[str | None, typer.Option(help="source.split")] = None,
-    carry: Annotated[list[str] | None, typer.Option(help="source.carry, once a column")] = None,
-    model: Annotated[str | None, typer.Option(help="model.id")] = None,
-    revision: Annotated[str | None, typer.Option(help="model.revision")] = None,
-    dtype: Annotated[str | None, typer.Option(help="model.dtype")] = None,
-    prompt: Annotated[str | None, typer.Option(help="model.prompt")] = None,
-    output: Annotated[str | None, typer.Option(help="output.uri")] = None,
+    config: _Config = None,
+    source: _Source = None,
+    format_: _Format = None,
+    input_: _Input = None,
+    id_: _Id = None,
+    label: _Label = None,
+    split: _Split = None,
+    carry: _Carry = None,
+    model: _Model = None,
+    revision: _Revision = None,
+    dtype: _Dtype = None,
+    prompt: _Prompt = None,
+    output: _Output = None,
     set_: _Set = None,
     retry_rejected: Annotated[
         bool, typer.Option("--retry-rejected", help="Try rejected rows again.")
@@ -90,25 +107,65 @@ def embed(
     verbose: _Verbose = False,
 ) -> None:
     """Embed a dataset; run the same command again to resume."""
-    fields = {
-        "source.uri": source,
-        "source.format": format_,
-        "source.input": input_,
-        "source.id": id_,
-        "source.label": label,
-        "source.split": split,
-        "source.carry": carry or None,
-        "model.id": model,
-        "model.revision": revision,
-        "model.dtype": dtype,
-        "model.prompt": prompt,
-        "output.uri": output,
-    }
-    spec = RunSpec.from_yaml(config, _overrides(fields, set_))
+    spec = _read_spec(
+        config, set_, source, format_, input_, id_, label, split, carry or None, model, revision,
+        dtype, prompt, output,
+    )  # fmt: skip
     from fmembed import pipeline
 
     result = pipeline.embed(spec, retry_rejected=retry_rejected, verbose=verbose, quiet=json_)
     _print_result(asdict(result), json_)
+
+
+@app.command()
+def refresh(
+    config: _Config = None,
+    source: _Source = None,
+    format_: _Format = None,
+    input_: _Input = None,
+    id_: _Id = None,
+    label: _Label = None,
+    split: _Split = None,
+    carry: _Carry = None,
+    model: _Model = None,
+    revision: _Revision = None,
+    dtype: _Dtype = None,
+    prompt: _Prompt = None,
+    output: _Output = None,
+    set_: _Set = None,
+    allow_removals: Annotated[
+        int | None,
+        typer.Option(min=0, help="So many rows may leave, in place of max_removed_fraction."),
+    ] = None,
+    json_: _Json = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Keep a table in step with its source: embed what is new or changed, drop what is gone.
+
+    Exit 3 where rows stay in the table that should have left; all else is committed.
+    """
+    spec = _read_spec(
+        config, set_, source, format_, input_, id_, label, split, carry or None, model, revision,
+        dtype, prompt, output,
+    )  # fmt: skip
+    from fmembed import pipeline
+
+    result = pipeline.refresh(spec, allow_removals=allow_removals, verbose=verbose, quiet=json_)
+    _print_result(asdict(result), json_)
+    if result.rows_withheld:
+        raise typer.Exit(_WITHHELD)
+
+
+_FIELDS = (
+    "source.uri", "source.format", "source.input", "source.id", "source.label", "source.split",
+    "source.carry", "model.id", "model.revision", "model.dtype", "model.prompt", "output.uri",
+)  # fmt: skip
+
+
+def _read_spec(config: str | None, assignments: list[str] | None, *values: Any) -> RunSpec:
+    """The spec of a config, and of the values of `_FIELDS` that flags have given."""
+    fields = dict(zip(_FIELDS, values, strict=True))
+    return RunSpec.from_yaml(config, _overrides(fields, assignments))
 
 
 @app.command()
@@ -269,72 +326,8 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))
         return
-    if not result["rows_read"]:
-        _print("nothing to do: the source holds no row")
-    elif not (result["rows_embedded"] or result["rows_rejected"] or result["rows_changed"]):
-        _print(f"nothing to do: all {result['rows_skipped']:,} rows are done")
-    _print(
-        f"rows      {result['rows_read']:,} read, {result['rows_embedded']:,} embedded, "
-        f"{result['rows_rejected']:,} rejected, {result['rows_skipped']:,} skipped"
-    )
-    if result["rows_embedded"]:
-        _print(f"rate      {result['rows_per_s']:,.1f} rows/s over {result['seconds']:,.1f} s")
-    if verdict := result["verdict"]:
-        steady = result["steady_rows_per_s"]
-        if steady:
-            _print(f"steady    {steady:,.1f} rows/s once the model was at work")
-        spent = ", ".join(f"{name} {s:,.1f}" for name, s in verdict["seconds"].items())
-        _print(f"seconds   {spent}")
-        mfu = verdict["mfu"]
-        _print(
-            f"model     waited {verdict['wait_share']:.1%}, "
-            f"padding {verdict['padding_waste']:.1%}, {verdict['tokens_per_s']:,.0f} tokens/s"
-            + (f", {mfu:.0%} of a matrix product's rate" if mfu is not None else "")
-        )
-        if budgets := verdict.get("batch_tokens"):
-            _print(f"batches   tokens: {', '.join(budgets)}")
-        _print(f"advice    {verdict['advice']}")
-    if num_changed := result["rows_changed"]:
-        _print(
-            f"changed   {num_changed:,} rows are others by now (input, or carried columns); kept"
-        )
-    if num_cut := result["num_truncated"]:
-        _print(f"cut       {num_cut:,} rows are longer than the model takes, and it saw a part")
-    for why, count in result["passed_over"].items():
-        _print(f"not read  {count:,} {why}")
-    if num_absent := result["rows_absent"]:
-        _print(f"absent    {num_absent:,} rows of the table were not in the source; they stay")
-    if num_before := result["table_rejected"] - result["rows_rejected"]:
-        _print(f"rejected  {num_before:,} by earlier runs: fmembed rejected {result['table']}")
-    for cause, count in result["causes"].items():
-        _print(f"rejected  {count:,} {cause}")
-    if unlabelled := max((p.get("unlabelled", 0) for p in result["probes"].values()), default=0):
-        _print(f"labels    {unlabelled:,} rows have none, and no part in the probes of labels")
-    for name, p in result["probes"].items():
-        if "skipped" in p:
-            _print(f"{name:<9} skipped: {p['skipped']}")
-            continue
-        metric = p["metric"] + (f" (k = {p['k']})" if "k" in p else "")
-        chance = p.get("by_chance", {})
-        baselines = ", ".join(
-            f"{n} {v:z.3f}" + (_describe_chance(chance) if n == chance.get("baseline") else "")
-            for n, v in p["baselines"].items()
-        )
-        if "missing" in p:
-            baselines += f"; no cheap competitor: {p['missing']}"
-        _print(
-            f"{name:<9} {metric} {p['value']:z.3f} [{p['low']:z.3f}, {p['high']:z.3f}]; {baselines}"
-        )
-    _print(f"table     {result['table']} version {result['version']}")
-    if result["report"]:
-        _print(f"report    {result['report']}")
-
-
-def _describe_chance(chance: dict[str, Any]) -> str:
-    return (
-        f" ({chance['low']:z.3f} to {chance['high']:z.3f} in {chance['shuffles']:,} shuffles, "
-        f"p = {chance['p']:.3f})"
-    )
+    for line in summary.lines(result):
+        _print(line)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -11,6 +11,7 @@ FmembedError            exit 1: the run failed
 └── UserError           exit 2: the user's input; nothing was written
     ├── SpecError       a field of the config
     ├── SourceError     the dataset
+    │   └── NoFilesError  there is nothing of it where it should be
     ├── ModelError      the checkpoint
     └── TableError      the output table
 """
@@ -63,6 +64,10 @@ class SpecError(UserError):
 
 class SourceError(UserError):
     """The dataset: a missing file, an absent column, an unknown format."""
+
+
+class NoFilesError(SourceError):
+    """There is the place that the dataset was in, and nothing of it."""
 
 
 class ModelError(UserError):

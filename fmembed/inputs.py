@@ -20,7 +20,7 @@ from fsspec.utils import glob_translate
 from fmembed.checkpoint.files import check_processor
 from fmembed.checkpoint.opening import Checkpoint, list_modalities, open_checkpoint
 from fmembed.devices import cpu_has_bfloat16, has_cuda
-from fmembed.errors import ModelError, SourceError, SpecError, TableError
+from fmembed.errors import ModelError, NoFilesError, SourceError, SpecError, TableError
 from fmembed.redaction import split_chain
 from fmembed.rows.columns import table_schema
 from fmembed.rows.precision import Ranges, delta_field, ranges_to_lists
@@ -68,8 +68,13 @@ class Inputs:
         return table_schema(self.source.carried, vectors, pieces_are_rows)
 
 
-def open_inputs(spec: RunSpec) -> Inputs:
+def open_inputs(spec: RunSpec, may_be_empty: bool = False) -> Inputs:
     """Find and check the source, the checkpoint and the table.
+
+    Args:
+        spec: Of the run.
+        may_be_empty: Whether it is no mistake that a source has nothing any more that a table was
+            made of.
 
     Raises:
         UserError: One of them is wrong; nothing was written.
@@ -82,7 +87,12 @@ def open_inputs(spec: RunSpec) -> Inputs:
                 f"not {spec.model.modality}"
             )
         modalities = (spec.model.modality,)
-    source = open_source(spec.source, modalities)
+    try:
+        source = open_source(spec.source, modalities)
+    except NoFilesError:
+        if not may_be_empty:
+            raise
+        source = _open_emptied(spec)
     _check_apart(spec, source)
     checkpoint = open_checkpoint(spec.model, _native_bfloat16(spec), source.modality)
     # Code of a checkpoint's own may keep its words wherever it likes.
@@ -96,6 +106,22 @@ def open_inputs(spec: RunSpec) -> Inputs:
         table.check_columns(spec.source.input, spec.source.id)
     source = replace(source, carried=table.carried_types(source.carried))
     return Inputs(spec, source, checkpoint, identity, table)
+
+
+def _open_emptied(spec: RunSpec) -> Source:
+    """A source of which nothing is left, by what the table says of it.
+
+    Raises:
+        NoFilesError: There is no table, so that nothing was ever in it.
+    """
+    table = Table(spec.output.uri)
+    card = table.card()
+    if card is None:
+        raise
+    schema = table.rows.schema()
+    carried = pa.schema([schema.field(c) for c in spec.source.columns if c in schema.names])
+    format_: Any = spec.source.format
+    return Source(spec.source, format_, None, (), carried, card.modality)
 
 
 def _check_apart(spec: RunSpec, source: Source) -> None:

@@ -6,10 +6,14 @@ torch does; so what is imported here is imported late.
 
 from __future__ import annotations
 
+import time
+import uuid
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmembed.errors import FmembedError
+from fmembed.errors import FmembedError, SpecError
 from fmembed.inputs import Inputs, open_inputs
 from fmembed.result import RunResult
 from fmembed.spec import RunSpec
@@ -18,6 +22,7 @@ from fmembed.startup import joins_cluster
 if TYPE_CHECKING:
     from fmembed.run.cluster import Cluster
     from fmembed.run.record import Run
+    from fmembed.run.refresh import Refresh
     from fmembed.table.lock import Lock
     from fmembed.table.table import Table
 
@@ -80,21 +85,133 @@ def embed(
         return result
 
 
-def embed_rows(run: Run, inputs: Inputs, lock: Lock, quiet: bool, stage: type | None) -> None:
-    """Stream what is left through the stages and commit what comes out.
+def refresh(
+    spec: RunSpec,
+    *,
+    allow_removals: int | None = None,
+    verbose: bool = False,
+    quiet: bool = False,
+    stage: type | None = None,
+) -> RunResult:
+    """Keep a table in step with its source: one new version, of what the source holds now.
+
+    Rows that are new or have changed are embedded, each content once; one that the table has a
+    vector of is copied. Rows that the source has no more leave, unless they are many, or it cannot
+    be read whole. Where nothing has changed nothing is read, and Ray is not started.
+
+    Args:
+        spec: What to do; `spec.refresh` says what may leave.
+        allow_removals: So many rows may leave, in place of `refresh.max_removed_fraction`.
+        verbose: Show Ray's own output.
+        quiet: Draw no progress.
+        stage: What stands in for the model, as `model.embed.Embed` is made and called.
+
+    Returns:
+        What was counted, and where the table and the report are. `rows_withheld` says how many rows
+        stay that should have left, and `withheld` why.
+
+    Raises:
+        UserError: The spec, the source, the checkpoint or the output is wrong; nothing was written.
+        RejectedError: Too many rows are rejected; the new version is committed.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; what was finished is kept for the next refresh.
+        LockedError: Another run is writing the table.
+        FmembedError: Anything else; the table is as it was, and what was finished is kept, or rows
+            have changed while they were read, and come in with the next refresh.
+    """
+    if allow_removals is not None and allow_removals < 0:
+        raise SpecError(f"allow_removals: takes a number of rows, got {allow_removals}")
+    inputs = None if joins_cluster() else open_inputs(spec, may_be_empty=True)
+    if inputs is not None and (result := _in_step(inputs)) is not None:
+        return result
+
+    from fmembed.run.cluster import Cluster
+    from fmembed.run.passes import cleaned_up
+    from fmembed.run.record import Run
+    from fmembed.run.refresh import Refresh
+    from fmembed.table.lock import Lock
+
+    with Cluster(verbose) as cluster:
+        cluster.connect()
+        inputs = inputs or open_inputs(spec, may_be_empty=True)
+        table, line = inputs.table, Refresh(inputs, allow_removals)
+        run = Run(inputs, lambda _: line.find_work())
+        with Lock(table.storage, run.id) as lock:
+            table.clean_up(inputs.identity, run.id, retry_rejected=False)
+            if run.find_work():
+                embed_rows(run, inputs, lock, quiet, stage, line)
+            if table.card() is None:
+                return run.finish()  # a source of no row, and no table of it
+            with cleaned_up(table, lock, run.id):
+                settled = line.settle(lock, run.id)
+            result = run.finish_refresh(settled)
+        run.check_rejected()
+        result = evaluate(table, spec, result, cluster)
+        if settled.num_left:
+            raise FmembedError(
+                f"source: {settled.num_left:,} rows have changed while they were read; what has "
+                "not is committed, and they come in with the next refresh: run the same again"
+            )
+        return result
+
+
+def _in_step(inputs: Inputs) -> RunResult | None:
+    """What a refresh returns that has nothing to do, which is seen without reading a row; None
+    where there may be something.
+    """
+    from fmembed.evaluate import probing
+    from fmembed.run.work import is_in_step
+
+    began = time.monotonic()
+    table, num_rows = inputs.table, is_in_step(inputs)
+    if num_rows is None or table.has_leftovers(retry_rejected=False):
+        return None
+    card = table.card()
+    assert card is not None
+    num_rejected = table.num_rejected()
+    result = RunResult(
+        run_id=uuid.uuid4().hex[:12],
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        table=table.uri,
+        version=table.version(),
+        fingerprint=card.fingerprint,
+        rows_read=num_rows,
+        rows_skipped=num_rows,
+        rows_unchanged=num_rows - num_rejected,
+        table_rows=sum(part.num_rows for part in table.rows.parts()),
+        table_rejected=num_rejected,
+        passed_over=dict(inputs.source.passed_over),
+        kind="refresh",
+        unchanged=True,
+    )
+    allowed = inputs.spec.output.max_rejected_fraction
+    if num_rejected > allowed * num_rows:
+        return None  # that is said with its causes
+    stored = probing.stored_results(table, inputs.spec, result)
+    return stored and replace(stored, seconds=round(time.monotonic() - began, 2))
+
+
+def embed_rows(
+    run: Run,
+    inputs: Inputs,
+    lock: Lock,
+    quiet: bool,
+    stage: type | None,
+    line: Refresh | None = None,
+) -> None:
+    """Stream what is left through the stages and commit what comes out; in a refresh, stage it.
 
     Rows never reach the driver: it holds references to blocks, has tasks write them as parts, and
     commits the parts.
     """
     from fmembed.model.embed import Embed
-    from fmembed.run.commits import Commits
+    from fmembed.run.commits import Commits, Staging
     from fmembed.run.memory import bound_memory, moving_bound
     from fmembed.run.passes import cleaned_up, passes
     from fmembed.run.placement import place
     from fmembed.run.progress import Progress
     from fmembed.run.ranges import find_ranges
     from fmembed.run.signals import Signals
-    from fmembed.run.stages import apply, prepare, read, stage_options, try_model
+    from fmembed.run.stages import apply, not_known, prepare, read, stage_options, try_model
     from fmembed.run.verdict import EMBED, READ
 
     spec, checkpoint, table = inputs.spec, inputs.checkpoint, inputs.table
@@ -105,7 +222,8 @@ def embed_rows(run: Run, inputs: Inputs, lock: Lock, quiet: bool, stage: type | 
     try_model(checkpoint, plan)
     ranges = find_ranges(inputs, plan, stage, run.server_dim)
     card = table.claim(inputs.card(ranges), inputs.schema(), run.id)
-    commits = Commits(spec.output, table, lock, run.id, card)
+    kind = Commits if line is None else Staging
+    commits = kind(spec.output, table, lock, run.id, card)
     options = stage_options(checkpoint, spec.preprocess, plan, ranges, run.server_dim)
     with (
         cleaned_up(table, lock, run.id),
@@ -119,7 +237,8 @@ def embed_rows(run: Run, inputs: Inputs, lock: Lock, quiet: bool, stage: type | 
             with one as work:
                 progress.expect(work.source)
                 hold(commits.held_bytes)
-                rows = read(work.source, work.known, plan.cpus_per_task, work.apart)
+                picks = work.picks or not_known(work.known)
+                rows = read(work.source, picks, plan.cpus_per_task, work.apart)
                 pieces = prepare(rows, checkpoint, spec.preprocess, plan, work.apart)
                 vectors = apply(stage, checkpoint, options, pieces, plan)
                 for bundle in vectors.iter_internal_ref_bundles():
@@ -128,6 +247,8 @@ def embed_rows(run: Run, inputs: Inputs, lock: Lock, quiet: bool, stage: type | 
                     hold(commits.held_bytes)
                 commits.commit()
                 run.show(has_committed=True)
+                if line is not None and isinstance(commits, Staging):
+                    line.fill_copies(commits)
     commits.check_rejected(at_end=True)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from typing_extensions import TypedDict  # pydantic takes the one of typing from 3.12 on
@@ -59,6 +59,14 @@ class RunResult:
     `rows_changed` are those among the skipped ones that the table holds with another content, or
     with other values in the carried columns; `rows_absent` how many more the table has, embedded
     or rejected, than the source.
+
+    Of a refresh `rows_changed` are rows that the new version holds anew, `rows_new` those that it
+    did not hold before, `rows_unchanged` those that are as they were; `rows_copied` took the vector
+    of another row, or their own with other carried values, and are among the skipped ones, as the
+    unchanged ones are; `contents_embedded` are what the model saw. `rows_removed` have left;
+    `rows_withheld` would have, and stay, for the reason in `withheld`. `unchanged` says that
+    nothing was to be done. None of these is counted by an embedding run.
+
     `passed_over` counts what lies among the source's files and is not read, by reason.
     `verdict` is empty where nothing was embedded. `probes`, `report` and `usd` are what evaluation
     adds; the record beside the table is without them.
@@ -77,6 +85,17 @@ class RunResult:
     rows_skipped: int = 0
     rows_changed: int = 0
     rows_absent: int = 0
+    rows_new: int = 0
+    rows_unchanged: int = 0
+    rows_removed: int = 0
+    rows_withheld: int = 0
+    rows_copied: int = 0
+    contents_embedded: int = 0
+    parts_written: int = 0
+    parts_rewritten: int = 0
+    withheld: str = ""
+    kind: Literal["embed", "refresh"] = "embed"
+    unchanged: bool = False
     rows_per_s: float = 0.0
     seconds: float = 0.0
     table_rows: int = 0

@@ -363,6 +363,19 @@ class OutputSpec(_Part):
         return value
 
 
+class RefreshSpec(_Part):
+    """What may leave a table when it is refreshed.
+
+    `on_rejected` says what becomes of a row of the table that its source still has and that cannot
+    be embedded any more: it stays as it was, or leaves. Where more than `max_removed_fraction` of
+    the table's rows would leave at once, none does: a source that has lost so much is more often
+    broken than it is right.
+    """
+
+    on_rejected: Literal["keep", "remove"] = "keep"
+    max_removed_fraction: float = Field(default=0.1, ge=0, le=1)
+
+
 class RunSpec(_Part):
     """One run: a source, a model, an output, and what to measure afterwards."""
 
@@ -371,6 +384,7 @@ class RunSpec(_Part):
     output: OutputSpec
     preprocess: PreprocessSpec = PreprocessSpec()
     compute: ComputeSpec = ComputeSpec()
+    refresh: RefreshSpec = RefreshSpec()
     probes: tuple[ProbeName, ...] = ("knn", "linear", "clustering")
     zeroshot: ZeroShotSpec = ZeroShotSpec()
 

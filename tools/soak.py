@@ -117,14 +117,19 @@ class Bench:
         return model, self._embed_undisturbed(model)
 
     def start(
-        self, table: Path | str, address: str | None, model: Path | None = None, actors: int = 2
+        self,
+        table: Path | str,
+        address: str | None,
+        model: Path | None = None,
+        actors: int = 2,
+        verb: str = "embed",
     ) -> Run:
         """Start the command; on a cluster, or with Ray of its own."""
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         if address is not None:
             environment["RAY_ADDRESS"] = address
         command = [
-            sys.executable, "-m", "fmembed.cli", "embed", "--source", str(self.source),
+            sys.executable, "-m", "fmembed.cli", verb, "--source", str(self.source),
             "--id", "key", "--model", str(model or self.model), "--dtype", "float32",
             "--output", str(table), "--set", "model.trust_remote_code=true",
             "--set", f"compute.actors={actors}", "--set", "compute.window_rows=16",
@@ -137,15 +142,22 @@ class Bench:
         return Run(command, environment, self.folder / f"stderr-{self._num_runs}.log")
 
     @contextmanager
-    def held(self, table: Path | str, address: str | None = None, actors: int = 1) -> Iterator[Run]:
-        """Start a run whose model stands still after some rows, once some of them are committed.
+    def held(
+        self,
+        table: Path | str,
+        address: str | None = None,
+        actors: int = 1,
+        verb: str = "embed",
+    ) -> Iterator[Run]:
+        """Start a run whose model stands still after some rows, once some of them are committed, or
+        staged.
 
         One actor, because what is held may leave a second one idle.
         """
         committed = self.num_committed(table)
         gate = Path(f"{self.log}.hold")
         gate.write_text(str(self.num_forwarded() + 64))
-        run = self.start(table, address, actors=actors)
+        run = self.start(table, address, actors=actors, verb=verb)
         try:
             wait_for(lambda: self.num_committed(table) > committed or run.poll() is not None)
             assert run.poll() is None, run.messages()
@@ -170,10 +182,12 @@ class Bench:
         return sum(map(int, content.split()))
 
     def num_committed(self, table: Path | str) -> int:
-        """Rows in the table."""
+        """Rows in the table, or staged for it."""
         from fmembed.table.table import Table
 
-        return sum(part.num_rows for part in Table(str(table)).rows.parts())
+        opened = Table(str(table))
+        staged = sum(sum(file.rows_by_part.values()) for file in opened.staged())
+        return staged + sum(part.num_rows for part in opened.rows.parts())
 
     def check(
         self, table: Path | str, tally: Tally, reference: dict[str, Any] | None = None

@@ -10,6 +10,10 @@ Between stages rows are Arrow tables with these columns:
     _carried       int64     64 bits of the hash of the carried values; null without one
     _stage, _error, _message string   null, or where and why the row was rejected
     _shard         int32     which of the source's shards it was read from
+    _hides         int8      null, but on a rejected row that stands for rows whose ids nobody
+                             knows: its own, or all of the rest of a file that breaks off
+    _copied        bool      true on a row that is not for the model: the table has a vector of its
+                             content, or will have one by this run; else null
     _total, _skipped, _changed int64  null, but on the marker row (null row_id) that ends each
                              shard: how many rows the shard holds, how many of them were known
                              before, and how many of those with another content, or
@@ -41,12 +45,15 @@ _MAX_MESSAGE = 500
 ROW_ID, CONTENT_HASH, INPUT = "row_id", "content_hash", "_input"
 STAGE, ERROR, MESSAGE = "_stage", "_error", "_message"
 CARRIED = "_carried"
+HIDES, COPIED = "_hides", "_copied"
+HIDES_ITSELF, HIDES_REST = 1, 2
 SHARD, TOTAL, SKIPPED, CHANGED = "_shard", "_total", "_skipped", "_changed"
 # Where a text's chunks or a sound's windows are rows of their own: whose, which, and from where to
 # where (characters of the text, samples at the model's rate).
 PARENT_ID, PIECE, PIECE_START, PIECE_STOP = "parent_id", "piece", "piece_start", "piece_stop"
 # The cause of a row whose id another row has: the one rejection whose id is also embedded.
 DUPLICATE = "duplicate id"
+TWIN = "another row of the source has the same id"
 # The cause of a row that ends the process which reads or prepares it.
 KILLS = "ends its process"
 # How much the model saw of a row: its tokens, patches or samples; and whether that is not all.
@@ -58,6 +65,8 @@ _BOOKKEEPING = (
     pa.field(STAGE, pa.string()),
     pa.field(ERROR, pa.string()),
     pa.field(MESSAGE, pa.string()),
+    pa.field(HIDES, pa.int8()),
+    pa.field(COPIED, pa.bool_()),
     pa.field(SHARD, pa.int32()),
     pa.field(TOTAL, pa.int64()),
     pa.field(SKIPPED, pa.int64()),
@@ -104,9 +113,11 @@ def table_schema(
 
 
 def accepted(rows: pa.Table) -> npt.NDArray[np.bool_]:
-    """True for each row that is neither rejected nor a marker, shape (rows,)."""
-    good = np.asarray(rows[STAGE].is_null()) & np.asarray(rows[TOTAL].is_null())
-    return np.asarray(good, dtype=np.bool_)
+    """True for each row that the model sees, shape (rows,): none that is rejected, a marker or a
+    copy.
+    """
+    good = [np.asarray(rows[name].is_null()) for name in (STAGE, TOTAL, COPIED)]
+    return np.asarray(good[0] & good[1] & good[2], dtype=np.bool_)
 
 
 def reject(rows: pa.Table, stage: str, causes: Mapping[int, tuple[str, str]]) -> pa.Table:

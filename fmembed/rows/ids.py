@@ -44,12 +44,13 @@ def to_keys(column: pa.ChunkedArray) -> Keys:
 
 def first_halves(keys: Keys) -> _Halves:
     """The first 64 bits of each key as a number: its order is theirs, and comparing it is cheap."""
-    return _halves(keys)[0]
+    return halves(keys)[0]
 
 
-def _halves(keys: Keys) -> tuple[_Halves, _Halves]:
-    halves = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2).astype(np.uint64)
-    return np.ascontiguousarray(halves[:, 0]), np.ascontiguousarray(halves[:, 1])
+def halves(keys: Keys) -> tuple[_Halves, _Halves]:
+    """Both halves of each key as numbers."""
+    both = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2).astype(np.uint64)
+    return np.ascontiguousarray(both[:, 0]), np.ascontiguousarray(both[:, 1])
 
 
 class RowIds:
@@ -128,7 +129,7 @@ class _Sorted:
     """Keys in the order of their first halves, with their contents and hashes."""
 
     def __init__(self, keys: Keys, contents: Keys, carried: Hashes) -> None:
-        self._sort(*_halves(keys), contents, carried)
+        self._sort(*halves(keys), contents, carried)
 
     def _sort(self, first: _Halves, rest: _Halves, contents: Keys, carried: Hashes) -> None:
         order = np.argsort(first)
@@ -156,7 +157,7 @@ class _Sorted:
 
     def find(self, keys: Keys) -> Iterable[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:
         """Which of some keys are here, and where; several times where they are so often here."""
-        first, rest = _halves(keys)
+        first, rest = halves(keys)
         at = np.searchsorted(self._first, first)
         rows = np.arange(len(keys))
         while len(rows):

@@ -24,8 +24,8 @@ from ray._private.utils import get_used_memory
 
 from fmembed.prepare.stage import Preprocess
 from fmembed.rows.columns import reject
-from fmembed.rows.ids import RowIds
 from fmembed.sources.deaths import TRIES, Deaths, died_of
+from fmembed.sources.picks import Pick
 from fmembed.sources.reading import read_steps
 from fmembed.sources.source import Shard, Source
 
@@ -120,7 +120,7 @@ _reader, _preparer = Child(), Child()
 
 
 def read_apart(
-    source: Source, shard: Shard, index: int, committed: RowIds | None = None
+    source: Source, shard: Shard, index: int, pick: Pick | None = None
 ) -> Iterator[pa.Table]:
     """As `reading.read_shard`, in the child; a row at which that dies is rejected.
 
@@ -132,7 +132,7 @@ def read_apart(
     while True:
         at = num_seen = 0
         try:
-            _reader.call(_begin, source, shard, index, committed, deaths)
+            _reader.call(_begin, source, shard, index, pick, deaths)
             while (step := _reader.call(_next)) is not None:
                 at, table = step
                 # After a death all is read again, and comes in the same order.

@@ -19,7 +19,8 @@ from fmembed.errors import DamagedError, FmembedError, RejectedError
 from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.sources.source import Shard
 from fmembed.spec import OutputSpec
-from fmembed.table.card import Card
+from fmembed.table.card import FINGERPRINT, Card
+from fmembed.table.copies import take_copies
 from fmembed.table.files import REJECTED, RUN, WRITE
 from fmembed.table.keys import KeyRows, find_twins
 from fmembed.table.known import KnownRows
@@ -38,6 +39,9 @@ _LEAST_COMMIT_S, _COMMIT_SHARE = 60.0, 1 / 50
 
 class Commits:
     """Gathers blocks into parts and parts into commits, and counts what became of each row."""
+
+    # What has become of the rows that are counted, for a message.
+    fate = "committed"
 
     def __init__(
         self,
@@ -138,15 +142,19 @@ class Commits:
         self._last_commit = time.monotonic()
         if not self._written:
             return
-        kept = self._keep_keys()
-        written, self._written = self._written, []
         self.is_committing = True
         try:
-            self._commit([w.result for w in written])
-            if kept is not None:
-                self._key_files.append(kept)
+            self._finish()
         finally:
             self.is_committing = False
+
+    def _finish(self) -> None:
+        """Put what is written where nothing takes it away."""
+        kept = self._keep_keys()
+        written, self._written = self._written, []
+        self._commit([w.result for w in written])
+        if kept is not None:
+            self._key_files.append(kept)
 
     def _keep_keys(self) -> str | None:
         """Have a task write the keys of what is about to be committed; the file, if there is a row.
@@ -191,6 +199,10 @@ class Commits:
                 parts, written[0].schema, self._configuration, transaction
             )
         self.last = self.last.model_copy(update=made)
+        self._count(written)
+        self._record_shards(written)
+
+    def _count(self, written: list[Written]) -> None:
         for w in written:
             self.num_embedded += w.num_rows
             self.num_rejected += w.rejected.num_rows if w.rejected else 0
@@ -199,7 +211,6 @@ class Commits:
             for name, count in w.counts.items():
                 self.counts[name] += count
             self.causes.update(w.causes)
-        self._record_shards(written)
 
     def _record_shards(self, written: list[Written]) -> None:
         """Put on record which shards are committed whole; after the commit, never before it.
@@ -246,24 +257,98 @@ class Commits:
             self._writes[ref] = _Write(keys, self._pending_bytes)
             self._pending, self._pending_bytes = [], 0
 
-    def _start(self, write: Callable[..., Any], *given: Any) -> list[Any]:
-        """Start a task that writes parts; references to what it has written, and to the keys."""
+    def _start(self, write: Callable[..., Any], *given: Any, num_returns: int = 2) -> list[Any]:
+        """Start a task that writes parts; references to what it has written, to the keys, and to
+        what else it returns.
+        """
         # Counted, so that the same rows twice are two parts: one of them may have to be undone.
         self._num_writes += 1
         stamp = {**self._configuration, RUN: self.run_id, WRITE: str(self._num_writes)}
         # No CPU reserved: Ray Data has planned with all of them, and a write is short.
-        task = ray.remote(num_cpus=0, max_retries=_MAX_WRITE_RETRIES, num_returns=2)(write)
+        task = ray.remote(num_cpus=0, max_retries=_MAX_WRITE_RETRIES)(write)
+        task = task.options(num_returns=num_returns)
         refs: list[Any] = task.remote(self._table.uri, self._vectors, stamp, *given)
         return refs
 
     def _collect(self, num_returns: int) -> None:
         done, _ = ray.wait(list(self._writes), num_returns=num_returns)
         for ref in done:
-            write = self._writes.pop(ref)
-            result: Written = ray.get(ref)
-            self._written.append(_Written(result, write.keys))
-            self.num_written += result.num_rows
-            self.busy_s += result.busy_s
+            self._take(ref, ray.get(ref))
+
+    def _take(self, ref: Any, result: Written) -> None:
+        """Take over what a task has written."""
+        write = self._writes.pop(ref)
+        self._written.append(_Written(result, write.keys))
+        self.num_written += result.num_rows
+        self.busy_s += result.busy_s
+
+
+class Staging(Commits):
+    """Gathers blocks into parts that outlive the run, and commits none: a refresh does, at once.
+
+    Rows that are no longer wanted when it does are left out then, so none is looked for here.
+    """
+
+    fate = "kept for the next refresh"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # References to the rows that take a vector from elsewhere, as `take_copies` gives them.
+        self.copies: list[Any] = []
+        self._copies: dict[Any, Any] = {}
+        self.num_filled = 0
+
+    def begin(self, shards: Sequence[Shard], known: KnownRows) -> None:
+        """As for `Commits`; what is to be copied comes again."""
+        super().begin(shards, known)
+        self.copies, self._copies = [], {}
+        self.num_skipped = 0
+
+    def check_rejected(self, at_end: bool) -> None:
+        """Not yet: it is the new version that is held to the limit."""
+
+    def _write_pending(self) -> None:
+        if self._pending:
+            ref, keys, copies = self._start(_write_and_take, *self._pending, num_returns=3)
+            self._writes[ref] = _Write(keys, self._pending_bytes)
+            self._copies[ref] = copies
+            self._pending, self._pending_bytes = [], 0
+
+    def _take(self, ref: Any, result: Written) -> None:
+        super()._take(ref, result)
+        for count in result.shards.values():
+            self.num_changed += count.changed
+        if copies := self._copies.pop(ref, None):
+            self.copies.append(copies)
+
+    def _finish(self) -> None:
+        written = [w.result for w in self._written]
+        keys = [w.keys for w in self._written]
+        self._stage(written, keys)
+        self._written = []
+        self._count(written)
+
+    def _stage(self, written: Sequence[Written], keys: Sequence[Any]) -> None:
+        self._lock.check()
+        name = f"{self.run_id}-staged-{self.num_commits:06d}"
+        shards = {i: self._shard_keys[i] for w in written for i in w.shards}
+        task = ray.remote(num_cpus=0, max_retries=_MAX_WRITE_RETRIES)(_write_staged_keys)
+        fingerprint = self._configuration[FINGERPRINT]
+        ray.get(task.remote(self._table.uri, name, fingerprint, list(written), shards, *keys))
+        self.num_commits += 1
+
+    def fill(self, fill: Callable[..., Any], *given: Any) -> None:
+        """Have a task make parts of rows that take their vectors from elsewhere, and stage them.
+
+        Args:
+            fill: Returns a list of `Written` and one of keys.
+            given: What it takes besides the table, its columns of vectors and a stamp.
+        """
+        results, keys = ray.get(self._start(fill, *given))
+        if results:
+            self._stage(results, [ray.put(k) for k in keys])
+            self._count(results)
+            self.num_filled += sum(w.num_rows for w in results)
 
 
 @dataclass(frozen=True)
@@ -324,6 +409,13 @@ def _write_blocks(
     return write_part(uri, list(blocks), vectors, stamp)
 
 
+def _write_and_take(
+    uri: str, vectors: tuple[str, ...], stamp: dict[str, str], *blocks: pa.Table
+) -> tuple[Written, KeyRows, pa.Table]:
+    written, keys = write_part(uri, list(blocks), vectors, stamp)
+    return written, keys, take_copies(list(blocks))
+
+
 def _write_anew(
     uri: str,
     vectors: tuple[str, ...],
@@ -360,11 +452,7 @@ def _write_keys(
         FmembedError: Keys are not those of the parts.
     """
     table = Table(uri)
-    for some, result in zip(keys, written, strict=True):
-        num_rejected = result.rejected.num_rows if result.rejected else 0
-        if (len(some.embedded), len(some)) != (result.num_rows, result.num_rows + num_rejected):
-            # Ray has computed them once more after a loss, of a model that answers otherwise.
-            raise FmembedError("the keys of a part were computed anew, and are others by now")
+    _check_keys(written, keys)
     try:
         twins = find_twins(table.key_files.embedded(committed), keys)
     except DamagedError:  # or gone: any row of the table is one that this run has committed
@@ -373,3 +461,25 @@ def _write_keys(
         return twins, None
     held_by = [result.held_by for result in written]
     return {}, table.key_files.write(name, list(zip(keys, held_by, strict=True)), shards)
+
+
+def _write_staged_keys(
+    uri: str,
+    name: str,
+    fingerprint: str,
+    written: Sequence[Written],
+    shards: dict[int, str | None],
+    *keys: KeyRows,
+) -> None:
+    _check_keys(written, keys)
+    held_by = [result.held_by for result in written]
+    writes = list(zip(keys, held_by, strict=True))
+    Table(uri).key_files.write(name, writes, shards, staged=fingerprint)
+
+
+def _check_keys(written: Sequence[Written], keys: Sequence[KeyRows]) -> None:
+    for some, result in zip(keys, written, strict=True):
+        num_rejected = result.rejected.num_rows if result.rejected else 0
+        if (len(some.embedded), len(some)) != (result.num_rows, result.num_rows + num_rejected):
+            # Ray has computed them once more after a loss, of a model that answers otherwise.
+            raise FmembedError("the keys of a part were computed anew, and are others by now")

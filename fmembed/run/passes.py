@@ -64,7 +64,7 @@ def passes(
         apart = apart or isinstance(cause, TASK_DEATHS)
         progress.say(
             f"lost a node, actor or worker ({type(cause).__name__}); going on from "
-            f"the {commits.num_embedded:,} rows that this run has committed"
+            f"the {commits.num_embedded:,} rows of this run that are {commits.fate}"
             + (", looking for a row that ends its process" if apart else "")
         )
         lock.check()
@@ -102,7 +102,7 @@ class Pass:
                 with contextlib.suppress(ray.exceptions.RayError):
                     commits.commit()
                 raise Interrupted(
-                    f"{interrupted}; {commits.num_embedded:,} rows of this run are committed, "
+                    f"{interrupted}; {commits.num_embedded:,} rows of this run are {commits.fate}, "
                     "the same command resumes",
                     interrupted.exit_code - 128,
                 ) from None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,20 +13,29 @@ from fmembed.errors import ChangedError
 from fmembed.inputs import Inputs
 from fmembed.model.server import Endpoint
 from fmembed.result import RunResult
-from fmembed.run.commits import Commits, check_rejected
+from fmembed.run.commits import Commits, Staging, check_rejected
 from fmembed.run.placement import Plan
 from fmembed.run.progress import Progress
 from fmembed.run.prometheus import RunMetrics
+from fmembed.run.refresh import Settled
 from fmembed.run.verdict import PREFIXES, WRITE, judge
 from fmembed.run.work import Work, find_work
 from fmembed.table.card import fingerprint
+from fmembed.table.copies import FANNED_OUT
 from fmembed.table.records import Commit
 
 
 class Run:
     """One run: its name, its clock, and what became of the rows."""
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, look: Callable[[Inputs], Work] = find_work) -> None:
+        """Begin.
+
+        Args:
+            inputs: What it is of.
+            look: Sees what is left to do.
+        """
+        self._look = look
         self.id = uuid.uuid4().hex[:12]
         # Dimensions of a server's vectors, 0 where nobody was asked.
         self.server_dim = 0
@@ -48,7 +57,7 @@ class Run:
         Raises:
             ModelError: The server does not answer, or not with a vector.
         """
-        self.work = find_work(self._inputs)
+        self.work = self._look(self._inputs)
         checkpoint = self._inputs.checkpoint
         if self.work and checkpoint.endpoint is not None and not self.server_dim:
             self.server_dim = Endpoint(checkpoint.endpoint, checkpoint.id).check()
@@ -81,15 +90,15 @@ class Run:
             self._metrics.publish(rows, self._judge(commits.counts))
 
     def check_rejected(self) -> None:
-        """Hold a run that had nothing to do to the limit too: a job that is tried again after too
-        many rejections is no success.
+        """Hold a run that had nothing to do, or has replaced the version, to the limit too: a job
+        that is tried again after too many rejections is no success.
 
         Raises:
             RejectedError: More rows of the table are rejected than the config allows.
         """
-        if self._commits is None and self.work is not None:
+        if self.work is not None and (self._commits is None or isinstance(self._commits, Staging)):
             table = self._inputs.table
-            num_rows = self.work.known.num_rows
+            num_rows = table.known().num_rows
             check_rejected(table, self._inputs.spec.output, table.num_rejected(), num_rows)
 
     def check_changed(self) -> None:
@@ -121,6 +130,40 @@ class Run:
                 rejected_version=table.rejected.version(),
             )
             table.put_run(last, result)
+        return result
+
+    def finish_refresh(self, settled: Settled) -> RunResult:
+        """As `finish`, of a refresh."""
+        table, commits = self._inputs.table, self._commits
+        counts, num_filled, num_fanned = settled.counts, 0, 0
+        result = self._result()
+        if isinstance(commits, Staging):
+            num_filled, num_fanned = commits.num_filled, int(commits.counts[FANNED_OUT])
+        num_seen = result.rows_embedded - num_filled
+        num_embedded = num_seen + num_fanned
+        has_committed = settled.commit.rows is not None or settled.commit.rejected is not None
+        result = replace(
+            result,
+            rows_read=settled.rows_read,
+            rows_embedded=num_embedded,
+            rows_rejected=counts["rejected"],
+            rows_skipped=settled.rows_read - num_embedded - counts["rejected"],
+            rows_changed=counts["changed"],
+            rows_absent=0,
+            rows_new=counts["new"],
+            rows_unchanged=counts["unchanged"],
+            rows_removed=settled.rows_removed,
+            rows_withheld=settled.rows_withheld,
+            rows_copied=num_filled - num_fanned,
+            contents_embedded=num_seen,
+            parts_written=settled.parts_written,
+            parts_rewritten=settled.parts_rewritten,
+            withheld=settled.why_withheld,
+            kind="refresh",
+            unchanged=not (has_committed or settled.rows_withheld),
+        )
+        if has_committed or table.is_uncounted():
+            table.put_run(settled.commit, result)
         return result
 
     def _result(self) -> RunResult:

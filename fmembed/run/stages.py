@@ -22,6 +22,7 @@ from fmembed.rows.precision import Ranges
 from fmembed.run.apart import PreprocessApart, read_apart
 from fmembed.run.faults import MAX_ACTOR_RESTARTS, MAX_TASK_RETRIES, explain, explain_model_death
 from fmembed.run.placement import Plan
+from fmembed.sources.picks import NotKnown, Pick
 from fmembed.sources.reading import read_shard
 from fmembed.sources.source import Shard, Source
 from fmembed.spec import PreprocessSpec
@@ -34,27 +35,37 @@ READER = "ReadShards"
 _MAX_WINDOWS_IN_FLIGHT = 2
 
 
+# Makes, in the process that reads, what it hands on of the shard with a number.
+Picks = Callable[[int], Pick]
+
+
+def not_known(known: KnownRows) -> Picks | None:
+    """Pick the rows that a table does not know; all, where it knows none."""
+    if not known.parts:
+        return None
+    # Not by the driver, which holds no row's key.
+    ids = ray.remote(num_cpus=0)(KnownRows.load).remote(known)
+    return lambda _: NotKnown(ray.get(ids))
+
+
 def read(
-    source: Source, known: KnownRows | None = None, num_cpus: float = 1.0, apart: bool = False
+    source: Source, picks: Picks | None = None, num_cpus: float = 1.0, apart: bool = False
 ) -> ray.data.Dataset:
     """Read the shards as Ray Data blocks of `columns.row_schema(source.carried)`.
 
     Args:
         source: What `open_source` found.
-        known: Rows to leave out; the marker row that ends a shard says how many.
+        picks: Which rows to hand on; the marker row that ends a shard says how many were not.
         num_cpus: What Ray reserves for a read task.
         apart: Whether in a process apart, so that a row may end it.
     """
-    # Not by the driver, which holds no row's key.
-    load = ray.remote(num_cpus=0)(KnownRows.load)
-    known_ref = load.remote(known) if known is not None and known.parts else None
     described, shards, num_bytes = source.without_shards, source.shards, source.num_bytes
 
     # A task is sent what its function holds: one shard, and never the list of all files.
     def read_fn(index: int, shard: Shard) -> Callable[[], Iterator[pa.Table]]:
         def read_blocks() -> Iterator[pa.Table]:
-            ids = ray.get(known_ref) if known_ref is not None else None
-            yield from (read_apart if apart else read_shard)(described, shard, index, ids)
+            pick = picks(index) if picks is not None else None
+            yield from (read_apart if apart else read_shard)(described, shard, index, pick)
 
         return read_blocks
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from fmembed.inputs import Inputs
+from fmembed.sources.picks import Pick
 from fmembed.sources.source import Source
 from fmembed.table.known import KnownRows
 
@@ -16,8 +17,10 @@ class Work:
 
     Args:
         source: With the shards that are left to read.
-        known: The committed and rejected rows, which readers leave out.
+        known: The committed and rejected rows.
         num_skipped: Rows of the shards that need no second reading.
+        picks: Makes what readers hand on of the shard with a number; what is not known, where
+            nothing is said.
         apart: Whether rows are read and prepared in processes apart, because among them there may
             be some that end theirs.
     """
@@ -25,6 +28,7 @@ class Work:
     source: Source
     known: KnownRows
     num_skipped: int
+    picks: Callable[[int], Pick] | None = None
     apart: bool = False
 
     def __bool__(self) -> bool:
@@ -34,7 +38,7 @@ class Work:
 def find_work(inputs: Inputs) -> Work:
     """Compare the source with what the table's logs and records say by now."""
     known = inputs.table.known()
-    left, num_skipped = skip_committed(inputs.source, inputs.table.whole_shards())
+    left, num_skipped = skip_committed(inputs.source, inputs.table.whole_shards(known))
     return Work(left, known, num_skipped)
 
 
@@ -51,3 +55,30 @@ def skip_committed(source: Source, whole_shards: Mapping[str, int]) -> tuple[Sou
     rows = [whole_shards.get(shard.key or "") for shard in source.shards]
     shards = tuple(s for s, n in zip(source.shards, rows, strict=True) if n is None)
     return replace(source, shards=shards), sum(n for n in rows if n is not None)
+
+
+def unread_shards(source: Source, known: KnownRows, recorded: Mapping[str, int]) -> set[int]:
+    """The numbers of the shards whose rows are known one by one without reading them.
+
+    Args:
+        source: What `open_source` found.
+        known: What the table knows.
+        recorded: Key to rows of each shard that some run has seen whole.
+    """
+    counts = known.count_by_shard()
+    keys = ((i, shard.key or "") for i, shard in enumerate(source.shards))
+    return {i for i, key in keys if key in recorded and counts[key] == recorded[key]}
+
+
+def is_in_step(inputs: Inputs) -> int | None:
+    """How many rows the source has, where the table holds them and no others; None where that
+    cannot be seen without reading.
+    """
+    table, source = inputs.table, inputs.source
+    if table.card() is None or table.staged():
+        return None
+    known, recorded = table.known(), table.recorded_shards()
+    if known.missing or len(unread_shards(source, known, recorded)) < len(source.shards):
+        return None
+    num_rows = sum(recorded[s.key] for s in source.shards if s.key is not None)
+    return num_rows if known.num_rows == num_rows else None

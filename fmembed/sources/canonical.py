@@ -17,9 +17,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from fmembed.rows.columns import CARRIED, ERROR, MESSAGE, SHARD, STAGE, clean_message
+from fmembed.rows.columns import (
+    CARRIED,
+    ERROR,
+    HIDES,
+    HIDES_ITSELF,
+    HIDES_REST,
+    MESSAGE,
+    SHARD,
+    STAGE,
+    clean_message,
+)
 from fmembed.sources.formats.base import FETCHED
-from fmembed.sources.source import BadRow, RawRow, Source
+from fmembed.sources.source import BadRow, BrokenOff, RawRow, Source
 from fmembed.sources.types import keep
 from fmembed.spec import SourceSpec
 
@@ -58,8 +68,13 @@ def canonical(source: Source, chunk: list[RawRow], shard: int, schema: pa.Schema
                 row[field.name] = _kept(raw.get(field.name), field, spec)
             row["content_hash"] = hashlib.blake2b(content, digest_size=16).hexdigest()
         except BadRow as e:
+            has_no_id = spec.id is not None and row["row_id"] == fallback_id
             row = {"row_id": row["row_id"], STAGE: "read", ERROR: e.error}
             row[MESSAGE] = clean_message(spec.conceal(e.message))
+            if isinstance(raw, BrokenOff):
+                row[HIDES] = HIDES_REST
+            elif has_no_id:
+                row[HIDES] = HIDES_ITSELF
         row[SHARD] = shard
         for name, values in columns.items():
             values.append(row.get(name))

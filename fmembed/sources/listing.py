@@ -18,7 +18,7 @@ import fsspec
 from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from fmembed.errors import SourceError, reason
+from fmembed.errors import NoFilesError, SourceError, reason
 from fmembed.redaction import redact, split_chain
 from fmembed.sources.files import is_local
 from fmembed.sources.formats.registry import FORMATS
@@ -94,7 +94,7 @@ def list_files(spec: SourceSpec) -> Listing:
     files.sort(key=lambda f: f.path)
     if not files:
         why = "".join(f"; passed over: {n:,} {reason_}" for reason_, n in passed_over.items())
-        raise SourceError(f"source.uri: no file in {shown}{why}")
+        raise NoFilesError(f"source.uri: no file in {shown}{why}")
     return Listing(fs, root, files, is_named, dict(passed_over))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
-from fmembed.errors import SourceError, reason
+from fmembed.errors import NoFilesError, SourceError, reason
 from fmembed.redaction import redact
 from fmembed.rows.columns import RESERVED
 from fmembed.sources.formats.base import Format, Opened
@@ -94,7 +94,7 @@ def _find(
         if files:
             break
     if not files:
-        raise SourceError(
+        raise NoFilesError(
             f"source.uri: no {format_.name} file ({', '.join(format_.suffixes)}) in "
             f"{redact(spec.uri)}"
         )

@@ -7,23 +7,17 @@ becomes a rejected row and everything around it is kept.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from fmembed.rows.columns import (
-    CARRIED,
-    CHANGED,
-    CONTENT_HASH,
-    SHARD,
-    SKIPPED,
-    TOTAL,
-    row_schema,
-)
-from fmembed.rows.ids import RowIds, contents_of, keys_of
+from fmembed.rows.columns import CHANGED, SHARD, SKIPPED, TOTAL, row_schema
 from fmembed.sources.canonical import canonical
 from fmembed.sources.deaths import Deaths
 from fmembed.sources.files import check_regular, open_root
@@ -36,14 +30,15 @@ from fmembed.sources.formats.base import (
     without_input,
 )
 from fmembed.sources.formats.registry import FORMATS
-from fmembed.sources.source import File, RawRow, Shard, Source
+from fmembed.sources.picks import Pick
+from fmembed.sources.source import BrokenOff, File, RawRow, Shard, Source
 
 _FETCH_THREADS = 16
 _NONE = Deaths()
 
 
 def read_shard(
-    source: Source, shard: Shard, index: int, committed: RowIds | None = None
+    source: Source, shard: Shard, index: int, pick: Pick | None = None
 ) -> Iterator[pa.Table]:
     """Read one shard: tables of up to 1,000 canonical rows, rejected ones among them, and the
     marker row that ends it.
@@ -52,16 +47,16 @@ def read_shard(
         source: What the shard belongs to; its own shards are not looked at.
         shard: What to read.
         index: Which of the source's shards it is, for the rows to say.
-        committed: Rows to leave out; those whose content is another by now are counted.
+        pick: Which rows to hand on; all, where there is none.
     """
-    return (table for _, table in read_steps(source, shard, index, committed) if table.num_rows)
+    return (table for _, table in read_steps(source, shard, index, pick) if table.num_rows)
 
 
 def read_steps(
     source: Source,
     shard: Shard,
     index: int,
-    committed: RowIds | None = None,
+    pick: Pick | None = None,
     deaths: Deaths = _NONE,
 ) -> Iterator[tuple[int, pa.Table]]:
     """As `read_shard`, and with each table, which may be empty, how many rows were read by then.
@@ -70,41 +65,56 @@ def read_steps(
         source: As for `read_shard`, as are the next three.
         shard: What to read.
         index: Which one it is.
-        committed: Rows to leave out.
+        pick: Which rows to hand on.
         deaths: Rows to hand on one by one, and those to reject unseen.
     """
     schema = row_schema(source.carried, source.modality)
-    num_rows = num_skipped = 0
-    # Known ids whose content here is that of the table, and those where it is another: of rows that
-    # have one id, of which the first is in the table, neither has changed.
-    same, other = [keys_of([])], [keys_of([])]
-    rows: Iterator[RawRow] = itertools.islice(
-        _read_to_the_end(source, shard, deaths), shard.max_rows
-    )
+    # Of a process that has died the rows are counted as they come, so none is left out beforehand.
+    wanted = _Wanted(None if pick is None or deaths else pick.places)
+    if wanted.places is not None and source.file_is_row:
+        shard = replace(shard, files=tuple(shard.files[at] for at in wanted.places))
+    read = itertools.islice(_read_to_the_end(source, shard, deaths), shard.max_rows)
+    rows: Iterator[RawRow] = wanted.of(read, source.file_is_row)
     if source.root is not None:
         rows = _fetch(source, rows, source.root, 1 if deaths else 2 * _FETCH_THREADS)
+    num_rows = 0
     for chunk in _chunks(source, rows, deaths.alone):
         table = canonical(source, chunk, index, schema)
-        num_rows += table.num_rows
-        if committed is not None:
-            keys = keys_of(table["row_id"].to_pylist())
-            done = committed.contains(keys)
-            num_skipped += int(done.sum())
-            contents = contents_of(table[CONTENT_HASH].to_pylist())
-            carried = table[CARRIED].fill_null(0).to_numpy()
-            is_other = committed.changed(keys, contents, carried)
-            other.append(keys[is_other])
-            same.append(keys[done & ~is_other])
-            table = table.filter(pa.array(~done))
-        yield num_rows, table
-    changed = np.setdiff1d(np.concatenate(other), np.concatenate(same))
-    marker = {SHARD: index, TOTAL: num_rows, SKIPPED: num_skipped, CHANGED: len(changed)}
+        places = wanted.take(table.num_rows)
+        num_rows = int(places[-1]) + 1
+        yield num_rows, table if pick is None else pick(places, table)
+    num_rows = max(num_rows, wanted.num_read)
+    skipped, changed = (0, 0) if pick is None else pick.counts()
+    marker = {SHARD: index, TOTAL: num_rows, SKIPPED: skipped, CHANGED: changed}
     yield num_rows, pa.Table.from_pylist([marker], schema=schema)
 
 
 def read_here(source: Source) -> list[pa.Table]:
     """Read all shards in this process: for a few rows."""
     return [t for i, shard in enumerate(source.shards) for t in read_shard(source, shard, i)]
+
+
+class _Wanted:
+    """The rows of a shard that are wanted, by their places; all, where there are none."""
+
+    def __init__(self, places: npt.NDArray[np.int64] | None) -> None:
+        self.places = None if places is None else places.tolist()
+        self.num_read = 0
+        self._given: deque[int] = deque()
+
+    def of(self, rows: Iterator[RawRow], is_cut: bool) -> Iterator[RawRow]:
+        """Those among rows, which are them already if `is_cut`."""
+        wanted = None if self.places is None else set(self.places)
+        numbers = iter(self.places) if is_cut and self.places is not None else itertools.count()
+        for at, row in zip(numbers, rows, strict=False):
+            self.num_read = at + 1
+            if wanted is None or at in wanted:
+                self._given.append(at)
+                yield row
+
+    def take(self, num_rows: int) -> npt.NDArray[np.int64]:
+        """The places of the next rows that were handed on."""
+        return np.array([self._given.popleft() for _ in range(num_rows)], dtype=np.int64)
 
 
 def _read_to_the_end(source: Source, shard: Shard, deaths: Deaths) -> Iterator[RawRow]:
@@ -126,7 +136,9 @@ def _read_to_the_end(source: Source, shard: Shard, deaths: Deaths) -> Iterator[R
             # Two dots: lines that were left blank have numbers too, so a plain one may be taken.
             rest = f"{file.name}#{shard.first_row + num_rows}.."
             row_id = rest if num_rows or shard.start else file.name
-            yield row_id, (error, f"from row {num_rows} on: {message}" if num_rows else message)
+            if num_rows:
+                message = f"from row {num_rows} on: {message}"
+            yield row_id, (error, message) if source.file_is_row else BrokenOff(error, message)
             at += 1
         at += num_rows
 

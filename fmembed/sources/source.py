@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -15,6 +15,13 @@ Rejection = tuple[str, str]
 # One row as a reader hands it over: its id where no column is the id, and its columns or why not.
 # No exception: its traceback would keep what was read of the row.
 RawRow = tuple[str, dict[str, Any] | Rejection]
+
+
+class BrokenOff(NamedTuple):
+    """A `Rejection` in place of all rows that a file has from here on."""
+
+    error: str
+    message: str
 
 
 class BadRow(Exception):  # noqa: N818 - a row's fate, not a failure of the run

@@ -1,6 +1,6 @@
 """The keys of a table's rows, in files beside its parts: by them a run knows what is done.
 
-    <table>/_keys/<run>-<number>.parquet    those of one commit's rows
+    <table>/_keys/<run>-<number>.parquet    those of one commit, or of one bucket of all
 
 A row takes 40 bytes: `id` and `content`, the blake2b-128 of its id and of its raw input (zeros
 where nothing was read), and `carried`, 64 bits of that of its carried values (0 where there is
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -25,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
 from fmembed.errors import DamagedError, StorageError, reason
 from fmembed.rows.ids import Hashes, Keys, RowIds, first_halves, keys_of, to_arrow, to_keys
@@ -33,10 +34,11 @@ from fmembed.storage import HALF_WRITTEN, Storage
 from fmembed.table.card import PREFIX
 
 FOLDER = "_keys/"
-# Whether a row is embedded; rejected; or rejected as one whose id another row has, which is no
-# reason to take the id for known: that other row may be in the table no longer.
-Kind = Literal["embedded", "rejected", "twin"]
-KINDS: tuple[Kind, ...] = ("embedded", "rejected", "twin")
+# Whether a row is embedded; rejected; rejected as one whose id another row has, which is no reason
+# to take the id for known: that other row may be in the table no longer; or rejected in place of
+# all the rest of a file.
+Kind = Literal["embedded", "rejected", "twin", "rest"]
+KINDS: tuple[Kind, ...] = ("embedded", "rejected", "twin", "rest")
 _CONTENT = f"{PREFIX}keys"
 _SCHEMA = pa.schema(
     [
@@ -49,8 +51,9 @@ _SCHEMA = pa.schema(
 )
 # What a file's name is made of by a run; others in the folder are somebody's.
 _NAME = re.compile(rf"{FOLDER}[0-9a-f]+-[\w-]+\.parquet")
-# A bucket is what is read at once: 2**20 rows of 40 bytes.
-_BUCKET_ROWS = 2**20
+# Of a row group: what a bucket reads of a file is a whole number of these. 5 MB.
+_GROUP_ROWS = 2**17
+_MAX_BUCKETS = 2**20
 _INTS = npt.NDArray[np.int32]
 
 
@@ -61,8 +64,27 @@ class _PartKeys(BaseModel):
 
 
 class _Content(BaseModel):
+    """See `KeyFile`; files of earlier versions have parts and shards only."""
+
     parts: list[_PartKeys]
     shards: list[str] = []
+    counts: list[tuple[int, int, int]] = []
+    set: str = ""
+    version: int = -1
+    bucket: tuple[int, int] = (0, 1)
+    staged: str = ""
+
+    @model_validator(mode="after")
+    def _check_places(self) -> _Content:
+        """That no flipped bit makes of it what is nowhere."""
+        bucket, num_buckets = self.bucket
+        if not 0 <= bucket < num_buckets <= _MAX_BUCKETS or num_buckets & (num_buckets - 1):
+            raise ValueError("no such bucket")
+        for part, shard, rows in self.counts:
+            is_there = 0 <= part < len(self.parts) and -1 <= shard < len(self.shards)
+            if not is_there or rows < 1:
+                raise ValueError("counts of no part or shard")
+        return self
 
 
 @dataclass(frozen=True)
@@ -110,7 +132,7 @@ class KeyRows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, which: npt.NDArray[Any]) -> KeyRows:
+    def __getitem__(self, which: npt.NDArray[Any] | slice) -> KeyRows:
         """Those rows."""
         return KeyRows(*(getattr(self, f.name)[which] for f in fields(self)))
 
@@ -123,11 +145,34 @@ class KeyRows:
 
 @dataclass(frozen=True)
 class KeyFile:
-    """A file of keys, by its metadata."""
+    """A file of keys, by its metadata.
+
+    `counts` are rows by the places of part and shard, -1 for none. A file is one commit's, or, with
+    a `version`, one of a `set` that tells of all rows of that version: those of its `bucket`, which
+    and of how many. `staged` is the fingerprint of parts that are not committed, else empty.
+    """
 
     path: str
     parts: tuple[_PartKeys, ...]
     shards: tuple[str, ...]
+    counts: tuple[tuple[int, int, int], ...] = ()
+    set: str = ""
+    version: int = -1
+    bucket: tuple[int, int] = (0, 1)
+    staged: str = ""
+
+    @property
+    def teller(self) -> str:
+        """What tells of its parts: the file, or all files of its set together."""
+        return f"{self.version} {self.set}" if self.set else self.path
+
+    @property
+    def rows_by_part(self) -> Counter[str]:
+        """Rows of each part, by its path."""
+        counts = Counter[str]()
+        for part in self.parts:
+            counts[part.path] += part.rows
+        return counts
 
 
 class KeyFiles:
@@ -152,7 +197,10 @@ class KeyFiles:
         with self._reading(path), self._storage.open(path) as handle:
             metadata = pq.read_metadata(handle).metadata or {}
             content = _Content.model_validate_json(metadata.get(_CONTENT.encode(), b""))
-        return KeyFile(path, tuple(content.parts), tuple(content.shards))
+        return KeyFile(
+            path, tuple(content.parts), tuple(content.shards), tuple(content.counts),
+            content.set, content.version, content.bucket, content.staged,
+        )  # fmt: skip
 
     @contextmanager
     def _reading(self, path: str) -> Iterator[None]:
@@ -177,15 +225,38 @@ class KeyFiles:
             if not parquet.schema_arrow.remove_metadata().equals(_SCHEMA):
                 raise ValueError("other columns")
             for i in range(parquet.num_row_groups):
-                table = parquet.read_row_group(i)
-                at = table["part"].to_numpy()
-                counts += np.bincount(at, minlength=len(counts))  # raises where one is no place
-                shards = table["shard"].to_numpy()
-                ids, contents = to_keys(table["id"]), to_keys(table["content"])
-                carried = table["carried"].to_numpy()
-                yield KeyRows(ids, contents, carried, kinds[at], shards, at)
+                rows = _read_group(parquet, i, kinds)
+                # Raises where a place is none.
+                counts += np.bincount(rows.places, minlength=len(counts))
+                yield rows
             if counts.tolist() != [part.rows for part in file.parts]:
                 raise ValueError("it holds other numbers of rows than it says")
+
+    def read_bucket(self, file: KeyFile, bucket: int, num_buckets: int) -> KeyRows:
+        """The rows of one file whose ids are in a bucket, of a power of two; as `read` gives them.
+
+        Raises:
+            DamagedError: It is not as it was written.
+        """
+        kinds = np.array([KINDS.index(part.kind) for part in file.parts], dtype=np.int8)
+        low, high = bucket_bounds(bucket, num_buckets)
+        found = []
+        with self._reading(file.path), self._storage.open(file.path) as handle:
+            parquet = pq.ParquetFile(handle, page_checksum_verification=True)
+            if not parquet.schema_arrow.remove_metadata().equals(_SCHEMA):
+                raise ValueError("other columns")
+            for i in range(parquet.num_row_groups):
+                told = parquet.metadata.row_group(i).column(0).statistics
+                if told is not None and told.has_min_max:
+                    least, most = (int.from_bytes(b[:8], "big") for b in (told.min, told.max))
+                    if most < low or least > high:
+                        continue
+                rows = _read_group(parquet, i, kinds)
+                first = first_halves(rows.ids)
+                start = int(np.searchsorted(first, np.uint64(low)))
+                stop = int(np.searchsorted(first, np.uint64(high), side="right"))
+                found.append(rows[slice(start, stop)])
+        return KeyRows.join(found)
 
     def embedded(self, paths: Sequence[str]) -> Iterator[Keys]:
         """Ids of the embedded rows in some files, a bucket at a time.
@@ -202,6 +273,7 @@ class KeyFiles:
         name: str,
         writes: Sequence[tuple[KeyRows, Mapping[Kind, str]]],
         shards: Mapping[int, str | None],
+        staged: str = "",
     ) -> str | None:
         """Write the keys of some parts as one file; its path, None where they hold no row.
 
@@ -209,6 +281,7 @@ class KeyFiles:
             name: How it is called; each try has a name of its own.
             writes: Keys of some rows, and by their kind the part that holds them.
             shards: Key of each shard by its number; None where it has none.
+            staged: The table's fingerprint, where the parts are not about to be committed.
         """
         parts: list[_PartKeys] = []
         chosen: list[KeyRows] = []
@@ -228,17 +301,69 @@ class KeyFiles:
                     parts.append(_PartKeys(path=part, kind=kind, rows=len(some)))
         if not parts:
             return None
-        content = _Content(parts=parts, shards=shard_keys)
+        content = _Content(parts=parts, shards=shard_keys, staged=staged)
+        return self._put(name, KeyRows.join(chosen), content)
+
+    def write_set(
+        self,
+        name: str,
+        rows: KeyRows,
+        parts: Sequence[str],
+        shards: Sequence[str | None],
+        version: int,
+        bucket: tuple[int, int],
+    ) -> str | None:
+        """Write the keys of one bucket of a version; the path of the file, None without a row.
+
+        Args:
+            name: Of the set.
+            rows: The keys; places of parts, and shards, are those in the next two.
+            parts: Paths of parts.
+            shards: Keys of shards; None where one has none.
+            version: Of the table that has all these parts.
+            bucket: Which, and of how many.
+        """
+        if not len(rows):
+            return None
+        kinds, of_part = np.unique(
+            rows.places.astype(np.int64) * len(KINDS) + rows.kinds, return_inverse=True
+        )
+        num_rows = np.bincount(of_part)
+        told = [
+            _PartKeys(path=parts[at // len(KINDS)], kind=KINDS[at % len(KINDS)], rows=n)
+            for at, n in zip(kinds.tolist(), num_rows.tolist(), strict=True)
+        ]
+        used, of_shard = np.unique(rows.shards, return_inverse=True)
+        keys = [shards[at] if at >= 0 else None for at in used.tolist()]
+        named = sorted({key for key in keys if key is not None})
+        places = {key: i for i, key in enumerate(named)}
+        place_of = np.array([-1 if k is None else places[k] for k in keys], dtype=np.int32)
+        rows = replace(rows, places=of_part.astype(np.int32), shards=place_of[of_shard])
+        content = _Content(parts=told, shards=named, set=name, version=version, bucket=bucket)
+        return self._put(f"{name}-{bucket[0]:04d}", rows, content)
+
+    def _put(self, name: str, rows: KeyRows, content: _Content) -> str:
+        pairs = np.stack([rows.places, rows.shards], axis=1)
+        both, num_rows = np.unique(pairs, axis=0, return_counts=True)
+        counts = [(*pair, n) for pair, n in zip(both.tolist(), num_rows.tolist(), strict=True)]
+        content = content.model_copy(update={"counts": counts})
         path = f"{FOLDER}{name}-{uuid.uuid4().hex[:8]}.parquet"
-        self._storage.put(path, _to_parquet(KeyRows.join(chosen), content))
+        self._storage.put(path, _to_parquet(rows, content))
         return path
+
+    def keep_only(self, paths: Iterable[str]) -> None:
+        """Delete the other files of keys of this project's: a set tells what they told."""
+        kept = set(paths)
+        for path in self._storage.paths(FOLDER):
+            if _NAME.fullmatch(path) and path not in kept:
+                self._storage.delete(path)
 
     def clean_up(self, exists: Iterable[str], damaged: Sequence[str]) -> None:
         """Delete the files of which no part is there any more, and what a killed run has left half
         written; put damaged ones aside. Only under the lock.
         """
         there = set(exists)
-        for file in self.list()[0]:
+        for file in self.list()[0]:  # of what is staged too
             if _NAME.fullmatch(file.path) and not any(p.path in there for p in file.parts):
                 self._storage.delete(file.path)
         for path in damaged:
@@ -248,6 +373,27 @@ class KeyFiles:
             for half in (local / FOLDER).glob("*.tmp"):
                 if _NAME.fullmatch(HALF_WRITTEN.sub("", f"{FOLDER}{half.name}")):
                     self._storage.delete(f"{FOLDER}{half.name}")
+
+
+def bucket_bounds(bucket: int, num_buckets: int) -> tuple[int, int]:
+    """The least and the greatest first half of the ids in a bucket, of a power of two."""
+    width = 2**64 // num_buckets
+    return bucket * width, (bucket + 1) * width - 1
+
+
+def is_in_bucket(ids: Keys, bucket: int, num_buckets: int) -> npt.NDArray[np.bool_]:
+    """Which ids are in a bucket, shape (rows,)."""
+    low, high = bucket_bounds(bucket, num_buckets)
+    first = first_halves(ids)
+    return (first >= np.uint64(low)) & (first <= np.uint64(high))
+
+
+def _read_group(parquet: pq.ParquetFile, at: int, kinds: npt.NDArray[np.int8]) -> KeyRows:
+    table = parquet.read_row_group(at)
+    places, shards = table["part"].to_numpy(), table["shard"].to_numpy()
+    ids, contents = to_keys(table["id"]), to_keys(table["content"])
+    carried = table["carried"].to_numpy()
+    return KeyRows(ids, contents, carried, kinds[places], shards, places)
 
 
 def _to_parquet(rows: KeyRows, content: _Content) -> memoryview:
@@ -260,7 +406,7 @@ def _to_parquet(rows: KeyRows, content: _Content) -> memoryview:
         schema=_SCHEMA.with_metadata({_CONTENT: content.model_dump_json()}),
     )
     sink = pa.BufferOutputStream()
-    num_bits = max((len(rows) - 1) // _BUCKET_ROWS, 0).bit_length()
+    num_bits = max((len(rows) - 1) // _GROUP_ROWS, 0).bit_length()
     ends = [
         int(np.searchsorted(first, np.uint64(i) << np.uint64(64 - num_bits)))
         for i in range(1, 2**num_bits)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow.compute as pc
@@ -14,7 +14,7 @@ from fmembed.rows.columns import DUPLICATE, ROW_ID
 from fmembed.rows.ids import Keys, RowIds, keys_of
 from fmembed.storage import Storage, tell
 from fmembed.table.files import REJECTED, Part, PartFiles
-from fmembed.table.keys import KINDS, KeyFile, KeyFiles, KeyRows, Kind
+from fmembed.table.keys import KINDS, KeyFile, KeyFiles, KeyRows, Kind, is_in_bucket
 
 # So many contents are kept of the rows of one id; of more, none is known: a lookup goes through
 # all of them.
@@ -27,9 +27,10 @@ _FILE_ROWS = 2**22
 class KnownRows:
     """What a version of a table knows of the source's rows, before any key is read.
 
-    `parts` are its parts by their paths, those of `_rejected` with that in front; `missing` the
-    paths of those that no file tells of, `damaged` the files that cannot be opened; `num_rows` are
-    embedded and rejected rows of the source.
+    `parts` are its parts by their paths, those of `_rejected` with that in front; `told_by` says
+    which of the files tells of each, `missing` are the paths of those that none tells of, `damaged`
+    the files that cannot be opened; `num_rows` are embedded and rejected rows of the source.
+    `staged` are parts that a refresh has written and not committed, of which `files` tell too.
     """
 
     uri: str
@@ -38,6 +39,60 @@ class KnownRows:
     missing: tuple[str, ...]
     damaged: tuple[str, ...] = ()
     num_rows: int = 0
+    told_by: Mapping[str, str] = field(default_factory=dict)
+    staged: Mapping[str, Part] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> list[str]:
+        """Of the parts of the version, then of those that are staged: what places count."""
+        return [*self.parts, *self.staged]
+
+    def count_by_shard(self) -> Counter[str]:
+        """Rows of the version by the key of the shard that they were read from, as the files'
+        metadata have it: those of which it is known.
+        """
+        counts = Counter[str]()
+        for file in self._committed():
+            for part, shard, rows in file.counts:
+                if shard >= 0 and self._tells(file, file.parts[part].path):
+                    counts[file.shards[shard]] += rows
+        return counts
+
+    def read_bucket(self, bucket: int, num_buckets: int, shards: Mapping[str, int]) -> KeyRows:
+        """The keys of one bucket, staged ones too; of a damaged file the parts are read.
+
+        Args:
+            bucket: Which.
+            num_buckets: Of how many, a power of two.
+            shards: Numbers of the source's shards by their keys.
+
+        Returns:
+            In the order of `paths`, of which `places` tell; `shards` are those given.
+
+        Raises:
+            DamagedError: A part is missing, or not as it was written.
+        """
+        paths = {path: i for i, path in enumerate(self.paths)}
+        found = []
+        missing = [(path, (0, 1)) for path in self.missing]
+        for file in self.files:
+            own = [p.path if self._tells(file, p.path) else "" for p in file.parts]
+            try:
+                rows = KeyFiles(Storage(self.uri)).read_bucket(file, bucket, num_buckets)
+            except DamagedError as e:
+                tell(f"{self.uri}: {e.what}; the parts are read instead")
+                missing += [(path, file.bucket) for path in dict.fromkeys(filter(None, own))]
+                continue
+            place_of = np.array([paths.get(path, -1) for path in own], dtype=np.int32)
+            shard_of = np.array([*(shards.get(key, -1) for key in file.shards), -1], dtype=np.int32)
+            rows = replace(rows, places=place_of[rows.places], shards=shard_of[rows.shards])
+            found.append(rows if (place_of >= 0).all() else rows[rows.places >= 0])
+        for path, some in missing:
+            rows = self._read_part_of(path, some)
+            rows = rows[is_in_bucket(rows.ids, bucket, num_buckets)]
+            found.append(replace(rows, places=np.full(len(rows), paths[path], dtype=np.int32)))
+        every = KeyRows.join(found)
+        return every[np.argsort(every.places, kind="stable")]
 
     def load(self) -> RowIds:
         """Ids of all rows, committed or rejected, with what is known of the committed ones.
@@ -48,7 +103,7 @@ class KnownRows:
             DamagedError: A part is missing, or not as it was written.
         """
         rows = KeyRows.join(list(self.read()))
-        embedded, rejected, twins = (rows[rows.kinds == i] for i in range(len(KINDS)))
+        embedded, rejected, twins, rest = (rows[rows.kinds == i] for i in range(len(KINDS)))
         ids = RowIds(embedded.ids, embedded.contents, embedded.carried)
         # Not by its twin is a row known: it may be committed later than that one is rejected.
         twins = twins[ids.contains(twins.ids)]
@@ -58,7 +113,7 @@ class KnownRows:
             twins = twins[~np.isin(twins.ids, many)]
             ids.add(np.array(many, dtype="S16"))
         ids.add(twins.ids, twins.contents, twins.carried)
-        ids.add(np.unique(rejected.ids))
+        ids.add(np.unique(np.concatenate([rejected.ids, rest.ids])))
         return ids
 
     def which_are_embedded(self, keys: Keys) -> Keys:
@@ -78,19 +133,26 @@ class KnownRows:
         Raises:
             DamagedError: A part is missing, or not as it was written.
         """
-        missing = list(self.missing)
+        missing = [(path, (0, 1)) for path in self.missing]
         files = KeyFiles(Storage(self.uri))
-        for file in self.files:
+        for file in self._committed():
             try:
                 rows = KeyRows.join(list(files.read(file)))
             except DamagedError as e:
                 tell(f"{self.uri}: {e.what}; the parts are read instead")
-                missing += dict.fromkeys(p.path for p in file.parts if p.path in self.parts)
+                own = (part.path for part in file.parts if self._tells(file, part.path))
+                missing += [(path, file.bucket) for path in dict.fromkeys(own)]
                 continue
-            is_current = np.array([part.path in self.parts for part in file.parts], dtype=np.bool_)
+            is_current = np.array([self._tells(file, p.path) for p in file.parts], dtype=np.bool_)
             yield rows if is_current.all() else rows[is_current[rows.places]]
-        for path in missing:
-            yield self.read_part(path)
+        for path, some in missing:
+            yield self._read_part_of(path, some)
+
+    def _committed(self) -> list[KeyFile]:
+        return [file for file in self.files if not file.staged]
+
+    def _tells(self, file: KeyFile, path: str) -> bool:
+        return self.told_by.get(path) == file.teller
 
     def find_wrong(self) -> list[str]:
         """The files that are damaged, or tell of other rows than the parts they name hold.
@@ -99,17 +161,19 @@ class KnownRows:
             DamagedError: A part is missing, or not as it was written.
         """
         files, wrong = KeyFiles(Storage(self.uri)), list(self.damaged)
-        for file in self.files:
+        for file in self._committed():
             try:
                 rows = KeyRows.join(list(files.read(file)))
             except DamagedError:
                 wrong.append(file.path)
                 continue
-            for path in dict.fromkeys(part.path for part in file.parts if part.path in self.parts):
+            for path in dict.fromkeys(p.path for p in file.parts if self._tells(file, p.path)):
                 places = [i for i, part in enumerate(file.parts) if part.path == path]
-                told, held = rows[np.isin(rows.places, places)], self.read_part(path)
+                told = rows[np.isin(rows.places, places)]
+                held = self._read_part_of(path, file.bucket)
                 if path.startswith(REJECTED):  # the part keeps no content
-                    told = KeyRows.of(told.ids, kinds=told.kinds)
+                    kinds = np.where(told.kinds == KINDS.index("rest"), 1, told.kinds)
+                    told = KeyRows.of(told.ids, kinds=kinds.astype(np.int8))
                 if _in_order(told) != _in_order(held):
                     wrong.append(file.path)
                     break
@@ -122,13 +186,19 @@ class KnownRows:
             DamagedError: It is missing, or not as it was written.
         """
         folder = REJECTED if path.startswith(REJECTED) else ""
-        files, part = PartFiles(Storage(f"{self.uri}/{folder}".rstrip("/"))), self.parts[path]
+        files = PartFiles(Storage(f"{self.uri}/{folder}".rstrip("/")))
+        part = {**self.parts, **self.staged}[path]
         if not folder:
             return KeyRows.of(*files.read_keys(part))
         rows = files.read_columns(part, [ROW_ID, "error"])
         is_twin = np.asarray(pc.equal(rows["error"], DUPLICATE), dtype=np.bool_)
         kinds = np.where(is_twin, 2, 1).astype(np.int8)
         return KeyRows.of(keys_of(rows[ROW_ID].to_pylist()), kinds=kinds)
+
+    def _read_part_of(self, path: str, bucket: tuple[int, int]) -> KeyRows:
+        """The keys of one part, of those in a bucket."""
+        rows = self.read_part(path)
+        return rows if bucket == (0, 1) else rows[is_in_bucket(rows.ids, *bucket)]
 
     def write_missing(self, name: str) -> None:
         """Write the keys of the parts that no file tells of, some millions of rows a file."""
@@ -149,7 +219,11 @@ def _in_order(rows: KeyRows) -> list[tuple[bytes, bytes, int]]:
 
 
 def know(
-    uri: str, rows: Sequence[Part], rejected: Sequence[Part], pieces_are_rows: bool
+    uri: str,
+    rows: Sequence[Part],
+    rejected: Sequence[Part],
+    pieces_are_rows: bool,
+    fingerprint: str = "",
 ) -> KnownRows:
     """What the version with these parts knows.
 
@@ -158,29 +232,49 @@ def know(
         rows: The parts of embedded rows.
         rejected: Those of rejected ones.
         pieces_are_rows: Whether a row of the source may be several of the table.
+        fingerprint: The table's, where what is staged for it is asked for too.
     """
     files, damaged = KeyFiles(Storage(uri)).list()
     parts = {part.path: part for part in rows}
     parts |= {REJECTED + part.path: part for part in rejected}
-    told: Counter[str] = Counter()
-    chosen = []
+    rows_by: dict[str, Counter[str]] = defaultdict(Counter)
     for file in files:
-        counts = Counter[str]()
-        for part in file.parts:
-            if part.path in parts:
-                counts[part.path] += part.rows
-        # A part that two files tell of, as where one was made anew; or whose rows are others.
-        fits = all(
-            path not in told
-            and (n == parts[path].num_rows or (pieces_are_rows and not path.startswith(REJECTED)))
-            for path, n in counts.items()
-        )
-        if counts and fits:
-            chosen.append(file)
-            told += counts
+        if not file.staged:
+            rows_by[file.teller] += file.rows_by_part
+    told: Counter[str] = Counter()
+    told_by: dict[str, str] = {}
+    # The newest set first: it knows in which shard of the source each row was found last.
+    for teller in dict.fromkeys(f.teller for f in sorted(files, key=lambda f: -f.version)):
+        for path, n in rows_by[teller].items():
+            # Not where another one tells of the part, or its rows are others.
+            if path in parts and path not in told_by:
+                is_split = pieces_are_rows and not path.startswith(REJECTED)
+                if n == parts[path].num_rows or is_split:
+                    told[path], told_by[path] = n, teller
+    staged: dict[str, Part] = {}
+    for file in files if fingerprint else ():
+        held = _hold(uri, file, parts) if file.staged == fingerprint else None
+        if held is not None:
+            staged |= held
+            told_by |= dict.fromkeys(held, file.path)
+    tellers = set(told_by.values())
+    chosen = tuple(f for f in files if f.teller in tellers)
     missing = tuple(path for path in parts if path not in told)
-    known = KnownRows(uri, tuple(chosen), parts, missing, tuple(damaged))
+    known = KnownRows(uri, chosen, parts, missing, tuple(damaged), 0, told_by, staged)
     num_missing = sum(
         len(known.read_part(path)) if pieces_are_rows else parts[path].num_rows for path in missing
     )
     return replace(known, num_rows=told.total() + num_missing)
+
+
+def _hold(uri: str, file: KeyFile, parts: Mapping[str, Part]) -> dict[str, Part] | None:
+    """The staged parts of a file; None where one is committed by now, or gone."""
+    storage, held = Storage(uri), {}
+    for path in file.rows_by_part:
+        size_bytes = storage.size_bytes(path)
+        if path in parts or size_bytes is None:
+            return None
+        # Of its rows, not of the source's, which may be several of it.
+        num_rows = PartFiles(storage).num_rows(path)
+        held[path] = Part(path.removeprefix(REJECTED), size_bytes, num_rows)
+    return held

@@ -21,6 +21,8 @@ from fmembed.rows.columns import (
     CONTENT_HASH,
     DUPLICATE,
     ERROR,
+    HIDES,
+    HIDES_REST,
     MESSAGE,
     NUM_UNITS,
     PARENT_ID,
@@ -34,6 +36,7 @@ from fmembed.rows.columns import (
     STAGE,
     TOTAL,
     TRUNCATED,
+    TWIN,
     accepted,
     reject,
     table_schema,
@@ -45,9 +48,7 @@ from fmembed.rows.precision import PRECISIONS
 from fmembed.storage import Storage
 from fmembed.table.card import Card
 from fmembed.table.files import REJECTED, Part, PartFiles
-from fmembed.table.keys import KeyRows, Kind
-
-_TWIN = "another row of the source has the same id"
+from fmembed.table.keys import KINDS, KeyRows, Kind
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ class Written:
         if self.part is not None:
             held["embedded"] = self.part.path
         if self.rejected is not None:
-            held["rejected"] = held["twin"] = REJECTED + self.rejected.path
+            kinds: tuple[Kind, ...] = ("rejected", "twin", "rest")
+            held |= dict.fromkeys(kinds, REJECTED + self.rejected.path)
         return held
 
 
@@ -192,7 +194,7 @@ def write_without(
     good, bad = rows.filter(pa.array(~is_twin)), rows.filter(pa.array(is_twin))
     ids = list(dict.fromkeys(bad[name].to_pylist()))
     cut = dict(zip(bad[name].to_pylist(), bad[TRUNCATED].to_pylist(), strict=True))
-    causes = [{ROW_ID: i, "stage": "write", "error": DUPLICATE, "message": _TWIN} for i in ids]
+    causes = [{ROW_ID: i, "stage": "write", "error": DUPLICATE, "message": TWIN} for i in ids]
     rejected = pa.Table.from_pylist(causes, REJECTED_SCHEMA)
     if written.rejected is not None:
         before = _rejected_files(uri).read_whole(written.rejected)
@@ -221,10 +223,11 @@ def _rejected_files(uri: str) -> PartFiles:
 
 
 def _keys_of(good: pa.Table, bad: pa.Table) -> KeyRows:
-    names = [ROW_ID, CONTENT_HASH, CARRIED, SHARD, ERROR]
+    names = [ROW_ID, CONTENT_HASH, CARRIED, SHARD]
     rows = pa.concat_tables([good.select(names), bad.select(names)])
-    is_twin = pc.equal(bad[ERROR], DUPLICATE)
-    kinds = np.where(np.asarray(is_twin, dtype=np.bool_), 2, 1)
+    is_twin = np.asarray(pc.equal(bad[ERROR], DUPLICATE), dtype=np.bool_)
+    is_rest = bad[HIDES].fill_null(0).to_numpy() == HIDES_REST
+    kinds = np.where(is_twin, KINDS.index("twin"), np.where(is_rest, KINDS.index("rest"), 1))
     return KeyRows.of(
         keys_of(rows[ROW_ID].to_pylist()),
         contents_of(rows[CONTENT_HASH].to_pylist()),
@@ -289,7 +292,7 @@ def _reject_duplicates(rows: pa.Table) -> pa.Table:
     causes = {}
     for i, key in zip(good.tolist(), keys, strict=True):
         if key in seen:
-            causes[i] = (DUPLICATE, _TWIN)
+            causes[i] = (DUPLICATE, TWIN)
         seen.add(key)
     return reject(rows, "write", causes)
 

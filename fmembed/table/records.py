@@ -10,6 +10,7 @@ tool, what is no longer in the table is read again. A record that cannot be read
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -19,14 +20,19 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fmembed.result import RunResult
 from fmembed.storage import Storage, tell
 
+# The names of records; what else lies in their folders is somebody's.
+RECORD = re.compile(r"_shards/[\w-]+\.json|_runs/\d{10}-\d{10}-[\w-]+\.json")
+
 
 @dataclass(frozen=True)
 class WholeShard:
-    """A shard whose rows are all accounted for, and the parts that hold them."""
+    """A shard whose rows are all accounted for, and the parts that hold them; None where the files
+    of keys say it row by row.
+    """
 
     key: str
     rows: int
-    parts: frozenset[str]
+    parts: frozenset[str] | None
 
 
 _Record = TypeVar("_Record", bound=BaseModel)
@@ -47,7 +53,7 @@ class Commit(BaseModel):
 class _Shard(BaseModel):
     key: str
     rows: int
-    parts: list[int]
+    parts: list[int] | None
 
 
 class _ShardRecord(BaseModel):
@@ -64,11 +70,25 @@ class _RunRecord(BaseModel):
 def put_shards(storage: Storage, commit: Commit, shards: Iterable[WholeShard]) -> None:
     """Record the shards whose rows a run has committed, up to a commit."""
     shards = list(shards)
-    parts = sorted({part for shard in shards for part in shard.parts})
+    parts = sorted({part for shard in shards for part in shard.parts or ()})
     index = {part: i for i, part in enumerate(parts)}
-    rows = [_Shard(key=s.key, rows=s.rows, parts=sorted(index[p] for p in s.parts)) for s in shards]
+    rows = [
+        _Shard(
+            key=s.key,
+            rows=s.rows,
+            parts=None if s.parts is None else sorted(index[p] for p in s.parts),
+        )
+        for s in shards
+    ]
     record = _ShardRecord(commit=commit, parts=parts, shards=rows)
     storage.put(f"_shards/{commit.run}.json", record.model_dump_json().encode())
+
+
+def drop_shards(storage: Storage, commit: Commit) -> None:
+    """Delete what other runs have recorded of shards."""
+    for path in storage.paths("_shards/"):
+        if path != f"_shards/{commit.run}.json" and RECORD.fullmatch(path):
+            storage.delete(path)
 
 
 def read_shards(storage: Storage) -> list[tuple[Commit, list[WholeShard]]]:
@@ -80,7 +100,11 @@ def read_shards(storage: Storage) -> list[tuple[Commit, list[WholeShard]]]:
             continue
         try:
             shards = [
-                WholeShard(s.key, s.rows, frozenset(record.parts[i] for i in s.parts))
+                WholeShard(
+                    s.key,
+                    s.rows,
+                    None if s.parts is None else frozenset(record.parts[i] for i in s.parts),
+                )
                 for s in record.shards
             ]
         except IndexError:

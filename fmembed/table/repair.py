@@ -9,7 +9,6 @@ same command embeds.
 from __future__ import annotations
 
 import contextlib
-import re
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -25,11 +24,16 @@ from fmembed.table.card import TABLE, Card
 from fmembed.table.files import PART, REJECTED, RUN, WRITE, Part
 from fmembed.table.lock import Lock
 from fmembed.table.log import ENTRY, Log, what_is_cut
-from fmembed.table.records import Commit, put_run, put_shards, read_runs, read_shards, run_path
+from fmembed.table.records import (
+    RECORD,
+    Commit,
+    put_run,
+    put_shards,
+    read_runs,
+    read_shards,
+    run_path,
+)
 from fmembed.table.table import Table
-
-# The names of records; what else lies in their folders is somebody's.
-_RECORD = re.compile(r"_shards/[\w-]+\.json|_runs/\d{10}-\d{10}-[\w-]+\.json")
 
 
 def repair(uri: str) -> list[str]:
@@ -83,7 +87,7 @@ class _Repair:
             part
             for _, shards in read_shards(table.storage)
             for shard in shards
-            for part in shard.parts
+            for part in shard.parts or ()
         }
         for log in (table.rows, table.rejected):
             for path in filter(PART.fullmatch, log.storage.paths()):
@@ -196,7 +200,7 @@ class _Repair:
             ("_runs/", {run_path(c) for c, _ in read_runs(storage)}),
         ):
             for path in storage.paths(folder):
-                if path not in kept and _RECORD.fullmatch(path):
+                if path not in kept and RECORD.fullmatch(path):
                     self._quarantine(path, "no record of a run, or a cut one")
         lost = set(table.lost_runs())
         for commit, shards in read_shards(storage):

@@ -37,11 +37,19 @@ from fmembed.rows.ids import RowIds, keys_of
 from fmembed.storage import HALF_WRITTEN, Storage, tell
 from fmembed.table.card import FINGERPRINT, TABLE, Card, fingerprint
 from fmembed.table.files import PART, REJECTED, RUN, WRITE, Part
-from fmembed.table.keys import KeyFiles
+from fmembed.table.keys import KeyFile, KeyFiles
 from fmembed.table.known import KnownRows, know
 from fmembed.table.log import Log
 from fmembed.table.parts import as_written
-from fmembed.table.records import Commit, WholeShard, put_run, put_shards, read_runs, read_shards
+from fmembed.table.records import (
+    Commit,
+    WholeShard,
+    drop_shards,
+    put_run,
+    put_shards,
+    read_runs,
+    read_shards,
+)
 
 # Where a run has died before its log was made, only these are left of it.
 _OWN_LOCK = re.compile(r"_lock/(\d{8,18}\.json|\.probe-[0-9a-f]{32})")
@@ -307,10 +315,13 @@ class Table:
             [known.field(f.name) if f.name in known.names else f for f in carried]
         ).remove_metadata()
 
-    def known(self) -> KnownRows:
+    def known(self, with_staged: bool = False) -> KnownRows:
         """What the newest version knows of the source's rows: by its files of keys, unread.
 
         From here on this object commits only on top of what was looked at here.
+
+        Args:
+            with_staged: Tell of what a refresh has written and not committed too.
 
         Raises:
             DamagedError: A part is missing, or has not the size that it was written with.
@@ -320,7 +331,8 @@ class Table:
         self.rejected.check_there(rejected)
         card = self.card()
         pieces = card is not None and bool(card.identity.get("preprocess.pieces_are_rows"))
-        return know(self.uri, rows, rejected, pieces)
+        of = card.fingerprint if card is not None and with_staged else ""
+        return know(self.uri, rows, rejected, pieces, of)
 
     @property
     def has_moved(self) -> bool:
@@ -368,7 +380,22 @@ class Table:
         card = self.card()
         if card is None:
             return []
-        return [(log, p) for log in (self.rows, self.rejected) for p in log.strays(card.table)]
+        logs = ((self.rows, ""), (self.rejected, REJECTED))
+        found = [(log, folder, p) for log, folder in logs for p in log.strays(card.table)]
+        staged = {path for f in self.staged() for path in f.rows_by_part} if found else set()
+        return [(log, p) for log, folder, p in found if folder + p not in staged]
+
+    def staged(self) -> list[KeyFile]:
+        """The files of keys of what a refresh has written and not committed."""
+        return [file for file in self.key_files.list()[0] if file.staged]
+
+    def drop_staged(self) -> None:
+        """Delete what is staged, but what the newest version has taken in. Only under the lock."""
+        current = self._current()
+        for file in self.staged():
+            for path in file.rows_by_part.keys() - current:
+                self.storage.delete(path)
+            self.storage.delete(file.path)
 
     def remove_strays(self, own: str = "") -> int:
         """Delete what dead runs left behind; how many files. Only under the lock.
@@ -499,19 +526,39 @@ class Table:
         """Record the shards whose rows a run has committed, up to a commit."""
         put_shards(self.storage, commit, shards)
 
-    def whole_shards(self) -> dict[str, int]:
+    def whole_shards(self, known: KnownRows) -> dict[str, int]:
         """Key to rows of each shard whose rows are all in the table, committed or rejected.
 
-        That is: the newest version has every part that held one when the shard was recorded.
+        That is: the version has every part that held one when the shard was recorded, or as many
+        rows of it as it has, by the files of keys.
+
+        Args:
+            known: What the version knows.
         """
-        current = {part.path for part in self.rows.parts()}
-        current |= {REJECTED + part.path for part in self.rejected.parts()}
+        counts, current = known.count_by_shard(), known.parts.keys()
         return {
             shard.key: shard.rows
             for _, shards in read_shards(self.storage)
             for shard in shards
-            if shard.parts <= current
+            if (counts[shard.key] == shard.rows if shard.parts is None else shard.parts <= current)
         }
+
+    def supersede_shards(self, commit: Commit, shards: Sequence[WholeShard]) -> None:
+        """Record all shards of the source, in place of what was on record of any.
+
+        What is not among them is no more in the source. Only under the lock.
+        """
+        self.put_shards(commit, shards)
+        drop_shards(self.storage, commit)
+
+    def recorded_shards(self) -> dict[str, int]:
+        """Key to rows of each shard that a run has seen whole, wherever its rows are by now."""
+        return {s.key: s.rows for _, shards in read_shards(self.storage) for s in shards}
+
+    def _current(self) -> set[str]:
+        """The paths of the newest version's parts."""
+        current = {part.path for part in self.rows.parts()}
+        return current | {REJECTED + part.path for part in self.rejected.parts()}
 
     def put_run(self, commit: Commit, result: RunResult) -> None:
         """Record what a run counted; `verify` compares the table with the last one."""

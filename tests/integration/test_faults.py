@@ -16,6 +16,8 @@ import pytest
 import soak
 from soak import Bench, Run, SimulatedCluster, Tally
 
+from fmembed.table.table import Table
+
 
 def last_line(run: Run) -> str:
     """The message; there is no traceback before it."""
@@ -58,6 +60,29 @@ def test_nothing_is_lost_or_twice_after_kills(
     assert run.end() == 0, run.messages()
     assert 0 < num_before < len(bench.ids)
     check(bench, table)
+
+
+def test_a_refresh_takes_up_what_a_killed_one_has_staged(
+    bench: Bench, cluster: SimulatedCluster, tmp_path: Path
+) -> None:
+    table = tmp_path / "table"
+    with bench.held(table, verb="refresh") as run:
+        run.kill()
+        assert run.end() == -signal.SIGKILL
+    num_staged, num_before = bench.num_committed(table), bench.num_forwarded()
+    assert 0 < num_staged < len(bench.ids)
+    assert Table(str(table)).rows.parts() == []
+    cluster.complete()
+    with bench.held(table, cluster.address, actors=2, verb="refresh") as run:
+        for kind in ("actor", "worker", "node"):
+            assert soak.kill(kind, run, cluster), kind
+            bench.go_on(run)
+    assert run.end() == 0, run.messages()
+    check(bench, table)
+    assert Table(str(table)).version() == 1
+    # Of what was staged nothing is computed again; of the rest what the three kills have cost.
+    num_redone = bench.num_forwarded() - num_before - (len(bench.ids) - num_staged)
+    assert num_redone <= 3 * 2 * 2 * 16 + 128
 
 
 def test_of_two_runs_with_other_models_one_has_the_table(

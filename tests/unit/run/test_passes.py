@@ -23,7 +23,7 @@ class Fake:
         self.said: list[str] = []
         self.apart: list[bool] = []
         self.num_embedded = 0
-        self.run_id = "r"
+        self.run_id, self.fate = "r", "committed"
         self.work = Work(SimpleNamespace(shards=(1,)), RowIds(), 0)  # type: ignore[arg-type]
 
     def find_work(self) -> None:

@@ -26,6 +26,7 @@ from fmembed.rows.ids import RowIds, contents_of, keys_of
 from fmembed.run.stages import read
 from fmembed.run.work import skip_committed
 from fmembed.sources.opening import open_source
+from fmembed.sources.picks import NotKnown
 from fmembed.sources.reading import read_here, read_shard
 from fmembed.sources.shards import plan_shards
 from fmembed.sources.source import File, Source
@@ -39,7 +40,8 @@ def rows_of(spec: SourceSpec, committed: RowIds | None = None) -> list[dict[str,
     source = open_source(spec)
     rows = []
     for i, shard in enumerate(source.shards):
-        *read, marker = pa.concat_tables(read_shard(source, shard, i, committed)).to_pylist()
+        pick = None if committed is None else NotKnown(committed)
+        *read, marker = pa.concat_tables(read_shard(source, shard, i, pick)).to_pylist()
         assert all(r["_shard"] == i and r["row_id"] for r in read)
         assert (marker["_shard"], marker["row_id"]) == (i, None)
         assert marker["_total"] == len(read) + marker["_skipped"]
@@ -138,7 +140,7 @@ def test_rows_with_another_content_are_counted(tmp_path: Path) -> None:
         "".join(f'{{"text": "about {i}"}}\n' for i in range(6)) + "cut\n" + '{"text": "new"}\n'
     )
     source = open_source(spec)
-    new, marker = read_shard(source, source.shards[0], 0, known)
+    new, marker = read_shard(source, source.shards[0], 0, NotKnown(known))
     assert new["_input"].to_pylist() == ["new"]
     # Two texts are others by now, and what was embedded from row 6 is no row any more.
     assert marker.select(["_total", "_skipped", "_changed"]).to_pylist() == [
@@ -153,7 +155,7 @@ def test_a_second_row_of_an_id_is_no_change_of_the_first(tmp_path: Path) -> None
     contents = contents_of(table["content_hash"].to_pylist())
     for known, num_changed in ((contents[0], 0), (contents[1], 0), (contents[2], 1)):
         ids = RowIds(keys_of(["x"]), np.array([known]))
-        *_, marker = read_shard(source, source.shards[0], 0, ids)
+        *_, marker = read_shard(source, source.shards[0], 0, NotKnown(ids))
         assert marker["_changed"].to_pylist() == [num_changed]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from tables import CARD, CONFIGURATION, IDENTITY, SCHEMA, block, write_with_keys
 from fmembed.errors import DamagedError
 from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.rows.ids import contents_of, keys_of, to_keys
+from fmembed.storage import Storage
 from fmembed.table import keys as module
-from fmembed.table.keys import KeyFiles, KeyRows, find_twins
+from fmembed.table.keys import KeyFiles, KeyRows, find_twins, is_in_bucket
 from fmembed.table.known import _MAX_TWINS, KnownRows
 from fmembed.table.repair import repair
 from fmembed.table.table import Table
@@ -94,24 +96,25 @@ def test_contents_of_twins_and_of_rejected_rows(table: Table) -> None:
     held = [{"embedded": first[0].part.path}, {"twin": "_rejected/none", "rejected": "_rejected/x"}]
     table.key_files.write("0123ab-0", list(zip(given, held, strict=True)), {})
     parts = {first[0].part.path: first[0].part, "_rejected/none": None, "_rejected/x": None}
-    known = KnownRows(uri, tuple(table.key_files.list()[0]), parts, ())
-    ids = known.load()
+    files = tuple(table.key_files.list()[0])
+    told_by = dict.fromkeys(parts, files[0].teller)
+    ids = KnownRows(uri, files, parts, (), told_by=told_by).load()
     asked = keys_of("aaab")
     now = contents_of(["0" * 31 + c for c in "1352"])
     # A row has not changed whose content any row of its id had; of a rejected one none is known.
     assert ids.changed(asked, now).tolist() == [False, False, True, False]
     assert ids.contains(asked).all()
     # A twin alone is no reason to take its id for known.
-    del parts[first[0].part.path]
-    alone = KnownRows(uri, known.files, parts, ()).load()
+    del told_by[first[0].part.path]
+    alone = KnownRows(uri, files, parts, (), told_by=told_by).load()
     assert alone.contains(keys_of("ab")).tolist() == [False, True]
 
 
-@pytest.mark.parametrize("bucket_rows", [1, 7, 2**20])
+@pytest.mark.parametrize("group_rows", [1, 7, 2**20])
 def test_a_file_is_sorted_in_buckets_of_the_same_first_bits(
-    bucket_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: Table
+    group_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: Table
 ) -> None:
-    monkeypatch.setattr(module, "_BUCKET_ROWS", bucket_rows)
+    monkeypatch.setattr(module, "_GROUP_ROWS", group_rows)
     ids = [f"row-{i}" for i in range(100)]
     n = len(ids)
     given = KeyRows.of(
@@ -123,7 +126,7 @@ def test_a_file_is_sorted_in_buckets_of_the_same_first_bits(
     (file,), damaged = table.key_files.list()
     assert damaged == []
     groups = [g for g in table.key_files.read(file) if len(g)]
-    assert bucket_rows > n or len(groups) > n // bucket_rows / 2
+    assert group_rows > n or len(groups) > n // group_rows / 2
     found = np.concatenate([g.ids for g in groups])
     assert found.tolist() == sorted(given.ids.tolist())
     assert [(p.path, p.kind, p.rows) for p in file.parts] == [("p", "embedded", n)]
@@ -241,7 +244,9 @@ def test_an_id_of_very_many_rows_is_looked_up_as_fast_as_another(table: Table) -
     path = table.key_files.write("0123ab-9", [(twins, {"twin": "_rejected/x"})], {})
     assert path is not None
     files = tuple(table.key_files.list()[0])
-    known = KnownRows(table.uri, files, {part.path: part, "_rejected/x": part}, ())
+    parts = {part.path: part, "_rejected/x": part}
+    told_by = {path: f.teller for f in files for path in f.rows_by_part}
+    known = KnownRows(table.uri, files, parts, (), told_by=told_by)
     ids = known.load()
     assert len(ids) < 3 + _MAX_TWINS
     asked = np.repeat(keys_of("a"), 1000)
@@ -297,3 +302,135 @@ def test_a_missing_part_is_said_by_one_listing(table: Table) -> None:
     with pytest.raises(DamagedError, match=f"{part.path}: committed, but missing"):
         table.known()
     assert KeyFiles(table.storage).list()[0]
+
+
+def as_set(known: KnownRows, rows: KeyRows, version: int, num_buckets: int = 2) -> list[str]:
+    """Write all rows of a version as a set, a file a bucket; each row is of the shard "new"."""
+    paths = []
+    for i in range(num_buckets):
+        some = rows[is_in_bucket(rows.ids, i, num_buckets)]
+        some = replace(some, shards=np.zeros(len(some), dtype=np.int32))
+        files = KeyFiles(Storage(known.uri))
+        paths.append(
+            files.write_set(f"{version:06x}", some, known.paths, ["new"], version, (i, num_buckets))
+        )
+    return [path for path in paths if path is not None]
+
+
+def all_rows(table: Table, num_buckets: int = 1) -> KeyRows:
+    known = table.known(with_staged=True)
+    return KeyRows.join([known.read_bucket(i, num_buckets, {}) for i in range(num_buckets)])
+
+
+@pytest.mark.parametrize("num_buckets", [1, 2, 8])
+def test_a_bucket_is_read_from_whatever_tells_of_it(table: Table, num_buckets: int) -> None:
+    commit(table, "abcx", "x")
+    commit(table, "defghijk", twins="", number=1)
+    known = table.known()
+    assert known.paths[:2] == [p.path for p in table.rows.parts()]
+    rows = all_rows(table, num_buckets)
+    assert sorted(rows.ids.tolist()) == sorted(keys_of("abcxdefghijk").tolist())
+    assert rows.kinds[rows.ids == keys_of("x")[0]].tolist() == [1]
+    for i in range(num_buckets):
+        some = known.read_bucket(i, num_buckets, {})
+        assert is_in_bucket(some.ids, i, num_buckets).all()
+        assert some.places.tolist() == sorted(some.places.tolist())
+    # The same from the parts, where there is no file.
+    for path in Path(table.uri, "_keys").iterdir():
+        path.unlink()
+    again = all_rows(table, num_buckets)
+    assert sorted(again.ids.tolist()) == sorted(rows.ids.tolist())
+
+
+def test_the_newest_set_tells_where_rows_were_found_last(table: Table) -> None:
+    commit(table, "abcx", "x")
+    commit(table, "defg", number=1)
+    before = all_rows(table)
+    known = table.known()
+    assert known.count_by_shard() == {}
+    files = as_set(known, before, version=7)
+    assert len(files) == 2
+    known = table.known()
+    assert (known.missing, known.num_rows) == ((), 8)
+    assert known.count_by_shard() == {"new": 8}
+    assert {f.path for f in known.files} == set(files)
+    after = known.read_bucket(0, 1, {"new": 5})
+    assert set(after.shards.tolist()) == {5}
+    order = [np.argsort(rows.ids) for rows in (before, after)]
+    for name in ("ids", "contents", "kinds"):
+        both = [getattr(r, name)[o].tolist() for r, o in zip((before, after), order, strict=True)]
+        assert both[0] == both[1]
+    assert known.find_wrong() == []
+    # A set of which a file is gone, or is of another version's parts, does not tell of them.
+    as_set(known, after[after.places == 0], version=9)
+    assert table.known().count_by_shard() == {"new": 8}
+    # Rows that came after it.
+    commit(table, "h", number=2)
+    known = table.known()
+    assert (known.missing, known.num_rows, known.count_by_shard()["new"]) == ((), 9, 8)
+    assert len(all_rows(table, 4)) == 9
+    table.key_files.keep_only(files)
+    assert sorted(f.path for f in table.key_files.list()[0]) == sorted(files)
+    assert len(table.known().missing) == 1
+    assert len(all_rows(table)) == 9
+    # One that is damaged: of its bucket the parts are read.
+    Path(table.uri, files[0]).write_bytes(b"")
+    assert len(all_rows(table)) == len(all_rows(table, 4)) == 9
+    assert is_known(table, "abcxdefghz") == [True] * 9 + [False]
+
+
+def test_a_damaged_file_of_a_set_is_made_up_for_by_its_bucket_alone(table: Table) -> None:
+    commit(table, "abcdefgh")
+    files = as_set(table.known(), all_rows(table), version=3)
+    path = Path(table.uri, files[0])
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1
+    path.write_bytes(content)
+    rows = all_rows(table)
+    assert sorted(rows.ids.tolist()) == sorted(keys_of("abcdefgh").tolist())
+    assert sum(len(some) for some in table.known().read()) == 8
+    assert table.known().find_wrong() == [files[0]]
+
+
+def test_what_is_staged_is_no_stray_and_is_known_to_who_asks(table: Table) -> None:
+    commit(table, "ab")
+    written, keys = write_with_keys(table.uri, block(["c", "d"], ("d",)))
+    held = [(keys, written.held_by)]
+    path = table.key_files.write("0123ab-9", held, {}, staged=CARD.fingerprint)
+    assert path is not None
+    assert table.strays() == []
+    assert len(table.known().paths) == 1
+    known = table.known(with_staged=True)
+    assert list(known.parts) == [p.path for p in table.rows.parts()]
+    assert set(known.staged) == set(written.held_by.values())
+    assert sorted(all_rows(table).ids.tolist()) == sorted(keys_of("abcd").tolist())
+    assert is_known(table, "abcd") == [True, True, False, False]
+    # Of another model nothing is taken up.
+    other = table.key_files.write("0123ab-8", held, {}, staged="other")
+    assert len(table.known(with_staged=True).files) == 2
+    table.drop_staged()
+    assert table.known(with_staged=True).staged == {}
+    assert not Path(table.uri, path).exists()
+    assert other is not None
+    assert not Path(table.uri, other).exists()
+    assert problems(table) == []
+    assert not [p for p in Path(table.uri).rglob("part-*") if p.name in str(written)]
+
+
+def test_a_staged_part_that_is_gone_or_committed_is_not_staged(table: Table) -> None:
+    commit(table, "ab")
+    written, keys = write_with_keys(table.uri, block(["c"]))
+    assert written.part is not None
+    held = [(keys, written.held_by)]
+    table.key_files.write("0123ab-9", held, {}, staged=CARD.fingerprint)
+    table.known()
+    table.rows.commit([written.part], written.schema, CONFIGURATION, ("run", 5))
+    known = table.known(with_staged=True)
+    assert (known.staged, known.missing) == ({}, (written.part.path,))
+    table.drop_staged()
+    assert is_known(table, "abc") == [True] * 3
+    gone, keys = write_with_keys(table.uri, block(["z"]))
+    table.key_files.write("0123ab-7", [(keys, gone.held_by)], {}, staged=CARD.fingerprint)
+    assert gone.part is not None
+    Path(table.uri, gone.part.path).unlink()
+    assert table.known(with_staged=True).staged == {}

@@ -1,0 +1,238 @@
+"""What a refresh does a bucket of ids at a time: in tasks, of which the driver holds references.
+
+A bucket is the ids that begin with the same bits. A task holds one, whatever the table's size; the
+driver holds counts by bucket, part and shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fmembed.rows.columns import CONTENT_HASH
+from fmembed.rows.found import BAD, COPY, DONE, EMBED, GOOD, KEPT, REST, FoundRows
+from fmembed.rows.ids import Keys, RowIds, contents_of, keys_of
+from fmembed.run.apart import read_apart
+from fmembed.sources.picks import ChosenRows
+from fmembed.sources.reading import read_shard
+from fmembed.sources.scan import scan_shard
+from fmembed.sources.source import Shard, Source
+from fmembed.storage import Storage
+from fmembed.table.diff import Rules, compare
+from fmembed.table.keys import KINDS, KeyFiles, KeyRows, is_in_bucket
+from fmembed.table.known import KnownRows
+
+# Rows of a bucket, of which a task takes some 250 bytes each while it compares them.
+_BUCKET_ROWS, _MOST_BUCKETS = 2**20, 2**12
+_EMBEDDED, _REJECTED, _, _REST = range(len(KINDS))
+
+
+def count_buckets(num_rows: int) -> int:
+    """How many buckets so many rows are compared in: a power of two."""
+    return min(1 << (max(num_rows - 1, 0) // _BUCKET_ROWS).bit_length(), _MOST_BUCKETS)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What all tasks of one comparison are told.
+
+    Args:
+        known: What the table knows, staged rows too.
+        num_buckets: How many there are.
+        shards: Numbers of the source's shards by their keys.
+        num_shards: How many there are, those without a key too.
+        unread: Those whose rows are known from the table, and not read.
+        rules: What may leave.
+    """
+
+    known: KnownRows
+    num_buckets: int
+    shards: Mapping[str, int]
+    num_shards: int
+    unread: frozenset[int]
+    rules: Rules
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a comparison of one bucket has counted.
+
+    `counts` are those of `diff.Compared`; `rows` and `live` are rows by part, all and those that
+    stay, shape (parts,); `found` rows by shard, shape (shards,). `to_read` are shards that were
+    not read, and have a row of which more is to be done.
+    """
+
+    counts: Mapping[str, int]
+    rows: npt.NDArray[np.int64]
+    live: npt.NDArray[np.int64]
+    found: npt.NDArray[np.int64]
+    to_read: frozenset[int]
+
+
+def scan(
+    source: Source, shards: Sequence[tuple[int, Shard]], num_buckets: int, apart: bool
+) -> tuple[int | FoundRows, ...]:
+    """Read shards whole; how many rows they have, and these, a piece for each bucket."""
+    read = read_apart if apart else read_shard
+    found = FoundRows.join([scan_shard(source, shard, i, read) for i, shard in shards])
+    pieces = (found[is_in_bucket(found.ids, i, num_buckets)] for i in range(num_buckets))
+    return len(found), *pieces
+
+
+def plan_bucket(given: Bucket, bucket: int, *found: FoundRows) -> tuple[Summary, ChosenRows]:
+    """Compare one bucket, to see what is to be done.
+
+    Returns:
+        Its summary, and the rows of which something is to be done.
+    """
+    _, rows, fates, summary = _compare(given, bucket, found)
+    is_todo = ~np.isin(fates, (DONE, KEPT))
+    return summary, ChosenRows(rows[is_todo], fates[is_todo])
+
+
+def settle_bucket(
+    given: Bucket, bucket: int, *found: FoundRows
+) -> tuple[Summary, KeyRows, KeyRows]:
+    """Compare one bucket once all is done, to see what the new version is made of.
+
+    Returns:
+        Its summary; the rows that stay or come in; and the others.
+    """
+    (rows, live), _, _, summary = _compare(given, bucket, found)
+    return summary, rows[live], rows[~live]
+
+
+def _compare(
+    given: Bucket, bucket: int, found: Sequence[FoundRows]
+) -> tuple[tuple[KeyRows, npt.NDArray[np.bool_]], FoundRows, npt.NDArray[np.int8], Summary]:
+    stored = given.known.read_bucket(bucket, given.num_buckets, given.shards)
+    paths = given.known.paths
+    is_old = stored.places < len(given.known.parts)
+    is_unread = is_old & np.isin(stored.shards, np.array(sorted(given.unread), dtype=np.int32))
+    rows = FoundRows.join([_as_found(stored[is_unread]), *found])
+    rows = rows[np.lexsort((rows.places, rows.shards))]
+    compared = compare(rows, stored, is_old, given.rules)
+    live = compared.live
+    stored = KeyRows(
+        stored.ids, stored.contents, stored.carried, stored.kinds, compared.shards, stored.places
+    )
+    is_left = (rows.places < 0) & ~np.isin(compared.fates, (DONE, KEPT))
+    summary = Summary(
+        counts=compared.counts,
+        rows=np.bincount(stored.places, minlength=len(paths)),
+        live=np.bincount(stored.places[live], minlength=len(paths)),
+        found=np.bincount(rows.shards, minlength=given.num_shards),
+        to_read=frozenset(np.unique(rows.shards[is_left]).tolist()),
+    )
+    return (stored, live), rows, compared.fates, summary
+
+
+def _as_found(rows: KeyRows) -> FoundRows:
+    """What a source has, by what the table has of the shards that were not read."""
+    is_bad = np.isin(rows.kinds, (_REJECTED, _REST)) & (rows.contents == b"")
+    states = np.where(rows.kinds == _REST, REST, np.where(is_bad, BAD, GOOD)).astype(np.int8)
+    places = np.full(len(rows), -1, dtype=np.int64)
+    return FoundRows(rows.ids, rows.contents, rows.carried, states, rows.shards, places)
+
+
+def find_holders(given: Bucket, bucket: int, contents: Keys) -> KeyRows:
+    """Of the rows of one bucket, staged ones too, those that are of some contents: one of each."""
+    rows = given.known.read_bucket(bucket, given.num_buckets, {})
+    is_kind = np.isin(rows.kinds, (_EMBEDDED, _REJECTED))
+    rows = rows[is_kind & RowIds(contents).contains(rows.contents)]
+    rows = rows[np.argsort(rows.kinds, kind="stable")]
+    return rows[np.unique(rows.contents, return_index=True)[1]]
+
+
+def list_wanted(*chosen: ChosenRows) -> Keys:
+    """The contents of the rows that are to be embedded, each once."""
+    contents = [some.rows.contents[some.fates == EMBED] for some in chosen]
+    return np.unique(np.concatenate([keys_of([]), *contents]))
+
+
+def list_contents(*copies: pa.Table) -> Keys:
+    """The contents of rows that take their vectors from others, each once."""
+    contents = [contents_of(rows[CONTENT_HASH].to_pylist()) for rows in copies]
+    return np.unique(np.concatenate([keys_of([]), *contents]))
+
+
+def choose(num_buckets: int, *given: Any) -> tuple[ChosenRows, list[int]]:
+    """Of all rows that are to be embedded, which the model sees: of each content the first one.
+
+    Args:
+        num_buckets: How many buckets there are.
+        given: By bucket the rows of which something is to be done; then, by bucket too, rows that
+            have a vector of one of their contents by now.
+
+    Returns:
+        The rows with their last fates, and the numbers of the shards that they are in.
+    """
+    chosen: Sequence[ChosenRows] = given[:num_buckets]
+    holders: Sequence[KeyRows] = given[num_buckets:]
+    rows = FoundRows.join([some.rows for some in chosen])
+    fates = np.concatenate([np.empty(0, dtype=np.int8), *(some.fates for some in chosen)])
+    some = ChosenRows.of(rows, fates)
+    rows, fates = some.rows, some.fates.copy()
+    new = np.flatnonzero(fates == EMBED)
+    held = [h.contents[h.kinds == _EMBEDDED] for h in holders]
+    contents = rows.contents[new]
+    has_vector = RowIds(np.concatenate([keys_of([]), *held])).contains(contents)
+    is_first = np.zeros(len(new), dtype=np.bool_)
+    is_first[np.unique(contents, return_index=True)[1]] = True
+    fates[new[has_vector | ~is_first]] = COPY
+    return ChosenRows(rows, fates), np.unique(rows.shards).tolist()
+
+
+def join(*rows: KeyRows) -> KeyRows:
+    """Of all buckets."""
+    return KeyRows.join(rows)
+
+
+def list_dead(paths: Sequence[str], *dead: KeyRows) -> dict[str, tuple[Keys, Any]]:
+    """Of some parts the ids of the rows that are gone, and their kinds.
+
+    Args:
+        paths: Of all parts; those that are not asked for are empty.
+        dead: Rows that are gone, by bucket; their places are those of the paths.
+    """
+    rows = KeyRows.join(dead)
+    rows = rows[np.argsort(rows.places, kind="stable")]
+    ends = np.searchsorted(rows.places, np.arange(len(paths) + 1))
+    found = {}
+    for path, start, stop in zip(paths, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        if path and stop > start:
+            found[path] = (rows.ids[start:stop], rows.kinds[start:stop])
+    return found
+
+
+def write_keys(
+    uri: str,
+    name: str,
+    bucket: tuple[int, int],
+    version: int,
+    rows: KeyRows,
+    part_of: npt.NDArray[np.int32],
+    paths: Sequence[str],
+    shards: Sequence[str | None],
+) -> str | None:
+    """Write the keys of one bucket of a new version; the path of the file.
+
+    Args:
+        uri: The table.
+        name: Of the set of files.
+        bucket: Which, and of how many.
+        version: The new one.
+        rows: Its rows; their places are those of the parts that they were in.
+        part_of: By such a place the number of the part that they are in now.
+        paths: Of the parts that are there now.
+        shards: Keys of the source's shards.
+    """
+    moved = KeyRows(
+        rows.ids, rows.contents, rows.carried, rows.kinds, rows.shards, part_of[rows.places]
+    )
+    return KeyFiles(Storage(uri)).write_set(name, moved, paths, shards, version, bucket)

@@ -1,0 +1,392 @@
+"""A table kept in step with its source: what is new, changed or gone, in one new version.
+
+The source is looked at and compared with the table a bucket of ids at a time (buckets.py); what is
+to be done goes through the same stages as an embedding run, and is staged; then all is compared
+once more, and what that says is committed at once. So whatever has happened in between, a kill
+included, the new version is made of what the source holds: no row more, and none less.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import ray
+import ray.exceptions
+
+from fmembed.inputs import Inputs
+from fmembed.rows.columns import REJECTED_SCHEMA
+from fmembed.run import buckets
+from fmembed.run.buckets import Bucket, Summary
+from fmembed.run.commits import Staging
+from fmembed.run.faults import TASK_DEATHS, root_cause
+from fmembed.run.stages import Picks
+from fmembed.run.work import Work, unread_shards
+from fmembed.sources.picks import Chosen
+from fmembed.table.copies import fill_copies
+from fmembed.table.diff import Rules
+from fmembed.table.files import REJECTED, RUN, WRITE, Part
+from fmembed.table.keys import KeyRows
+from fmembed.table.known import KnownRows
+from fmembed.table.lock import Lock
+from fmembed.table.parts import Written
+from fmembed.table.records import Commit, WholeShard
+from fmembed.table.rewriting import Held, plan_rewriting, rewrite
+from fmembed.table.table import Table
+
+_MAX_RETRIES = 3
+# Shards are read by so many tasks at most, so that what one of them has for a bucket is no mere
+# row or two.
+_SCAN_TASKS = 256
+# What a row is taken for where only reading tells how many there are.
+_ROW_BYTES = 100
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a refresh has made of the table, in rows of the source.
+
+    `counts` are those of `diff.Compared`; `rows_removed` have left, `rows_withheld` would have, and
+    `why_withheld` says why they have not. `commit` is the newest one.
+    """
+
+    counts: Mapping[str, int]
+    rows_read: int
+    rows_removed: int
+    rows_withheld: int
+    why_withheld: str
+    parts_written: int
+    parts_rewritten: int
+    commit: Commit
+
+    @property
+    def num_left(self) -> int:
+        """Rows that have changed while they were read."""
+        return self.counts["todo"]
+
+
+class Refresh:
+    """One refresh, from the first look at the source to the new version."""
+
+    def __init__(self, inputs: Inputs, allow_removals: int | None) -> None:
+        """Prepare; nothing is looked at yet.
+
+        Args:
+            inputs: The source, the table, and what may leave it.
+            allow_removals: How many rows may leave, whatever share that is; None for the share that
+                the config says.
+        """
+        self._inputs = inputs
+        self._table = inputs.table
+        self._allowed = allow_removals
+        # What was read by now of the source: references to the rows of each bucket.
+        self._found: list[list[Any]] = []
+        self._read: set[int] = set()
+        self._num_buckets = 0
+        self._unread: frozenset[int] = frozenset()
+        self._rules = Rules()
+        self._why_withheld = ""
+
+    def find_work(self) -> Work:
+        """Look at what has changed in the source, and compare all of it with the table."""
+        known = self._table.known(with_staged=True)
+        source = self._inputs.source
+        unread = unread_shards(source, known, self._table.recorded_shards())
+        if not self._num_buckets:
+            num_rows = source.num_rows or source.num_bytes // _ROW_BYTES
+            self._num_buckets = buckets.count_buckets(max(known.num_rows, num_rows))
+        self._rules = Rules(True, self._inputs.spec.refresh.on_rejected == "remove")
+        while True:
+            self._unread = frozenset(unread - self._read)
+            self._scan([i for i in range(len(source.shards)) if i not in self._unread])
+            summaries, chosen = self._plan(known)
+            again = frozenset[int]().union(*(s.to_read for s in summaries))
+            if not again:
+                break
+            # Their rows were known; one of them had an id that another row had too, which is gone.
+            unread -= again
+        counts = _total(summaries)
+        self._rules = self._decide_removals(counts)
+        if not counts["todo"]:
+            return Work(replace(source, shards=()), known, 0)
+        picks, numbers = self._choose(known, chosen)
+        shards = tuple(source.shards[i] for i in numbers)
+        return Work(replace(source, shards=shards), known, 0, picks)
+
+    def _scan(self, wanted: Sequence[int]) -> None:
+        """Read shards that were not read before."""
+        left = [i for i in wanted if i not in self._read]
+        if not left:
+            return
+        source = self._inputs.source
+        described, num_tasks = source.without_shards, min(len(left), _SCAN_TASKS)
+        groups = [[(i, source.shards[i]) for i in left[at::num_tasks]] for at in range(num_tasks)]
+        num_returns = self._num_buckets + 1
+        task: Any = ray.remote(max_retries=_MAX_RETRIES, num_returns=num_returns)(buckets.scan)
+
+        def scan(apart: bool) -> list[list[Any]]:
+            refs = [task.remote(described, group, self._num_buckets, apart) for group in groups]
+            ray.get([num_rows for num_rows, *_ in refs])  # raises what a task has
+            return [pieces for _, *pieces in refs]
+
+        try:
+            self._found += scan(apart=False)
+        except ray.exceptions.RayError as e:
+            if not isinstance(root_cause(e), TASK_DEATHS):
+                raise
+            self._found += scan(apart=True)
+        self._read.update(left)
+
+    def _on_buckets(self, task: Any, known: KnownRows, *more: Any) -> list[Any]:
+        """Start a task for each bucket: given the rows that were read, or the same for all."""
+        source = self._inputs.source
+        numbers = {s.key: i for i, s in enumerate(source.shards) if s.key is not None}
+        given = ray.put(
+            Bucket(known, self._num_buckets, numbers, len(source.shards), self._unread, self._rules)
+        )
+        numbers_of = range(self._num_buckets)
+        if more:
+            return [task.remote(given, i, *more) for i in numbers_of]
+        return [task.remote(given, i, *(found[i] for found in self._found)) for i in numbers_of]
+
+    def _plan(self, known: KnownRows) -> tuple[list[Summary], list[Any]]:
+        task = ray.remote(max_retries=_MAX_RETRIES, num_returns=2)(buckets.plan_bucket)
+        refs = self._on_buckets(task, known)
+        return ray.get([summary for summary, _ in refs]), [chosen for _, chosen in refs]
+
+    def _decide_removals(self, counts: Mapping[str, int]) -> Rules:
+        """Whether rows may leave, by what the source has no more.
+
+        A source that cannot be read whole, or of which much is gone at once, is more often broken
+        than it is right.
+        """
+        spec = self._inputs.spec.refresh
+        num_leaving, num_old = counts["gone"] + counts["gone_wrong"], counts["were"]
+        share = spec.max_removed_fraction * num_old
+        most = share if self._allowed is None else self._allowed
+        why = ""
+        if num_broken := counts["broken_off"]:
+            why = f"{num_broken:,} files of the source cannot be read to their ends"
+        elif (n := counts["without_id"]) and spec.on_rejected == "keep":
+            why = f"{n:,} rows of the source have come to have no id that can be read"
+        elif num_leaving > most and self._allowed is None:
+            why = (
+                f"they are more than refresh.max_removed_fraction = {spec.max_removed_fraction} "
+                f"of {num_old:,} rows; --allow-removals {num_leaving} lets them go"
+            )
+        elif num_leaving > most:
+            why = f"they are more than --allow-removals {self._allowed}"
+        self._why_withheld = why
+        return Rules(not why, spec.on_rejected == "remove" and not why)
+
+    def _choose(self, known: KnownRows, chosen: Sequence[Any]) -> tuple[Picks, list[int]]:
+        """What readers hand on, and the numbers of the shards that they read."""
+        holders: list[Any] = []
+        if known.paths:
+            wanted = ray.remote(max_retries=_MAX_RETRIES)(buckets.list_wanted).remote(*chosen)
+            holders = self._find_holders(known, wanted)
+        task = ray.remote(max_retries=_MAX_RETRIES, num_returns=2)(buckets.choose)
+        ref, numbers_ref = task.remote(len(chosen), *chosen, *holders)
+        numbers: list[int] = ray.get(numbers_ref)
+
+        def picks(index: int) -> Chosen:
+            return Chosen(ray.get(ref), numbers[index])
+
+        return picks, numbers
+
+    def _find_holders(self, known: KnownRows, contents: Any) -> list[Any]:
+        """References to rows that have a vector of these contents, by bucket."""
+        task = ray.remote(max_retries=_MAX_RETRIES)(buckets.find_holders)
+        return self._on_buckets(task, known, contents)
+
+    def fill_copies(self, commits: Staging) -> None:
+        """Give the rows that were read without a vector that of their content."""
+        if not commits.copies:
+            return
+        known = self._table.known(with_staged=True)
+        contents = ray.remote(max_retries=_MAX_RETRIES)(buckets.list_contents)
+        holders = self._find_holders(known, contents.remote(*commits.copies))
+        joined = ray.remote(max_retries=_MAX_RETRIES)(buckets.join).remote(*holders)
+        parts = {**known.parts, **known.staged}
+        part_bytes = self._inputs.spec.output.part_bytes
+        for copies in commits.copies:
+            commits.fill(_fill, copies, joined, parts, len(known.parts), part_bytes)
+
+    def settle(self, lock: Lock, run_id: str) -> Settled:
+        """Compare once more, and commit what the new version is made of."""
+        known = self._table.known(with_staged=True)
+        task = ray.remote(max_retries=_MAX_RETRIES, num_returns=3)(buckets.settle_bucket)
+        while True:
+            refs = self._on_buckets(task, known)
+            summaries: list[Summary] = ray.get([summary for summary, _, _ in refs])
+            counts = _total(summaries)
+            decided = self._rules
+            if decided.removes:  # that no more leave than may, whatever was decided before the work
+                self._rules = self._decide_removals(counts)
+            if decided == self._rules:
+                break
+        rows, live, found = (
+            np.sum([getattr(s, name) for s in summaries], axis=0)
+            for name in ("rows", "live", "found")
+        )
+        parts = [*known.parts.values(), *known.staged.values()]
+        named = zip(known.paths, parts, rows.tolist(), live.tolist(), strict=True)
+        held = [Held(*each) for each in named]
+        new = _NewVersion(self._table, known, held, run_id, lock)
+        new.rewrite([dead for _, _, dead in refs], self._inputs.spec.output.part_bytes)
+        shards = [shard.key for shard in self._inputs.source.shards]
+        new.write_keys([stays for _, stays, _ in refs], shards)
+        commit = new.commit()
+        whole = [
+            WholeShard(key, n, None) for key, n in zip(shards, found.tolist(), strict=True) if key
+        ]
+        new.clean_up(commit, whole)
+        num_leaving = counts["gone"] + counts["gone_wrong"]
+        return Settled(
+            counts=counts,
+            rows_read=int(found.sum()),
+            rows_removed=num_leaving if self._rules.removes else 0,
+            rows_withheld=counts["kept"] + (0 if self._rules.removes else num_leaving),
+            why_withheld=self._why_withheld,
+            parts_written=len(new.added),
+            parts_rewritten=new.num_rewritten,
+            commit=commit,
+        )
+
+
+class _NewVersion:
+    """The parts that a new version is made of: written, and in the end committed."""
+
+    def __init__(
+        self, table: Table, known: KnownRows, held: Sequence[Held], run_id: str, lock: Lock
+    ) -> None:
+        self._table, self._known, self._held = table, known, held
+        self._run_id, self._lock = run_id, lock
+        card = table.card()
+        assert card is not None
+        self._vectors = tuple(card.outputs)
+        self._configuration = card.to_configuration()
+        # By the number of a part the path of the one that has its rows now.
+        self._path_of = [h.path for h in held]
+        self._made: dict[str, Part] = {}
+        self.num_rewritten = 0
+        self._key_files: list[str] = []
+
+    def rewrite(self, dead: Sequence[Any], part_bytes: int) -> None:
+        """Write the parts anew of which rows are gone, and those that are many and small.
+
+        Args:
+            dead: References to the rows that are gone, by bucket.
+            part_bytes: How large a part may become.
+        """
+        number_of = {h.path: i for i, h in enumerate(self._held)}
+        groups = [
+            group
+            for is_rejected in (False, True)
+            for group in plan_rewriting(
+                [h for h in self._held if h.path.startswith(REJECTED) == is_rejected], part_bytes
+            )
+        ]
+        task = ray.remote(max_retries=_MAX_RETRIES)(_rewrite)
+        refs = []
+        for i, group in enumerate(groups):
+            stamp = {**self._configuration, RUN: self._run_id, WRITE: f"rewrite-{i}"}
+            wanted = {h.path for h in group if h.live < h.rows}
+            paths = [h.path if h.path in wanted else "" for h in self._held]
+            given = (self._table.uri, group, self._vectors, stamp, paths)
+            refs.append(task.remote(*given, *(dead if wanted else ())))
+        for group, part in zip(groups, ray.get(refs), strict=True):
+            folder = REJECTED if group[0].path.startswith(REJECTED) else ""
+            self._made[folder + part.path] = part
+            for h in group:
+                self._path_of[number_of[h.path]] = folder + part.path
+                self.num_rewritten += h.path in self._known.parts
+
+    @property
+    def _current(self) -> list[str]:
+        """The paths of the new version's parts."""
+        live = (path for path, h in zip(self._path_of, self._held, strict=True) if h.live)
+        return list(dict.fromkeys(live))
+
+    @property
+    def added(self) -> dict[str, Part]:
+        """The parts that the newest version has not yet, by their paths."""
+        every = {h.path: h.part for h in self._held} | self._made
+        return {path: every[path] for path in self._current if path not in self._known.parts}
+
+    def write_keys(self, live: Sequence[Any], shards: Sequence[str | None]) -> None:
+        """Write the keys of the new version's rows, a file a bucket."""
+        current = self._current
+        number_of = {path: i for i, path in enumerate(current)}
+        part_of = np.array([number_of.get(path, -1) for path in self._path_of], dtype=np.int32)
+        version = (self._table.version() or 0) + 1
+        task: Any = ray.remote(max_retries=_MAX_RETRIES)(buckets.write_keys)
+        shared = [ray.put(each) for each in (part_of, current, shards)]
+        refs = [
+            task.remote(self._table.uri, self._run_id, (i, len(live)), version, rows, *shared)
+            for i, rows in enumerate(live)
+        ]
+        self._key_files = [path for path in ray.get(refs) if path is not None]
+
+    def commit(self) -> Commit:
+        """Commit the rejected rows, then the others, each at once; nothing where nothing is new."""
+        made: dict[str, Any] = {
+            "rows_version": self._table.rows.version(),
+            "rejected_version": self._table.rejected.version(),
+        }
+        current, added = set(self._current), self.added
+        gone = {path: part for path, part in self._known.parts.items() if path not in current}
+        # Rejections first: see `Commits`.
+        for name, log, folder in (
+            ("rejected", self._table.rejected, REJECTED),
+            ("rows", self._table.rows, ""),
+        ):
+            new = [p for path, p in added.items() if path.startswith(REJECTED) == bool(folder)]
+            old = [p for path, p in gone.items() if path.startswith(REJECTED) == bool(folder)]
+            if new or old:
+                self._lock.check()
+                schema = REJECTED_SCHEMA if folder else log.schema()
+                transaction = (self._run_id, 0)
+                version = log.commit(new, schema, self._configuration, transaction, old)
+                made |= {name: 0, f"{name}_version": version}
+        return Commit(run=self._run_id, **made)
+
+    def clean_up(self, commit: Commit, whole: Sequence[WholeShard]) -> None:
+        """Put on record which shards are whole, and delete what these records stand for by now."""
+        self._table.supersede_shards(commit, whole)
+        self._table.drop_staged()
+        self._table.key_files.keep_only(self._key_files)
+
+
+def _total(summaries: Sequence[Summary]) -> Counter[str]:
+    counts = Counter[str]()
+    for summary in summaries:
+        counts.update(summary.counts)
+    return counts
+
+
+def _fill(
+    uri: str,
+    vectors: tuple[str, ...],
+    stamp: dict[str, str],
+    copies: Any,
+    holders: KeyRows,
+    parts: Mapping[str, Part],
+    num_old: int,
+    part_bytes: int,
+) -> tuple[list[Written], list[KeyRows]]:
+    return fill_copies(uri, vectors, stamp, [copies], holders, parts, num_old, part_bytes)
+
+
+def _rewrite(
+    uri: str,
+    group: Sequence[Held],
+    vectors: tuple[str, ...],
+    stamp: dict[str, str],
+    paths: Sequence[str],
+    *dead: KeyRows,
+) -> Part:
+    return rewrite(uri, group, vectors, stamp, buckets.list_dead(paths, *dead))

@@ -1,0 +1,112 @@
+"""A corpus that changes from week to week, and what a table of it must be."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from conftest import write_jsonl
+
+import fmembed
+from fmembed import RunResult, RunSpec, pipeline
+from fmembed.model.meter import Meter
+from fmembed.rows.columns import ROW_ID, accepted
+from fmembed.rows.counts import add_counts
+from fmembed.rows.pieces import Piece, unpack_pieces
+from fmembed.rows.vectors import VectorColumns
+
+DIM = 8
+
+
+def make_stage(log: Path) -> type:
+    """A stand-in for the model that writes down the ids of the rows it has seen.
+
+    Within a function, as Ray's workers cannot import this module.
+    """
+
+    def vector_of(piece: Piece) -> Any:
+        """Unlike for unlike inputs, and alike in every process."""
+        content = np.ascontiguousarray(piece.values).tobytes()
+        seed = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+        vector = np.random.default_rng(seed).standard_normal(DIM)
+        return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+    class Recorder:
+        def __init__(self, checkpoint: Any, *, pieces_are_rows: bool, **_: Any) -> None:
+            self._columns = VectorColumns(
+                checkpoint.outputs, {"embedding": DIM}, {}, pieces_are_rows
+            )
+            self._meter = Meter(0.0, lambda: 1.0, lambda _: 0.0)
+
+        def __call__(self, rows: Any) -> Any:
+            self._meter.start()
+            pieces = unpack_pieces(rows)
+            ids = rows[ROW_ID].to_numpy()[accepted(rows)]
+            with log.open("a") as file:
+                file.writelines(f"{i}\n" for i in ids)
+            vectors = np.stack([vector_of(p) for p in pieces.pieces] or [np.zeros(DIM)])
+            lengths = np.array([p.num_units for p in pieces.pieces])
+            self._meter.batch(lengths, int(lengths.sum()))
+            embedded = {"embedding": vectors[: len(lengths)].astype(np.float32)}
+            rows = self._columns.join(rows, pieces, embedded, {})
+            return add_counts(rows, {**pieces.counts, **self._meter.stop()})
+
+    return Recorder
+
+
+class Corpus:
+    """A folder of JSONL files, a table of it, and what the model has seen."""
+
+    def __init__(self, folder: Path, model: Path, **parts: Any) -> None:
+        self.folder, self.out, self.log = folder / "in", folder / "out", folder / "seen"
+        self.folder.mkdir()
+        self.stage = make_stage(self.log)
+        raw: dict[str, Any] = {
+            "source": {"uri": str(self.folder), "id": "key", "label": "topic"},
+            "model": {"id": str(model), "dtype": "float32"},
+            "output": {"uri": str(self.out), "max_rejected_fraction": 1.0},
+            "probes": [],
+        }
+        for name, part in parts.items():
+            raw[name] = {**raw.get(name, {}), **part} if isinstance(part, dict) else part
+        self.spec = RunSpec.parse(raw)
+
+    def write(self, name: str, rows: list[dict[str, Any]]) -> None:
+        write_jsonl(self.folder / name, rows)
+
+    def refresh(self, allow_removals: int | None = None) -> RunResult:
+        """Refresh; all that holds of every refresh is looked at."""
+        self.log.unlink(missing_ok=True)
+        result = pipeline.refresh(
+            self.spec, allow_removals=allow_removals, quiet=True, stage=self.stage
+        )
+        assert result.rows_read == (
+            result.rows_embedded + result.rows_rejected + result.rows_skipped
+        )
+        assert len(self.seen()) == result.contents_embedded
+        assert fmembed.verify(str(self.out)).problems == []
+        assert not list(self.out.glob("_quarantine/*"))
+        return result
+
+    def embed(self) -> RunResult:
+        return pipeline.embed(self.spec, quiet=True, stage=self.stage)
+
+    def seen(self) -> list[str]:
+        """The ids of the rows that the model has seen in the last refresh."""
+        return sorted(self.log.read_text().split()) if self.log.exists() else []
+
+    def rows(self, version: int | None = None) -> dict[str, dict[str, Any]]:
+        """The table's rows by id, but for their ids."""
+        rows = fmembed.read(str(self.out), version).to_pylist()
+        return {row.pop("row_id"): row for row in rows}
+
+    def check_as_from_scratch(self, folder: Path) -> None:
+        """Compare the table with one that is made of the source anew."""
+        spec = self.spec.model_copy(
+            update={"output": self.spec.output.model_copy(update={"uri": str(folder)})}
+        )
+        pipeline.embed(spec, quiet=True, stage=make_stage(folder.with_suffix(".seen")))
+        anew = fmembed.read(str(folder)).to_pylist()
+        assert self.rows() == {row.pop("row_id"): row for row in anew}

@@ -1,0 +1,192 @@
+"""A year in small: a corpus that changes every week, and a table that is kept in step with it."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import inline
+import pytest
+from conftest import write_jsonl
+from refreshing import make_stage
+
+import fmembed
+from fmembed import RunSpec
+from fmembed.run.refresh import Settled
+from fmembed.storage import Storage
+from fmembed.table.table import Table
+
+
+class Killed(BaseException):
+    """The process is gone: what it was about to write is not written."""
+
+
+@contextmanager
+def killed_at(number: int, under: str) -> Iterator[Callable[[], int]]:
+    """Die at the write with a number to a table; how many there were."""
+    count = 0
+
+    def dies(name: str) -> Any:
+        original = getattr(Storage, name)
+
+        def method(self: Storage, *given: Any, **named: Any) -> Any:
+            nonlocal count
+            if self.uri.startswith(under) and not str(given[0]).startswith("_lock/"):
+                count += 1
+                if count == number:
+                    raise Killed(f"{name} {given[0]}")
+            return original(self, *given, **named)
+
+        return method
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("put", "create", "delete", "move"):
+            patch.setattr(Storage, name, dies(name))
+        yield lambda: count
+
+
+@dataclass
+class Week:
+    """What a week's refresh has done, as against what it had to."""
+
+    number: int
+    what: str
+    settled: Settled | None
+    seen: int
+    needed: int
+    seconds: float = 0.0
+
+
+@dataclass
+class Year:
+    """The corpus: ids with a text, a topic and the file that has them.
+
+    `kept` is what the table holds by now, by the plain model: id to text and topic.
+    """
+
+    folder: Path
+    table: str
+    model: str
+    num_rows: int
+    seed: int = 0
+    num_files: int = 10
+    rows: dict[str, tuple[str, str, int]] = field(default_factory=dict)
+    kept: dict[str, tuple[str, str]] = field(default_factory=dict)
+    next_id: int = 0
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)  # noqa: S311
+        self.source, self.log = self.folder / "in", self.folder / "seen"
+        self.source.mkdir(parents=True)
+        self.stage = make_stage(self.log)
+        self.spec = self.spec_of(self.table)
+        for _ in range(self.num_rows):
+            self.add()
+        self.write()
+
+    def spec_of(self, table: str) -> RunSpec:
+        return RunSpec.parse(
+            {
+                "source": {"uri": str(self.source), "id": "key", "label": "topic"},
+                "model": {"id": self.model, "dtype": "float32"},
+                "output": {"uri": table, "max_rejected_fraction": 1.0},
+                "refresh": {"on_rejected": "remove"},
+                "probes": [],
+            }
+        )
+
+    def add(self) -> None:
+        self.rows[f"id{self.next_id}"] = (self.text(), "t0", self.random.randrange(self.num_files))
+        self.next_id += 1
+
+    def text(self) -> str:
+        """One in ten is a copy of another one, one in fifty is none."""
+        if self.rows and self.random.random() < 0.1:
+            return self.random.choice(list(self.rows.values()))[0]
+        if self.random.random() < 0.02:
+            return ""
+        return f"words {self.random.random():.12f}"
+
+    def change(self) -> None:
+        """1 % new, 1 % changed, 0.5 % removed; labels, places and orders of some."""
+        n = max(self.num_rows // 100, 1)
+        some = self.random.sample(sorted(self.rows), 4 * n)
+        for key in some[: n // 2 or 1]:
+            del self.rows[key]
+        for key in some[n : 2 * n]:
+            self.rows[key] = (self.text(), *self.rows[key][1:])
+        for key in some[2 * n : 3 * n]:
+            self.rows[key] = (self.rows[key][0], f"t{self.random.randrange(5)}", self.rows[key][2])
+        for key in some[3 * n :]:
+            file = self.random.randrange(self.num_files)
+            self.rows[key] = (*self.rows[key][:2], file)
+        for _ in range(n):
+            self.add()
+
+    def write(self) -> None:
+        for path in self.source.iterdir():
+            path.unlink()
+        for file in range(self.num_files):
+            rows = [
+                {"key": key, "text": text, "topic": topic}
+                for key, (text, topic, own) in self.rows.items() if own == file
+            ]  # fmt: skip
+            write_jsonl(self.source / f"{file}.jsonl", rows)
+
+    def wanted(self) -> dict[str, tuple[str, str]]:
+        """What the table has to hold."""
+        return {key: row[:2] for key, row in self.rows.items() if row[0]}
+
+    def run(self, number: int, what: str = "refresh", kill_at: int = 0) -> Week:
+        """A week: refresh, be killed and refresh again, or find the source emptied."""
+        self.log.unlink(missing_ok=True)
+        wanted = self.wanted()
+        needed = len({t for t, _ in wanted.values()} - {t for t, _ in self.kept.values()})
+        run_id = f"{number:012x}"
+        if what == "emptied":
+            for path in self.source.iterdir():
+                path.unlink()
+            settled = inline.refresh(self.spec, self.stage, run_id)
+            assert settled is not None
+            assert settled.rows_withheld == len(self.kept)
+            self.check(self.kept)
+            self.write()
+        if what == "killed":
+            with killed_at(kill_at, self.table), contextlib.suppress(Killed):
+                inline.refresh(self.spec, self.stage, f"{number + 1000:012x}")
+        if what == "embed":
+            inline.embed(self.spec, self.stage, f"{number + 2000:012x}")
+        settled = inline.refresh(self.spec, self.stage, run_id)
+        self.kept = wanted
+        self.check(wanted)
+        seen = len(self.log.read_text().split()) if self.log.exists() else 0
+        if what not in ("killed", "embed"):
+            assert seen == needed, (what, seen, needed)
+        assert seen >= needed
+        return Week(number, what, settled, seen, needed)
+
+    def check(self, wanted: dict[str, tuple[str, str]]) -> None:
+        """The table is the plain model's: rows, labels; and equal vectors for equal texts."""
+        rows = fmembed.read(self.table, columns=["row_id", "content_hash", "topic", "embedding"])
+        found = {r["row_id"]: r for r in rows.to_pylist()}
+        assert len(found) == rows.num_rows
+        assert found.keys() == wanted.keys()
+        vectors: dict[str, Any] = {}
+        for key, (text, topic) in wanted.items():
+            assert found[key]["topic"] == topic
+            assert vectors.setdefault(text, found[key]["embedding"]) == found[key]["embedding"]
+        assert Table(self.table).staged() == []
+        # Of which no run has made a record: that is the pipeline's.
+        problems = fmembed.verify(self.table).problems
+        assert [p for p in problems if not p.startswith("no run has finished")] == []
+
+    def check_as_from_scratch(self, table: str) -> None:
+        """All columns of all rows are those of a table that is made anew."""
+        inline.embed(self.spec_of(table), make_stage(self.folder / "seen-anew"), "feed00000000")
+        both = [fmembed.read(uri).sort_by("row_id") for uri in (self.table, table)]
+        assert both[0].equals(both[1])
