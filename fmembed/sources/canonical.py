@@ -6,17 +6,16 @@ A bad one makes a rejected row of its own row alone.
 from __future__ import annotations
 
 import hashlib
-import json
 import reprlib
 import uuid
-from collections.abc import Iterable, Sequence
-from datetime import UTC, date, datetime
-from datetime import time as dt_time
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from fmembed.rows.carried import hash_carried
 from fmembed.rows.columns import (
     CARRIED,
     ERROR,
@@ -85,41 +84,13 @@ def canonical(source: Source, chunk: list[RawRow], shard: int, schema: pa.Schema
 
 
 def _with_hash_of_carried(rows: pa.Table, names: Sequence[str]) -> pa.Table:
-    """By which it is seen that a row's label is another one by now.
-
-    Of the values as they are stored, in words that no version of a library changes. 64 bits: they
-    are compared with those of the same row alone.
-    """
+    """Of the good rows."""
     if not names:
         return rows
-    is_good = rows[STAGE].is_null().to_pylist()
-    values = zip(*(rows[name] for name in names), strict=True)
-    hashes = [_hash(row) if good else None for row, good in zip(values, is_good, strict=True)]
+    is_good = rows[STAGE].is_null()
+    hashes = pc.if_else(is_good, hash_carried(rows, names), pa.scalar(None, pa.int64()))
     at = rows.schema.get_field_index(CARRIED)
-    return rows.set_column(at, rows.schema.field(at), pa.array(hashes, pa.int64()))
-
-
-def _hash(values: Iterable[pa.Scalar]) -> int:
-    digest = hashlib.blake2b(digest_size=8)
-    for value in values:
-        if isinstance(value, pa.BinaryScalar) and value.is_valid:  # not copied, as it may be large
-            kind = b"text" if isinstance(value, pa.StringScalar) else b"bytes"
-            content = value.as_buffer()
-        else:
-            kind, content = b"json", json.dumps(value.as_py(), default=_in_words).encode()
-        digest.update(kind + len(content).to_bytes(8, "little"))
-        digest.update(content)
-    return int.from_bytes(digest.digest(), "little", signed=True)
-
-
-def _in_words(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return ["bytes", value.hex()]
-    if isinstance(value, datetime):
-        value = value.astimezone(UTC) if value.tzinfo else value
-    if isinstance(value, date | datetime | dt_time):
-        return value.isoformat()
-    return str(value)  # decimals, durations, UUIDs
+    return rows.set_column(at, rows.schema.field(at), hashes)
 
 
 def _row_id(value: Any, column: str) -> str:

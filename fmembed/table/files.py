@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmembed.errors import DamagedError, reason
+from fmembed.rows.carried import hash_carried
 from fmembed.rows.columns import CONTENT_HASH, PARENT_ID, ROW_ID
-from fmembed.rows.ids import Keys, contents_of, keys_of
+from fmembed.rows.ids import Hashes, Keys, contents_of, keys_of
+from fmembed.spec import OWN_COLUMNS
 from fmembed.storage import Storage
 from fmembed.table.card import PREFIX
 
@@ -37,6 +39,13 @@ class Part:
     path: str
     size_bytes: int
     num_rows: int
+
+
+def holds_vectors(type_: pa.DataType) -> bool:
+    """Whether a part's column of a type holds vectors: one a row, or lists of them."""
+    while pa.types.is_list(type_):
+        type_ = type_.value_type
+    return bool(pa.types.is_fixed_size_list(type_))
 
 
 class PartFiles:
@@ -123,28 +132,38 @@ class PartFiles:
             if k.startswith(PREFIX.encode())
         }  # fmt: skip
 
-    def read_keys(self, part: Part) -> tuple[Keys, Keys]:
-        """The source's ids of one part's rows, and their contents: once for each row, however many
-        pieces it has.
+    def read_keys(self, part: Part) -> tuple[Keys, Keys, Hashes]:
+        """The source's ids of one part's rows, their contents, and the hashes of what they carry:
+        once for each row, however many pieces it has.
+
+        Of a part that another tool has written, with types of its own, the hashes are not known.
 
         Raises:
             DamagedError: It is missing, or not as it was written.
         """
         try:
-            names = self.read_schema(part.path).names
+            schema = self.read_schema(part.path)
         except FileNotFoundError:
             raise self._damaged(part, "committed, but missing") from None
         except (pa.ArrowException, OSError) as e:
             raise self._damaged(part, f"not readable: {reason(e)}") from None
-        column = PARENT_ID if PARENT_ID in names else ROW_ID
+        column = PARENT_ID if PARENT_ID in schema.names else ROW_ID
+        is_own = PART.fullmatch(part.path)
+        carried = [
+            f.name for f in schema
+            if is_own and f.name not in OWN_COLUMNS and not holds_vectors(f.type)
+        ]  # fmt: skip
         # By ranges, however small the part is: every run reads the ids of all and no vector.
         try:
-            rows = self._read_pages(part, [column, CONTENT_HASH])
+            rows = self._read_pages(part, [column, CONTENT_HASH, *carried])
             # A dictionary, as Arrow groups no string_view, which Delta's own delete writes.
-            content_by_id = dict(
-                zip(rows[column].to_pylist(), rows[CONTENT_HASH].to_pylist(), strict=True)
-            )
-            return keys_of(content_by_id), contents_of(content_by_id.values())
+            first: dict[str, int] = {}
+            for at, row_id in enumerate(rows[column].to_pylist()):
+                first.setdefault(row_id, at)
+            rows_at = list(first.values())
+            hashes = rows[CONTENT_HASH].to_pylist()
+            carried_hashes = hash_carried(rows, carried).fill_null(0).to_numpy()[rows_at]
+            return keys_of(first), contents_of(hashes[at] for at in rows_at), carried_hashes
         except (KeyError, ValueError) as e:
             raise self._damaged(part, f"no ids and contents in it: {reason(e)}") from None
 

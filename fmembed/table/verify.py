@@ -15,7 +15,7 @@ from fmembed.rows.columns import DUPLICATE, PARENT_ID, ROW_ID
 from fmembed.rows.ids import Keys, RowIds, keys_of
 from fmembed.rows.precision import PRECISIONS
 from fmembed.table.card import FINGERPRINT, Card
-from fmembed.table.files import PART, REJECTED, Part
+from fmembed.table.files import PART, REJECTED, Part, holds_vectors
 from fmembed.table.log import ENTRY, Log, what_is_cut
 from fmembed.table.table import Table
 
@@ -118,7 +118,7 @@ class _Embedded:
             self._parents.append(keys_of(rows[PARENT_ID].to_pylist()))
         problems = []
         for column, output in self._outputs.items():
-            if column not in rows.schema.names or not _holds_vectors(rows.schema.field(column)):
+            if column not in rows.schema.names or not holds_vectors(rows.schema.field(column).type):
                 problems.append(f"{part.path}: {column} does not hold the vectors it promises")
                 continue
             vectors = _flatten(rows[column])
@@ -219,13 +219,6 @@ def _list_foreign(table: Table, parts: list[Part]) -> list[str]:
         if not PART.fullmatch(p.path)
     ]
     return notes
-
-
-def _holds_vectors(field: pa.Field) -> bool:
-    type_ = field.type
-    while pa.types.is_list(type_):
-        type_ = type_.value_type
-    return bool(pa.types.is_fixed_size_list(type_))
 
 
 def _flatten(column: pa.ChunkedArray) -> Any:

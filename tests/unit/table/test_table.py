@@ -956,9 +956,10 @@ def test_keys_are_read_from_parts_as_other_tools_write_them(tmp_path: Path) -> N
         pq.write_table(rows, tmp_path / "x.parquet")
         return Part("x.parquet", (tmp_path / "x.parquet").stat().st_size, rows.num_rows)
 
-    keys, contents = own.read_keys(part(rows))
+    keys, contents, carried = own.read_keys(part(rows))
     assert keys.tolist() == keys_of("ab").tolist()
     assert contents.tolist() == contents_of(["ab" * 16, "cd" * 16]).tolist()
+    assert carried.tolist() == [0, 0]
     not_hex = pa.array(["zz"] * 3)
     for spoiled in (rows.drop_columns("content_hash"), rows.set_column(2, "content_hash", not_hex)):
         with pytest.raises(DamagedError, match="no ids and contents in it"):
