@@ -28,6 +28,7 @@ if os.environ.get("PYTHONPATH") and "" in os.environ["PYTHONPATH"].split(os.path
 from typing import TYPE_CHECKING, Any
 
 from fmembed.errors import (
+    BudgetSpentError,
     ChangedError,
     ConflictError,
     DamagedError,
@@ -44,6 +45,7 @@ from fmembed.errors import (
     UserError,
 )
 from fmembed.spec import (
+    BudgetSpec,
     ComputeSpec,
     HubDataset,
     ModelSpec,
@@ -58,10 +60,16 @@ if TYPE_CHECKING:
     from fmembed.result import RunResult
     from fmembed.table.reading import read
     from fmembed.table.verify import verify
+    from fmembed.table.versions import diff_versions as diff
+    from fmembed.table.versions import list_files as files
+    from fmembed.table.versions import list_versions as versions
+    from fmembed.table.versions import vacuum
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetSpec",
+    "BudgetSpentError",
     "ChangedError",
     "ComputeSpec",
     "ConflictError",
@@ -85,12 +93,25 @@ __all__ = [
     "TableError",
     "UserError",
     "__version__",
+    "diff",
     "embed",
+    "files",
     "probe",
     "read",
     "refresh",
+    "vacuum",
     "verify",
+    "versions",
 ]
+
+
+# What they are called here, and there.
+_OF_VERSIONS = {
+    "diff": "diff_versions",
+    "files": "list_files",
+    "vacuum": "vacuum",
+    "versions": "list_versions",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -111,4 +132,8 @@ def __getattr__(name: str) -> Any:
         from fmembed.table.verify import verify
 
         return verify
+    if name in _OF_VERSIONS:
+        from fmembed.table import versions as of_versions
+
+        return getattr(of_versions, _OF_VERSIONS[name])
     raise AttributeError(f"module 'fmembed' has no attribute {name!r}")

@@ -284,6 +284,103 @@ def verify(
         raise typer.Exit(1)
 
 
+_Table = Annotated[str, typer.Argument(help="A table's folder or URL.")]
+
+
+@app.command()
+def versions(
+    table: _Table,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest.")] = 20,
+    json_: _Json = False,
+) -> None:
+    """List a table's versions, the newest first."""
+    from fmembed.table.versions import list_versions
+
+    found = list_versions(table, limit)
+    if json_:
+        print(json.dumps({"table": table, "versions": [asdict(v) for v in found]}))
+        return
+    for v in found:
+        by = f"run {v.run}" if v.run else f"{v.operation} by another tool"
+        gone = "" if v.is_whole else "; parts of it are gone"
+        _print(
+            f"{v.version:>6}  {v.time}  {v.rows:,} rows in {v.parts:,} parts, "
+            f"{v.num_bytes / 2**20:,.1f} MiB; parts of {v.added:,} rows came, of {v.removed:,} "
+            f"went; {by}{gone}"
+        )
+
+
+@app.command()
+def diff(
+    table: _Table,
+    old: Annotated[int, typer.Argument(help="A version.")],
+    new: Annotated[int | None, typer.Argument(help="Another; the newest, if none.")] = None,
+    json_: _Json = False,
+) -> None:
+    """Say which rows differ between two versions."""
+    from fmembed.table.versions import diff_versions
+
+    found = diff_versions(table, old, new)
+    if json_:
+        print(json.dumps({"table": table, **asdict(found)}))
+        return
+    print(f"from version {found.old} to {found.new}")
+    for name, ids in found.samples.items():
+        count = getattr(found, f"rows_{name}")
+        more = ", ..." if count > len(ids) else ""
+        _print(f"{name:<10} {count:,}" + (f": {', '.join(ids)}{more}" if ids else ""))
+
+
+@app.command()
+def files(
+    table: _Table,
+    version: Annotated[int | None, typer.Option(help="Which; the newest, if none.")] = None,
+    json_: _Json = False,
+) -> None:
+    """Print where the parts of a version are, a line each, for readers that take a list."""
+    from fmembed.table.versions import list_files
+
+    found = list_files(table, version)
+    if json_:
+        print(json.dumps({"table": table, "files": found}))
+        return
+    for path in found:
+        _print(path)
+
+
+@app.command()
+def vacuum(
+    table: _Table,
+    keep_days: Annotated[
+        float | None, typer.Option(min=0, help="Days to remember; else as its config says.")
+    ] = None,
+    keep_versions: Annotated[
+        int | None, typer.Option(min=1, help="Versions to keep anyway; else as its config says.")
+    ] = None,
+    purge: Annotated[
+        bool, typer.Option("--purge", help="Keep the newest version, and nothing that tells more.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    json_: _Json = False,
+) -> None:
+    """Delete files that only versions name which are not kept."""
+    from fmembed.table.versions import vacuum as vacuum_table
+
+    done = vacuum_table(
+        table, keep_days=keep_days, keep_versions=keep_versions, purge=purge, dry_run=dry_run
+    )
+    if json_:
+        print(json.dumps({**asdict(done), "dry_run": dry_run}))
+        return
+    _print(
+        f"{'would delete' if dry_run else 'deleted'} {done.files:,} files of "
+        f"{done.num_bytes / 2**20:,.1f} MiB; versions {done.oldest} to {done.newest} "
+        f"{'would stay' if dry_run else 'are whole'}"
+    )
+    if purge and not dry_run:
+        print("fmembed probe makes the report anew")
+
+
 @app.command()
 def bench(
     what: Annotated[

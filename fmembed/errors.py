@@ -7,6 +7,7 @@ FmembedError            exit 1: the run failed
 │   └── DamagedError    exit 1: a log or a part is not as it was written
 ├── LockedError         exit 1: another run is writing the table
 ├── ConflictError       exit 1: somebody else has changed the table
+├── BudgetSpentError    exit 4: the run has cost what it may
 ├── Interrupted         exit 129, 130 or 143: stopped by a signal
 └── UserError           exit 2: the user's input; nothing was written
     ├── SpecError       a field of the config
@@ -42,6 +43,12 @@ class RejectedError(FmembedError):
 
 class ChangedError(FmembedError):
     """Rows of the source are others than the table's rows of the same ids."""
+
+
+class BudgetSpentError(FmembedError):
+    """The run has cost what it may; what was finished stays, and the same command goes on."""
+
+    exit_code = 4
 
 
 class Interrupted(FmembedError):  # noqa: N818 - not an error: the run can be resumed

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmembed.errors import FmembedError, SpecError
+from fmembed.errors import BudgetSpentError, FmembedError, SpecError
 from fmembed.inputs import Inputs, open_inputs
 from fmembed.result import RunResult
 from fmembed.spec import RunSpec
@@ -53,6 +53,8 @@ def embed(
         ChangedError: Rows are others than when they were embedded, and keep their old
             vectors; what else is new is committed.
         Interrupted: SIGINT, SIGTERM or SIGHUP; what was finished is committed.
+        BudgetSpentError: The run has cost what `compute.budget` allows; what was finished is
+            committed.
         LockedError: Another run is writing the table.
         FmembedError: Anything else; what was committed stays.
     """
@@ -67,7 +69,7 @@ def embed(
         if inputs is None:
             cluster.connect()
             inputs = open_inputs(spec)
-        table, run = inputs.table, Run(inputs)
+        table, run, stopped = inputs.table, Run(inputs), None
         if not run.find_work() and not table.has_leftovers(retry_rejected):
             result = run.finish()  # no lock is taken, no file changed
         else:
@@ -77,8 +79,10 @@ def embed(
                     run.find_work()
                 if run.work:
                     cluster.connect()
-                    embed_rows(run, inputs, lock, quiet, stage)
+                    stopped = embed_rows(run, inputs, lock, quiet, stage)
                 result = run.finish()
+        if stopped is not None:
+            raise stopped
         run.check_rejected()
         result = evaluate(table, spec, result, cluster)
         run.check_changed()
@@ -114,6 +118,8 @@ def refresh(
         UserError: The spec, the source, the checkpoint or the output is wrong; nothing was written.
         RejectedError: Too many rows are rejected; the new version is committed.
         Interrupted: SIGINT, SIGTERM or SIGHUP; what was finished is kept for the next refresh.
+        BudgetSpentError: The run has cost what `compute.budget` allows; the new version has what
+            was finished, and of the rest what was there before.
         LockedError: Another run is writing the table.
         FmembedError: Anything else; the table is as it was, and what was finished is kept, or rows
             have changed while they were read, and come in with the next refresh.
@@ -121,7 +127,7 @@ def refresh(
     if allow_removals is not None and allow_removals < 0:
         raise SpecError(f"allow_removals: takes a number of rows, got {allow_removals}")
     inputs = None if joins_cluster() else open_inputs(spec, may_be_empty=True)
-    if inputs is not None and (result := _in_step(inputs)) is not None:
+    if inputs is not None and (result := in_step(inputs)) is not None:
         return result
 
     from fmembed.run.cluster import Cluster
@@ -129,6 +135,7 @@ def refresh(
     from fmembed.run.record import Run
     from fmembed.run.refresh import Refresh
     from fmembed.table.lock import Lock
+    from fmembed.table.versions import tidy
 
     with Cluster(verbose) as cluster:
         cluster.connect()
@@ -137,13 +144,22 @@ def refresh(
         run = Run(inputs, lambda _: line.find_work())
         with Lock(table.storage, run.id) as lock:
             table.clean_up(inputs.identity, run.id, retry_rejected=False)
+            stopped = None
             if run.find_work():
-                embed_rows(run, inputs, lock, quiet, stage, line)
+                stopped = embed_rows(run, inputs, lock, quiet, stage, line)
             if table.card() is None:
                 return run.finish()  # a source of no row, and no table of it
             with cleaned_up(table, lock, run.id):
                 settled = line.settle(lock, run.id)
             result = run.finish_refresh(settled)
+            if not result.unchanged:
+                tidy(table, spec.output.keep_days, spec.output.keep_versions)
+        if stopped is not None:
+            spent = str(stopped).partition(";")[0]
+            raise BudgetSpentError(
+                f"{spent}; what was embedded by then is in the new version, {settled.num_left:,} "
+                "rows are left: the same command goes on"
+            )
         run.check_rejected()
         result = evaluate(table, spec, result, cluster)
         if settled.num_left:
@@ -154,12 +170,14 @@ def refresh(
         return result
 
 
-def _in_step(inputs: Inputs) -> RunResult | None:
-    """What a refresh returns that has nothing to do, which is seen without reading a row; None
-    where there may be something.
+def in_step(inputs: Inputs) -> RunResult | None:
+    """What a refresh returns that has nothing to do, which is seen without reading a row.
+
+    Returns:
+        None where there may be something to do.
     """
     from fmembed.evaluate import probing
-    from fmembed.run.work import is_in_step
+    from fmembed.run.work import is_in_step, passed_over
 
     began = time.monotonic()
     table, num_rows = inputs.table, is_in_step(inputs)
@@ -179,7 +197,7 @@ def _in_step(inputs: Inputs) -> RunResult | None:
         rows_unchanged=num_rows - num_rejected,
         table_rows=sum(part.num_rows for part in table.rows.parts()),
         table_rejected=num_rejected,
-        passed_over=dict(inputs.source.passed_over),
+        passed_over=passed_over(inputs, num_rows),
         kind="refresh",
         unchanged=True,
     )
@@ -197,11 +215,14 @@ def embed_rows(
     quiet: bool,
     stage: type | None,
     line: Refresh | None = None,
-) -> None:
+) -> BudgetSpentError | None:
     """Stream what is left through the stages and commit what comes out; in a refresh, stage it.
 
     Rows never reach the driver: it holds references to blocks, has tasks write them as parts, and
     commits the parts.
+
+    Returns:
+        What has ended it before its end.
     """
     from fmembed.model.embed import Embed
     from fmembed.run.commits import Commits, Staging
@@ -211,6 +232,7 @@ def embed_rows(
     from fmembed.run.progress import Progress
     from fmembed.run.ranges import find_ranges
     from fmembed.run.signals import Signals
+    from fmembed.run.spending import Spending
     from fmembed.run.stages import apply, not_known, prepare, read, stage_options, try_model
     from fmembed.run.verdict import EMBED, READ
 
@@ -225,6 +247,7 @@ def embed_rows(
     kind = Commits if line is None else Staging
     commits = kind(spec.output, table, lock, run.id, card)
     options = stage_options(checkpoint, spec.preprocess, plan, ranges, run.server_dim)
+    spending = Spending(spec)
     with (
         cleaned_up(table, lock, run.id),
         Progress(quiet) as progress,
@@ -233,23 +256,28 @@ def embed_rows(
     ):
         progress.watch({"Preprocess": READ, stage.__name__: EMBED})
         run.begin(plan, commits, progress)
-        for one in passes(run, table, lock, commits, progress, signals):
-            with one as work:
-                progress.expect(work.source)
-                hold(commits.held_bytes)
-                picks = work.picks or not_known(work.known)
-                rows = read(work.source, picks, plan.cpus_per_task, work.apart)
-                pieces = prepare(rows, checkpoint, spec.preprocess, plan, work.apart)
-                vectors = apply(stage, checkpoint, options, pieces, plan)
-                for bundle in vectors.iter_internal_ref_bundles():
-                    run.count(bundle)
-                    run.show(has_committed=commits.add(bundle))
+        try:
+            for one in passes(run, table, lock, commits, progress, signals):
+                with one as work:
+                    progress.expect(work.source)
                     hold(commits.held_bytes)
-                commits.commit()
-                run.show(has_committed=True)
-                if line is not None and isinstance(commits, Staging):
-                    line.fill_copies(commits)
+                    picks = work.picks or not_known(work.known)
+                    rows = read(work.source, picks, plan.cpus_per_task, work.apart)
+                    pieces = prepare(rows, checkpoint, spec.preprocess, plan, work.apart)
+                    vectors = apply(stage, checkpoint, options, pieces, plan)
+                    for bundle in vectors.iter_internal_ref_bundles():
+                        run.count(bundle)
+                        run.show(has_committed=commits.add(bundle))
+                        hold(commits.held_bytes)
+                        spending.add(bundle)
+                    commits.commit()
+                    run.show(has_committed=True)
+                    if line is not None and isinstance(commits, Staging):
+                        line.fill_copies(commits)
+        except BudgetSpentError as e:
+            return e
     commits.check_rejected(at_end=True)
+    return None
 
 
 def evaluate(table: Table, spec: RunSpec, result: RunResult, cluster: Cluster) -> RunResult:

@@ -68,6 +68,8 @@ class RunResult:
     nothing was to be done. None of these is counted by an embedding run.
 
     `passed_over` counts what lies among the source's files and is not read, by reason.
+    `spent` is what the run has cost, `device_hours` and, where the config names a price, `cost`;
+    `table_spent` what all runs on record have.
     `verdict` is empty where nothing was embedded. `probes`, `report` and `usd` are what evaluation
     adds; the record beside the table is without them.
     """
@@ -104,6 +106,8 @@ class RunResult:
     num_truncated: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     usd: float | None = None
+    spent: dict[str, float] = field(default_factory=dict)
+    table_spent: dict[str, float] = field(default_factory=dict)
     causes: dict[str, int] = field(default_factory=dict)
     passed_over: dict[str, int] = field(default_factory=dict)
     steady_rows_per_s: float | None = None

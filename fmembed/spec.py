@@ -303,13 +303,33 @@ class ZeroShotSpec(_Part):
         return value
 
 
+class BudgetSpec(_Part):
+    """What a run may cost: hours for which its actors hold a device, or money. It stops within a
+    window of each actor of the limit; what is finished by then is committed, and another run goes
+    on. Never part of the fingerprint.
+    """
+
+    device_hours: float | None = Field(default=None, gt=0)
+    cost: float | None = Field(default=None, gt=0)
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is a limit."""
+        return self.device_hours is not None or self.cost is not None
+
+
 class ComputeSpec(_Part):
-    """How the work is spread. Never part of the fingerprint: it cannot change a vector."""
+    """How the work is spread. Never part of the fingerprint: it cannot change a vector.
+
+    `price_per_device_hour` is what an hour of one actor's device costs, in any currency.
+    """
 
     actors: int | tuple[int, int] | Literal["auto"] = "auto"
     gpus_per_actor: float | Literal["auto"] = "auto"
     batch_tokens: int | Literal["auto"] = "auto"
     window_rows: int | Literal["auto"] = "auto"
+    budget: BudgetSpec = BudgetSpec()
+    price_per_device_hour: float | None = Field(default=None, ge=0)
 
     @field_validator("actors")
     @classmethod
@@ -336,6 +356,9 @@ class OutputSpec(_Part):
     A kill costs what was not committed yet, and each commit makes a file of its own. `auto` commits
     after a minute, and in a long run after a fiftieth of the time it has taken so far: a day makes
     some 200 files, none of them over `part_bytes`, and a kill costs 2 % of it.
+
+    A version is kept that was the newest one at some time of the last `keep_days` (null: for ever),
+    and so are the `keep_versions` newest ones; a refresh deletes what only others name.
     """
 
     uri: str = Field(min_length=1)
@@ -343,6 +366,8 @@ class OutputSpec(_Part):
     part_bytes: int = Field(default=256 * 2**20, ge=1)
     max_rejected_fraction: float = Field(default=0.01, ge=0, le=1)
     on_changed: Literal["refuse", "keep"] = "refuse"
+    keep_days: float | None = Field(default=30.0, ge=0)
+    keep_versions: int = Field(default=5, ge=1)
 
     @field_validator("uri")
     @classmethod
@@ -387,6 +412,19 @@ class RunSpec(_Part):
     refresh: RefreshSpec = RefreshSpec()
     probes: tuple[ProbeName, ...] = ("knn", "linear", "clustering")
     zeroshot: ZeroShotSpec = ZeroShotSpec()
+
+    @model_validator(mode="after")
+    def _check_priced(self) -> RunSpec:
+        endpoint = self.model.endpoint
+        price = self.compute.price_per_device_hour
+        if endpoint is not None:
+            price = endpoint.usd_per_million_tokens
+        if self.compute.budget.cost is not None and price is None:
+            field = "compute.price_per_device_hour"
+            if endpoint is not None:
+                field = "model.endpoint.usd_per_million_tokens"
+            raise ValueError(f"compute.budget.cost: takes a price: give {field}")
+        return self
 
     @classmethod
     def from_yaml(cls, path: str | None, overrides: dict[str, Any] | None = None) -> RunSpec:

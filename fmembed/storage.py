@@ -156,6 +156,17 @@ class Storage:
         files = [str(meta["path"]) for meta in found["objects"]]
         return sorted([*(f for f in files if not HALF_WRITTEN.search(f)), *folders])
 
+    def walk(self, prefix: str) -> list[str]:
+        """All objects below a prefix that ends at a slash, however deep."""
+        if self.local and not os.path.isdir(self.local / prefix):
+            return []
+        try:
+            return [
+                str(meta["path"]) for some in obstore.list(self._store, prefix) for meta in some
+            ]
+        except (BaseError, OSError) as e:
+            raise self._error("list", prefix, e) from None
+
     def sizes(self, prefix: str) -> dict[str, int]:
         """Path to size in bytes of each object directly under a prefix that ends at a slash."""
         if self.local and not os.path.isdir(self.local / prefix):

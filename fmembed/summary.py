@@ -13,6 +13,9 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         result: The fields of a `RunResult`.
     """
     yield from _refreshed(result) if result["kind"] == "refresh" else _embedded(result)
+    if any(result["spent"].values()):
+        both = (f"{_spent(result[name])}" for name in ("spent", "table_spent"))
+        yield "spent     {}; by all runs on record {}".format(*both)
     if result["rows_embedded"]:
         yield f"rate      {result['rows_per_s']:,.1f} rows/s over {result['seconds']:,.1f} s"
     if verdict := result["verdict"]:
@@ -100,6 +103,11 @@ def _refreshed(result: dict[str, Any]) -> Iterator[str]:
     if num_withheld := result["rows_withheld"]:
         why = result["withheld"] or "they cannot be embedded any more (refresh.on_rejected: keep)"
         yield f"withheld  {num_withheld:,} rows that should have left stay: {why}"
+
+
+def _spent(spent: dict[str, float]) -> str:
+    cost = f", {spent['cost']:,.4f} of the price's currency" if "cost" in spent else ""
+    return f"{spent.get('device_hours', 0):,.4f} device hours{cost}"
 
 
 def _describe_chance(chance: dict[str, Any]) -> str:

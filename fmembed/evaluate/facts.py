@@ -93,6 +93,14 @@ def state_facts(
         ("rows cut in this run", f"{run.num_truncated:,}"),
         ("bytes a row between preprocessing and model", _bytes_a_row(counts)),
         ("batches halved for memory in this run", f"{counts.get('batches_halved', 0):,}"),
+        *(
+            (
+                f"{name.replace('_', ' ')} of this run, and of all on record",
+                f"{amount:,.6g}, {run.table_spent.get(name, amount):,.6g}",
+            )
+            for name, amount in run.spent.items()
+            if amount
+        ),
         ("run", f"{run.run_id}, started {run.started}"),
     ]
 

@@ -6,6 +6,7 @@ driver holds counts by bucket, part and shard.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a comparison of one bucket has counted.
+    """What a comparison of one bucket, or of several, has counted.
 
     `counts` are those of `diff.Compared`; `rows` and `live` are rows by part, all and those that
     stay, shape (parts,); `found` rows by shard, shape (shards,). `to_read` are shards that were
@@ -72,6 +73,18 @@ class Summary:
     live: npt.NDArray[np.int64]
     found: npt.NDArray[np.int64]
     to_read: frozenset[int]
+
+
+def add_up(*summaries: Summary) -> Summary:
+    """What was counted of all of some buckets; there is at least one."""
+    counts = Counter[str]()
+    for summary in summaries:
+        counts.update(summary.counts)
+    rows, live, found = (
+        np.sum([getattr(s, name) for s in summaries], axis=0) for name in ("rows", "live", "found")
+    )
+    to_read = frozenset[int]().union(*(s.to_read for s in summaries))
+    return Summary(counts, rows, live, found, to_read)
 
 
 def scan(
@@ -193,20 +206,21 @@ def join(*rows: KeyRows) -> KeyRows:
     return KeyRows.join(rows)
 
 
-def list_dead(paths: Sequence[str], *dead: KeyRows) -> dict[str, tuple[Keys, Any]]:
+def list_dead(places: Mapping[int, str], *dead: KeyRows) -> dict[str, tuple[Keys, Any]]:
     """Of some parts the ids of the rows that are gone, and their kinds.
 
     Args:
-        paths: Of all parts; those that are not asked for are empty.
-        dead: Rows that are gone, by bucket; their places are those of the paths.
+        places: Paths of the parts, by their numbers.
+        dead: Rows that are gone, by bucket, in the order of their parts' numbers.
     """
-    rows = KeyRows.join(dead)
-    rows = rows[np.argsort(rows.places, kind="stable")]
-    ends = np.searchsorted(rows.places, np.arange(len(paths) + 1))
     found = {}
-    for path, start, stop in zip(paths, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
-        if path and stop > start:
-            found[path] = (rows.ids[start:stop], rows.kinds[start:stop])
+    for place, path in places.items():
+        # Slices, so that of what other parts have lost nothing is copied.
+        ends = [np.searchsorted(rows.places, [place, place + 1]) for rows in dead]
+        own = [rows[start:stop] for rows, (start, stop) in zip(dead, ends, strict=True)]
+        some = KeyRows.join(own)
+        if len(some):
+            found[path] = (some.ids, some.kinds)
     return found
 
 

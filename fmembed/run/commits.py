@@ -337,18 +337,23 @@ class Staging(Commits):
         ray.get(task.remote(self._table.uri, name, fingerprint, list(written), shards, *keys))
         self.num_commits += 1
 
-    def fill(self, fill: Callable[..., Any], *given: Any) -> None:
-        """Have a task make parts of rows that take their vectors from elsewhere, and stage them.
+    def fill(self, fill: Callable[..., Any], given: Sequence[tuple[Any, ...]]) -> None:
+        """Have tasks make parts of rows that take their vectors from elsewhere, and stage them.
 
         Args:
             fill: Returns a list of `Written` and one of keys.
-            given: What it takes besides the table, its columns of vectors and a stamp.
+            given: What each task takes besides the table, its columns of vectors and a stamp.
         """
-        results, keys = ray.get(self._start(fill, *given))
-        if results:
-            self._stage(results, [ray.put(k) for k in keys])
-            self._count(results)
-            self.num_filled += sum(w.num_rows for w in results)
+        under_way: list[Any] = []
+        for some in [*given, None]:
+            if some is not None:
+                under_way.append(self._start(fill, *some))
+            while under_way and (some is None or len(under_way) > _MAX_WRITES_IN_FLIGHT):
+                results, keys = ray.get(under_way.pop(0))
+                if results:
+                    self._stage(results, [ray.put(k) for k in keys])
+                    self._count(results)
+                    self.num_filled += sum(w.num_rows for w in results)
 
 
 @dataclass(frozen=True)

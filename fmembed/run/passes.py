@@ -9,7 +9,7 @@ from types import TracebackType
 
 import ray.exceptions
 
-from fmembed.errors import Interrupted, LockedError, StorageError
+from fmembed.errors import BudgetSpentError, Interrupted, LockedError, StorageError
 from fmembed.run.commits import Commits
 from fmembed.run.faults import TASK_DEATHS, is_loss, root_cause
 from fmembed.run.progress import Progress
@@ -94,6 +94,7 @@ class Pass:
 
         Raises:
             Interrupted: It was; the message says what is committed.
+            BudgetSpentError: The run has cost what it may; so does this one's.
         """
         commits = self._commits
         try:
@@ -105,6 +106,12 @@ class Pass:
                     f"{interrupted}; {commits.num_embedded:,} rows of this run are {commits.fate}, "
                     "the same command resumes",
                     interrupted.exit_code - 128,
+                ) from None
+            if isinstance(error, BudgetSpentError):
+                commits.commit()
+                raise BudgetSpentError(
+                    f"{error}; {commits.num_embedded:,} rows of this run are {commits.fate}, the "
+                    "same command goes on"
                 ) from None
             if isinstance(error, ray.exceptions.RayError) and is_loss(error):
                 self.lost = error

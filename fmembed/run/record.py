@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -18,11 +19,16 @@ from fmembed.run.placement import Plan
 from fmembed.run.progress import Progress
 from fmembed.run.prometheus import RunMetrics
 from fmembed.run.refresh import Settled
+from fmembed.run.spending import price
 from fmembed.run.verdict import PREFIXES, WRITE, judge
-from fmembed.run.work import Work, find_work
+from fmembed.run.work import Work, find_work, passed_over
 from fmembed.table.card import fingerprint
 from fmembed.table.copies import FANNED_OUT
 from fmembed.table.records import Commit
+
+
+def _rounded(spent: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(amount, 6) for name, amount in spent.items()}
 
 
 class Run:
@@ -203,19 +209,14 @@ class Run:
             num_truncated=commits.num_truncated if commits else 0,
             counts={k: int(n) for k, n in counts.items() if not k.startswith(PREFIXES)},
             steady_rows_per_s=steady,
+            spent=(spent := _rounded(price(self._inputs.spec, counts))),
+            table_spent=_rounded(Counter(table.spent()) + Counter(spent)),
             causes=dict(commits.causes) if commits else {},
-            passed_over={**self._inputs.source.passed_over, **self._not_compared()},
+            passed_over=passed_over(self._inputs, self.work.num_skipped if self.work else 0),
             stages=self._stages(),
             verdict=self._judge(counts),
             compute=asdict(self._plan) if self._plan else {},
         )
-
-    def _not_compared(self) -> dict[str, int]:
-        """Rows of lists that are as they were, whose files may be others by now."""
-        if self._inputs.source.root is None or self.work is None or not self.work.num_skipped:
-            return {}
-        why = "files below source.root, as the lists that name them are unchanged"
-        return {why: self.work.num_skipped}
 
     def _judge(self, counts: Mapping[str, float]) -> dict[str, Any]:
         seconds = time.monotonic() - self._clock

@@ -8,7 +8,6 @@ included, the new version is made of what the source holds: no row more, and non
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,6 +40,8 @@ _MAX_RETRIES = 3
 # Shards are read by so many tasks at most, so that what one of them has for a bucket is no mere
 # row or two.
 _SCAN_TASKS = 256
+# Summaries of buckets that are added up at once.
+_ADDED = 64
 # What a row is taken for where only reading tells how many there are.
 _ROW_BYTES = 100
 
@@ -102,19 +103,18 @@ class Refresh:
         while True:
             self._unread = frozenset(unread - self._read)
             self._scan([i for i in range(len(source.shards)) if i not in self._unread])
-            summaries, chosen = self._plan(known)
-            again = frozenset[int]().union(*(s.to_read for s in summaries))
-            if not again:
+            summary, chosen = self._plan(known)
+            if not summary.to_read:
                 break
             # Their rows were known; one of them had an id that another row had too, which is gone.
-            unread -= again
-        counts = _total(summaries)
-        self._rules = self._decide_removals(counts)
-        if not counts["todo"]:
-            return Work(replace(source, shards=()), known, 0)
+            unread -= summary.to_read
+        self._rules = self._decide_removals(summary.counts)
+        num_unread = int(summary.found[sorted(self._unread)].sum())
+        if not summary.counts["todo"]:
+            return Work(replace(source, shards=()), known, num_unread)
         picks, numbers = self._choose(known, chosen)
         shards = tuple(source.shards[i] for i in numbers)
-        return Work(replace(source, shards=shards), known, 0, picks)
+        return Work(replace(source, shards=shards), known, num_unread, picks)
 
     def _scan(self, wanted: Sequence[int]) -> None:
         """Read shards that were not read before."""
@@ -152,10 +152,10 @@ class Refresh:
             return [task.remote(given, i, *more) for i in numbers_of]
         return [task.remote(given, i, *(found[i] for found in self._found)) for i in numbers_of]
 
-    def _plan(self, known: KnownRows) -> tuple[list[Summary], list[Any]]:
+    def _plan(self, known: KnownRows) -> tuple[Summary, list[Any]]:
         task = ray.remote(max_retries=_MAX_RETRIES, num_returns=2)(buckets.plan_bucket)
         refs = self._on_buckets(task, known)
-        return ray.get([summary for summary, _ in refs]), [chosen for _, chosen in refs]
+        return _add_up([summary for summary, _ in refs]), [chosen for _, chosen in refs]
 
     def _decide_removals(self, counts: Mapping[str, int]) -> Rules:
         """Whether rows may leave, by what the source has no more.
@@ -167,7 +167,7 @@ class Refresh:
         num_leaving, num_old = counts["gone"] + counts["gone_wrong"], counts["were"]
         share = spec.max_removed_fraction * num_old
         most = share if self._allowed is None else self._allowed
-        why = ""
+        why, left = "", "" if self._inputs.source.shards else ", as no file of the source is left"
         if num_broken := counts["broken_off"]:
             why = f"{num_broken:,} files of the source cannot be read to their ends"
         elif (n := counts["without_id"]) and spec.on_rejected == "keep":
@@ -175,7 +175,7 @@ class Refresh:
         elif num_leaving > most and self._allowed is None:
             why = (
                 f"they are more than refresh.max_removed_fraction = {spec.max_removed_fraction} "
-                f"of {num_old:,} rows; --allow-removals {num_leaving} lets them go"
+                f"of {num_old:,} rows{left}; --allow-removals {num_leaving} lets them go"
             )
         elif num_leaving > most:
             why = f"they are more than --allow-removals {self._allowed}"
@@ -212,8 +212,8 @@ class Refresh:
         joined = ray.remote(max_retries=_MAX_RETRIES)(buckets.join).remote(*holders)
         parts = {**known.parts, **known.staged}
         part_bytes = self._inputs.spec.output.part_bytes
-        for copies in commits.copies:
-            commits.fill(_fill, copies, joined, parts, len(known.parts), part_bytes)
+        given = (joined, parts, len(known.parts), part_bytes)
+        commits.fill(_fill, [(copies, *given) for copies in commits.copies])
 
     def settle(self, lock: Lock, run_id: str) -> Settled:
         """Compare once more, and commit what the new version is made of."""
@@ -221,33 +221,29 @@ class Refresh:
         task = ray.remote(max_retries=_MAX_RETRIES, num_returns=3)(buckets.settle_bucket)
         while True:
             refs = self._on_buckets(task, known)
-            summaries: list[Summary] = ray.get([summary for summary, _, _ in refs])
-            counts = _total(summaries)
+            summary = _add_up([summary for summary, _, _ in refs])
+            counts = summary.counts
             decided = self._rules
             if decided.removes:  # that no more leave than may, whatever was decided before the work
                 self._rules = self._decide_removals(counts)
             if decided == self._rules:
                 break
-        rows, live, found = (
-            np.sum([getattr(s, name) for s in summaries], axis=0)
-            for name in ("rows", "live", "found")
-        )
         parts = [*known.parts.values(), *known.staged.values()]
-        named = zip(known.paths, parts, rows.tolist(), live.tolist(), strict=True)
+        both = (summary.rows.tolist(), summary.live.tolist())
+        named = zip(known.paths, parts, *both, strict=True)
         held = [Held(*each) for each in named]
         new = _NewVersion(self._table, known, held, run_id, lock)
         new.rewrite([dead for _, _, dead in refs], self._inputs.spec.output.part_bytes)
         shards = [shard.key for shard in self._inputs.source.shards]
         new.write_keys([stays for _, stays, _ in refs], shards)
         commit = new.commit()
-        whole = [
-            WholeShard(key, n, None) for key, n in zip(shards, found.tolist(), strict=True) if key
-        ]
+        counted = zip(shards, summary.found.tolist(), strict=True)
+        whole = [WholeShard(key, n, None) for key, n in counted if key]
         new.clean_up(commit, whole)
         num_leaving = counts["gone"] + counts["gone_wrong"]
         return Settled(
             counts=counts,
-            rows_read=int(found.sum()),
+            rows_read=int(summary.found.sum()),
             rows_removed=num_leaving if self._rules.removes else 0,
             rows_withheld=counts["kept"] + (0 if self._rules.removes else num_leaving),
             why_withheld=self._why_withheld,
@@ -294,9 +290,8 @@ class _NewVersion:
         refs = []
         for i, group in enumerate(groups):
             stamp = {**self._configuration, RUN: self._run_id, WRITE: f"rewrite-{i}"}
-            wanted = {h.path for h in group if h.live < h.rows}
-            paths = [h.path if h.path in wanted else "" for h in self._held]
-            given = (self._table.uri, group, self._vectors, stamp, paths)
+            wanted = {number_of[h.path]: h.path for h in group if h.live < h.rows}
+            given = (self._table.uri, group, self._vectors, stamp, wanted)
             refs.append(task.remote(*given, *(dead if wanted else ())))
         for group, part in zip(groups, ray.get(refs), strict=True):
             folder = REJECTED if group[0].path.startswith(REJECTED) else ""
@@ -361,11 +356,14 @@ class _NewVersion:
         self._table.key_files.keep_only(self._key_files)
 
 
-def _total(summaries: Sequence[Summary]) -> Counter[str]:
-    counts = Counter[str]()
-    for summary in summaries:
-        counts.update(summary.counts)
-    return counts
+def _add_up(summaries: Sequence[Any]) -> Summary:
+    """The sum of what references lead to: by tasks, as each counts all parts and shards."""
+    task = ray.remote(max_retries=_MAX_RETRIES)(buckets.add_up)
+    refs = list(summaries)
+    while len(refs) > 1:
+        refs = [task.remote(*refs[i : i + _ADDED]) for i in range(0, len(refs), _ADDED)]
+    total: Summary = ray.get(refs[0])
+    return total
 
 
 def _fill(
@@ -386,7 +384,7 @@ def _rewrite(
     group: Sequence[Held],
     vectors: tuple[str, ...],
     stamp: dict[str, str],
-    paths: Sequence[str],
+    wanted: Mapping[int, str],
     *dead: KeyRows,
 ) -> Part:
-    return rewrite(uri, group, vectors, stamp, buckets.list_dead(paths, *dead))
+    return rewrite(uri, group, vectors, stamp, buckets.list_dead(wanted, *dead))

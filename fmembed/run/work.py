@@ -42,6 +42,16 @@ def find_work(inputs: Inputs) -> Work:
     return Work(left, known, num_skipped)
 
 
+def passed_over(inputs: Inputs, num_unread: int) -> dict[str, int]:
+    """What is not read, by reason: among it the files of rows whose lists are as they were, which
+    may be others by now.
+    """
+    counts = dict(inputs.source.passed_over)
+    if inputs.source.root is not None and num_unread:
+        counts["files below source.root, as the lists that name them are unchanged"] = num_unread
+    return counts
+
+
 def skip_committed(source: Source, whole_shards: Mapping[str, int]) -> tuple[Source, int]:
     """Drop what needs no second reading, before anything is read.
 

@@ -32,6 +32,7 @@ from fmembed.errors import DamagedError, StorageError, reason
 from fmembed.rows.ids import Hashes, Keys, RowIds, first_halves, keys_of, to_arrow, to_keys
 from fmembed.storage import HALF_WRITTEN, Storage
 from fmembed.table.card import PREFIX
+from fmembed.table.files import PART, REJECTED
 
 FOLDER = "_keys/"
 # Whether a row is embedded; rejected; rejected as one whose id another row has, which is no reason
@@ -84,6 +85,11 @@ class _Content(BaseModel):
             is_there = 0 <= part < len(self.parts) and -1 <= shard < len(self.shards)
             if not is_there or rows < 1:
                 raise ValueError("counts of no part or shard")
+        # These are deleted in the end.
+        if self.staged and not all(
+            PART.fullmatch(part.path.removeprefix(REJECTED)) for part in self.parts
+        ):
+            raise ValueError("staged is what no run has written")
         return self
 
 

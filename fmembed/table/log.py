@@ -13,7 +13,8 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -56,6 +57,20 @@ _ON_THE_WAY = re.compile(
     r"Error performing|Generic (?:S3|GCS|MicrosoftAzure|LocalFileSystem) error"
 )
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What made one version: the parts that it added and removed, by their paths; `run`, or
+    `operation` by another tool; `time_ms` since 1970, by the clock of whoever did.
+    """
+
+    version: int
+    time_ms: int
+    run: str
+    operation: str
+    added: Mapping[str, Part]
+    removed: Mapping[str, Part]
 
 
 class Log:
@@ -105,7 +120,9 @@ class Log:
             return DeltaTable(uri, version, storage_options=options)
         except TableNotFoundError:
             entries = self.storage.sizes("_delta_log/")
-            is_there = self.storage.size_bytes(_entry(0)) is not None
+            # The first entry may have been cut off, behind a checkpoint.
+            first = (_entry(0), "_delta_log/_last_checkpoint")
+            is_there = any(self.storage.size_bytes(path) is not None for path in first)
         if is_there:
             # It may have been made since the first look, which is no damage.
             with contextlib.suppress(TableNotFoundError):
@@ -224,11 +241,95 @@ class Log:
                     named |= {unquote(action[k]["path"]) for k in ("add", "remove") if k in action}
             elif _CHECKPOINT.fullmatch(path):
                 content = pa.BufferReader(self.storage.get(path))
-                rows = pq.read_table(content, columns=["add.path", "remove.path"])
+                # Not read_table, which gives both the name "path".
+                rows = pq.ParquetFile(content).read(columns=["add.path", "remove.path"])
                 for name in rows.schema.names:
                     paths = pc.struct_field(rows[name], "path").drop_null().to_pylist()
                     named |= {unquote(p) for p in paths}
         return named
+
+    def replay(self) -> Iterator[tuple[Entry, dict[str, Part]]]:
+        """The versions that the log tells of, the oldest first, each with all of its parts.
+
+        Raises:
+            DamagedError: It cannot be read, or is not whole.
+        """
+        if self.delta() is None:
+            return
+        numbers = sorted(
+            int(m[1]) for path in self.storage.sizes("_delta_log/") if (m := ENTRY.fullmatch(path))
+        )
+        parts: dict[str, Part] = {}
+        for i, number in enumerate(numbers):
+            entry = self._read_entry(number, parts)
+            if i == 0 and number > 0:
+                parts = {part.path: part for part in self.parts(number)}
+            else:
+                parts = {p: part for p, part in parts.items() if p not in entry.removed}
+                parts |= entry.added
+            yield entry, parts
+
+    def _read_entry(self, version: int, before: Mapping[str, Part]) -> Entry:
+        lines = self.storage.get(_entry(version)).splitlines()
+        actions = [json.loads(line) for line in lines if line.strip()]
+        info: dict[str, Any] = next((a["commitInfo"] for a in actions if "commitInfo" in a), {})
+        added = {}
+        for add in (a["add"] for a in actions if "add" in a):
+            path = self._inside(add["path"])
+            told = json.loads(add.get("stats") or "{}").get("numRecords")
+            num_rows = self.files.num_rows(path) if told is None else told
+            added[path] = Part(path, add["size"], num_rows)
+        removed = {}
+        for remove in (a["remove"] for a in actions if "remove" in a):
+            path = self._inside(remove["path"])
+            removed[path] = before.get(path) or Part(path, remove.get("size") or 0, 0)
+        return Entry(
+            version, int(info.get("timestamp", 0)), str(info.get(RUN, "")),
+            str(info.get("operation", "")), added, removed,
+        )  # fmt: skip
+
+    def named_before(self, entries: Sequence[Entry], oldest: int) -> set[str]:
+        """The files that only versions before one name.
+
+        Args:
+            entries: All that the log has.
+            oldest: The version.
+        """
+        kept = {part.path for part in self.parts(oldest)}
+        kept |= {path for entry in entries if entry.version > oldest for path in entry.added}
+        # Whatever a log says, nothing is a part that is not called so.
+        named = {self._inside(path) for path in self._ever_named()}
+        return {path for path in named - kept if path.endswith(".parquet")}
+
+    def cut_before(self, oldest: int, least: int) -> None:
+        """Delete the entries of the versions before one, which a checkpoint stands for then.
+
+        Not by Delta's own clean-up, which leaves no checkpoint where it cuts: versions that are to
+        stay could no longer be read (delta-io/delta#6718).
+
+        Args:
+            oldest: The version.
+            least: Not where there are so few.
+        """
+        older = [
+            path
+            for path in self.storage.sizes("_delta_log/")
+            if (m := ENTRY.fullmatch(path) or _CHECKPOINT.fullmatch(path)) and int(m[1]) < oldest
+        ]
+        if len(older) <= least:
+            return
+        delta = self.delta()
+        assert delta is not None
+        newest = int(delta.version())
+        try:
+            for version in dict.fromkeys((oldest, newest)):  # the newest last: readers begin there
+                at = self._open(version)
+                assert at is not None
+                at.create_checkpoint()
+                self._sync(version)
+        except (DeltaError, OSError) as e:
+            raise StorageError(f"output.uri: cannot write {self.uri}: {reason(e)}") from None
+        self.remove(older)
 
     def _inside(self, path: str) -> str:
         """A path of the log, decoded.

@@ -586,6 +586,18 @@ class Table:
             raise damaged
         return None
 
+    def spent(self) -> dict[str, float]:
+        """What the runs on record have cost, summed: `device_hours`, and `cost` where there was a
+        price.
+        """
+        total: dict[str, float] = {}
+        for _, raw in read_runs(self.storage):
+            spent = raw.get("spent") if isinstance(raw, dict) else None
+            for name, amount in spent.items() if isinstance(spent, dict) else ():
+                if name in ("device_hours", "cost") and isinstance(amount, int | float):
+                    total[name] = total.get(name, 0.0) + amount
+        return total
+
     @property
     def counted_version(self) -> int | None:
         """The version that the last run's record speaks of, damaged or not; None without one."""

@@ -16,16 +16,19 @@ import pytest
 import ray.exceptions
 
 from fmembed.inputs import Inputs, open_inputs
+from fmembed.pipeline import in_step
 from fmembed.prepare.stage import Preprocess
+from fmembed.result import RunResult
 from fmembed.run import commits as commits_module
 from fmembed.run import refresh as refresh_module
 from fmembed.run.commits import Commits, Staging
-from fmembed.run.refresh import Refresh, Settled
-from fmembed.run.work import find_work, is_in_step
+from fmembed.run.record import Run
+from fmembed.run.refresh import Refresh
 from fmembed.sources.picks import NotKnown
 from fmembed.sources.reading import read_shard
 from fmembed.spec import RunSpec
 from fmembed.table.lock import Lock
+from fmembed.table.versions import tidy
 
 
 class _Ref:
@@ -87,35 +90,43 @@ def _embed(inputs: Inputs, stage: type, work: Any, commits: Commits) -> None:
     commits.commit()
 
 
-def embed(spec: RunSpec, stage: type, run_id: str) -> None:
-    """As `pipeline.embed`."""
+def embed(spec: RunSpec, stage: type, run_id: str = "") -> RunResult:
+    """As `pipeline.embed`, without probes and the report."""
     inputs = open_inputs(spec)
-    with inline_ray(), Lock(inputs.table.storage, run_id) as lock:
-        inputs.table.clean_up(inputs.identity, run_id, retry_rejected=False)
-        work = find_work(inputs)
-        if work:
-            card = inputs.table.claim(inputs.card({}), inputs.schema(), run_id)
-            commits = Commits(spec.output, inputs.table, lock, run_id, card)
-            _embed(inputs, stage, work, commits)
+    table, run = inputs.table, Run(inputs)
+    run.id = run_id or run.id
+    with inline_ray(), Lock(table.storage, run.id) as lock:
+        table.clean_up(inputs.identity, run.id, retry_rejected=False)
+        if run.find_work():
+            card = table.claim(inputs.card({}), inputs.schema(), run.id)
+            commits = Commits(spec.output, table, lock, run.id, card)
+            _embed(inputs, stage, run.work, commits)
+            run._commits = commits
+        return run.finish()
 
 
 def refresh(
-    spec: RunSpec, stage: type, run_id: str, allow_removals: int | None = None
-) -> Settled | None:
-    """As `pipeline.refresh`; None where there was nothing to do."""
+    spec: RunSpec, stage: type, run_id: str = "", allow_removals: int | None = None
+) -> RunResult:
+    """As `pipeline.refresh`, without probes and the report."""
     inputs = open_inputs(spec, may_be_empty=True)
     table = inputs.table
-    if is_in_step(inputs) is not None and not table.strays():
-        return None
+    if (result := in_step(inputs)) is not None:
+        return result
     line = Refresh(inputs, allow_removals)
-    with inline_ray(), Lock(table.storage, run_id) as lock:
-        table.clean_up(inputs.identity, run_id, retry_rejected=False)
-        work = line.find_work()
-        if work:
-            card = table.claim(inputs.card({}), inputs.schema(), run_id)
-            commits = Staging(spec.output, table, lock, run_id, card)
-            _embed(inputs, stage, work, commits)
+    run = Run(inputs, lambda _: line.find_work())
+    run.id = run_id or run.id
+    with inline_ray(), Lock(table.storage, run.id) as lock:
+        table.clean_up(inputs.identity, run.id, retry_rejected=False)
+        if run.find_work():
+            card = table.claim(inputs.card({}), inputs.schema(), run.id)
+            commits = Staging(spec.output, table, lock, run.id, card)
+            _embed(inputs, stage, run.work, commits)
             line.fill_copies(commits)
-        settled = line.settle(lock, run_id)
-        table.remove_strays(run_id)
-        return settled
+            run._commits = commits
+        settled = line.settle(lock, run.id)
+        table.remove_strays(run.id)
+        result = run.finish_refresh(settled)
+        if not result.unchanged:
+            tidy(table, spec.output.keep_days, spec.output.keep_versions)
+        return result

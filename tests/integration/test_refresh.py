@@ -1,22 +1,20 @@
-"""A table kept in step with its source, on local Ray, with a stand-in for the model that counts."""
+"""A table kept in step with its source: by Ray, by command, with a budget.
+
+Most of what a refresh does is looked at in tests/unit/run/test_refreshing.py, without Ray.
+"""
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from conftest import run_cli
 from refreshing import Corpus
 
-import fmembed
-from fmembed import NoFilesError, SpecError
+from fmembed import BudgetSpec, BudgetSpentError, SpecError, pipeline
 from fmembed.table.table import Table
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -35,14 +33,14 @@ def corpus(tmp_path: Path, tiny_bert: Path) -> Corpus:
 
 
 def test_new_changed_and_removed_rows_make_one_version(corpus: Corpus, tmp_path: Path) -> None:
-    first = corpus.refresh()
+    first = corpus.refresh_by_ray()
     assert (first.rows_new, first.contents_embedded, first.version) == (20, 20, 1)
     before = corpus.rows()
     assert corpus.refresh().unchanged
     rows = [row(f"b{i}") for i in range(1, 10)]
     rows[3] = row("b4", "another text")
     corpus.write("2.jsonl", [*rows, row("c1"), row("c2", "about c1"), row("c3", "about a3")])
-    second = corpus.refresh()
+    second = corpus.refresh_by_ray()
     # Of two rows of one content the model has seen one; the content of a third one was there.
     assert corpus.seen() == ["b4", "c1"]
     assert (second.rows_new, second.rows_changed, second.rows_removed) == (3, 1, 1)
@@ -58,249 +56,72 @@ def test_new_changed_and_removed_rows_make_one_version(corpus: Corpus, tmp_path:
     assert corpus.refresh().unchanged
 
 
-def test_what_embed_has_made_is_refreshed_without_reading_it_again(corpus: Corpus) -> None:
-    assert corpus.embed().rows_embedded == 20
-    assert corpus.refresh().unchanged
-    os.utime(corpus.folder / "1.jsonl", (1, 1))
-    corpus.write("3.jsonl", [row("c1")])
-    assert corpus.refresh().rows_new == 1
-    assert corpus.seen() == ["c1"]
-    # And the other way round.
-    corpus.write("4.jsonl", [row("d1")])
-    corpus.log.unlink()
-    assert corpus.embed().rows_embedded == 1
-    assert corpus.refresh().unchanged
-
-
-@pytest.mark.parametrize("what", ["label", "order", "mtime", "layout", "path", "window"])
-def test_what_is_no_change_of_content_asks_no_model(
-    what: str, corpus: Corpus, tmp_path: Path
-) -> None:
-    corpus.refresh()
-    before = corpus.rows()
-    rows = [row(f"b{i}") for i in range(10)]
-    if what == "label":
-        corpus.write("2.jsonl", [{**r, "topic": "other"} for r in rows])
-    elif what == "order":
-        corpus.write("2.jsonl", rows[::-1])
-    elif what == "mtime":
-        os.utime(corpus.folder / "2.jsonl", (1, 1))
-    elif what == "layout":
-        corpus.write("2.jsonl", rows[:4])
-        corpus.write("3.jsonl", rows[4:])
-    elif what == "path":
-        shutil.move(corpus.folder / "2.jsonl", corpus.folder / "moved.jsonl")
-    else:
-        compute = corpus.spec.compute.model_copy(update={"window_rows": 3})
-        output = corpus.spec.output.model_copy(update={"part_bytes": 1000})
-        corpus.spec = corpus.spec.model_copy(update={"compute": compute, "output": output})
-    result = corpus.refresh()
-    assert corpus.seen() == []
-    assert (result.rows_embedded, result.rows_new, result.rows_removed) == (0, 0, 0)
-    now = corpus.rows()
-    assert {k: r["embedding"] for k, r in now.items()} == {
-        k: r["embedding"] for k, r in before.items()
-    }
-    if what == "label":
-        assert (result.rows_changed, result.rows_copied) == (10, 10)
-        assert {r["topic"] for k, r in now.items() if k[0] == "b"} == {"other"}
-        assert result.version == 2
-    else:
-        assert now == before
-        assert (result.unchanged, result.version) == (True, 1)
-    assert corpus.refresh().unchanged
-
-
-def test_ids_that_are_files_names(tmp_path: Path, tiny_bert: Path) -> None:
-    corpus = Corpus(tmp_path, tiny_bert, source={"id": None, "label": None})
-    for name in "abcdefghijkl":
-        (corpus.folder / f"{name}.txt").write_text(f"about {name}")
-    corpus.refresh()
-    # A renamed file is another row, with the vector that is there.
-    shutil.move(corpus.folder / "a.txt", corpus.folder / "z.txt")
-    result = corpus.refresh()
-    assert (corpus.seen(), result.rows_new, result.rows_removed) == ([], 1, 1)
-    assert corpus.rows().keys() == {f"{name}.txt" for name in "bcdefghijklz"}
-    corpus.check_as_from_scratch(tmp_path / "anew")
-
-
 def test_half_of_a_corpus_are_copies(tmp_path: Path, tiny_bert: Path) -> None:
     corpus = Corpus(tmp_path, tiny_bert)
     for name in "ab":
         corpus.write(f"{name}.jsonl", [row(f"{name}{i}", f"about {i}", name) for i in range(300)])
-    result = corpus.refresh()
+    result = corpus.refresh_by_ray()
     assert (result.contents_embedded, result.rows_embedded, result.rows_copied) == (300, 600, 0)
     assert result.rows_new == 600
     corpus.check_as_from_scratch(tmp_path / "anew")
-
-
-def test_rejected_rows_take_part(corpus: Corpus, tmp_path: Path) -> None:
-    corpus.write("3.jsonl", [row("x", ""), row("y", ""), row("z")])
-    first = corpus.refresh()
-    assert (first.rows_new, first.rows_rejected, first.causes) == (21, 2, {"empty input": 2})
-    assert corpus.refresh().unchanged
-    # One is mended, one stays, one goes wrong and keeps the vector that it had.
-    corpus.write("3.jsonl", [row("x"), row("y", ""), row("z", "")])
-    second = corpus.refresh()
-    assert (second.rows_new, second.rows_rejected, second.rows_withheld) == (1, 0, 1)
-    assert corpus.seen() == ["x"]
-    assert "z" in corpus.rows()
-    refresh = corpus.spec.refresh.model_copy(update={"on_rejected": "remove"})
-    corpus.spec = corpus.spec.model_copy(update={"refresh": refresh})
-    third = corpus.refresh()
-    assert (third.rows_removed, third.rows_rejected, third.rows_withheld) == (1, 1, 0)
-    assert "z" not in corpus.rows()
-    assert corpus.refresh().unchanged
-    corpus.write("3.jsonl", [row("z")])
-    assert corpus.refresh().rows_new == 1
-    assert Table(str(corpus.out)).num_rejected() == 0
-
-
-def test_a_content_that_cannot_be_embedded_rejects_all_rows_that_have_it(
-    tmp_path: Path, tiny_bert: Path
-) -> None:
-    # Without a byte order mark, and without a text: what only preprocessing tells.
-    corpus = Corpus(tmp_path, tiny_bert, preprocess={"chunk_tokens": 8})
-    long = "word " * 30
-    corpus.write("1.jsonl", [row("a", long), row("b", long), row("c", "a short one")])
-    result = corpus.refresh()
-    assert (result.contents_embedded, result.rows_embedded) == (2, 3)
-    chunks = corpus.rows()
-    assert {k.replace("a@", "b@") for k in chunks if k[0] == "a"} == {
-        k for k in chunks if k[0] == "b"
-    }
-    # A shorter document loses its last chunks, and no other one does.
-    corpus.write("1.jsonl", [row("a", "word " * 9), row("b", long), row("c", "a short one")])
-    shorter = corpus.refresh()
-    assert (shorter.rows_changed, shorter.rows_unchanged, corpus.seen()) == (1, 2, ["a"])
-    now = corpus.rows()
-    assert sum(k[0] == "a" for k in now) < sum(k[0] == "b" for k in now)
-    assert {k: v for k, v in now.items() if k[0] != "a"} == {
-        k: v for k, v in chunks.items() if k[0] != "a"
-    }
-    corpus.check_as_from_scratch(tmp_path / "anew")
-
-
-def test_rows_of_one_id(corpus: Corpus) -> None:
-    corpus.write("1.jsonl", [row("x", "first"), *[row(f"a{i}") for i in range(9)]])
-    corpus.write("3.jsonl", [row("x", "second")])
-    first = corpus.refresh()
-    assert (first.rows_new, first.causes) == (20, {"duplicate id": 1})
-    assert corpus.refresh().unchanged
-    # The first one goes: the other one takes its place, though its file was not read again.
-    corpus.write("1.jsonl", [row(f"a{i}") for i in range(9)])
-    second = corpus.refresh()
-    assert (second.rows_changed, second.rows_removed, corpus.seen()) == (1, 0, ["x"])
-    assert Table(str(corpus.out)).num_rejected() == 0
-    assert corpus.refresh().unchanged
-
-
-def test_removals_are_guarded(corpus: Corpus) -> None:
-    corpus.refresh()
-    (corpus.folder / "2.jsonl").unlink()
-    corpus.write("3.jsonl", [row("c1")])
-    held = corpus.refresh()
-    assert (held.rows_new, held.rows_removed, held.rows_withheld) == (1, 0, 10)
-    assert "refresh.max_removed_fraction" in held.withheld
-    assert len(corpus.rows()) == 21
-    assert corpus.refresh(allow_removals=9).rows_withheld == 10  # said each time
-    let = corpus.refresh(allow_removals=10)
-    assert (let.rows_removed, let.rows_withheld, len(corpus.rows())) == (10, 0, 11)
-    # All that was there is gone: an emptied folder is more often a mistake.
-    for path in corpus.folder.iterdir():
-        path.unlink()
-    assert corpus.refresh().rows_withheld == 11
-    assert len(corpus.rows()) == 11
-    emptied = corpus.refresh(allow_removals=11)
-    assert (emptied.rows_removed, emptied.table_rows) == (11, 0)
-    assert corpus.refresh().unchanged
-    shutil.rmtree(corpus.folder)
-    with pytest.raises(fmembed.SourceError, match="no such file or folder"):
-        corpus.refresh()
-    with pytest.raises(SpecError, match="allow_removals"):
-        corpus.refresh(allow_removals=-1)
-
-
-def test_nothing_is_made_of_a_source_that_never_had_a_file(tmp_path: Path, tiny_bert: Path) -> None:
-    corpus = Corpus(tmp_path, tiny_bert)
-    with pytest.raises(NoFilesError):
-        corpus.refresh()
-    assert not corpus.out.exists()
-
-
-def test_a_source_that_cannot_be_read_whole_removes_nothing(
-    tmp_path: Path, tiny_bert: Path
-) -> None:
-    corpus = Corpus(tmp_path, tiny_bert, refresh={"max_removed_fraction": 1.0})
-
-    def write(name: str, rows: list[dict[str, Any]]) -> None:
-        pq.write_table(pa.Table.from_pylist(rows), corpus.folder / f"{name}.parquet")
-
-    write("1", [row(f"a{i}") for i in range(10)])
-    write("2", [row(f"b{i}") for i in range(10)])
-    corpus.refresh()
-    # Of what a broken file held nobody knows what is gone.
-    broken = corpus.folder / "2.parquet"
-    content = broken.read_bytes()
-    broken.write_bytes(content[:-20])
-    write("1", [row(f"a{i}") for i in range(9)] + [row("new")])
-    for again in (False, True):  # as long as it is broken
-        result = corpus.refresh()
-        assert (result.rows_removed, result.rows_withheld) == (0, 11)
-        assert "1 files of the source cannot be read to their ends" in result.withheld
-        assert (result.rows_new, result.rows_rejected) == ((0, 0) if again else (1, 1))
-    broken.write_bytes(content)
-    mended = corpus.refresh()
-    assert (mended.rows_removed, mended.rows_withheld, mended.rows_unchanged) == (1, 0, 20)
-    assert corpus.seen() == []
-    assert Table(str(corpus.out)).num_rejected() == 0
-
-
-def test_a_line_that_has_lost_its_id_is_held_once(corpus: Corpus) -> None:
-    corpus.refresh()
-    lines = (corpus.folder / "2.jsonl").read_text().splitlines()
-    (corpus.folder / "2.jsonl").write_text("\n".join([*lines[:9], lines[9][:-4]]) + "\n")
-    held = corpus.refresh()
-    assert (held.rows_withheld, held.causes) == (1, {"bad JSON": 1})
-    assert "no id that can be read" in held.withheld
-    assert corpus.refresh().rows_removed == 1
-    assert corpus.refresh().unchanged
-
-
-def test_small_parts_become_one(tmp_path: Path, tiny_bert: Path) -> None:
-    corpus = Corpus(tmp_path, tiny_bert)
-    corpus.write("0.jsonl", [row(f"a{i}") for i in range(50)])
-    for week in range(1, 10):
-        corpus.write(f"{week}.jsonl", [row(f"w{week}")])
-        result = corpus.refresh()
-        assert (result.rows_new, len(corpus.seen())) == (51 if week == 1 else 1,) * 2
-    assert len(Table(str(corpus.out)).rows.parts()) < 8
-    assert len(list(corpus.out.glob("_keys/*"))) == 1
-    assert len(list(corpus.out.glob("_shards/*"))) == 1
-    assert corpus.refresh().unchanged
 
 
 def test_by_command(corpus: Corpus, tiny_bert: Path) -> None:
     """What a scheduler sees: JSON, exit codes; and of a run with nothing to do that it is light."""
     args = [
         "refresh", "--source", str(corpus.folder), "--id", "key", "--label", "topic",
-        "--model", str(tiny_bert), "--output", str(corpus.out), "--set", "probes=[]",
+        "--model", str(tiny_bert), "--dtype", "float32", "--output", str(corpus.out),
+        "--set", "probes=[]",
     ]  # fmt: skip
-    done = run_cli(*args, "--json")
-    assert done.returncode == 0, done.stderr
-    assert '"rows_new": 20' in done.stdout
     done = run_cli(*args)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("nothing to do: the table is in step with its source\n")
+    assert "20 in the source; 20 new, 0 changed, 0 unchanged, 0 removed" in done.stdout
     script = (
         "import sys; from fmembed import cli; code = cli.run(sys.argv[1:]); import ray\n"
         "assert not ray.is_initialized() and 'torch' not in sys.modules; sys.exit(code)"
     )
-    light = subprocess.run([sys.executable, "-c", script, *args], check=False)
-    assert light.returncode == 0
+    command = [sys.executable, "-c", script, *args]
+    light = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (light.returncode, light.stderr) == (0, "")
+    assert light.stdout.startswith("nothing to do: the table is in step with its source\n")
     (corpus.folder / "1.jsonl").unlink()
-    done = run_cli(*args)
+    done = run_cli(*args, "--json")
     assert done.returncode == 3
-    assert "withheld  10 rows that should have left stay: they are more than" in done.stdout
-    assert run_cli(*args, "--allow-removals", "10").returncode == 0
+    assert '"rows_withheld": 10, ' in done.stdout
+    assert "they are more than refresh.max_removed_fraction" in done.stdout
     assert run_cli(*args, "--allow-removals", "-1").returncode == 2
+    with pytest.raises(SpecError, match="allow_removals"):
+        pipeline.refresh(corpus.spec, allow_removals=-1)
+
+
+@pytest.mark.parametrize("verb", ["embed", "refresh"])
+def test_a_budget_stops_a_run_and_the_next_one_goes_on(
+    verb: str, tmp_path: Path, tiny_bert: Path
+) -> None:
+    """Within a window of each actor; what is finished is committed, and computed once."""
+    corpus = Corpus(
+        tmp_path, tiny_bert,
+        compute={"window_rows": 16, "actors": 1, "price_per_device_hour": 3600,
+                 "budget": {"cost": 0.1}},
+    )  # fmt: skip
+    for file in range(10):
+        corpus.write(f"{file}.jsonl", [row(f"f{file}-{i}") for i in range(40)])
+    line = pipeline.embed if verb == "embed" else pipeline.refresh
+    spent_message = r"compute\.budget\.cost: .* of 0\.1 are spent"
+    with pytest.raises(BudgetSpentError, match=spent_message) as stopped:
+        line(corpus.spec, quiet=True, stage=corpus.stage)
+    assert stopped.value.exit_code == 4
+    num_done = len(corpus.rows())
+    assert 0 < num_done <= len(corpus.seen()) < 400
+    assert Table(str(corpus.out)).staged() == []
+    spent = Table(str(corpus.out)).spent()
+    assert spent["cost"] == pytest.approx(spent["device_hours"] * 3600, rel=0.01)
+    compute = corpus.spec.compute.model_copy(update={"budget": BudgetSpec()})
+    corpus.spec = corpus.spec.model_copy(update={"compute": compute})
+    corpus.log.unlink()
+    done = line(corpus.spec, quiet=True, stage=corpus.stage)
+    assert (done.rows_embedded, len(corpus.seen()), len(corpus.rows())) == (
+        400 - num_done, 400 - num_done, 400,
+    )  # fmt: skip
+    assert done.table_spent["cost"] > done.spent["cost"] > 0
+    assert corpus.refresh().unchanged

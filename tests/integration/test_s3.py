@@ -20,6 +20,7 @@ import pytest
 from conftest import SENTENCES, run_cli
 from soak import Bench, Tally, wait_for
 from tables import CONFIGURATION
+from weeks import Year
 
 import fmembed
 from fmembed.errors import ConflictError, LockedError, StorageError
@@ -79,6 +80,22 @@ def objects() -> dict[str, bytes]:
     pages = client.get_paginator("list_objects_v2").paginate(Bucket="bucket")
     keys = [o["Key"] for page in pages for o in page.get("Contents", [])]
     return {k: client.get_object(Bucket="bucket", Key=k)["Body"].read() for k in keys}
+
+
+def test_a_table_is_refreshed_from_week_to_week(s3: str, tmp_path: Path, minilm: Path) -> None:
+    """In this process; killed at one of its writes, beside `embed`, and vacuumed."""
+    year = Year(tmp_path / "year", f"{s3}/weeks", str(minilm), num_rows=60, seed=3)
+    year.run(0)
+    for week, what in enumerate(["killed", "embed", "refresh"], 1):
+        year.change()
+        year.write()
+        year.run(week, what, kill_at=9)
+    year.check_as_from_scratch(f"{s3}/weeks-anew")
+    assert year.run(4).result.unchanged
+    fmembed.vacuum(year.table, purge=True)
+    named = {p.path for p in Table(year.table).rows.parts()}
+    assert {p for p in Storage(year.table).sizes("") if p.startswith("part-")} == named
+    year.check(year.kept)
 
 
 def test_create_is_conditional(s3: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -434,3 +435,25 @@ def test_a_staged_part_that_is_gone_or_committed_is_not_staged(table: Table) -> 
     assert gone.part is not None
     Path(table.uri, gone.part.path).unlink()
     assert table.known(with_staged=True).staged == {}
+
+
+def test_a_forged_file_has_nothing_deleted_that_no_run_has_written(
+    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(table, "ab")
+    mine = tmp_path / "mine.txt"
+    mine.write_text("somebody's")
+    (Path(table.uri) / "notes.parquet").write_text("somebody's")
+    for name in ("../mine.txt", str(mine), "notes.parquet", "_delta_log/00000000000000000000.json"):
+        held = [(rows("z"), {"embedded": name})]
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "PART", re.compile(".*", re.DOTALL))
+            path = table.key_files.write("0123ab-9", held, {}, staged=CARD.fingerprint)
+        assert path is not None
+        assert table.staged() == []
+        table.drop_staged()
+        assert table.known(with_staged=True).damaged == (path,)
+        Path(table.uri, path).unlink()
+    assert mine.exists()
+    assert (Path(table.uri) / "notes.parquet").exists()
+    assert Table(table.uri).version() == 1
