@@ -105,7 +105,9 @@ def open_inputs(spec: RunSpec, may_be_empty: bool = False) -> Inputs:
     if not source.file_is_row:  # there the column has whatever name it is given
         table.check_columns(spec.source.input, spec.source.id)
     source = replace(source, carried=table.carried_types(source.carried))
-    return Inputs(spec, source, checkpoint, identity, table)
+    inputs = Inputs(spec, source, checkpoint, identity, table)
+    table.check_schema(inputs.schema())
+    return inputs
 
 
 def _open_emptied(spec: RunSpec) -> Source:

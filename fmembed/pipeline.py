@@ -164,8 +164,9 @@ def refresh(
         result = evaluate(table, spec, result, cluster)
         if settled.num_left:
             raise FmembedError(
-                f"source: {settled.num_left:,} rows have changed while they were read; what has "
-                "not is committed, and they come in with the next refresh: run the same again"
+                f"source: {settled.num_left:,} rows are left, which have changed while they were "
+                "read, or come in place of another one of their id that cannot be embedded; all "
+                "else is committed: run the same again"
             )
         return result
 

@@ -148,7 +148,9 @@ def _make_bucket(folder: Path, bucket: int, num_buckets: int, n: int) -> None:
     keys = np.frombuffer(first.tobytes(), dtype="S16")
     contents = np.frombuffer(rng.bytes(16 * n), dtype="S16")
     rows = KeyRows.of(keys, contents, places=np.zeros(n, dtype=np.int32))
-    KeyFiles(Storage(str(folder))).write_set("abc", rows, ["p"], [], 1, (bucket, num_buckets))
+    KeyFiles(Storage(str(folder))).write_set(
+        "abc", rows, ["p"], [], 1, (bucket, num_buckets), n * num_buckets
+    )
     one_in_100 = n // 100
     changed = contents.copy()
     changed[:one_in_100] = np.frombuffer(rng.bytes(16 * one_in_100), dtype="S16")

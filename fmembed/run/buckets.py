@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -131,9 +131,7 @@ def _compare(
     rows = rows[np.lexsort((rows.places, rows.shards))]
     compared = compare(rows, stored, is_old, given.rules)
     live = compared.live
-    stored = KeyRows(
-        stored.ids, stored.contents, stored.carried, stored.kinds, compared.shards, stored.places
-    )
+    stored = _as_now(stored, rows, compared.stands_for)
     is_left = (rows.places < 0) & ~np.isin(compared.fates, (DONE, KEPT))
     summary = Summary(
         counts=compared.counts,
@@ -143,6 +141,30 @@ def _compare(
         to_read=frozenset(np.unique(rows.shards[is_left]).tolist()),
     )
     return (stored, live), rows, compared.fates, summary
+
+
+def _as_now(stored: KeyRows, found: FoundRows, stands_for: npt.NDArray[np.int64]) -> KeyRows:
+    """Stored rows, with what the source says by now of those that it has.
+
+    A twin may stand for another row than the one it was rejected for, and of a row that keys were
+    made anew of from a part, less is known than was found.
+    """
+    if not len(found):
+        return replace(stored, shards=np.full(len(stored), -1, dtype=np.int32))
+    is_found = stands_for >= 0
+    at = np.maximum(stands_for, 0)
+
+    def now(new: Any, old: Any) -> Any:
+        return np.where(is_found, new[at], old).astype(old.dtype)
+
+    is_rest = is_found & (found.states[at] == REST) & (stored.kinds == _REJECTED)
+    return replace(
+        stored,
+        contents=now(found.contents, stored.contents),
+        carried=now(found.carried, stored.carried),
+        kinds=np.where(is_rest, _REST, stored.kinds).astype(np.int8),
+        shards=now(found.shards, np.full(len(stored), -1, dtype=np.int32)),
+    )
 
 
 def _as_found(rows: KeyRows) -> FoundRows:
@@ -228,6 +250,7 @@ def write_keys(
     uri: str,
     name: str,
     bucket: tuple[int, int],
+    total: int,
     version: int,
     rows: KeyRows,
     part_of: npt.NDArray[np.int32],
@@ -240,6 +263,7 @@ def write_keys(
         uri: The table.
         name: Of the set of files.
         bucket: Which, and of how many.
+        total: Rows of all buckets.
         version: The new one.
         rows: Its rows; their places are those of the parts that they were in.
         part_of: By such a place the number of the part that they are in now.
@@ -249,4 +273,4 @@ def write_keys(
     moved = KeyRows(
         rows.ids, rows.contents, rows.carried, rows.kinds, rows.shards, part_of[rows.places]
     )
-    return KeyFiles(Storage(uri)).write_set(name, moved, paths, shards, version, bucket)
+    return KeyFiles(Storage(uri)).write_set(name, moved, paths, shards, version, bucket, total)

@@ -88,6 +88,7 @@ class Refresh:
         self._read: set[int] = set()
         self._num_buckets = 0
         self._unread: frozenset[int] = frozenset()
+        self._recorded: dict[str, int] = {}
         self._rules = Rules()
         self._why_withheld = ""
 
@@ -95,7 +96,8 @@ class Refresh:
         """Look at what has changed in the source, and compare all of it with the table."""
         known = self._table.known(with_staged=True)
         source = self._inputs.source
-        unread = unread_shards(source, known, self._table.recorded_shards())
+        self._recorded = self._table.recorded_shards()
+        unread = unread_shards(source, known, self._recorded)
         if not self._num_buckets:
             num_rows = source.num_rows or source.num_bytes // _ROW_BYTES
             self._num_buckets = buckets.count_buckets(max(known.num_rows, num_rows))
@@ -104,10 +106,10 @@ class Refresh:
             self._unread = frozenset(unread - self._read)
             self._scan([i for i in range(len(source.shards)) if i not in self._unread])
             summary, chosen = self._plan(known)
-            if not summary.to_read:
+            again = self._not_known(summary)
+            if not again:
                 break
-            # Their rows were known; one of them had an id that another row had too, which is gone.
-            unread -= summary.to_read
+            unread -= again
         self._rules = self._decide_removals(summary.counts)
         num_unread = int(summary.found[sorted(self._unread)].sum())
         if not summary.counts["todo"]:
@@ -115,6 +117,17 @@ class Refresh:
         picks, numbers = self._choose(known, chosen)
         shards = tuple(source.shards[i] for i in numbers)
         return Work(replace(source, shards=shards), known, num_unread, picks)
+
+    def _not_known(self, summary: Summary) -> frozenset[int]:
+        """Shards that have to be read after all.
+
+        One of their rows had an id that another row had too, which is gone. Or their rows are not
+        those that were counted: a file of keys is damaged, and its parts, which are read instead,
+        do not say of which shard a row is; or somebody else has written a part anew meanwhile.
+        """
+        shards = self._inputs.source.shards
+        counted = {i: self._recorded[shards[i].key or ""] for i in self._unread}
+        return summary.to_read | {i for i, n in counted.items() if summary.found[i] != n}
 
     def _scan(self, wanted: Sequence[int]) -> None:
         """Read shards that were not read before."""
@@ -144,8 +157,9 @@ class Refresh:
         """Start a task for each bucket: given the rows that were read, or the same for all."""
         source = self._inputs.source
         numbers = {s.key: i for i, s in enumerate(source.shards) if s.key is not None}
+        told, num_shards = known.without_counts, len(source.shards)
         given = ray.put(
-            Bucket(known, self._num_buckets, numbers, len(source.shards), self._unread, self._rules)
+            Bucket(told, self._num_buckets, numbers, num_shards, self._unread, self._rules)
         )
         numbers_of = range(self._num_buckets)
         if more:
@@ -222,6 +236,10 @@ class Refresh:
         while True:
             refs = self._on_buckets(task, known)
             summary = _add_up([summary for summary, _, _ in refs])
+            if again := self._not_known(summary):
+                self._unread -= again
+                self._scan(sorted(again))
+                continue
             counts = summary.counts
             decided = self._rules
             if decided.removes:  # that no more leave than may, whatever was decided before the work
@@ -318,10 +336,12 @@ class _NewVersion:
         number_of = {path: i for i, path in enumerate(current)}
         part_of = np.array([number_of.get(path, -1) for path in self._path_of], dtype=np.int32)
         version = (self._table.version() or 0) + 1
+        total = sum(h.live for h in self._held)
         task: Any = ray.remote(max_retries=_MAX_RETRIES)(buckets.write_keys)
+        told = (self._table.uri, self._run_id)
         shared = [ray.put(each) for each in (part_of, current, shards)]
         refs = [
-            task.remote(self._table.uri, self._run_id, (i, len(live)), version, rows, *shared)
+            task.remote(*told, (i, len(live)), total, version, rows, *shared)
             for i, rows in enumerate(live)
         ]
         self._key_files = [path for path in ray.get(refs) if path is not None]

@@ -18,6 +18,7 @@ from fmembed.rows.columns import (
     CARRIED,
     CONTENT_HASH,
     COPIED,
+    DUPLICATE,
     NUM_UNITS,
     PARENT_ID,
     PIECE,
@@ -162,6 +163,8 @@ def _refuse(
     told: dict[bytes, dict[str, str]] = {}
     for at in np.unique(causes.places).tolist():
         rows = table.rejected.files.read_whole(parts[paths[at]])
+        # Not of a row of the same id that was rejected for having it.
+        rows = rows.filter(pc.not_equal(rows["error"], DUPLICATE))
         told |= dict(zip(keys_of(rows[ROW_ID].to_pylist()).tolist(), rows.to_pylist(), strict=True))
     ids = copies[ROW_ID].to_pylist()
     rejected = pa.Table.from_pylist(

@@ -49,7 +49,7 @@ class Compared:
     """What is to be done, and what stays.
 
     `fates` are those of the found rows; `live` says which stored rows the table is to hold, as far
-    as all is done, and `shards` the shard of the found row that each of these stands for, -1 where
+    as all is done, and `stands_for` the place of the found row that each of these is, -1 where
     none was found; shapes (rows,). `counts` are of ids of embedded rows: those that `were` there,
     `new`, `changed`, `unchanged`, `gone`, `gone_wrong` and `kept`; and of rows: `rejected` that
     come in, `todo`, and found ones `without_id` or `broken_off`, which stand for others.
@@ -57,7 +57,7 @@ class Compared:
 
     fates: npt.NDArray[np.int8]
     live: _Bools
-    shards: npt.NDArray[np.int32]
+    stands_for: _Ints
     counts: Mapping[str, int]
 
 
@@ -95,14 +95,13 @@ def compare(found: FoundRows, stored: KeyRows, is_old: _Bools, rules: Rules) -> 
     )  # fmt: skip
     for f_at, s_at in _members(of_found, of_stored, is_plain):
         _decide(found, stored, is_old, rules, f_at, s_at, fates, live, stands_for)
-    shards = np.where(stands_for < 0, -1, found.shards[stands_for] if len(found) else -1)
     counts = _count(fates, of_found, stored, is_old, live, of_stored, count)
     # Of what was known before, one that has no id hides nothing that it has not hidden before.
     is_known = np.zeros(len(found), dtype=np.bool_)
     is_known[stands_for[is_old & (stands_for >= 0)]] = True
     counts["without_id"] = int(((found.states == BAD_ID) & ~is_known).sum())
     counts["broken_off"] = int((found.states == REST).sum())
-    return Compared(fates, live, shards.astype(np.int32), counts)
+    return Compared(fates, live, stands_for, counts)
 
 
 def _is_plain(num_found: _Ints, num_stored: _Ints, num_bad: _Ints) -> _Bools:
@@ -210,8 +209,15 @@ def _decide(
         else:
             fates[chosen], live[old] = COPY, True
     else:
-        same = ((f, s) for f in good for s in refused if stored.contents[s] == found.contents[f])
-        chosen, s = next(same, (good[0], -1))
+        refused_by = {stored.contents[s]: s for s in reversed(refused)}
+        # One that was not tried yet, if there is one: what is on record as a twin may have been
+        # tried when the table had no row of this id.
+        twins = {stored.contents[s] for s in s_at if stored.kinds[s] == _TWIN}
+        for tried in (refused_by.keys() | twins, refused_by.keys()):
+            chosen = next((f for f in good if found.contents[f] not in tried), good[0])
+            if found.contents[chosen] not in tried:
+                break
+        s = refused_by.get(found.contents[chosen], -1)
         if s < 0:
             fates[chosen], live[old] = EMBED, True
         elif old and not rules.removes_rejected:
@@ -219,10 +225,10 @@ def _decide(
         else:
             take(chosen, s)
     others = [f for f in f_at if f != chosen]
-    twins = [s for s in s_at if stored.kinds[s] == _TWIN]
-    for f, s in zip(others, twins, strict=False):
+    spare = [s for s in s_at if stored.kinds[s] == _TWIN]
+    for f, s in zip(others, spare, strict=False):
         take(f, s)
-    fates[others[len(twins) :]] = TWIN
+    fates[others[len(spare) :]] = TWIN
 
 
 def _best_pair(
@@ -231,11 +237,14 @@ def _best_pair(
     """A found row, and an embedded one of its content; of several one that carries the same, and
     that the table has.
     """
+    embedded: dict[bytes, list[int]] = defaultdict(list)
+    for s in s_at:
+        if stored.kinds[s] == _EMBEDDED:
+            embedded[stored.contents[s]].append(s)
     pairs = [
         (not _is_same_carried(found.carried[f], stored.carried[s]), not is_old[s], f, s)
         for f in good
-        for s in s_at
-        if stored.kinds[s] == _EMBEDDED and stored.contents[s] == found.contents[f]
+        for s in embedded.get(found.contents[f], ())
     ]
     return min(pairs)[2:] if pairs else None
 

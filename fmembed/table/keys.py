@@ -73,6 +73,7 @@ class _Content(BaseModel):
     set: str = ""
     version: int = -1
     bucket: tuple[int, int] = (0, 1)
+    total: int = -1
     staged: str = ""
 
     @model_validator(mode="after")
@@ -155,7 +156,8 @@ class KeyFile:
 
     `counts` are rows by the places of part and shard, -1 for none. A file is one commit's, or, with
     a `version`, one of a `set` that tells of all rows of that version: those of its `bucket`, which
-    and of how many. `staged` is the fingerprint of parts that are not committed, else empty.
+    and of how many; `total` are the rows of all buckets. `staged` is the fingerprint of parts that
+    are not committed, else empty.
     """
 
     path: str
@@ -165,6 +167,7 @@ class KeyFile:
     set: str = ""
     version: int = -1
     bucket: tuple[int, int] = (0, 1)
+    total: int = -1
     staged: str = ""
 
     @property
@@ -205,7 +208,7 @@ class KeyFiles:
             content = _Content.model_validate_json(metadata.get(_CONTENT.encode(), b""))
         return KeyFile(
             path, tuple(content.parts), tuple(content.shards), tuple(content.counts),
-            content.set, content.version, content.bucket, content.staged,
+            content.set, content.version, content.bucket, content.total, content.staged,
         )  # fmt: skip
 
     @contextmanager
@@ -318,6 +321,7 @@ class KeyFiles:
         shards: Sequence[str | None],
         version: int,
         bucket: tuple[int, int],
+        total: int,
     ) -> str | None:
         """Write the keys of one bucket of a version; the path of the file, None without a row.
 
@@ -328,6 +332,7 @@ class KeyFiles:
             shards: Keys of shards; None where one has none.
             version: Of the table that has all these parts.
             bucket: Which, and of how many.
+            total: Rows of all buckets, by which it is seen that a file of the set is missing.
         """
         if not len(rows):
             return None
@@ -345,7 +350,9 @@ class KeyFiles:
         places = {key: i for i, key in enumerate(named)}
         place_of = np.array([-1 if k is None else places[k] for k in keys], dtype=np.int32)
         rows = replace(rows, places=of_part.astype(np.int32), shards=place_of[of_shard])
-        content = _Content(parts=told, shards=named, set=name, version=version, bucket=bucket)
+        content = _Content(
+            parts=told, shards=named, set=name, version=version, bucket=bucket, total=total
+        )
         return self._put(f"{name}-{bucket[0]:04d}", rows, content)
 
     def _put(self, name: str, rows: KeyRows, content: _Content) -> str:

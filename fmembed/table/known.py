@@ -14,7 +14,7 @@ from fmembed.rows.columns import DUPLICATE, ROW_ID
 from fmembed.rows.ids import Keys, RowIds, keys_of
 from fmembed.storage import Storage, tell
 from fmembed.table.files import REJECTED, Part, PartFiles
-from fmembed.table.keys import KINDS, KeyFile, KeyFiles, KeyRows, Kind, is_in_bucket
+from fmembed.table.keys import KINDS, KeyFile, KeyFiles, KeyRows, Kind, bucket_bounds, is_in_bucket
 
 # So many contents are kept of the rows of one id; of more, none is known: a lookup goes through
 # all of them.
@@ -41,6 +41,11 @@ class KnownRows:
     num_rows: int = 0
     told_by: Mapping[str, str] = field(default_factory=dict)
     staged: Mapping[str, Part] = field(default_factory=dict)
+
+    @property
+    def without_counts(self) -> KnownRows:
+        """What `read_bucket` needs of it."""
+        return replace(self, files=tuple(replace(file, counts=()) for file in self.files))
 
     @property
     def paths(self) -> list[str]:
@@ -75,7 +80,11 @@ class KnownRows:
         paths = {path: i for i, path in enumerate(self.paths)}
         found = []
         missing = [(path, (0, 1)) for path in self.missing]
+        low, high = bucket_bounds(bucket, num_buckets)
         for file in self.files:
+            least, most = bucket_bounds(*file.bucket)
+            if most < low or least > high:
+                continue
             own = [p.path if self._tells(file, p.path) else "" for p in file.parts]
             try:
                 rows = KeyFiles(Storage(self.uri)).read_bucket(file, bucket, num_buckets)
@@ -244,7 +253,10 @@ def know(
     told: Counter[str] = Counter()
     told_by: dict[str, str] = {}
     # The newest set first: it knows in which shard of the source each row was found last.
+    totals = {file.teller: file.total for file in files}
     for teller in dict.fromkeys(f.teller for f in sorted(files, key=lambda f: -f.version)):
+        if 0 <= totals[teller] != rows_by[teller].total():  # a set that lacks a file
+            continue
         for path, n in rows_by[teller].items():
             # Not where another one tells of the part, or its rows are others.
             if path in parts and path not in told_by:
@@ -253,8 +265,8 @@ def know(
                     told[path], told_by[path] = n, teller
     staged: dict[str, Part] = {}
     for file in files if fingerprint else ():
-        held = _hold(uri, file, parts) if file.staged == fingerprint else None
-        if held is not None:
+        if file.staged == fingerprint:
+            held = _hold(uri, file, parts)
             staged |= held
             told_by |= dict.fromkeys(held, file.path)
     tellers = set(told_by.values())
@@ -267,13 +279,13 @@ def know(
     return replace(known, num_rows=told.total() + num_missing)
 
 
-def _hold(uri: str, file: KeyFile, parts: Mapping[str, Part]) -> dict[str, Part] | None:
-    """The staged parts of a file; None where one is committed by now, or gone."""
+def _hold(uri: str, file: KeyFile, parts: Mapping[str, Part]) -> dict[str, Part]:
+    """The staged parts of a file, but those that are committed by now, or gone."""
     storage, held = Storage(uri), {}
-    for path in file.rows_by_part:
+    for path in file.rows_by_part.keys() - parts.keys():
         size_bytes = storage.size_bytes(path)
-        if path in parts or size_bytes is None:
-            return None
+        if size_bytes is None:
+            continue
         # Of its rows, not of the source's, which may be several of it.
         num_rows = PartFiles(storage).num_rows(path)
         held[path] = Part(path.removeprefix(REJECTED), size_bytes, num_rows)

@@ -192,7 +192,7 @@ class Log:
     def is_bare(self) -> bool:
         """Whether no version names a part: nobody's rows are lost with it."""
         delta = self.delta()
-        return delta is not None and not self._named(delta) and not self._ever_named()
+        return delta is not None and not self._named(delta) and not self.ever_named()
 
     def held(self, runs: Sequence[str], numbers: Sequence[int | None]) -> list[bool]:
         """Whether the log has each of some commits: by run, and its number; None is no commit."""
@@ -229,7 +229,7 @@ class Log:
         removed = delta.vacuum(0, dry_run=True, enforce_retention_duration=False)
         return {part.path for part in self._parts(delta)} | {unquote(path) for path in removed}
 
-    def _ever_named(self) -> set[str]:
+    def ever_named(self) -> set[str]:
         """The files that any entry of the log names, whatever clock was set when they were removed:
         `vacuum` leaves out what was removed in its own future.
         """
@@ -248,8 +248,18 @@ class Log:
                     named |= {unquote(p) for p in paths}
         return named
 
-    def replay(self) -> Iterator[tuple[Entry, dict[str, Part]]]:
+    def oldest(self) -> int:
+        """The oldest version that can be read: those before it were cut off."""
+        paths = self.storage.sizes("_delta_log/")
+        if _entry(0) in paths:
+            return 0
+        return min((int(m[1]) for path in paths if (m := _CHECKPOINT.fullmatch(path))), default=0)
+
+    def replay(self, first: int = 0) -> Iterator[tuple[Entry, dict[str, Part]]]:
         """The versions that the log tells of, the oldest first, each with all of its parts.
+
+        Args:
+            first: Not those before it.
 
         Raises:
             DamagedError: It cannot be read, or is not whole.
@@ -260,7 +270,7 @@ class Log:
             int(m[1]) for path in self.storage.sizes("_delta_log/") if (m := ENTRY.fullmatch(path))
         )
         parts: dict[str, Part] = {}
-        for i, number in enumerate(numbers):
+        for i, number in enumerate(n for n in numbers if n >= first):
             entry = self._read_entry(number, parts)
             if i == 0 and number > 0:
                 parts = {part.path: part for part in self.parts(number)}
@@ -298,7 +308,7 @@ class Log:
         kept = {part.path for part in self.parts(oldest)}
         kept |= {path for entry in entries if entry.version > oldest for path in entry.added}
         # Whatever a log says, nothing is a part that is not called so.
-        named = {self._inside(path) for path in self._ever_named()}
+        named = {self._inside(path) for path in self.ever_named()}
         return {path for path in named - kept if path.endswith(".parquet")}
 
     def cut_before(self, oldest: int, least: int) -> None:
@@ -367,7 +377,7 @@ class Log:
         named = self._named(delta)
         whole = [p for p in paths if PART.fullmatch(p) and p not in named]
         if whole:
-            ever = self._ever_named()
+            ever = self.ever_named()
             whole = [p for p in whole if p not in ever]
         found = [p for p in whole if table and self.files.read_stamp(p).get(TABLE) == table]
         if local := self.storage.local:

@@ -52,8 +52,8 @@ def read(
     """
     table = Table.open(uri)
     newest = table.version()
-    if version is not None and not 0 <= version <= (newest or 0):
-        raise TableError(f"version: {uri} has the versions 0 to {newest}, not {version}")
+    if version is not None:
+        table.check_version(version)
     names = table.rows.schema().names
     if absent := [c for c in columns or () if c not in names]:
         raise TableError(f"columns: {uri} has no {absent[0]!r}; it has {', '.join(names)}")

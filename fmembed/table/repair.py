@@ -145,7 +145,10 @@ class _Repair:
                 bad.append((part, e.what))
         taken: list[Part] = []
         unfit: list[tuple[str, str]] = []
+        staged = {path for file in self._table.staged() for path in file.rows_by_part}
         for path in [p for p in log.strays(card.table) if PART.fullmatch(p)]:
+            if folder + path in staged:  # the next refresh takes it up
+                continue
             size = log.storage.size_bytes(path) or 0
             part = Part(path, size, log.files.num_rows(path))
             try:

@@ -266,6 +266,21 @@ class Table:
         version = self.rows.version()
         return None if version < 0 else version
 
+    def check_version(self, version: int) -> None:
+        """Make sure that there is a version, or was one that is not kept.
+
+        Raises:
+            TableError: There is none, or the log was cut behind it.
+        """
+        newest, oldest = self.version() or 0, self.rows.oldest()
+        if not 0 <= version <= newest:
+            raise TableError(f"version: {self.uri} has the versions 0 to {newest}, not {version}")
+        if version < oldest:
+            raise TableError(
+                f"version: version {version} of {self.uri} is no longer kept; the oldest that is "
+                f"on record is {oldest}"
+            )
+
     def schema(self) -> pa.Schema:
         """The columns as the parts have them; empty where nothing was ever committed."""
         parts = self.rows.parts()
@@ -301,6 +316,16 @@ class Table:
                 f"{_said(id_column)}, so that all rows would come twice; give the same, or another "
                 "output.uri"
             )
+
+    def check_schema(self, schema: pa.Schema) -> None:
+        """Make sure that a table which has rows has the columns that a run would write.
+
+        Raises:
+            TableError: It has others.
+        """
+        delta = self.rows.delta()
+        if delta is not None and self.card() is not None and not self._is_bare():
+            self.rows.check_columns(delta, schema)
 
     def carried_types(self, carried: pa.Schema) -> pa.Schema:
         """The types of carried columns: what the table has them as, where it has rows by now.
@@ -390,12 +415,18 @@ class Table:
         return [file for file in self.key_files.list()[0] if file.staged]
 
     def drop_staged(self) -> None:
-        """Delete what is staged, but what the newest version has taken in. Only under the lock."""
-        current = self._current()
-        for file in self.staged():
-            for path in file.rows_by_part.keys() - current:
-                self.storage.delete(path)
-            self.storage.delete(file.path)
+        """Delete what is staged, but what a version has taken in. Only under the lock."""
+        for path in self.list_staged():
+            self.storage.delete(path)
+
+    def list_staged(self) -> list[str]:
+        """What is staged, files of keys and parts; of these none that a version has taken in."""
+        files = self.staged()
+        if not files:
+            return []
+        named = self.rows.ever_named() | {REJECTED + p for p in self.rejected.ever_named()}
+        parts = {path for file in files for path in file.rows_by_part} - named
+        return [*sorted(parts), *(file.path for file in files)]
 
     def remove_strays(self, own: str = "") -> int:
         """Delete what dead runs left behind; how many files. Only under the lock.

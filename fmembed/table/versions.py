@@ -86,7 +86,9 @@ def list_versions(uri: str, limit: int | None = None) -> list[Version]:
     table = Table.open(uri)
     there = table.storage.sizes("")
     found: list[Version] = []
-    for entry, parts in table.rows.replay():
+    # One more, by which it is known how many rows were in the parts that the last one removed.
+    first = 0 if limit is None else table.rows.version() - limit
+    for entry, parts in table.rows.replay(first):
         found.append(
             Version(
                 version=entry.version,
@@ -237,6 +239,11 @@ def tidy(
     dry_run: bool = False,
 ) -> Vacuumed:
     """As `vacuum`, of a table whose lock is held."""
+    if purge and (lost := table.lost_runs()):
+        raise TableError(
+            f"table: the log of {table.uri} no longer holds what run {lost[0]} has committed; "
+            "nothing was deleted: fmembed verify --repair takes its parts back, then purge"
+        )
     sizes: dict[str, int] = {}
     oldest = newest = 0
     for log, folder in ((table.rejected, REJECTED), (table.rows, "")):
@@ -265,7 +272,7 @@ def tidy(
 def _beside(table: Table) -> dict[str, int]:
     """What may hold rows that the newest version has not, besides parts that a log has named."""
     found = [(REJECTED if log is table.rejected else "") + path for log, path in table.strays()]
-    found += [path for file in table.staged() for path in (*file.rows_by_part, file.path)]
+    found += table.list_staged()
     found += [*table.storage.walk("_quarantine/"), *table.storage.sizes("_probes/")]
     found += ["_report.html"] if table.has_report else []
     sizes = {path: table.storage.size_bytes(path) for path in found}
@@ -285,9 +292,8 @@ def _oldest_kept(entries: Sequence[Entry], keep_days: float | None, keep_version
 
 
 def _check_version(table: Table, version: int | None) -> None:
-    newest = table.version() or 0
-    if version is not None and not 0 <= version <= newest:
-        raise TableError(f"version: {table.uri} has the versions 0 to {newest}, not {version}")
+    if version is not None:
+        table.check_version(version)
 
 
 def _iso(time_ms: int) -> str:

@@ -127,6 +127,7 @@ def refresh(
         settled = line.settle(lock, run.id)
         table.remove_strays(run.id)
         result = run.finish_refresh(settled)
+        assert not settled.num_left, f"{settled.num_left} rows are left"
         if not result.unchanged:
             tidy(table, spec.output.keep_days, spec.output.keep_versions)
         return result

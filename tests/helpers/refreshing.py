@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,11 @@ class Corpus:
 
     def embed(self) -> RunResult:
         return inline.embed(self.spec, self.stage)
+
+    def all_rows(self) -> list[dict[str, Any]]:
+        """The rows of the source."""
+        lines = (p.read_text().splitlines() for p in sorted(self.folder.glob("*.jsonl")))
+        return [json.loads(line) for some in lines for line in some]
 
     def seen(self) -> list[str]:
         """The ids of the rows that the model has seen in the last refresh."""

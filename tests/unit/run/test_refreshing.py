@@ -10,10 +10,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable
 from refreshing import Corpus
+from weeks import Killed
 
 import fmembed
-from fmembed import NoFilesError
+from fmembed import NoFilesError, TableError
+from fmembed.prepare.stage import Preprocess
+from fmembed.rows.columns import reject
+from fmembed.run import buckets
+from fmembed.run.refresh import Refresh
+from fmembed.table.keys import KeyFiles
+from fmembed.table.log import Log
+from fmembed.table.repair import repair
 from fmembed.table.table import Table
 
 pytestmark = pytest.mark.slow
@@ -249,3 +258,178 @@ def test_a_label_is_compared_with_the_parts_where_keys_are_missing(corpus: Corpu
     result = corpus.refresh()
     assert (result.rows_changed, result.rows_copied, corpus.seen()) == (1, 1, [])
     assert corpus.rows()["b3"]["topic"] == "other"
+
+
+def spoil(path: Path) -> None:
+    """Of a file of keys the rows, not the footer."""
+    content = bytearray(path.read_bytes())
+    content[60:90] = bytes(b ^ 255 for b in content[60:90])
+    path.write_bytes(content)
+
+
+def test_rows_are_not_gone_whose_keys_are_damaged(corpus: Corpus) -> None:
+    corpus.embed()
+    corpus.write("3.jsonl", [row(f"c{i}") for i in range(3)])
+    corpus.embed()
+    for path in sorted(corpus.out.glob("_keys/*")):
+        spoil(path)
+    corpus.write("4.jsonl", [row("d1")])
+    corpus.log.unlink()
+    result = corpus.refresh(allow_removals=100)
+    assert (result.rows_new, result.rows_removed, corpus.seen()) == (1, 0, ["d1"])
+    assert (result.rows_read, len(corpus.rows())) == (24, 24)
+    assert corpus.refresh().unchanged
+
+
+def test_what_another_tool_does_meanwhile_takes_no_other_row_out(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus.refresh()
+    corpus.write("3.jsonl", [row("c1")])
+    settle = Refresh.settle
+
+    def late(self: Refresh, *given: Any) -> Any:
+        DeltaTable(str(corpus.out)).delete("row_id = 'a3'")
+        return settle(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Refresh, "settle", late)
+        with pytest.raises(AssertionError, match="1 rows are left"):
+            corpus.refresh(allow_removals=100)
+    every = {r["key"] for r in corpus.all_rows()}
+    assert corpus.rows().keys() == every - {"a3"}
+    assert corpus.refresh().rows_new == 1
+    assert corpus.rows().keys() == every
+
+
+def dies(monkeypatch: pytest.MonkeyPatch, corpus: Corpus, owner: Any, name: str) -> None:
+    """Refresh, and die where something is called."""
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, die)
+        with pytest.raises(Killed):
+            corpus.refresh()
+
+
+def test_what_was_staged_and_is_committed_is_never_deleted(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dies(monkeypatch, corpus, Table, "drop_staged")
+    before = corpus.rows()
+    assert len(before) == 20
+    fmembed.vacuum(str(corpus.out), purge=True)
+    assert corpus.rows() == before
+    assert corpus.refresh().rows_new == 0
+    # Nor when a later version has its part no more.
+    corpus.write("3.jsonl", [row(f"c{i}") for i in range(20)])
+    dies(monkeypatch, corpus, Table, "drop_staged")
+    version = Table(str(corpus.out)).version()
+    before = corpus.rows()
+    corpus.write("3.jsonl", [row(f"c{i}") for i in range(19)])
+    assert corpus.refresh().rows_removed == 1
+    assert corpus.rows(version) == before
+
+
+def test_what_is_staged_outlives_a_death_between_the_two_logs(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus.write("3.jsonl", [row("x", ""), row("z")])
+    commit = Log.commit
+
+    def first_only(self: Log, *given: Any, **named: Any) -> Any:
+        if not self.uri.endswith("_rejected"):
+            raise Killed("rows")
+        return commit(self, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "commit", first_only)
+        with pytest.raises(Killed):
+            corpus.refresh()
+    assert Table(str(corpus.out)).num_rejected() == 1
+    result = corpus.refresh()
+    assert (corpus.seen(), result.rows_new, len(corpus.rows())) == ([], 21, 21)
+
+
+def test_a_repair_leaves_what_is_staged(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus.refresh()
+    corpus.write("3.jsonl", [row("c1"), row("c2")])
+    dies(monkeypatch, corpus, Refresh, "settle")
+    assert fmembed.verify(str(corpus.out)).problems == []
+    assert repair(str(corpus.out)) == []
+    result = corpus.refresh()
+    assert (corpus.seen(), result.rows_new, result.version) == ([], 2, 2)
+
+
+def test_a_set_of_keys_that_lacks_a_file_tells_of_nothing(
+    tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buckets, "_BUCKET_ROWS", 8)
+    corpus = Corpus(tmp_path, tiny_bert, preprocess={"chunk_tokens": 8})
+    corpus.write("1.jsonl", [row(f"a{i}", f"{i} " + "word " * 20) for i in range(40)])
+    corpus.refresh()
+    before = corpus.rows()
+    assert len(list(corpus.out.glob("_keys/*"))) > 4
+    corpus.write("2.jsonl", [row("b", "word " * 20)])
+    write_set, count = KeyFiles.write_set, iter(range(100))
+
+    def third_dies(self: KeyFiles, *given: Any) -> Any:
+        if next(count) == 2:
+            raise Killed("write_set")
+        return write_set(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeyFiles, "write_set", third_dies)
+        with pytest.raises(Killed):
+            corpus.refresh()
+    corpus.write("3.jsonl", [row("c", "word " * 9)])
+    result = corpus.refresh()
+    assert result.rows_new == 2
+    now = corpus.rows()
+    assert before.items() <= now.items()
+    # A file of the set is lost: its parts are read instead.
+    next(corpus.out.glob("_keys/*")).unlink()
+    assert corpus.refresh().rows_new == 0
+    assert corpus.rows() == now
+
+
+def test_a_twin_that_has_changed_takes_its_place_as_it_is_now(corpus: Corpus) -> None:
+    corpus.write("3.jsonl", [row("x", "one")])
+    corpus.write("4.jsonl", [row("x", "one")])
+    corpus.refresh()
+    corpus.write("4.jsonl", [row("x", "another")])
+    assert corpus.refresh().rows_new == 0
+    corpus.write("3.jsonl", [row("y", "one")])
+    corpus.refresh()
+    corpus.check_as_from_scratch(corpus.folder.parent / "anew")
+    assert corpus.refresh().unchanged
+
+
+def test_another_row_of_the_id_is_tried_where_one_cannot_be_embedded(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = Preprocess.__call__
+
+    def refuses(self: Preprocess, rows: pa.Table) -> pa.Table:
+        bad = {i: ("bad", "text") for i, t in enumerate(rows["_input"].to_pylist()) if t == "BAD"}
+        return prepare(self, reject(rows, "preprocess", bad))
+
+    monkeypatch.setattr(Preprocess, "__call__", refuses)
+    corpus.write("3.jsonl", [row("x", "BAD"), row("x", "fine"), row("y", "BAD")])
+    with pytest.raises(AssertionError, match="1 rows are left"):  # one is tried after the other
+        corpus.refresh()
+    assert corpus.refresh().rows_new == 1
+    assert "x" in corpus.rows()
+    causes = {(r["row_id"], r["error"]) for r in Table(str(corpus.out)).read_rejected().to_pylist()}
+    assert causes == {("x", "duplicate id"), ("y", "bad")}
+    assert corpus.refresh().unchanged
+
+
+def test_columns_that_the_table_has_not_are_refused(corpus: Corpus) -> None:
+    corpus.refresh()
+    source = corpus.spec.source.model_copy(update={"label": None})
+    corpus.spec = corpus.spec.model_copy(update={"source": source})
+    with pytest.raises(TableError, match=r"^source\.carry: the table at .* has the columns"):
+        corpus.refresh()

@@ -71,7 +71,7 @@ def test_new_changed_unchanged_and_gone() -> None:
     seen = look(found("a1", "b2", "c3", "d4"), stored("b2", "c9", "e5"))
     assert seen.fates.tolist() == [EMBED, DONE, EMBED, EMBED]
     assert seen.live.tolist() == [True, True, False]
-    assert seen.shards.tolist() == [1, -1, -1]
+    assert seen.stands_for.tolist() == [1, -1, -1]
     counts = seen.counts
     assert (counts["new"], counts["changed"], counts["unchanged"]) == (2, 1, 1)
     assert (counts["gone"], counts["were"], counts["todo"]) == (1, 3, 3)
@@ -162,7 +162,7 @@ def test_the_fast_way_is_the_slow_way(
         slow = look(*given_)
     assert fast.fates.tolist() == slow.fates.tolist()
     assert fast.live.tolist() == slow.live.tolist()
-    assert fast.shards.tolist() == slow.shards.tolist()
+    assert fast.stands_for.tolist() == slow.stands_for.tolist()
     assert fast.counts == slow.counts
 
 

@@ -313,7 +313,9 @@ def as_set(known: KnownRows, rows: KeyRows, version: int, num_buckets: int = 2) 
         some = replace(some, shards=np.zeros(len(some), dtype=np.int32))
         files = KeyFiles(Storage(known.uri))
         paths.append(
-            files.write_set(f"{version:06x}", some, known.paths, ["new"], version, (i, num_buckets))
+            files.write_set(
+                f"{version:06x}", some, known.paths, ["new"], version, (i, num_buckets), len(rows)
+            )
         )
     return [path for path in paths if path is not None]
 

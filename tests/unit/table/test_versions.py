@@ -17,6 +17,7 @@ from fmembed.errors import LockedError, TableError
 from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.table import versions as module
 from fmembed.table.lock import Lock
+from fmembed.table.records import Commit
 from fmembed.table.table import Table
 from fmembed.table.verify import verify
 from fmembed.table.versions import diff_versions, list_files, list_versions, vacuum
@@ -199,8 +200,9 @@ def test_a_log_is_cut_where_that_is_worth_it(table: Table, monkeypatch: pytest.M
     assert names == [f"{v:020d}.json" for v in range(5, 9)]
     for version, before in rows.items():
         assert fmembed.read(table.uri, version).equals(before)
-    with pytest.raises((TableError, fmembed.StorageError)):
-        fmembed.read(table.uri, 2)
+    for look in (fmembed.read, diff_versions, list_files):
+        with pytest.raises(TableError, match=r"version 2 .* no longer kept; the oldest .* is 5"):
+            look(table.uri, 2)
     assert problems(table) == []
     # A listing that comes back empty is still no table that is gone.
     log = Path(table.uri, "_delta_log")
@@ -220,3 +222,15 @@ def test_a_policy_that_makes_no_sense_is_none(table: Table) -> None:
         table.card = lambda card=card: card  # type: ignore[method-assign]
         policy = module._policy_of(table)
         assert (policy.keep_days, policy.keep_versions) == expected
+
+
+def test_a_purge_waits_for_a_log_that_has_lost_commits(table: Table) -> None:
+    for number in (1, 2):
+        replace_all(table, "abcd", number)
+    last = Commit(run="run", rows=2, rejected=2, rows_version=2, rejected_version=2)
+    table.put_shards(last, [])
+    sorted(Path(table.uri, "_delta_log").glob("*.json"))[-1].unlink()
+    before = sizes(table)
+    with pytest.raises(TableError, match="no longer holds what run run has committed"):
+        vacuum(table.uri, purge=True)
+    assert sizes(table) == before
