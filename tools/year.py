@@ -86,14 +86,12 @@ def main() -> None:
                 year.write()
             what = kinds.get(week, "refresh")
             began = time.monotonic()
-            done = year.run(week, what, kill_at=chosen.randrange(1, 25))
+            done = year.run(week, what, kill_at=chosen.randrange(1, 14))
             seconds = time.monotonic() - began
             if given.keep_versions:
                 fmembed.vacuum(year.table, keep_days=0, keep_versions=given.keep_versions)
-            counts = done.settled.counts if done.settled else {}
-            told = ", ".join(
-                f"{counts.get(n, 0)} {n}" for n in ("new", "changed", "gone", "rejected")
-            )
+            names = ("new", "changed", "removed", "rejected", "copied")
+            told = ", ".join(f"{getattr(done.result, f'rows_{n}')} {n}" for n in names)
             print(
                 f"week {week:>3} {what:<8} {len(year.kept):>6} rows: {told}; the model saw "
                 f"{done.seen} of {done.needed} new contents; {seconds:.1f} s",
