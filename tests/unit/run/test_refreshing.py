@@ -433,3 +433,22 @@ def test_columns_that_the_table_has_not_are_refused(corpus: Corpus) -> None:
     corpus.spec = corpus.spec.model_copy(update={"source": source})
     with pytest.raises(TableError, match=r"^source\.carry: the table at .* has the columns"):
         corpus.refresh()
+
+
+def test_a_broken_file_is_remembered_where_keys_are_made_anew(
+    tmp_path: Path, tiny_bert: Path
+) -> None:
+    corpus = Corpus(tmp_path, tiny_bert, refresh={"max_removed_fraction": 1.0})
+    for name in "12":
+        rows = pa.Table.from_pylist([row(f"{name}{i}") for i in range(3)])
+        pq.write_table(rows, corpus.folder / f"{name}.parquet")
+    corpus.refresh()
+    broken = corpus.folder / "2.parquet"
+    broken.write_bytes(broken.read_bytes()[:-20])
+    assert corpus.refresh().rows_withheld == 3
+    for path in corpus.out.glob("_keys/*"):
+        path.unlink()
+    for _ in range(3):
+        result = corpus.refresh()
+        assert (result.rows_removed, result.rows_withheld) == (0, 3)
+    assert len(corpus.rows()) == 6
