@@ -101,8 +101,7 @@ def _refreshed(result: dict[str, Any]) -> Iterator[str]:
             f"{result['parts_rewritten']:,} others"
         )
     if num_withheld := result["rows_withheld"]:
-        why = result["withheld"] or "they cannot be embedded any more (refresh.on_rejected: keep)"
-        yield f"withheld  {num_withheld:,} rows that should have left stay: {why}"
+        yield f"withheld  {num_withheld:,} rows that should have left stay: {result['withheld']}"
 
 
 def _spent(spent: dict[str, float]) -> str:

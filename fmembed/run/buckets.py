@@ -1,7 +1,7 @@
 """What a refresh does a bucket of ids at a time: in tasks, of which the driver holds references.
 
 A bucket is the ids that begin with the same bits. A task holds one, whatever the table's size; the
-driver holds counts by bucket, part and shard.
+driver holds sums by part and shard.
 """
 
 from __future__ import annotations

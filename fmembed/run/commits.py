@@ -316,8 +316,6 @@ class Staging(Commits):
 
     def _take(self, ref: Any, result: Written) -> None:
         super()._take(ref, result)
-        for count in result.shards.values():
-            self.num_changed += count.changed
         if copies := self._copies.pop(ref, None):
             self.copies.append(copies)
 

@@ -40,6 +40,8 @@ _MAX_RETRIES = 3
 # Shards are read by so many tasks at most, so that what one of them has for a bucket is no mere
 # row or two.
 _SCAN_TASKS = 256
+# Why a row that has gone wrong stays, where nothing else keeps it.
+_KEPT = "they cannot be embedded any more (refresh.on_rejected: keep)"
 # Summaries of buckets that are added up at once.
 _ADDED = 64
 # What a row is taken for where only reading tells how many there are.
@@ -65,7 +67,7 @@ class Settled:
 
     @property
     def num_left(self) -> int:
-        """Rows that have changed while they were read."""
+        """Rows that have changed while they were read, or that no run has come to by now."""
         return self.counts["todo"]
 
 
@@ -264,7 +266,7 @@ class Refresh:
             rows_read=int(summary.found.sum()),
             rows_removed=num_leaving if self._rules.removes else 0,
             rows_withheld=counts["kept"] + (0 if self._rules.removes else num_leaving),
-            why_withheld=self._why_withheld,
+            why_withheld=self._why_withheld or (_KEPT if counts["kept"] else ""),
             parts_written=len(new.added),
             parts_rewritten=new.num_rewritten,
             commit=commit,

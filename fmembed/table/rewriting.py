@@ -49,7 +49,6 @@ def plan_rewriting(parts: Sequence[Held], part_bytes: int) -> list[list[Held]]:
         part_bytes: How large one may become.
     """
     small = [p for p in parts if p.live and p.num_bytes < part_bytes * _SMALL_SHARE]
-    # One of the rejected rows is read whole, whatever there is in it.
     merges = len(small) >= _MANY_SMALL
     chosen = [p for p in parts if p.live < p.rows or (merges and p in small)]
     groups: list[list[Held]] = []

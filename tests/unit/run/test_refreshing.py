@@ -115,6 +115,7 @@ def test_rejected_rows_take_part(corpus: Corpus, tmp_path: Path) -> None:
     corpus.write("3.jsonl", [row("x"), row("y", ""), row("z", "")])
     second = corpus.refresh()
     assert (second.rows_new, second.rows_rejected, second.rows_withheld) == (1, 0, 1)
+    assert second.withheld == "they cannot be embedded any more (refresh.on_rejected: keep)"
     assert corpus.seen() == ["x"]
     assert "z" in corpus.rows()
     refresh = corpus.spec.refresh.model_copy(update={"on_rejected": "remove"})
