@@ -54,6 +54,11 @@ def make_stage(log: Path) -> type:
     return Recorder
 
 
+def row(key: str, text: str | None = None, topic: str = "a") -> dict[str, Any]:
+    """A row of a corpus."""
+    return {"key": key, "text": f"about {key}" if text is None else text, "topic": topic}
+
+
 class Corpus:
     """A folder of JSONL files, a table of it, and what the model has seen."""
 

@@ -8,20 +8,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import run_cli
-from refreshing import Corpus
+from refreshing import Corpus, row
 
 from fmembed import BudgetSpec, BudgetSpentError, SpecError, pipeline
 from fmembed.table.table import Table
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-
-
-def row(key: str, text: str | None = None, topic: str = "a") -> dict[str, Any]:
-    return {"key": key, "text": f"about {key}" if text is None else text, "topic": topic}
 
 
 @pytest.fixture

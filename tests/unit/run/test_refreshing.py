@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
-from refreshing import Corpus
+from refreshing import Corpus, row
 from weeks import Killed
 
 import fmembed
@@ -26,10 +26,6 @@ from fmembed.table.repair import repair
 from fmembed.table.table import Table
 
 pytestmark = pytest.mark.slow
-
-
-def row(key: str, text: str | None = None, topic: str = "a") -> dict[str, Any]:
-    return {"key": key, "text": f"about {key}" if text is None else text, "topic": topic}
 
 
 @pytest.fixture
