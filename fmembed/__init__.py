@@ -56,7 +56,8 @@ from fmembed.spec import (
 )
 
 if TYPE_CHECKING:
-    from fmembed.pipeline import embed, probe, refresh
+    from fmembed.forecast import Forecast
+    from fmembed.pipeline import embed, plan, probe, refresh
     from fmembed.result import RunResult
     from fmembed.table.reading import read
     from fmembed.table.verify import verify
@@ -75,6 +76,7 @@ __all__ = [
     "ConflictError",
     "DamagedError",
     "FmembedError",
+    "Forecast",
     "HubDataset",
     "Interrupted",
     "LockedError",
@@ -96,6 +98,7 @@ __all__ = [
     "diff",
     "embed",
     "files",
+    "plan",
     "probe",
     "read",
     "refresh",
@@ -120,7 +123,11 @@ def __getattr__(name: str) -> Any:
         from fmembed.result import RunResult
 
         return RunResult
-    if name in ("embed", "probe", "refresh"):
+    if name == "Forecast":
+        from fmembed.forecast import Forecast
+
+        return Forecast
+    if name in ("embed", "plan", "probe", "refresh"):
         from fmembed import pipeline
 
         return getattr(pipeline, name)

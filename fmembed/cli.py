@@ -156,6 +156,50 @@ def refresh(
         raise typer.Exit(_WITHHELD)
 
 
+@app.command()
+def plan(
+    config: _Config = None,
+    source: _Source = None,
+    format_: _Format = None,
+    input_: _Input = None,
+    id_: _Id = None,
+    label: _Label = None,
+    split: _Split = None,
+    carry: _Carry = None,
+    model: _Model = None,
+    revision: _Revision = None,
+    dtype: _Dtype = None,
+    prompt: _Prompt = None,
+    output: _Output = None,
+    set_: _Set = None,
+    refresh_: Annotated[
+        bool, typer.Option("--refresh", help="Of fmembed refresh; else of fmembed embed.")
+    ] = False,
+    allow_removals: Annotated[
+        int | None, typer.Option(min=0, help="As for fmembed refresh.")
+    ] = None,
+    json_: _Json = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Say what a run would do now, how long it would take and what it would cost.
+
+    Nothing is written, no GPU is taken where runs on record tell how fast the model is, and no
+    server is asked.
+    """
+    spec = _read_spec(
+        config, set_, source, format_, input_, id_, label, split, carry or None, model, revision,
+        dtype, prompt, output,
+    )  # fmt: skip
+    from fmembed import forecast, pipeline
+
+    found = pipeline.plan(spec, refresh=refresh_, allow_removals=allow_removals, verbose=verbose)
+    if json_:
+        print(json.dumps({**asdict(found), "nothing": found.is_nothing}))
+        return
+    for line in forecast.lines(found):
+        _print(line)
+
+
 _FIELDS = (
     "source.uri", "source.format", "source.input", "source.id", "source.label", "source.split",
     "source.carry", "model.id", "model.revision", "model.dtype", "model.prompt", "output.uri",

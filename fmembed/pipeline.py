@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmembed.errors import BudgetSpentError, FmembedError, SpecError
+from fmembed.forecast import Forecast, Range
 from fmembed.inputs import Inputs, open_inputs
 from fmembed.result import RunResult
 from fmembed.spec import RunSpec
@@ -124,8 +125,7 @@ def refresh(
         FmembedError: Anything else; the table is as it was, and what was finished is kept, or rows
             have changed while they were read, and come in with the next refresh.
     """
-    if allow_removals is not None and allow_removals < 0:
-        raise SpecError(f"allow_removals: takes a number of rows, got {allow_removals}")
+    _check_allowed(allow_removals)
     inputs = None if joins_cluster() else open_inputs(spec, may_be_empty=True)
     if inputs is not None and (result := in_step(inputs)) is not None:
         return result
@@ -169,6 +169,77 @@ def refresh(
                 "else is committed: run the same again"
             )
         return result
+
+
+def plan(
+    spec: RunSpec,
+    *,
+    refresh: bool = False,
+    allow_removals: int | None = None,
+    verbose: bool = False,
+) -> Forecast:
+    """Say what a run would do now, how long it would take and what it would cost; write nothing.
+
+    Rows are counted, by reading what the run would read. Of those that the model would see at most
+    1,000 are drawn and prepared. Where no run on record tells how fast the model is on devices of
+    this kind, it is loaded and given these for some seconds; a server is never asked.
+
+    Args:
+        spec: Of the run.
+        refresh: Whether the run is a refresh; else it is one that embeds what is new.
+        allow_removals: As for `refresh`.
+        verbose: Show Ray's own output.
+
+    Raises:
+        UserError: The spec, the source, the checkpoint or the output is wrong.
+        FmembedError: Anything else.
+    """
+    _check_allowed(allow_removals)
+    inputs = None if joins_cluster() else open_inputs(spec, may_be_empty=refresh)
+    if inputs is not None and (forecast := plan_of_nothing(inputs, refresh)) is not None:
+        return forecast
+
+    from fmembed.run.cluster import Cluster
+    from fmembed.run.planning import make_plan
+
+    with Cluster(verbose) as cluster:
+        began = time.monotonic()
+        cluster.connect()
+        start_s = time.monotonic() - began
+        inputs = inputs or open_inputs(spec, may_be_empty=refresh)
+        return make_plan(inputs, refresh, allow_removals, start_s)
+
+
+def plan_of_nothing(inputs: Inputs, refresh: bool) -> Forecast | None:
+    """The plan of a run that has nothing to do, which is seen without reading a row.
+
+    Returns:
+        None where there may be something to do.
+    """
+    from fmembed.run.work import find_work, is_in_step
+
+    num_rows = is_in_step(inputs) if refresh else None
+    if not refresh and not (work := find_work(inputs)):
+        num_rows = work.num_skipped
+    if num_rows is None:
+        return None
+    table, none = inputs.table, Range.exactly(0)
+    return Forecast(
+        kind="refresh" if refresh else "embed",
+        table=table.uri,
+        version=table.version(),
+        rows_read=num_rows,
+        rows_unchanged=num_rows - table.num_rejected(),
+        seconds=none,
+        device_hours=none,
+        parts_written=none,
+        bytes_written=none,
+    )
+
+
+def _check_allowed(allow_removals: int | None) -> None:
+    if allow_removals is not None and allow_removals < 0:
+        raise SpecError(f"allow_removals: takes a number of rows, got {allow_removals}")
 
 
 def in_step(inputs: Inputs) -> RunResult | None:

@@ -64,13 +64,15 @@ class Summary:
     """What a comparison of one bucket, or of several, has counted.
 
     `counts` are those of `diff.Compared`; `rows` and `live` are rows by part, all and those that
-    stay, shape (parts,); `found` rows by shard, shape (shards,). `to_read` are shards that were
-    not read, and have a row of which more is to be done.
+    stay, shape (parts,), and `replaced` those that stay only until another one of their id is
+    stored; `found` rows by shard, shape (shards,). `to_read` are shards that were not read, and
+    have a row of which more is to be done.
     """
 
     counts: Mapping[str, int]
     rows: npt.NDArray[np.int64]
     live: npt.NDArray[np.int64]
+    replaced: npt.NDArray[np.int64]
     found: npt.NDArray[np.int64]
     to_read: frozenset[int]
 
@@ -80,11 +82,12 @@ def add_up(*summaries: Summary) -> Summary:
     counts = Counter[str]()
     for summary in summaries:
         counts.update(summary.counts)
-    rows, live, found = (
-        np.sum([getattr(s, name) for s in summaries], axis=0) for name in ("rows", "live", "found")
+    rows, live, replaced, found = (
+        np.sum([getattr(s, name) for s in summaries], axis=0)
+        for name in ("rows", "live", "replaced", "found")
     )
     to_read = frozenset[int]().union(*(s.to_read for s in summaries))
-    return Summary(counts, rows, live, found, to_read)
+    return Summary(counts, rows, live, replaced, found, to_read)
 
 
 def scan(
@@ -106,6 +109,14 @@ def plan_bucket(given: Bucket, bucket: int, *found: FoundRows) -> tuple[Summary,
     _, rows, fates, summary = _compare(given, bucket, found)
     is_todo = ~np.isin(fates, (DONE, KEPT))
     return summary, ChosenRows(rows[is_todo], fates[is_todo])
+
+
+def plan_new(given: Bucket, bucket: int, *found: FoundRows) -> tuple[Summary, ChosenRows]:
+    """As `plan_bucket`, for a run that only adds rows: of ids that the table has not embedded."""
+    (stored, _), rows, fates, summary = _compare(given, bucket, found)
+    is_old = (stored.places < len(given.known.parts)) & (stored.kinds == _EMBEDDED)
+    is_new = ~np.isin(fates, (DONE, KEPT)) & ~RowIds(stored.ids[is_old]).contains(rows.ids)
+    return summary, ChosenRows(rows[is_new], fates[is_new])
 
 
 def settle_bucket(
@@ -133,10 +144,13 @@ def _compare(
     live = compared.live
     stored = _as_now(stored, rows, compared.stands_for)
     is_left = (rows.places < 0) & ~np.isin(compared.fates, (DONE, KEPT))
+    is_again = np.isin(compared.fates, (EMBED, COPY))
+    is_replaced = is_old & live & RowIds(rows.ids[is_again]).contains(stored.ids)
     summary = Summary(
         counts=compared.counts,
         rows=np.bincount(stored.places, minlength=len(paths)),
         live=np.bincount(stored.places[live], minlength=len(paths)),
+        replaced=np.bincount(stored.places[is_replaced], minlength=len(paths)),
         found=np.bincount(rows.shards, minlength=given.num_shards),
         to_read=frozenset(np.unique(rows.shards[is_left]).tolist()),
     )
@@ -221,6 +235,52 @@ def choose(num_buckets: int, *given: Any) -> tuple[ChosenRows, list[int]]:
     is_first[np.unique(contents, return_index=True)[1]] = True
     fates[new[has_vector | ~is_first]] = COPY
     return ChosenRows(rows, fates), np.unique(rows.shards).tolist()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is to be done, and some of the rows that the model is to see.
+
+    `fates` counts the rows of each fate, `num_fanned_out` those to copy whose content the model is
+    to see of another row; `shards` are the numbers of the shards that they are in.
+    """
+
+    sample: ChosenRows
+    fates: Mapping[int, int]
+    num_fanned_out: int
+    shards: Sequence[int]
+
+
+def draw(num_rows: int, num_shards: int, *chosen: ChosenRows) -> Drawn:
+    """Draw from the rows that the model is to see; the same ones of the same rows.
+
+    Args:
+        num_rows: How many at most.
+        num_shards: From how many shards of the source at most, as each is read for them.
+        chosen: All rows of which something is to be done.
+    """
+    rows = FoundRows.join([some.rows for some in chosen])
+    fates = np.concatenate([np.empty(0, dtype=np.int8), *(some.fates for some in chosen)])
+    every = ChosenRows.of(rows, fates)
+    rows, fates = every.rows, every.fates
+    at = np.flatnonzero(fates == EMBED)
+    is_seen = RowIds(rows.contents[at]).contains(rows.contents[fates == COPY])
+    draws = np.random.default_rng(0)
+    shards, sizes = np.unique(rows.shards[at], return_counts=True)
+    if len(shards) > num_shards:
+        # Each with the likelihood of its size, and of each as many: so all rows are as likely.
+        some = draws.choice(shards, num_shards, p=sizes / sizes.sum())
+        at = np.concatenate([
+            draws.permutation(at[rows.shards[at] == shard])[: n * num_rows // num_shards]
+            for shard, n in zip(*np.unique(some, return_counts=True), strict=True)
+        ])  # fmt: skip
+    at = np.sort(draws.permutation(at)[:num_rows])
+    return Drawn(
+        sample=ChosenRows(rows[at], fates[at]),
+        fates=Counter(fates.tolist()),
+        num_fanned_out=int(is_seen.sum()),
+        shards=np.unique(rows.shards).tolist(),
+    )
 
 
 def join(*rows: KeyRows) -> KeyRows:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import ray
 
 from fmembed.checkpoint.opening import Checkpoint
+from fmembed.devices import cpu_name
 from fmembed.errors import SpecError
 from fmembed.inputs import Inputs
 from fmembed.rows.columns import INPUT
@@ -48,7 +49,8 @@ _MODELS_SHARE, _PROCESS_BYTES = 0.25, 2**29
 class Plan:
     """Who gets which CPUs. `cpus_per_actor` is what Ray reserves, `num_threads` what torch uses.
 
-    `num_workers` is how many tasks can read and preprocess at once.
+    `num_workers` is how many tasks can read and preprocess at once. `device_name` is the device's
+    kind, as the cluster calls it; empty where it has none.
     """
 
     device: str
@@ -61,6 +63,7 @@ class Plan:
     num_workers: int
     window_rows: int
     batch_tokens: int | Literal["auto"]
+    device_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,17 @@ def place(inputs: Inputs, left: Source) -> Plan:
     plan = plan_compute(spec.compute, checkpoint.modality, checkpoint.num_bytes(), work)
     if checkpoint.endpoint is not None:
         plan = replace(plan, device="cpu", min_actors=1, max_actors=1, gpus_per_actor=0.0)
-    return plan
+    return replace(plan, device_name=_name_device(plan.device))
+
+
+def _name_device(device: str) -> str:
+    """What kind of device the actors will have: a GPU's as Ray names it, or a node's CPU."""
+    if device == "cpu":
+        name: str = ray.get(ray.remote(num_cpus=0)(cpu_name).remote())
+        return name
+    nodes: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
+    resources, prefix = {r for n in nodes for r in n["Resources"]}, "accelerator_type:"
+    return ", ".join(sorted(r.removeprefix(prefix) for r in resources if r.startswith(prefix)))
 
 
 def plan_compute(

@@ -20,7 +20,7 @@ from fmembed.run.progress import Progress
 from fmembed.run.prometheus import RunMetrics
 from fmembed.run.refresh import Settled
 from fmembed.run.spending import price
-from fmembed.run.verdict import PREFIXES, WRITE, judge
+from fmembed.run.verdict import COMPARE, PREFIXES, SETTLE, WRITE, judge
 from fmembed.run.work import Work, find_work, passed_over
 from fmembed.table.card import fingerprint
 from fmembed.table.copies import FANNED_OUT
@@ -165,6 +165,11 @@ class Run:
             parts_written=settled.parts_written,
             parts_rewritten=settled.parts_rewritten,
             withheld=settled.why_withheld,
+            stages={
+                **result.stages,
+                COMPARE: {"rows": settled.rows_read, "busy_s": round(settled.look_s, 4)},
+                SETTLE: {"rows": settled.rows_read, "busy_s": round(settled.settle_s, 4)},
+            },
             kind="refresh",
             unchanged=not (has_committed or settled.rows_withheld),
         )

@@ -8,6 +8,7 @@ included, the new version is made of what the source holds: no row more, and non
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,10 +20,9 @@ import ray.exceptions
 from fmembed.inputs import Inputs
 from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.run import buckets
-from fmembed.run.buckets import Bucket, Summary
+from fmembed.run.buckets import Bucket, Drawn, Summary
 from fmembed.run.commits import Staging
 from fmembed.run.faults import TASK_DEATHS, root_cause
-from fmembed.run.stages import Picks
 from fmembed.run.work import Work, unread_shards
 from fmembed.sources.picks import Chosen
 from fmembed.table.copies import fill_copies
@@ -53,7 +53,8 @@ class Settled:
     """What a refresh has made of the table, in rows of the source.
 
     `counts` are those of `diff.Compared`; `rows_removed` have left, `rows_withheld` would have, and
-    `why_withheld` says why they have not. `commit` is the newest one.
+    `why_withheld` says why they have not. `commit` is the newest one. `look_s` are the seconds that
+    looking at the source took, `settle_s` those that making the version did.
     """
 
     counts: Mapping[str, int]
@@ -64,6 +65,8 @@ class Settled:
     parts_written: int
     parts_rewritten: int
     commit: Commit
+    look_s: float
+    settle_s: float
 
     @property
     def num_left(self) -> int:
@@ -71,23 +74,46 @@ class Settled:
         return self.counts["todo"]
 
 
+@dataclass(frozen=True)
+class Foreseen:
+    """What a refresh, or a run that only adds rows, would find to do now.
+
+    `counts` are those of `diff.Compared`; `held` are the newest version's parts, with what would
+    stay of them. `scan_s` are the seconds that reading took, of all `seconds`.
+    """
+
+    counts: Mapping[str, int]
+    rows_read: int
+    rows_removed: int
+    rows_withheld: int
+    why_withheld: str
+    drawn: Drawn
+    held: Sequence[Held]
+    adds_only: bool
+    scan_s: float
+    seconds: float
+
+
 class Refresh:
     """One refresh, from the first look at the source to the new version."""
 
-    def __init__(self, inputs: Inputs, allow_removals: int | None) -> None:
+    def __init__(self, inputs: Inputs, allow_removals: int | None, adds_only: bool = False) -> None:
         """Prepare; nothing is looked at yet.
 
         Args:
             inputs: The source, the table, and what may leave it.
             allow_removals: How many rows may leave, whatever share that is; None for the share that
                 the config says.
+            adds_only: Whether only what is new is looked for, as an embedding run does.
         """
+        self._adds_only = adds_only
         self._inputs = inputs
         self._table = inputs.table
         self._allowed = allow_removals
         # What was read by now of the source: references to the rows of each bucket.
         self._found: list[list[Any]] = []
         self._read: set[int] = set()
+        self._scan_s = self._look_s = 0.0
         self._num_buckets = 0
         self._unread: frozenset[int] = frozenset()
         self._recorded: dict[str, int] = {}
@@ -96,6 +122,54 @@ class Refresh:
 
     def find_work(self) -> Work:
         """Look at what has changed in the source, and compare all of it with the table."""
+        known, summary, chosen = self._look()
+        source = self._inputs.source
+        num_unread = int(summary.found[sorted(self._unread)].sum())
+        if not summary.counts["todo"]:
+            return Work(replace(source, shards=()), known, num_unread)
+        ref, numbers = self._choose(known, chosen)
+
+        def picks(index: int) -> Chosen:
+            return Chosen(ray.get(ref), numbers[index])
+
+        shards = tuple(source.shards[i] for i in numbers)
+        return Work(replace(source, shards=shards), known, num_unread, picks)
+
+    def foresee(self, num_rows: int, num_shards: int) -> Foreseen:
+        """Look, and see what would be done.
+
+        Args:
+            num_rows: Of those that the model would see at most so many are drawn.
+            num_shards: From at most so many shards.
+        """
+        began, rules = time.monotonic(), self._rules
+        known, summary, chosen = self._look()
+        if rules != self._rules:
+            summary, chosen = self._plan(known)
+        some = chosen if self._adds_only else [self._choose(known, chosen)[0]]
+        task: Any = ray.remote(max_retries=_MAX_RETRIES)(buckets.draw)
+        drawn: Drawn = ray.get(task.remote(num_rows, num_shards, *some))
+        counts = summary.counts
+        num_leaving = 0 if self._adds_only else counts["gone"] + counts["gone_wrong"]
+        num_kept = 0 if self._adds_only else counts["kept"]
+        live = (summary.live - summary.replaced).tolist()
+        named = zip(known.paths, known.parts.values(), summary.rows.tolist(), live, strict=False)
+        return Foreseen(
+            counts=counts,
+            rows_read=int(summary.found.sum()),
+            rows_removed=num_leaving if self._rules.removes else 0,
+            rows_withheld=num_kept + (0 if self._rules.removes else num_leaving),
+            why_withheld=self._why_withheld or (_KEPT if num_kept else ""),
+            drawn=drawn,
+            held=[Held(*each) for each in named],
+            adds_only=self._adds_only,
+            scan_s=self._scan_s,
+            seconds=time.monotonic() - began,
+        )
+
+    def _look(self) -> tuple[KnownRows, Summary, list[Any]]:
+        """Compare; what the table knows, what was counted, and by bucket what is to be done."""
+        began = time.monotonic()
         known = self._table.known(with_staged=True)
         source = self._inputs.source
         self._recorded = self._table.recorded_shards()
@@ -113,12 +187,8 @@ class Refresh:
                 break
             unread -= again
         self._rules = self._decide_removals(summary.counts)
-        num_unread = int(summary.found[sorted(self._unread)].sum())
-        if not summary.counts["todo"]:
-            return Work(replace(source, shards=()), known, num_unread)
-        picks, numbers = self._choose(known, chosen)
-        shards = tuple(source.shards[i] for i in numbers)
-        return Work(replace(source, shards=shards), known, num_unread, picks)
+        self._look_s += time.monotonic() - began
+        return known, summary, chosen
 
     def _not_known(self, summary: Summary) -> frozenset[int]:
         """Shards that have to be read after all.
@@ -136,6 +206,7 @@ class Refresh:
         left = [i for i in wanted if i not in self._read]
         if not left:
             return
+        began = time.monotonic()
         source = self._inputs.source
         described, num_tasks = source.without_shards, min(len(left), _SCAN_TASKS)
         groups = [[(i, source.shards[i]) for i in left[at::num_tasks]] for at in range(num_tasks)]
@@ -154,6 +225,7 @@ class Refresh:
                 raise
             self._found += scan(apart=True)
         self._read.update(left)
+        self._scan_s += time.monotonic() - began
 
     def _on_buckets(self, task: Any, known: KnownRows, *more: Any) -> list[Any]:
         """Start a task for each bucket: given the rows that were read, or the same for all."""
@@ -169,7 +241,8 @@ class Refresh:
         return [task.remote(given, i, *(found[i] for found in self._found)) for i in numbers_of]
 
     def _plan(self, known: KnownRows) -> tuple[Summary, list[Any]]:
-        task = ray.remote(max_retries=_MAX_RETRIES, num_returns=2)(buckets.plan_bucket)
+        look = buckets.plan_new if self._adds_only else buckets.plan_bucket
+        task = ray.remote(max_retries=_MAX_RETRIES, num_returns=2)(look)
         refs = self._on_buckets(task, known)
         return _add_up([summary for summary, _ in refs]), [chosen for _, chosen in refs]
 
@@ -198,8 +271,10 @@ class Refresh:
         self._why_withheld = why
         return Rules(not why, spec.on_rejected == "remove" and not why)
 
-    def _choose(self, known: KnownRows, chosen: Sequence[Any]) -> tuple[Picks, list[int]]:
-        """What readers hand on, and the numbers of the shards that they read."""
+    def _choose(self, known: KnownRows, chosen: Sequence[Any]) -> tuple[Any, list[int]]:
+        """A reference to the rows that readers hand on, and the numbers of the shards that they
+        read.
+        """
         holders: list[Any] = []
         if known.paths:
             wanted = ray.remote(max_retries=_MAX_RETRIES)(buckets.list_wanted).remote(*chosen)
@@ -207,11 +282,7 @@ class Refresh:
         task = ray.remote(max_retries=_MAX_RETRIES, num_returns=2)(buckets.choose)
         ref, numbers_ref = task.remote(len(chosen), *chosen, *holders)
         numbers: list[int] = ray.get(numbers_ref)
-
-        def picks(index: int) -> Chosen:
-            return Chosen(ray.get(ref), numbers[index])
-
-        return picks, numbers
+        return ref, numbers
 
     def _find_holders(self, known: KnownRows, contents: Any) -> list[Any]:
         """References to rows that have a vector of these contents, by bucket."""
@@ -233,6 +304,7 @@ class Refresh:
 
     def settle(self, lock: Lock, run_id: str) -> Settled:
         """Compare once more, and commit what the new version is made of."""
+        began = time.monotonic()
         known = self._table.known(with_staged=True)
         task = ray.remote(max_retries=_MAX_RETRIES, num_returns=3)(buckets.settle_bucket)
         while True:
@@ -270,6 +342,8 @@ class Refresh:
             parts_written=len(new.added),
             parts_rewritten=new.num_rewritten,
             commit=commit,
+            look_s=self._look_s,
+            settle_s=time.monotonic() - began,
         )
 
 

@@ -10,6 +10,8 @@ from typing import Any
 _ACTOR, _BUDGET, _SECONDS = PREFIXES = ("actor/", "batch_tokens/", "seconds/")
 # The stages as they are shown and recorded.
 READ, EMBED, WRITE = "read, preprocess", "embed", "write, commit"
+# And those of a refresh, before and after: seconds of the run.
+COMPARE, SETTLE = "compare", "settle"
 _IDLE, _WASTE, _LOW_MFU = 0.10, 0.10, 0.25
 
 

@@ -23,7 +23,7 @@ from fmembed.run import commits as commits_module
 from fmembed.run import refresh as refresh_module
 from fmembed.run.commits import Commits, Staging
 from fmembed.run.record import Run
-from fmembed.run.refresh import Refresh
+from fmembed.run.refresh import Foreseen, Refresh
 from fmembed.sources.picks import NotKnown
 from fmembed.sources.reading import read_shard
 from fmembed.spec import RunSpec
@@ -103,6 +103,13 @@ def embed(spec: RunSpec, stage: type, run_id: str = "") -> RunResult:
             _embed(inputs, stage, run.work, commits)
             run._commits = commits
         return run.finish()
+
+
+def foresee(spec: RunSpec, adds_only: bool = False) -> Foreseen:
+    """What a plan goes by."""
+    inputs = open_inputs(spec, may_be_empty=True)
+    with inline_ray():
+        return Refresh(inputs, None, adds_only).foresee(1000, 64)
 
 
 def refresh(

@@ -18,6 +18,8 @@ from refreshing import make_stage
 import fmembed
 from fmembed import RunSpec
 from fmembed.result import RunResult
+from fmembed.rows.found import COPY, EMBED
+from fmembed.run.refresh import Foreseen
 from fmembed.storage import Storage
 from fmembed.table.table import Table
 
@@ -48,6 +50,26 @@ def killed_at(number: int, under: str) -> Iterator[Callable[[], int]]:
         for name in ("put", "create", "delete", "move"):
             patch.setattr(Storage, name, dies(name))
         yield lambda: count
+
+
+def check_foreseen(seen: Foreseen, result: RunResult) -> None:
+    """What a plan says of rows is what the refresh then does."""
+    if result.unchanged:
+        assert not seen.counts["todo"]
+        return
+    fanned, fates = seen.drawn.num_fanned_out, seen.drawn.fates
+    assert {
+        **{f"rows_{name}": seen.counts[name] for name in ("new", "changed", "unchanged")},
+        "rows_read": seen.rows_read,
+        "rows_removed": seen.rows_removed,
+        "rows_withheld": seen.rows_withheld,
+        "contents_embedded": fates.get(EMBED, 0),
+        "rows_embedded": fates.get(EMBED, 0) + fanned,
+        "rows_copied": fates.get(COPY, 0) - fanned,
+    } == {name: getattr(result, name) for name in (
+        "rows_new", "rows_changed", "rows_unchanged", "rows_read", "rows_removed", "rows_withheld",
+        "contents_embedded", "rows_embedded", "rows_copied",
+    )}  # fmt: skip
 
 
 @dataclass
@@ -160,7 +182,9 @@ class Year:
                 inline.refresh(self.spec, self.stage, f"{number + 1000:012x}")
         if what == "embed":
             inline.embed(self.spec, self.stage, f"{number + 2000:012x}")
+        seen = inline.foresee(self.spec)
         result = inline.refresh(self.spec, self.stage, run_id)
+        check_foreseen(seen, result)
         self.kept = wanted
         self.check(wanted)
         seen = len(self.log.read_text().split()) if self.log.exists() else 0

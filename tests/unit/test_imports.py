@@ -18,6 +18,7 @@ GROUND = {
     "errors": {"redaction"},
     "signals": {"errors"},
     "result": {"errors"},
+    "forecast": set(),
     "summary": set(),
     "config_file": {"errors", "redaction"},
     "spec": {"config_file", "errors", "redaction"},

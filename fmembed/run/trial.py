@@ -1,0 +1,240 @@
+"""A few rows read, prepared and, where no run has told how fast the model is, embedded."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+import ray.exceptions
+
+from fmembed.arrays import Ints
+from fmembed.checkpoint.opening import Checkpoint
+from fmembed.prepare.stage import Preprocess
+from fmembed.rows.columns import NUM_UNITS, SHARD, TOTAL, accepted
+from fmembed.rows.counts import sum_counts
+from fmembed.rows.pieces import PIECE_UNITS
+from fmembed.run.apart import PreprocessApart, read_apart
+from fmembed.run.faults import MAX_ACTOR_RESTARTS, TASK_DEATHS, root_cause
+from fmembed.run.placement import Plan
+from fmembed.sources.picks import Chosen, ChosenRows
+from fmembed.sources.reading import read_shard
+from fmembed.sources.source import Shard, Source
+from fmembed.spec import PreprocessSpec
+from fmembed.table.parts import write_part
+
+# A sample is as large as these seconds of one process allow, and so is a measurement of the model.
+_SAMPLE_S, _LEAST_ROWS = 20.0, 64
+_TRIAL_S = 8.0
+# Prepared rows that are kept for the model to be tried on.
+_KEPT_BYTES = 128 * 2**20
+# Windows that each actor is given at least; the first one it is not timed by.
+_WINDOWS, _LEAST_WINDOW = 8, 8
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What reading and preparing have made of some rows of the source.
+
+    `units` and `num_pieces` are of the rows that were prepared, `shards` the numbers of the shards
+    that they are of, shapes (rows,); `num_rejected` were not. `rows` are some of them, for the
+    model. `read_s` and `prepare_s` are seconds of one process for each row.
+    """
+
+    units: Ints
+    num_pieces: Ints
+    shards: Ints
+    num_rejected: int
+    rows: pa.Table | None
+    read_s: float
+    prepare_s: float
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that were drawn."""
+        return len(self.units) + self.num_rejected
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a model did with some rows, in as many actors as a node has of them.
+
+    `rates` are units a second of one actor while all were at work, a figure for each actor.
+    `start_s` is what it took until all had loaded the model, `load_s` what one took for that alone;
+    `row_bytes` what a row of the source takes in a part.
+    """
+
+    rates: npt.NDArray[np.float64]
+    start_s: float
+    load_s: float
+    row_bytes: float | None
+
+
+def draw(
+    source: Source,
+    shards: Sequence[tuple[int, Shard]],
+    chosen: ChosenRows | None,
+    checkpoint: Checkpoint,
+    spec: PreprocessSpec,
+) -> Sampled:
+    """Read and prepare rows of some shards, in a task.
+
+    Args:
+        source: What they belong to.
+        shards: Which, with their numbers.
+        chosen: The rows of them; None for all.
+        checkpoint: The model.
+        spec: How it is given its inputs.
+    """
+    task: Any = ray.remote(num_cpus=1)(_draw)
+    given = (source.without_shards, shards, chosen, checkpoint, spec)
+    try:
+        sampled: Sampled = ray.get(task.remote(*given, False))
+    except ray.exceptions.RayError as e:
+        if not isinstance(root_cause(e), TASK_DEATHS):
+            raise
+        sampled = ray.get(task.remote(*given, True))
+    return sampled
+
+
+def _draw(
+    source: Source,
+    shards: Sequence[tuple[int, Shard]],
+    chosen: ChosenRows | None,
+    checkpoint: Checkpoint,
+    spec: PreprocessSpec,
+    apart: bool,
+) -> Sampled:
+    began = time.perf_counter()
+    read = read_apart if apart else read_shard
+    prepare = (PreprocessApart if apart else Preprocess)(checkpoint, spec)
+    read_s = prepare_s = 0.0
+    num_rows = num_rejected = num_bytes = 0
+    units, pieces, of_shards, kept = [], [], [], []
+    # Where there is not the time for all, those that are left out are like the others.
+    order = np.random.default_rng(0).permutation(len(shards)).tolist()
+
+    def timed(steps: Iterator[pa.Table]) -> Iterator[tuple[pa.Table, float]]:
+        started = time.perf_counter()
+        for step in steps:
+            yield step, time.perf_counter() - started
+            started = time.perf_counter()
+
+    for index, shard in (shards[at] for at in order):
+        pick = Chosen(chosen, index) if chosen is not None else None
+        for rows, seconds in timed(read(source, shard, index, pick)):
+            read_s += seconds
+            some = rows.filter(rows[TOTAL].is_null())  # without the marker
+            for ready, took in timed(prepare.stream(some)):
+                prepare_s += took
+                good = ready.filter(pa.array(accepted(ready)))
+                num_rows += ready.num_rows
+                num_rejected += ready.num_rows - good.num_rows
+                units.append(good[NUM_UNITS].to_numpy())
+                pieces.append(good[PIECE_UNITS].combine_chunks().value_lengths().to_numpy())
+                of_shards.append(good[SHARD].to_numpy())
+                if num_bytes < _KEPT_BYTES:
+                    kept.append(good)
+                    num_bytes += good.nbytes
+        if num_rows >= _LEAST_ROWS and time.perf_counter() - began > _SAMPLE_S:
+            break
+    none = [np.zeros(0, dtype=np.int64)]
+    return Sampled(
+        units=np.concatenate([*none, *units]),
+        num_pieces=np.concatenate([*none, *pieces]),
+        shards=np.concatenate([*none, *of_shards]),
+        num_rejected=num_rejected,
+        rows=pa.concat_tables(kept, promote_options="default") if kept else None,
+        read_s=read_s / max(num_rows, 1),
+        prepare_s=prepare_s / max(num_rows, 1),
+    )
+
+
+def try_rows(
+    stage: type, checkpoint: Checkpoint, options: dict[str, Any], rows: pa.Table, plan: Plan
+) -> Tried:
+    """Give rows to the model, for some seconds, in the actors of one node.
+
+    Args:
+        stage: As `stages.apply` takes it.
+        checkpoint: The model.
+        options: As `stages.stage_options` says them.
+        rows: As preparing yields them; at least one.
+        plan: Who gets what.
+    """
+    alive: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
+    num_nodes = max(sum(n["Alive"] and n["Resources"].get("CPU", 0) > 0 for n in alive), 1)
+    # Of GPUs one is enough: they do not share what they compute with.
+    num_actors = 1 if plan.gpus_per_actor else -(-plan.min_actors // num_nodes)
+    # In any order: rows of one shard are more alike than those that a window has.
+    rows = rows.take(pa.array(np.random.default_rng(0).permutation(rows.num_rows)))
+    most = max(rows.num_rows // _WINDOWS, _LEAST_WINDOW)
+    window_rows = min(plan.window_rows, most)
+    given = ray.put(rows)
+    actor: Any = ray.remote(
+        num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor, max_restarts=MAX_ACTOR_RESTARTS
+    )(_Actor)
+    began = time.perf_counter()
+    actors = [actor.remote(stage, checkpoint, options) for _ in range(num_actors)]
+    load_s: list[float] = ray.get([a.load_s.remote() for a in actors])
+    start_s = time.perf_counter() - began
+    columns = [o.column for o in checkpoint.outputs]
+    what = (given, window_rows, columns, _TRIAL_S)
+    refs = [a.embed.remote(i, *what) for i, a in enumerate(actors)]
+    found: list[tuple[float, float | None]] = ray.get(refs)
+    rates = np.array([rate for rate, _ in found])
+    return Tried(rates, start_s, sum(load_s) / len(load_s), found[0][1])
+
+
+class _Actor:
+    """An actor of the model stage that is not Ray Data's."""
+
+    def __init__(self, stage: type, checkpoint: Checkpoint, options: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        self._stage = stage(checkpoint, **options)
+        self._load_s = time.perf_counter() - began
+
+    def load_s(self) -> float:
+        """What loading has taken."""
+        return self._load_s
+
+    def embed(
+        self, first: int, rows: pa.Table, window_rows: int, columns: Sequence[str], seconds: float
+    ) -> tuple[float, float | None]:
+        """Embed windows for some seconds.
+
+        Args:
+            first: Which to begin with.
+            rows: Of which.
+            window_rows: Rows of each.
+            columns: The columns of vectors.
+            seconds: How many, if there are so many windows.
+
+        Returns:
+            Units a second, and bytes of a row in a part.
+        """
+        windows = [rows.slice(at, window_rows) for at in range(0, rows.num_rows, window_rows)]
+        windows = windows[first % len(windows) :] + windows[: first % len(windows)]
+        done = [self._stage(windows[0])]  # what comes first takes longer
+        began, busy_s, num_units = time.perf_counter(), 0.0, 0
+        for window in windows[1:] or windows:
+            started = time.perf_counter()
+            embedded = self._stage(window)
+            took = time.perf_counter() - started
+            counted = sum_counts(embedded).items()
+            # Without what is done in the first windows only.
+            busy_s += sum(s for name, s in counted if name.endswith("/busy_s")) or took
+            num_units += int(np.sum(window[NUM_UNITS].to_numpy(), dtype=np.int64))
+            done.append(embedded)
+            if time.perf_counter() - began > seconds:
+                break
+        with tempfile.TemporaryDirectory() as folder:
+            written, _ = write_part(folder, done[-len(windows) :], columns)
+        num_bytes = written.part.size_bytes / written.num_rows if written.part else None
+        return num_units / busy_s, num_bytes

@@ -1,0 +1,143 @@
+"""What a plan makes of a sample, of a budget, and of the parts that there are."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from fmembed.forecast import Forecast, Range, lines
+from fmembed.rows.found import COPY, EMBED, GOOD, TWIN, FoundRows
+from fmembed.rows.ids import keys_of
+from fmembed.run import planning
+from fmembed.run.buckets import draw
+from fmembed.run.trial import Sampled
+from fmembed.sources.picks import ChosenRows
+from fmembed.spec import BudgetSpec
+
+
+def rows_of(sizes: list[int], fates: Any = EMBED, contents: list[str] | None = None) -> ChosenRows:
+    """Rows of shards of these sizes."""
+    n = sum(sizes)
+    rows = FoundRows(
+        keys_of([f"id{i}" for i in range(n)]),
+        keys_of(contents or [f"content{i}" for i in range(n)]),
+        np.zeros(n, dtype=np.int64),
+        np.full(n, GOOD, dtype=np.int8),
+        np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
+        np.concatenate([np.arange(size, dtype=np.int64) for size in sizes]),
+    )
+    return ChosenRows(rows, np.broadcast_to(np.array(fates, dtype=np.int8), n))
+
+
+def sampled_of(units: Any, shards: Any, num_rejected: int = 0) -> Sampled:
+    return Sampled(np.asarray(units), np.ones(len(units)), np.asarray(shards), num_rejected,
+                   None, 0.0, 0.0)  # fmt: skip
+
+
+def test_rows_are_drawn_once_from_no_more_shards_than_may_be_read() -> None:
+    drawn = draw(100, 8, rows_of([50] * 40), rows_of([30]))
+    assert draw(100, 8, rows_of([50] * 40), rows_of([30])).sample.rows.ids.tolist() == (
+        drawn.sample.rows.ids.tolist()
+    )
+    rows = drawn.sample.rows
+    assert len(np.unique(rows.shards)) <= 8
+    assert len({*zip(rows.shards.tolist(), rows.places.tolist(), strict=True)}) == len(rows) <= 100
+    assert len(rows) >= 90
+    assert (drawn.fates, drawn.shards) == ({EMBED: 2030}, list(range(40)))
+
+
+def test_only_what_the_model_sees_is_drawn() -> None:
+    some = rows_of([6], [EMBED, COPY, COPY, TWIN, EMBED, COPY], ["a", "a", "x", "a", "b", "b"])
+    drawn = draw(100, 8, some)
+    assert drawn.sample.rows.places.tolist() == [0, 4]
+    assert drawn.fates == {EMBED: 2, COPY: 3, TWIN: 1}
+    assert drawn.num_fanned_out == 2  # the content of the third one is in the table
+    assert draw(100, 8).fates == {}
+
+
+@pytest.mark.parametrize("alike", [0.0, 1.0])
+def test_the_range_of_units_holds_what_they_are(alike: float) -> None:
+    """19 times in 20, whether rows of one shard are alike or not; of rows all drawn it is exact."""
+    num_held, trials = 0, 200
+    for seed in range(trials):
+        draws = np.random.default_rng(seed)
+        by_shard = draws.integers(10, 400, 300) * alike
+        units = np.concatenate([by_shard[i] + draws.integers(1, 60, 40) for i in range(300)])
+        shards = np.repeat(np.arange(300), 40)
+        if alike:
+            some = np.isin(shards, draws.choice(300, 64))
+            at = draws.permutation(np.flatnonzero(some))[:1000]
+        else:
+            at = draws.permutation(len(units))[:1000]
+        found = planning._mean(sampled_of(units[at], shards[at]), len(units), bool(alike))
+        num_held += found.low <= units.mean() <= found.high
+        assert (found.high - found.low) / found.value < (0.5 if alike else 0.1)
+    assert num_held >= 0.92 * trials
+    exact = planning._mean(sampled_of([3, 5], [0, 0], num_rejected=2), 4, is_clustered=False)
+    assert exact == Range.exactly(2.0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.004, 0.1, 1.0])
+def test_the_range_of_rejected_rows_holds_what_they_are(share: float) -> None:
+    """19 times in 20, summed over all numbers of rejected rows that a sample may have."""
+    n, num_rows, held = 200, 10_000, 0.0
+    for rejected in range(n + 1):
+        found = planning._rejected(sampled_of([1] * (n - rejected), [0], rejected), num_rows)
+        is_held = found.low <= share * num_rows <= found.high
+        held += float(binom.pmf(rejected, n, share)) * is_held
+    assert held >= 0.95
+    assert planning._rejected(sampled_of([1], [0], 3), 4) == Range.exactly(3)
+
+
+def test_a_budget_is_enough_for_a_part() -> None:
+    def inputs(**limits: float) -> Any:
+        compute = SimpleNamespace(budget=BudgetSpec(**limits))
+        return SimpleNamespace(spec=SimpleNamespace(compute=compute))
+
+    hours, cost = Range(2, 1, 4), Range(10, 5, 20)
+    share = planning._share_of_budget
+    assert share(inputs(device_hours=1), hours, cost) == Range(0.5, 0.25, 1.0)
+    assert share(inputs(device_hours=1, cost=2), hours, cost) == Range(0.2, 0.1, 0.4)
+    assert share(inputs(cost=2), hours, None) is None
+    assert share(inputs(), hours, cost) is None
+    assert share(inputs(cost=9), hours, Range.exactly(0)) == Range.exactly(1.0)
+
+
+def test_a_long_run_commits_less_often() -> None:
+    count = planning._count_commits
+    assert [count("auto", Range.exactly(s)) for s in (30, 90, 3000)] == [1, 2, 50]
+    assert 200 < count("auto", Range.exactly(86_400)) < 230
+    assert count(10.0, Range.exactly(95)) == 10
+
+
+def test_what_people_read() -> None:
+    plan = Forecast(
+        kind="refresh", table="out/x", version=3, rows_read=1200, rows_new=1000, rows_removed=7,
+        rows_withheld=9, withheld="too many", rows_embedded=1000, rows_copied=30,
+        contents_embedded=900, rows_rejected=Range(5, 2, 9), rows_sampled=900, unit="tokens",
+        units=Range(5000, 4000, 6000), rate=Range(100, 90, 110), by="measured now",
+        seconds=Range(3700, 61, 9000), stages={"start": 3.0, "model": 50.0},
+        device_hours=Range(1, 0.5, 2), cost=Range(2, 1, 4), parts_written=Range(2, 1, 3),
+        bytes_written=Range.exactly(2**20), parts_rewritten=1, bytes_rewritten=2**21,
+        share_of_budget=Range(0.5, 0.4, 0.6), compute={"device": "cpu", "max_actors": 2},
+        notes=("heed this",),
+    )  # fmt: skip
+    assert list(lines(plan)) == [
+        "plan      of a refresh of out/x; nothing was written",
+        "rows      1,200 in the source; 1,000 new, 0 changed, 0 unchanged, 7 removed, 5 [2, 9] "
+        "rejected",
+        "withheld  9 rows that should leave would stay: too many",
+        "embed     1,000 rows, of 900 contents; 30 take a vector that is there",
+        "units     5,000 [4,000, 6,000] tokens, by 900 rows",
+        "rate      100 [90, 110] tokens/s for an actor on cpu, measured now",
+        "time      1 h 1 min [1 min 1 s, 2 h 30 min]: seconds, start 3.0, model 50.0",
+        "devices   1 [0.5, 2] hours, of 2 actors",
+        "cost      2 [1, 4] of the price's currency",
+        "parts     2 [1, 3] written, of 1 [1, 1] MiB; 1 of 2.0 MiB written anew",
+        "budget    is enough for 50% of it [40%, 60%]",
+        "note      heed this",
+    ]
