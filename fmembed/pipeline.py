@@ -329,13 +329,16 @@ def embed_rows(
         progress.watch({"Preprocess": READ, stage.__name__: EMBED})
         run.begin(plan, commits, progress)
         try:
-            for one in passes(run, table, lock, commits, progress, signals):
+            for one in passes(run, inputs.source, table, lock, commits, progress, signals):
                 with one as work:
                     progress.expect(work.source)
                     hold(commits.held_bytes)
                     picks = work.picks or not_known(work.known)
                     rows = read(work.source, picks, plan.cpus_per_task, work.apart)
-                    pieces = prepare(rows, checkpoint, spec.preprocess, plan, work.apart)
+                    num_shards = len(work.source.shards)
+                    pieces = prepare(
+                        rows, checkpoint, spec.preprocess, plan, work.apart, num_shards
+                    )
                     vectors = apply(stage, checkpoint, options, pieces, plan)
                     for bundle in vectors.iter_internal_ref_bundles():
                         run.count(bundle)

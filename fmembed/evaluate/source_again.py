@@ -15,6 +15,7 @@ from fmembed.rows.columns import PARENT_ID, PIECE_START, PIECE_STOP
 from fmembed.rows.ids import RowIds, keys_of
 from fmembed.sources.opening import open_source
 from fmembed.sources.reading import read_shard
+from fmembed.sources.shards import uncut
 from fmembed.sources.source import Shard, Source
 from fmembed.spec import SourceSpec
 from fmembed.table.card import Card
@@ -44,7 +45,7 @@ def fetch_inputs(
     fetch = ray.remote(num_cpus=1)(_fetch_shard)
     found: dict[str, tuple[str, Any]] = {}
     described = ray.put(source.without_shards)
-    for pairs in ray.get([fetch.remote(described, shard, wanted) for shard in source.shards]):
+    for pairs in ray.get([fetch.remote(described, shard, wanted) for shard in uncut(source)]):
         found.update(pairs)
     inputs = []
     for row_id, content_hash in zip(ids, rows["content_hash"].to_pylist(), strict=True):

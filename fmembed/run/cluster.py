@@ -18,6 +18,7 @@ import ray
 import ray.data
 import ray.exceptions
 from ray._private import ray_constants
+from ray._private.utils import get_num_cpus
 from ray.job_config import JobConfig
 
 from fmembed import signals
@@ -97,7 +98,7 @@ def connect(verbose: bool) -> bool:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             with signals.kept_from_ray(), _on_loopback(), _without_log_level():
                 # Named, because without an address ray.init joins any cluster that it finds here.
-                ray.init("local", include_dashboard=False, **options)
+                ray.init("local", include_dashboard=False, num_cpus=_count_cpus(), **options)
     except FmembedError:
         raise
     except Exception as e:  # by what failed: RuntimeError, ConnectionError, Ray's own, Exception
@@ -107,6 +108,15 @@ def connect(verbose: bool) -> bool:
             "command tries again"
         ) from (e if verbose else None)
     return True
+
+
+def _count_cpus() -> int | None:
+    """CPUs that a Ray started here is to have: as many as there are, and two at least.
+
+    The task that cuts windows takes one (Ray Data 2.60 lets nobody choose), and one that reads
+    another: on a machine of one core a run waited for ever.
+    """
+    return 2 if get_num_cpus() < 2 else None
 
 
 def _check_address(address: str) -> None:

@@ -95,6 +95,7 @@ class Commits:
             self.num_known_before, self._has_begun = known.num_rows, True
         self._known_parts = frozenset(known.parts)
         self._shard_keys = [shard.key for shard in shards]
+        self._shard_ends = [shard.marks and shard.marks[1] for shard in shards]
         self._shards: dict[int, ShardCount] = {}
         self._shard_parts: dict[int, set[str]] = defaultdict(set)
         self._pending: list[Any] = []
@@ -232,7 +233,8 @@ class Commits:
                     held = self._shard_parts.pop(index, set())
                     held |= self._known_parts if total.skipped else set()
                     num_rows = total.rows + total.skipped
-                    self._whole.append(WholeShard(key, num_rows, frozenset(held)))
+                    end = self._shard_ends[index]
+                    self._whole.append(WholeShard(key, num_rows, frozenset(held), end))
         self._table.put_shards(self.last, self._whole)
 
     def settle(self) -> None:

@@ -133,8 +133,9 @@ def plan_compute(
     actors reserve so little that two CPUs are left to the tasks wherever Ray puts them, be it all
     on the one node that is left after the others died (a soak hung in just that way). They are
     asked to spread, and the model's threads use all CPUs: reading and tokenising text take a few
-    percent of what a model takes. On nodes of two CPUs nothing is left to reserve, and where there
-    is a node without CPUs, which an actor that reserves none might be put on, one task has to do.
+    percent of what a model takes. On nodes of two CPUs or one nothing is left to reserve, and where
+    there is a node without CPUs, which an actor that reserves none might be put on, one task has to
+    do.
 
     On CPUs an actor has one thread, if a node's memory holds so many models, else as few as it
     holds: threads of one process wait for each other at the end of every product, whenever one of
@@ -185,7 +186,7 @@ def plan_compute(
     per_node = math.ceil(high / num_nodes)
     has_bare_node = any(n["Alive"] and not n["Resources"].get("CPU", 0) for n in alive)
     num_tasks = 1 if cpus < 3 and has_bare_node else 2
-    spare = max(cpus - num_tasks, 0) if cpus > 1 else 0.5
+    spare = max(cpus - num_tasks, 0)
     # Ray counts CPUs in steps of 1/10,000.
     per_actor = 0.0 if gpus_per_actor else math.floor(spare / high * 1e4) / 1e4
     per_task = 1.0 if cpus > 1 else 0.5

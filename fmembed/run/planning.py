@@ -84,7 +84,8 @@ def make_plan(
     seen = line.foresee(_SAMPLE_ROWS, _SAMPLE_SHARDS)
     source, checkpoint = inputs.source, inputs.checkpoint
     num_embed = seen.drawn.fates.get(EMBED, 0)
-    shards = [(i, source.shards[i]) for i in np.unique(seen.drawn.sample.rows.shards).tolist()]
+    numbers = np.unique(seen.drawn.sample.rows.shards).tolist()
+    shards = [(i, line.shards[i]) for i in numbers]
     sampled = trial.draw(source, shards, seen.drawn.sample, checkpoint, inputs.spec.preprocess)
     plan = _place(inputs, seen) if num_embed else None
     per_row = _mean(sampled, num_embed, is_clustered=len(seen.drawn.shards) > _SAMPLE_SHARDS)

@@ -84,7 +84,7 @@ class Progress:
     def expect(self, source: Source) -> None:
         """Draw how far a pass over a source has come, from here on."""
         self._num_rows = source.num_rows
-        sizes = (sum(file.size for file in shard.files) for shard in source.shards)
+        sizes = (shard.num_bytes for shard in source.shards)
         self._num_bytes = [0, *itertools.accumulate(sizes)]
         self.foresee(0, is_read=False)
 
@@ -130,13 +130,18 @@ class _Counter(ExecutionCallback):
         # Behind it some markers are still on their way: there fewer are shown until they are out.
         markers = sum(o.metrics.num_tasks_finished or 0 for o in operators if READER in o.name)
         is_read = bool(operators)
+        read_s = 0.0  # of tasks that read and do not prepare
         for operator in operators:
             stage = next((s for part, s in self.operators.items() if part in operator.name), None)
+            metrics = operator.metrics
+            busy_s = metrics.block_generation_time or 0.0
+            if stage is None and READER in operator.name:
+                read_s = busy_s
             if stage is not None:
                 is_read = is_read and (stage != READ or operator.has_execution_finished())
-                metrics = operator.metrics
-                rows, busy_s = metrics.row_outputs_taken, metrics.block_generation_time
-                self.progress.set(stage, max((rows or 0) - markers, 0), busy_s or 0.0)
+                busy_s += read_s if stage == READ else 0.0
+                rows = metrics.row_outputs_taken or 0
+                self.progress.set(stage, max(rows - markers, 0), busy_s)
         self.progress.foresee(markers, is_read)
 
     def after_execution_succeeds(self, executor: Any) -> None:

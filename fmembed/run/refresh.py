@@ -23,8 +23,10 @@ from fmembed.run import buckets
 from fmembed.run.buckets import Bucket, Drawn, Summary
 from fmembed.run.commits import Staging
 from fmembed.run.faults import TASK_DEATHS, root_cause
+from fmembed.run.locating import ends_on_record, locate
 from fmembed.run.work import Work, unread_shards
 from fmembed.sources.picks import Chosen
+from fmembed.sources.source import Mark, Shard
 from fmembed.table.copies import fill_copies
 from fmembed.table.diff import Rules
 from fmembed.table.files import REJECTED, RUN, WRITE, Part
@@ -110,6 +112,8 @@ class Refresh:
         self._inputs = inputs
         self._table = inputs.table
         self._allowed = allow_removals
+        # Its shards; parts of large files that were read by now are located.
+        self.shards = list(inputs.source.shards)
         # What was read by now of the source: references to the rows of each bucket.
         self._found: list[list[Any]] = []
         self._read: set[int] = set()
@@ -117,6 +121,7 @@ class Refresh:
         self._num_buckets = 0
         self._unread: frozenset[int] = frozenset()
         self._recorded: dict[str, int] = {}
+        self._ends: dict[str, Mark] = {}
         self._rules = Rules()
         self._why_withheld = ""
 
@@ -132,7 +137,7 @@ class Refresh:
         def picks(index: int) -> Chosen:
             return Chosen(ray.get(ref), numbers[index])
 
-        shards = tuple(source.shards[i] for i in numbers)
+        shards = tuple(self.shards[i] for i in numbers)
         return Work(replace(source, shards=shards), known, num_unread, picks)
 
     def foresee(self, num_rows: int, num_shards: int) -> Foreseen:
@@ -173,6 +178,7 @@ class Refresh:
         known = self._table.known(with_staged=True)
         source = self._inputs.source
         self._recorded = self._table.recorded_shards()
+        self._ends = ends_on_record(self._table)
         unread = unread_shards(source, known, self._recorded)
         if not self._num_buckets:
             num_rows = source.num_rows or source.num_bytes // _ROW_BYTES
@@ -208,8 +214,11 @@ class Refresh:
             return
         began = time.monotonic()
         source = self._inputs.source
+        located = locate(source, [self.shards[i] for i in left], self._ends)
+        for i, shard in zip(left, located, strict=True):
+            self.shards[i] = shard
         described, num_tasks = source.without_shards, min(len(left), _SCAN_TASKS)
-        groups = [[(i, source.shards[i]) for i in left[at::num_tasks]] for at in range(num_tasks)]
+        groups = [[(i, self.shards[i]) for i in left[at::num_tasks]] for at in range(num_tasks)]
         num_returns = self._num_buckets + 1
         task: Any = ray.remote(max_retries=_MAX_RETRIES, num_returns=num_returns)(buckets.scan)
 
@@ -329,8 +338,11 @@ class Refresh:
         shards = [shard.key for shard in self._inputs.source.shards]
         new.write_keys([stays for _, stays, _ in refs], shards)
         commit = new.commit()
-        counted = zip(shards, summary.found.tolist(), strict=True)
-        whole = [WholeShard(key, n, None) for key, n in counted if key]
+        whole = [
+            WholeShard(shard.key, n, None, self._end_of(shard))
+            for shard, n in zip(self.shards, summary.found.tolist(), strict=True)
+            if shard.key
+        ]
         new.clean_up(commit, whole)
         num_leaving = counts["gone"] + counts["gone_wrong"]
         return Settled(
@@ -345,6 +357,10 @@ class Refresh:
             look_s=self._look_s,
             settle_s=time.monotonic() - began,
         )
+
+    def _end_of(self, shard: Shard) -> Mark | None:
+        """Where a part of a file ends, that was read now or before."""
+        return shard.marks[1] if shard.marks is not None else self._ends.get(shard.key or "")
 
 
 class _NewVersion:

@@ -30,6 +30,8 @@ from fmembed.table.known import KnownRows
 
 # What stands in the name of the Ray Data operator that reads: "Read" and the datasource's name.
 READER = "ReadShards"
+# With fewer shards for each worker that reads and prepares, some of these would have none.
+_SHARDS_PER_WORKER = 2
 # Windows in flight per actor: one being embedded, one waiting. Ray hands out four by itself, and
 # the actor that loads first got five of eight windows while the other one had nothing to do.
 _MAX_WINDOWS_IN_FLIGHT = 2
@@ -97,8 +99,12 @@ def prepare(
     spec: PreprocessSpec,
     plan: Plan,
     apart: bool = False,
+    num_shards: int | None = None,
 ) -> ray.data.Dataset:
     """Canonical rows to what the model takes, in windows: a task for each block.
+
+    A task that reads prepares what it has read, which so never travels. Where there are fewer
+    shards than keep all workers busy, others prepare beside it.
 
     Args:
         rows: As `read` yields them.
@@ -106,15 +112,19 @@ def prepare(
         spec: How it is given its inputs.
         plan: CPUs of a task, rows of a window.
         apart: Whether in a process apart, so that a row may end it.
+        num_shards: How many shards the rows are read from; None for many.
     """
     preprocess = PreprocessApart if apart else Preprocess
+    few = num_shards is not None and num_shards < _SHARDS_PER_WORKER * plan.num_workers
+    beside = few and plan.num_workers > 1 and not apart
     with _bounded():
         ready = rows.map_batches(
             preprocess(checkpoint, spec).stream,
             batch_format="pyarrow",
             batch_size=None,
             num_cpus=plan.cpus_per_task,
-            max_retries=MAX_TASK_RETRIES,
+            # Ray Data (2.60) makes one task of two whose options are the same, and only of those.
+            max_retries=MAX_TASK_RETRIES + beside,
         )
     return ready.repartition(target_num_rows_per_block=plan.window_rows)
 

@@ -139,7 +139,7 @@ def _open(format_: Format, source: Source, files: list[File]) -> Opened:
         return format_.open(source.spec)
     assert format_.schema is not None, f"{format_.name} has neither `open` nor `schema`"
     schema = format_.schema(source, files)
-    return Opened(source.spec, schema, plan_shards(format_.name, source.fs, files))
+    return Opened(source.spec, schema, plan_shards(source.spec, format_.name, source.fs, files))
 
 
 def _choose_modality(

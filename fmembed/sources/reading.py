@@ -30,6 +30,7 @@ from fmembed.sources.formats.base import (
     without_input,
 )
 from fmembed.sources.formats.registry import FORMATS
+from fmembed.sources.locating import is_unlocated, locate_alone
 from fmembed.sources.picks import Pick
 from fmembed.sources.source import BrokenOff, File, RawRow, Shard, Source
 
@@ -127,6 +128,8 @@ def _read_to_the_end(source: Source, shard: Shard, deaths: Deaths) -> Iterator[R
     for file in shard.files:
         num_rows = 0
         try:
+            if is_unlocated(source, shard):
+                shard = locate_alone(source, shard)
             rows = _read_file(source, shard, file)
             for row in deaths.past(source, rows, at) if deaths else rows:
                 yield row
@@ -135,9 +138,10 @@ def _read_to_the_end(source: Source, shard: Shard, deaths: Deaths) -> Iterator[R
             error, message = rejection(e, source)
             # Two dots: lines that were left blank have numbers too, so a plain one may be taken.
             rest = f"{file.name}#{shard.first_row + num_rows}.."
-            row_id = rest if num_rows or shard.start else file.name
-            if num_rows:
-                message = f"from row {num_rows} on: {message}"
+            num_before = num_rows or (shard.first_row if shard.marks else shard.start)
+            row_id = rest if num_before else file.name
+            if num_rows or (shard.marks and num_before):
+                message = f"from row {shard.first_row + num_rows} on: {message}"
             yield row_id, (error, message) if source.file_is_row else BrokenOff(error, message)
             at += 1
         at += num_rows

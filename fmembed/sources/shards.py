@@ -40,6 +40,14 @@ def sample(source: Source, num_rows: int, num_shards: int) -> Source:
     return replace(source, shards=tuple(replace(s, max_rows=per_shard) for s in chosen))
 
 
+def uncut(source: Source) -> list[Shard]:
+    """The shards, but of a file that is cut at bytes all of it: nobody has located its parts."""
+    if FORMATS[source.format].locate is None:
+        return list(source.shards)
+    by_files = {shard.files: shard for shard in source.shards}
+    return [s if s.start is None else Shard(files) for files, s in by_files.items()]
+
+
 def with_keys(spec: SourceSpec, shards: Iterable[Shard], revision: str = "") -> tuple[Shard, ...]:
     """Name each shard after all that decides which rows it yields.
 
@@ -66,7 +74,7 @@ def with_keys(spec: SourceSpec, shards: Iterable[Shard], revision: str = "") -> 
     return tuple(replace(shard, key=key(shard)) for shard in shards)
 
 
-def plan_shards(name: Format, fs: Any, files: list[File]) -> Iterator[Shard]:
+def plan_shards(spec: SourceSpec, name: Format, fs: Any, files: list[File]) -> Iterator[Shard]:
     """Group files that are rows, or many and small; cut the others, as far as the format can."""
     format_ = FORMATS[name]
     if format_.modality is not None:
@@ -79,7 +87,7 @@ def plan_shards(name: Format, fs: Any, files: list[File]) -> Iterator[Shard]:
         files = [f for f in files if f.size >= _GROUP_BYTES]
     if format_.cut is not None:
         with ThreadPoolExecutor(_THREADS) as pool:
-            for shards in pool.map(partial(format_.cut, fs), files):
+            for shards in pool.map(partial(format_.cut, spec, fs), files):
                 yield from shards
     else:
         yield from (Shard((file,)) for file in files)

@@ -45,15 +45,25 @@ class File:
     revision: str = ""
 
 
+class Mark(NamedTuple):
+    """Where in a file a record begins: its first byte, and how many rows and lines come before."""
+
+    byte: int
+    row: int
+    line: int
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """What one read task reads: files, or a part of one.
 
-    `start` and `stop` are in the format's own unit (row groups of a Parquet file, rows of a saved
-    dataset, shards of a streamed one); None means all. `first_row` numbers the first row of a
-    Parquet shard. `num_rows` is None where only reading tells. `key` changes when the content does:
-    a shard whose key is on record as committed is not read again; None where storage does not tell
-    of changes. `max_rows` cuts a sample short.
+    `start` and `stop` are in the format's own unit (row groups of a Parquet file, bytes of lines,
+    rows of a saved dataset, shards of a streamed one); None means all. `first_row` numbers the
+    first row of such a part. `marks` say where the records of a part begin and end that is cut at
+    bytes, None before that is looked for. `num_rows` is None where only reading tells. `key`
+    changes when the content does: a shard whose key is on record as committed is not read again;
+    None where storage does not tell of changes. `max_rows` cuts a sample short. `size` is what a
+    part is of its file, in bytes.
     """
 
     files: tuple[File, ...] = ()
@@ -61,8 +71,15 @@ class Shard:
     stop: int | None = None
     first_row: int = 0
     num_rows: int | None = None
+    marks: tuple[Mark, Mark] | None = None
     key: str | None = None
     max_rows: int | None = None
+    size: int | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the files, or of the part of one, as they are stored."""
+        return sum(file.size for file in self.files) if self.size is None else self.size
 
 
 @dataclass(frozen=True)
@@ -88,7 +105,7 @@ class Source:
     @property
     def num_bytes(self) -> int:
         """Bytes of the files, as they are stored."""
-        return sum(f.size for shard in self.shards for f in shard.files)
+        return sum(shard.num_bytes for shard in self.shards)
 
     @property
     def without_shards(self) -> Source:

@@ -27,12 +27,14 @@ RECORD = re.compile(r"_shards/[\w-]+\.json|_runs/\d{10}-\d{10}-[\w-]+\.json")
 @dataclass(frozen=True)
 class WholeShard:
     """A shard whose rows are all accounted for, and the parts that hold them; None where the files
-    of keys say it row by row.
+    of keys say it row by row. Of a part of a file that is cut at bytes `end` is where its records
+    end: the byte, and how many rows and lines of the file are before it.
     """
 
     key: str
     rows: int
     parts: frozenset[str] | None
+    end: tuple[int, int, int] | None = None
 
 
 _Record = TypeVar("_Record", bound=BaseModel)
@@ -54,6 +56,7 @@ class _Shard(BaseModel):
     key: str
     rows: int
     parts: list[int] | None
+    end: tuple[int, int, int] | None = None
 
 
 class _ShardRecord(BaseModel):
@@ -77,6 +80,7 @@ def put_shards(storage: Storage, commit: Commit, shards: Iterable[WholeShard]) -
             key=s.key,
             rows=s.rows,
             parts=None if s.parts is None else sorted(index[p] for p in s.parts),
+            end=s.end,
         )
         for s in shards
     ]
@@ -104,6 +108,7 @@ def read_shards(storage: Storage) -> list[tuple[Commit, list[WholeShard]]]:
                     s.key,
                     s.rows,
                     None if s.parts is None else frozenset(record.parts[i] for i in s.parts),
+                    s.end,
                 )
                 for s in record.shards
             ]

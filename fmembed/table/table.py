@@ -586,6 +586,11 @@ class Table:
         """Key to rows of each shard that a run has seen whole, wherever its rows are by now."""
         return {s.key: s.rows for _, shards in read_shards(self.storage) for s in shards}
 
+    def shard_ends(self) -> dict[str, tuple[int, int, int]]:
+        """Of the parts of files that a run has seen whole, by their keys, where they end."""
+        every = (s for _, shards in read_shards(self.storage) for s in shards)
+        return {s.key: s.end for s in every if s.end is not None}
+
     def _current(self) -> set[str]:
         """The paths of the newest version's parts."""
         current = {part.path for part in self.rows.parts()}

@@ -20,6 +20,7 @@ from fmembed.pipeline import in_step
 from fmembed.prepare.stage import Preprocess
 from fmembed.result import RunResult
 from fmembed.run import commits as commits_module
+from fmembed.run import locating as locating_module
 from fmembed.run import refresh as refresh_module
 from fmembed.run.commits import Commits, Staging
 from fmembed.run.record import Run
@@ -65,7 +66,7 @@ INLINE = SimpleNamespace(
 def inline_ray() -> Iterator[None]:
     """For this long what the driver starts as tasks runs in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (commits_module, refresh_module):
+        for module in (commits_module, locating_module, refresh_module):
             patch.setattr(module, "ray", INLINE)
         yield
 
@@ -80,6 +81,7 @@ def _embed(inputs: Inputs, stage: type, work: Any, commits: Commits) -> None:
     pieces_are_rows = spec.preprocess.pieces_are_rows(checkpoint.modality)
     model = stage(checkpoint, pieces_are_rows=pieces_are_rows)
     prepare = Preprocess(checkpoint, spec.preprocess)
+    work = locating_module.locate_work(work, inputs.source, inputs.table)
     commits.begin(work.source.shards, work.known)
     ids = None if work.picks else work.known.load()
     for i, shard in enumerate(work.source.shards):

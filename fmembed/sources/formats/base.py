@@ -12,7 +12,7 @@ import pyarrow as pa
 from fmembed.errors import SourceError, reason
 from fmembed.redaction import redact
 from fmembed.sources.files import TooLargeError, check_regular
-from fmembed.sources.source import BadRow, File, RawRow, Rejection, Shard, Source
+from fmembed.sources.source import BadRow, File, Mark, RawRow, Rejection, Shard, Source
 from fmembed.sources.types import common_schema
 from fmembed.spec import Format as FormatName
 from fmembed.spec import Modality, SourceSpec
@@ -58,11 +58,15 @@ class Format:
         more_suffixes: What other formats' files end with too: looked for where this one is named
             and none ends with its own.
         rows: Yields a file's rows in order, or those of the shard's `start` to `stop` if the format
-            is cut. A bad row is yielded as a `Rejection` and the next one follows; what raises ends
-            the file, and is recorded as a rejected row.
+            is cut; of one that is cut at bytes those between its `marks`. A bad row is yielded as a
+            `Rejection` and the next one follows; what raises ends the file, and is recorded as a
+            rejected row.
         schema: Names and types of the columns of these files; `over_files` makes one of a
             function that looks at the beginning of one file. None with `open`.
         cut: Cuts a file of this filesystem into shards; None where a file is never cut.
+        count: Looks through a shard that is cut at bytes, for `locate`; None where none is.
+        locate: Of a file's shards, from one whose first record is known to the last, where the
+            records of each begin and end, by what `count` says of each.
         modality: Set where each file is one row, of this modality.
         is_text: Whether the input is text, asked if the model takes text and pictures or sounds.
         open: For a dataset that a library finds and reads, instead of a list of files. Its shards
@@ -74,7 +78,9 @@ class Format:
     suffixes: tuple[str, ...]
     rows: Callable[[Source, Shard, File], Iterator[RawRow]]
     schema: Callable[[Source, Sequence[File]], pa.Schema] | None = None
-    cut: Callable[[Any, File], list[Shard]] | None = None
+    cut: Callable[[SourceSpec, Any, File], list[Shard]] | None = None
+    count: Callable[[Source, Shard], Any] | None = None
+    locate: Callable[[Source, Sequence[Shard], Sequence[Any], Mark], list[Shard]] | None = None
     modality: Modality | None = None
     is_text: Callable[[SourceSpec, pa.Schema], bool] = is_text_column
     open: Callable[[SourceSpec], Opened] | None = None

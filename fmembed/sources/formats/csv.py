@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
+import io
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,28 +14,42 @@ import pyarrow as pa
 from fsspec.utils import infer_compression
 
 from fmembed.sources.formats.base import MAX_VALUES, READ_BYTES, Format, over_files
-from fmembed.sources.source import BadRow, File, RawRow, Shard, Source
+from fmembed.sources.formats.ranges import (
+    Ends,
+    count_ends,
+    cut_bytes,
+    locate_lines,
+    open_part,
+    open_shard,
+    with_marks,
+)
+from fmembed.sources.source import BadRow, File, Mark, RawRow, Shard, Source
+from fmembed.spec import SourceSpec
 from fmembed.storage import tell
 
+# Of a file whose records are not looked for, or its first.
+_START = Mark(0, 0, 0)
 # Where a quote is looked for in TSV.
 _TOLD_FILES, _TOLD_ROWS = 10, 1000
 # Lines of one row that are told one by one as lost: half a megabyte of gzip may hold ten million.
 _MAX_LOST_LINES = 100_000
 
 
-def read_csv(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
+def read_csv(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
     dialect = _dialect(source, file)
-    with _open(source, file) as handle:
-        lines = _Lines(handle, source.spec.max_text_bytes, dialect)
+    begin = shard.marks[0] if shard.marks is not None else _START
+    with _open(source, shard, file) as handle:
+        lines = _Lines(handle, source.spec.max_text_bytes, dialect, begin.line)
         reader = csv.reader(lines, **dialect, strict=True)
-        header = _header(reader, source)
+        header = _header(reader, source) if begin == _START else _header_of(source, file)
         # A file may have a million columns: of each row only these are kept.
         wanted = {name: i for i, name in enumerate(header) if name in source.spec.wanted}
         missing = [c for c in (source.spec.input, source.spec.id) if c and c not in wanted]
         if missing:
-            yield file.name, ("unreadable file", f"it has no column {missing[0]!r}")
+            if begin == _START:  # once of a file
+                yield file.name, ("unreadable file", f"it has no column {missing[0]!r}")
             return
-        for i in itertools.count():
+        for i in itertools.count(begin.row):
             row_id = f"{file.name}#{i}"
             lines.begin_row()
             first_line = lines.num_lines + 1
@@ -87,7 +103,7 @@ def _looks_quoted(source: Source, file: File) -> bool:
     if dialect["quotechar"] or source.spec.csv.quote is not None:
         return False
     try:
-        with _open(source, file) as handle:
+        with _open(source, Shard(), file) as handle:
             lines = _Lines(handle, source.spec.max_text_bytes, dialect)
             rows = itertools.islice(csv.reader(lines, **dialect), _TOLD_ROWS)
             fields = itertools.chain.from_iterable(rows)
@@ -98,10 +114,7 @@ def _looks_quoted(source: Source, file: File) -> bool:
 
 def _file_schema(source: Source, file: File) -> pa.Schema:
     # Text as it stands: a guessed integer would turn 01234 into 1234.
-    dialect = _dialect(source, file)
-    with _open(source, file) as handle:
-        lines = _Lines(handle, source.spec.max_text_bytes, dialect)
-        header = _header(csv.reader(lines, **dialect), source)
+    header = _header_of(source, file)
     is_one = len(header) == 1 and header[0] not in source.spec.wanted
     if is_one and (other := _likely_delimiter(header[0])):
         raise ValueError(
@@ -109,6 +122,13 @@ def _file_schema(source: Source, file: File) -> pa.Schema:
             "it as source.csv.delimiter"
         )
     return pa.schema([pa.field(c, pa.string()) for c in dict.fromkeys(header)])
+
+
+def _header_of(source: Source, file: File) -> list[str]:
+    dialect = _dialect(source, file)
+    with _open(source, Shard(), file) as handle:
+        lines = _Lines(handle, source.spec.max_text_bytes, dialect)
+        return _header(csv.reader(lines, **dialect), source)
 
 
 def _header(reader: Any, source: Source) -> list[str]:
@@ -134,11 +154,14 @@ class _Lines:
     A field in quotes may go over any number of lines, and csv.reader holds it all.
     """
 
-    def __init__(self, handle: Any, most: int, dialect: dict[str, Any]) -> None:
+    def __init__(
+        self, handle: Any, most: int, dialect: dict[str, Any], num_before: int = 0
+    ) -> None:
         self._handle, self._most = handle, most
         self._delimiter, self._quote = dialect["delimiter"], dialect["quotechar"]
         # So many were begun; `csv.reader` does not know of those that it was never given.
-        self.num_lines, self._is_at_end = 0, True
+        self.num_lines, self._is_at_end = num_before, True
+        self.num_characters = 0
         self.begin_row()
 
     def begin_row(self) -> None:
@@ -177,13 +200,14 @@ class _Lines:
         self.num_lines += bool(line) and self._is_at_end
         self._is_at_end = line.endswith(("\r", "\n"))
         self._length += len(line)
+        self.num_characters += len(line)
         self._num_quotes += line.count(self._quote) if self._quote else 0
         self._num_values += line.count(self._delimiter)
         return line
 
 
-def _open(source: Source, file: File) -> Any:
-    """A file's text.
+def _open(source: Source, shard: Shard, file: File) -> Any:
+    """A file's text, or that of a part of it.
 
     Raises:
         ValueError: It begins with the mark of another encoding.
@@ -192,7 +216,7 @@ def _open(source: Source, file: File) -> Any:
     csv.field_size_limit(2**31 - 1)
     encoding = codecs.lookup(source.spec.csv.encoding).name
     compression = infer_compression(file.name)
-    if encoding == "utf-8":
+    if encoding == "utf-8" and (shard.marks is None or shard.marks[0] == _START):
         with source.fs.open(file.path, "rb", compression=compression) as handle:
             if handle.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise ValueError("it is UTF-16 by its first bytes; set source.csv.encoding: utf-16")
@@ -200,9 +224,72 @@ def _open(source: Source, file: File) -> Any:
     # Undecodable bytes become lone surrogates, which only their own row fails on later.
     chosen = source.spec.encoding_errors
     errors = "surrogateescape" if chosen == "strict" else chosen
+    if shard.marks is not None:
+        return io.TextIOWrapper(open_shard(source, shard, file), encoding, errors, newline="")
     return source.fs.open(
         file.path, "rt", compression=compression, encoding=encoding, errors=errors, newline=""
     )
+
+
+def cut_csv(spec: SourceSpec, fs: Any, file: File) -> list[Shard]:
+    """Cut a file whose encoding shows what is a line's end, a delimiter and a quote in each byte
+    by itself.
+    """
+    told = spec.csv
+    bytes_ = bytes(range(256))
+    name = codecs.lookup(told.encoding).name
+    if name != "utf-8":
+        text = bytes_.decode(told.encoding, "replace")
+        if len(text) != len(bytes_) or text[:128] != bytes_[:128].decode("ascii"):
+            return [Shard((file,))]
+    if not ((told.delimiter or ",") + (told.quote or "")).isascii():
+        return [Shard((file,))]
+    marks_of_utf16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return cut_bytes(fs, file, lambda head: not head.startswith(marks_of_utf16))
+
+
+def count_csv(source: Source, shard: Shard) -> Ends:
+    """What ends lines, and quotes them."""
+    (file,) = shard.files
+    return count_ends(source, shard, (_dialect(source, file)["quotechar"] or "").encode())
+
+
+def locate_csv(
+    source: Source, parts: Sequence[Shard], ends: Sequence[Ends], begin: Mark
+) -> list[Shard]:
+    """Where rows begin: at each newline, if nothing is quoted; else only reading tells."""
+    if not any(e.num_quotes or e.num_returns for e in ends):
+        # Lines before that are no rows: the header, and what rows before have gone over.
+        return locate_lines(parts, ends, begin, 1 if begin == _START else begin.line - begin.row)
+    (file,), starts = parts[0].files, [part.start or 0 for part in parts[1:]]
+    stop, marks = parts[-1].stop or 0, [begin]
+    with open_part(source, file, begin.byte, stop) as raw:
+        byte = begin.byte
+        if begin == _START and raw.peek(3).startswith(codecs.BOM_UTF8):
+            byte += len(raw.read(len(codecs.BOM_UTF8)))
+        # A character a byte: rows end at the same ones in all encodings that are cut.
+        text = io.TextIOWrapper(raw, "latin-1", newline="")
+        dialect = _dialect(source, file)
+        lines = _Lines(text, source.spec.max_text_bytes, dialect, begin.line)
+        reader = csv.reader(lines, **dialect, strict=True)
+        try:
+            if begin == _START:
+                next(reader, None)
+            for row in itertools.count(begin.row):
+                at = byte + lines.num_characters
+                while len(marks) <= len(starts) and at >= starts[len(marks) - 1]:
+                    marks.append(Mark(at, row, lines.num_lines))
+                if len(marks) > len(starts):
+                    break
+                lines.begin_row()
+                with contextlib.suppress(csv.Error):
+                    next(reader)
+        except StopIteration:
+            pass
+        except (BadRow, csv.Error):
+            # A row that is too large by its bytes, and may not be by its characters; or no header.
+            marks = [begin]
+    return with_marks(parts, marks + [Mark(stop, 0, 0)] * (len(parts) + 1 - len(marks)))
 
 
 def _dialect(source: Source, file: File) -> dict[str, Any]:
@@ -221,4 +308,7 @@ CSV = Format(
     more_suffixes=(".txt", ".tab", ".txt.gz"),
     rows=read_csv,
     schema=csv_schema,
+    cut=cut_csv,
+    count=count_csv,
+    locate=locate_csv,
 )

@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from fmembed.sources.formats.base import MAX_VALUES, Format, looked_at, over_files
 from fmembed.sources.formats.lines import read_lines
-from fmembed.sources.source import File, RawRow, Rejection, Shard, Source
+from fmembed.sources.formats.ranges import Ends, count_ends, cut_bytes, locate_lines
+from fmembed.sources.source import File, Mark, RawRow, Rejection, Shard, Source
 from fmembed.sources.types import is_bounded
 
 # What the columns' types are taken from.
@@ -20,9 +21,9 @@ _SAMPLE_ROWS = 10_000
 _SAMPLE_BYTES = 32 * 2**20
 
 
-def read_jsonl(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
+def read_jsonl(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
     wanted = source.spec.wanted
-    for i, line in _numbered_lines(source, file):
+    for i, line in _rows(source, shard, file):
         row = _parse(line, source)
         if isinstance(row, dict):
             row = {c: row[c] for c in wanted if c in row}
@@ -40,7 +41,7 @@ def _file_schema(source: Source, file: File, max_rows: int, max_bytes: int) -> p
     objects: list[dict[str, Any]] = []
     num_bytes, hint = 0, ""
     try:
-        for _, line in itertools.islice(_numbered_lines(source, file), max_rows):
+        for _, line in itertools.islice(_rows(source, Shard(), file), max_rows):
             if isinstance(line, bytes) and line.lstrip().startswith(b"["):
                 hint = "; a line begins an array, where there should be one object a line"
             row = _parse(line, source)
@@ -57,9 +58,9 @@ def _file_schema(source: Source, file: File, max_rows: int, max_bytes: int) -> p
     return _infer_schema(objects, source.spec.wanted)
 
 
-def _numbered_lines(source: Source, file: File) -> Iterator[tuple[int, bytes | int]]:
+def _rows(source: Source, shard: Shard, file: File) -> Iterator[tuple[int, bytes | int]]:
     """Number and content of each line that is not blank; its length, where it is too long."""
-    for i, line in enumerate(read_lines(source, file)):
+    for i, line in read_lines(source, shard, file):
         if isinstance(line, int) or (line and not line.isspace()):
             yield i, line
 
@@ -135,10 +136,17 @@ def _infer_type(values: list[Any]) -> pa.DataType:
         return pa.string()
 
 
+def _locate(_: Source, parts: Sequence[Shard], ends: Sequence[Ends], begin: Mark) -> list[Shard]:
+    return locate_lines(parts, ends, begin)
+
+
 JSONL = Format(
     name="jsonl",
     suffixes=(".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst"),
     more_suffixes=(".json", ".json.gz", ".json.zst", ".txt"),
     rows=read_jsonl,
     schema=jsonl_schema,
+    cut=lambda _, fs, file: cut_bytes(fs, file),
+    count=count_ends,
+    locate=_locate,
 )

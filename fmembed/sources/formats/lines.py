@@ -7,23 +7,23 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from fsspec.utils import infer_compression
-
 from fmembed.sources.formats.base import READ_BYTES
-from fmembed.sources.source import File, Source
+from fmembed.sources.formats.ranges import open_shard
+from fmembed.sources.source import File, Shard, Source
 
 
-def read_lines(source: Source, file: File) -> Iterator[bytes | int]:
-    """A file's lines, unfolded, as bytes without their ends or a mark of the byte order.
+def read_lines(source: Source, shard: Shard, file: File) -> Iterator[tuple[int, bytes | int]]:
+    """A file's lines with their numbers, unfolded, as bytes without their ends or a mark of the
+    byte order; of a part of one those that begin in it.
 
     Of one longer than `source.max_text_bytes` only its length: a megabyte of gzip may hold a line
     of a gigabyte, and no more of it is kept than is allowed.
     """
-    with source.fs.open(file.path, "rb", compression=infer_compression(file.name)) as handle:
-        for i, line in enumerate(_lines(handle, source.spec.max_text_bytes)):
+    with open_shard(source, shard, file) as handle:
+        for i, line in enumerate(_lines(handle, source.spec.max_text_bytes), shard.first_row):
             if i == 0 and isinstance(line, bytes):
                 line = line.removeprefix(codecs.BOM_UTF8)
-            yield line
+            yield i, line
 
 
 def _lines(handle: Any, most: int) -> Iterator[bytes | int]:

@@ -32,6 +32,7 @@ from fmembed.sources.formats.unfolding import (
 )
 from fmembed.sources.source import BadRow, File, RawRow, Shard, Source
 from fmembed.sources.types import Unreadable
+from fmembed.spec import SourceSpec
 
 _SHARD_BYTES = 64 * 2**20
 SHARD_ROWS = 50_000
@@ -80,7 +81,7 @@ def parquet_schema(source: Source, file: File) -> pa.Schema:
         return pq.read_schema(handle)
 
 
-def cut_row_groups(fs: Any, file: File) -> list[Shard]:
+def cut_row_groups(_: SourceSpec, fs: Any, file: File) -> list[Shard]:
     """Cut a Parquet file at row groups, about 64 MiB or 50,000 rows a shard."""
     try:
         check_regular(fs, file.path)
@@ -95,7 +96,8 @@ def cut_row_groups(fs: Any, file: File) -> list[Shard]:
         num_bytes += metadata.row_group(i).total_byte_size
         last = i + 1 == metadata.num_row_groups
         if num_rows and (num_rows >= SHARD_ROWS or num_bytes >= _SHARD_BYTES or last):
-            shards.append(Shard((file,), start, i + 1, first_row, num_rows))
+            size = file.size * num_rows // metadata.num_rows
+            shards.append(Shard((file,), start, i + 1, first_row, num_rows, size=size))
             start, first_row, num_rows, num_bytes = i + 1, first_row + num_rows, 0, 0
     return shards
 

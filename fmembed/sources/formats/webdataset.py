@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import io
 import itertools
 import lzma
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import pyarrow as pa
 
 from fmembed.sources.formats.base import Format, over_files
-from fmembed.sources.source import File, RawRow, Rejection, Shard, Source
+from fmembed.sources.formats.ranges import cut_bytes, open_shard, with_marks
+from fmembed.sources.source import File, Mark, RawRow, Rejection, Shard, Source
 from fmembed.spec import SourceSpec
 
 _SAMPLE_ROWS, _SAMPLE_MEMBERS = 10, 10_000
@@ -24,15 +26,16 @@ _TEXTS = ("txt", "text", "caption")
 _MAX_HEADER_BYTES = 2**20
 
 
-def read_webdataset(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
-    """Samples of a tar file: members of one name, a column for each extension.
+def read_webdataset(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
+    """Samples of a tar file, or of a part of one: members of one name, a column for each extension.
 
     Read as a stream: nothing is extracted, so that a member's name is never a path, and a link
     never leads anywhere.
     """
     wanted = frozenset(source.spec.wanted)
-    num_samples = 0
-    for key, members in itertools.groupby(_members(source, file, wanted), key=lambda m: m[0]):
+    num_samples = shard.first_row
+    found = _members(source, shard, file, wanted)
+    for key, members in itertools.groupby(found, key=lambda m: m[0]):
         row: dict[Any, Any] = {"__key__": key}
         fate: Rejection | None = None
         seen: set[str] = set()
@@ -55,19 +58,58 @@ def read_webdataset(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
                 message = f"member {key}.{name}: {member.size:,} bytes, more than {most:,}"
                 fate = "row too large", message
             else:
-                content = archive.extractfile(member)
-                assert content is not None
-                found = content.read()
+                opened = archive.extractfile(member)
+                assert opened is not None
+                content = opened.read()
                 # A label or caption ends as the file that it was in did: with a line's end.
-                row[name] = found if name == source.spec.input else found.strip()
+                row[name] = content if name == source.spec.input else content.strip()
         num_samples += 1
         for i in range(first, num_samples):
             yield f"{file.name}#{i}", fate or row
 
 
+def cut_tar(_: SourceSpec, fs: Any, file: File) -> list[Shard]:
+    """Cut a file that is not compressed, whatever it is called."""
+    return cut_bytes(fs, file, lambda head: not head.startswith(tuple(_UNFOLD)))
+
+
+def locate_tar(
+    source: Source, parts: Sequence[Shard], _: Sequence[Any], begin: Mark
+) -> list[Shard]:
+    """Where samples begin: only one header after another tells; what is between is not read.
+
+    Of an archive that breaks off, or that has headers for all that follows, the rest is one part.
+    """
+    (file,), starts = parts[0].files, [part.start or 0 for part in parts[1:]]
+    stop, marks = parts[-1].stop or 0, [begin]
+    wanted, num_samples = frozenset(source.spec.wanted), begin.row
+    seen: set[str] = set()
+    last: str | None = None
+    with contextlib.suppress(tarfile.TarError), source.fs.open(file.path, "rb") as raw:
+        raw.seek(begin.byte)
+        header = type("_Header", (_Header,), {})
+        with tarfile.open(fileobj=raw, mode="r:", tarinfo=header, ignore_zeros=True) as archive:
+            for key, name, member in _walk(archive, wanted):
+                if key != last:
+                    if header.num_global:  # type: ignore[attr-defined]
+                        marks = [begin]
+                        break
+                    while len(marks) <= len(starts) and member.offset >= starts[len(marks) - 1]:
+                        marks.append(Mark(member.offset, num_samples, 0))
+                    if len(marks) > len(starts):
+                        break
+                    num_samples += 1
+                    last, seen = key, set()
+                if name in wanted and name in seen:  # as in `read_webdataset`
+                    num_samples += 1
+                    seen.clear()
+                seen.add(name)
+    return with_marks(parts, marks + [Mark(stop, 0, 0)] * (len(parts) + 1 - len(marks)))
+
+
 def webdataset_schema(source: Source, file: File) -> pa.Schema:
     wanted = frozenset(source.spec.wanted)
-    members = itertools.islice(_members(source, file, wanted), _SAMPLE_MEMBERS)
+    members = itertools.islice(_members(source, Shard(), file, wanted), _SAMPLE_MEMBERS)
     samples = itertools.groupby(members, key=lambda found: found[0])
     names: dict[str, None] = {}
     try:
@@ -85,19 +127,22 @@ def _is_text(spec: SourceSpec, _: pa.Schema) -> bool:
 
 
 def _members(
-    source: Source, file: File, wanted: frozenset[str]
+    source: Source, shard: Shard, file: File, wanted: frozenset[str]
 ) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.TarFile]]:
     """Key and extension of each member, and where to read it before the next one is asked for.
-
-    Extensions are in lower case, but for one that is wanted as it stands. What a Mac adds to an
-    archive (`._name`, `__MACOSX`) and other hidden files are left out, as `webdataset` does: they
-    stand between the members of a sample.
 
     Raises:
         tarfile.ReadError: It breaks off, or something in it is no archive.
     """
-    with source.fs.open(file.path, "rb") as raw:
-        buffered = io.BufferedReader(raw)
+    is_last = shard.marks is None or shard.marks[1].byte == file.size
+    if shard.marks is None:  # unfolded by what it is, not by what it is called
+        opened = source.fs.open(file.path, "rb")
+    elif shard.marks[0].byte < shard.marks[1].byte:
+        opened = open_shard(source, shard, file)
+    else:
+        return
+    with opened as raw:
+        buffered = raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)
         start = buffered.peek(3)
         # Unfolded here, a little at a time: tarfile unfolds ten kilobytes at once, which may become
         # gigabytes.
@@ -106,17 +151,30 @@ def _members(
         # Beyond its end mark too: archives are put together with `cat`.
         header = type("_Header", (_Header,), {})
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=header, ignore_zeros=True) as archive:
-            while (member := archive.next()) is not None:
-                # tarfile would keep the header of every member.
-                archive.members = []  # type: ignore[attr-defined]
-                archive.pax_headers = {}
-                folder, _, base = member.name.rpartition("/")
-                if not member.isdir() and not base.startswith(".") and "__MACOSX" not in folder:
-                    stem, _, name = base.partition(".")
-                    name = name if name in wanted else name.lower()
-                    yield f"{folder}/{stem}" if folder else stem, name, member, archive
-        if not header.num_ends:  # type: ignore[attr-defined]
+            for key, name, member in _walk(archive, wanted):
+                yield key, name, member, archive
+        if is_last and not header.num_ends:  # type: ignore[attr-defined]
             raise tarfile.ReadError("the archive has no end mark: it may be cut short")
+
+
+def _walk(
+    archive: tarfile.TarFile, wanted: frozenset[str]
+) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Key and extension of each member.
+
+    Extensions are in lower case, but for one that is wanted as it stands. What a Mac adds to an
+    archive (`._name`, `__MACOSX`) and other hidden files are left out, as `webdataset` does: they
+    stand between the members of a sample.
+    """
+    while (member := archive.next()) is not None:
+        # tarfile would keep the header of every member.
+        archive.members = []  # type: ignore[attr-defined]
+        archive.pax_headers = {}
+        folder, _, base = member.name.rpartition("/")
+        if not member.isdir() and not base.startswith(".") and "__MACOSX" not in folder:
+            stem, _, name = base.partition(".")
+            name = name if name in wanted else name.lower()
+            yield f"{folder}/{stem}" if folder else stem, name, member
 
 
 _UNFOLD: dict[bytes, Callable[[Any], Any]] = {
@@ -127,11 +185,11 @@ _UNFOLD: dict[bytes, Callable[[Any], Any]] = {
 class _Header(tarfile.TarInfo):
     """A tar header; of one that is followed by its own extension the length is looked at first.
 
-    `num_ends` counts the blocks of an end mark that came after the last member, of the one archive
-    that a subclass is for.
+    `num_ends` counts the blocks of an end mark that came after the last member, `num_global` the
+    headers that are for all that follows, of the one archive that a subclass is for.
     """
 
-    num_ends = 0
+    num_ends = num_global = 0
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -144,6 +202,7 @@ class _Header(tarfile.TarInfo):
                 raise tarfile.ReadError(f"what should be a member is none: {e}") from None
             raise
         cls.num_ends = 0
+        cls.num_global += header.type == tarfile.XGLTYPE
         if header.type in _EXTENSIONS and header.size > _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {header.size:,} bytes")
         return header
@@ -161,4 +220,7 @@ WEBDATASET = Format(
     rows=read_webdataset,
     schema=over_files(webdataset_schema),
     is_text=_is_text,
+    cut=cut_tar,
+    count=lambda *_: None,
+    locate=locate_tar,
 )

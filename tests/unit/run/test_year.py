@@ -17,13 +17,20 @@ from weeks import Killed, Year, killed_at
 import fmembed
 from fmembed.inputs import open_inputs
 from fmembed.run.refresh import Refresh
+from fmembed.sources.formats import ranges
 from fmembed.table.lock import Lock
 from fmembed.table.table import Table
 
 pytestmark = pytest.mark.slow
 
 
-def test_weeks_of_changes_copies_kills_and_an_emptied_source(tmp_path: Path, minilm: Path) -> None:
+@pytest.mark.parametrize("part_bytes", [None, 500])
+def test_weeks_of_changes_copies_kills_and_an_emptied_source(
+    part_bytes: int | None, tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of files that are read whole, and of such that are read in parts."""
+    if part_bytes is not None:
+        monkeypatch.setattr(ranges, "PART_BYTES", part_bytes)
     year = Year(tmp_path / "year", str(tmp_path / "table"), str(minilm), num_rows=150, seed=1)
     year.run(0)
     for week, what in enumerate(["refresh", "killed", "emptied", "embed", "killed", "refresh"], 1):

@@ -418,7 +418,7 @@ class Sized(int):
 def test_planning_looks_at_each_file_once(format_: Format) -> None:
     files = [File(f"/x/{i:06}", f"{i:06}", Sized(100)) for i in range(20_000)]
     Sized.looks = 0
-    shards = list(plan_shards(format_, None, files))
+    shards = list(plan_shards(SourceSpec(uri="x"), format_, None, files))
     assert Sized.looks == len(files)
     assert [f for s in shards for f in s.files] == files
     assert max(len(s.files) for s in shards) <= 512
