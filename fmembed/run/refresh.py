@@ -13,30 +13,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import ray
 import ray.exceptions
 
 from fmembed.inputs import Inputs
-from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.run import buckets
 from fmembed.run.buckets import Bucket, Drawn, Summary
 from fmembed.run.commits import Staging
 from fmembed.run.faults import TASK_DEATHS, root_cause
 from fmembed.run.locating import ends_on_record, locate
+from fmembed.run.new_version import NewVersion
 from fmembed.run.work import Work, unread_shards
 from fmembed.sources.picks import Chosen
 from fmembed.sources.source import Mark, Shard
 from fmembed.table.copies import fill_copies
 from fmembed.table.diff import Rules
-from fmembed.table.files import REJECTED, RUN, WRITE, Part
+from fmembed.table.files import Part
 from fmembed.table.keys import KeyRows
 from fmembed.table.known import KnownRows
 from fmembed.table.lock import Lock
 from fmembed.table.parts import Written
 from fmembed.table.records import Commit, WholeShard
-from fmembed.table.rewriting import Held, plan_rewriting, rewrite
-from fmembed.table.table import Table
+from fmembed.table.rewriting import Held
 
 _MAX_RETRIES = 3
 # Shards are read by so many tasks at most, so that what one of them has for a bucket is no mere
@@ -333,7 +331,7 @@ class Refresh:
         both = (summary.rows.tolist(), summary.live.tolist())
         named = zip(known.paths, parts, *both, strict=True)
         held = [Held(*each) for each in named]
-        new = _NewVersion(self._table, known, held, run_id, lock)
+        new = NewVersion(self._table, known, held, run_id, lock)
         new.rewrite([dead for _, _, dead in refs], self._inputs.spec.output.part_bytes)
         shards = [shard.key for shard in self._inputs.source.shards]
         new.write_keys([stays for _, stays, _ in refs], shards)
@@ -363,111 +361,6 @@ class Refresh:
         return shard.marks[1] if shard.marks is not None else self._ends.get(shard.key or "")
 
 
-class _NewVersion:
-    """The parts that a new version is made of: written, and in the end committed."""
-
-    def __init__(
-        self, table: Table, known: KnownRows, held: Sequence[Held], run_id: str, lock: Lock
-    ) -> None:
-        self._table, self._known, self._held = table, known, held
-        self._run_id, self._lock = run_id, lock
-        card = table.card()
-        assert card is not None
-        self._vectors = tuple(card.outputs)
-        self._configuration = card.to_configuration()
-        # By the number of a part the path of the one that has its rows now.
-        self._path_of = [h.path for h in held]
-        self._made: dict[str, Part] = {}
-        self.num_rewritten = 0
-        self._key_files: list[str] = []
-
-    def rewrite(self, dead: Sequence[Any], part_bytes: int) -> None:
-        """Write the parts anew of which rows are gone, and those that are many and small.
-
-        Args:
-            dead: References to the rows that are gone, by bucket.
-            part_bytes: How large a part may become.
-        """
-        number_of = {h.path: i for i, h in enumerate(self._held)}
-        groups = [
-            group
-            for is_rejected in (False, True)
-            for group in plan_rewriting(
-                [h for h in self._held if h.path.startswith(REJECTED) == is_rejected], part_bytes
-            )
-        ]
-        task = ray.remote(max_retries=_MAX_RETRIES)(_rewrite)
-        refs = []
-        for i, group in enumerate(groups):
-            stamp = {**self._configuration, RUN: self._run_id, WRITE: f"rewrite-{i}"}
-            wanted = {number_of[h.path]: h.path for h in group if h.live < h.rows}
-            given = (self._table.uri, group, self._vectors, stamp, wanted)
-            refs.append(task.remote(*given, *(dead if wanted else ())))
-        for group, part in zip(groups, ray.get(refs), strict=True):
-            folder = REJECTED if group[0].path.startswith(REJECTED) else ""
-            self._made[folder + part.path] = part
-            for h in group:
-                self._path_of[number_of[h.path]] = folder + part.path
-                self.num_rewritten += h.path in self._known.parts
-
-    @property
-    def _current(self) -> list[str]:
-        """The paths of the new version's parts."""
-        live = (path for path, h in zip(self._path_of, self._held, strict=True) if h.live)
-        return list(dict.fromkeys(live))
-
-    @property
-    def added(self) -> dict[str, Part]:
-        """The parts that the newest version has not yet, by their paths."""
-        every = {h.path: h.part for h in self._held} | self._made
-        return {path: every[path] for path in self._current if path not in self._known.parts}
-
-    def write_keys(self, live: Sequence[Any], shards: Sequence[str | None]) -> None:
-        """Write the keys of the new version's rows, a file a bucket."""
-        current = self._current
-        number_of = {path: i for i, path in enumerate(current)}
-        part_of = np.array([number_of.get(path, -1) for path in self._path_of], dtype=np.int32)
-        version = (self._table.version() or 0) + 1
-        total = sum(h.live for h in self._held)
-        task: Any = ray.remote(max_retries=_MAX_RETRIES)(buckets.write_keys)
-        told = (self._table.uri, self._run_id)
-        shared = [ray.put(each) for each in (part_of, current, shards)]
-        refs = [
-            task.remote(*told, (i, len(live)), total, version, rows, *shared)
-            for i, rows in enumerate(live)
-        ]
-        self._key_files = [path for path in ray.get(refs) if path is not None]
-
-    def commit(self) -> Commit:
-        """Commit the rejected rows, then the others, each at once; nothing where nothing is new."""
-        made: dict[str, Any] = {
-            "rows_version": self._table.rows.version(),
-            "rejected_version": self._table.rejected.version(),
-        }
-        current, added = set(self._current), self.added
-        gone = {path: part for path, part in self._known.parts.items() if path not in current}
-        # Rejections first: see `Commits`.
-        for name, log, folder in (
-            ("rejected", self._table.rejected, REJECTED),
-            ("rows", self._table.rows, ""),
-        ):
-            new = [p for path, p in added.items() if path.startswith(REJECTED) == bool(folder)]
-            old = [p for path, p in gone.items() if path.startswith(REJECTED) == bool(folder)]
-            if new or old:
-                self._lock.check()
-                schema = REJECTED_SCHEMA if folder else log.schema()
-                transaction = (self._run_id, 0)
-                version = log.commit(new, schema, self._configuration, transaction, old)
-                made |= {name: 0, f"{name}_version": version}
-        return Commit(run=self._run_id, **made)
-
-    def clean_up(self, commit: Commit, whole: Sequence[WholeShard]) -> None:
-        """Put on record which shards are whole, and delete what these records stand for by now."""
-        self._table.supersede_shards(commit, whole)
-        self._table.drop_staged()
-        self._table.key_files.keep_only(self._key_files)
-
-
 def _add_up(summaries: Sequence[Any]) -> Summary:
     """The sum of what references lead to: by tasks, as each counts all parts and shards."""
     task = ray.remote(max_retries=_MAX_RETRIES)(buckets.add_up)
@@ -489,14 +382,3 @@ def _fill(
     part_bytes: int,
 ) -> tuple[list[Written], list[KeyRows]]:
     return fill_copies(uri, vectors, stamp, [copies], holders, parts, num_old, part_bytes)
-
-
-def _rewrite(
-    uri: str,
-    group: Sequence[Held],
-    vectors: tuple[str, ...],
-    stamp: dict[str, str],
-    wanted: Mapping[int, str],
-    *dead: KeyRows,
-) -> Part:
-    return rewrite(uri, group, vectors, stamp, buckets.list_dead(wanted, *dead))

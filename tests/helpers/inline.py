@@ -21,6 +21,7 @@ from fmembed.prepare.stage import Preprocess
 from fmembed.result import RunResult
 from fmembed.run import commits as commits_module
 from fmembed.run import locating as locating_module
+from fmembed.run import new_version as new_version_module
 from fmembed.run import refresh as refresh_module
 from fmembed.run.commits import Commits, Staging
 from fmembed.run.record import Run
@@ -66,7 +67,7 @@ INLINE = SimpleNamespace(
 def inline_ray() -> Iterator[None]:
     """For this long what the driver starts as tasks runs in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (commits_module, locating_module, refresh_module):
+        for module in (commits_module, locating_module, new_version_module, refresh_module):
             patch.setattr(module, "ray", INLINE)
         yield
 

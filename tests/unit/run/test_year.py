@@ -141,6 +141,30 @@ class Refreshes(RuleBasedStateMachine):
         inline.embed(self.year.spec, self.year.stage, self.run_id())
         self.see()
 
+    @rule(keep=st.integers(1, 3), purge=st.booleans())
+    def vacuum(self, keep: int, purge: bool) -> None:
+        """What is kept is whole, and no part is there that only another version names."""
+        if Table(self.year.table).card() is None:
+            return
+        fmembed.vacuum(
+            self.year.table,
+            keep_days=0,
+            keep_versions=1 if purge else keep,
+            purge=purge,
+        )
+        self.see()
+        log, kept = Table(self.year.table).rows, 1 if purge else keep
+        whole = [v for v in fmembed.versions(self.year.table) if v.is_whole]
+        newest = sorted((v.version for v in whole), reverse=True)[:kept]
+        named = {part.path for version in newest for part in log.parts(version)}
+        # Besides, what a refresh has staged that was killed, and what an embed has not committed.
+        table = Table(self.year.table)
+        named |= set(table.known(with_staged=True).staged)
+        named |= {path for log, path in table.strays() if log.uri == table.rows.uri}
+        assert {path.name for path in Path(self.year.table).glob("part-*")} == named
+        for version in newest:
+            assert fmembed.read(self.year.table, version).num_rows >= 0
+
     @rule()
     def look(self) -> None:
         """A driver looks, and sleeps through its own heartbeat."""
@@ -178,7 +202,7 @@ Refreshes.TestCase.settings = settings(
     max_examples=5,
     derandomize=True,
     database=None,
-    stateful_step_count=12,
+    stateful_step_count=14,
     phases=[Phase.explicit, Phase.generate],
     report_multiple_bugs=False,
     deadline=None,
