@@ -138,10 +138,11 @@ def refresh(
     from fmembed.table.versions import tidy
 
     with Cluster(verbose) as cluster:
+        began = time.monotonic()
         cluster.connect()
         inputs = inputs or open_inputs(spec, may_be_empty=True)
         table, line = inputs.table, Refresh(inputs, allow_removals)
-        run = Run(inputs, lambda _: line.find_work())
+        run = Run(inputs, lambda _: line.find_work(), began)
         with Lock(table.storage, run.id) as lock:
             table.clean_up(inputs.identity, run.id, retry_rejected=False)
             stopped = None
@@ -195,6 +196,8 @@ def plan(
         FmembedError: Anything else.
     """
     _check_allowed(allow_removals)
+    if allow_removals is not None and not refresh:
+        raise SpecError("allow_removals: only a refresh removes rows; ask for the plan of one")
     inputs = None if joins_cluster() else open_inputs(spec, may_be_empty=refresh)
     if inputs is not None and (forecast := plan_of_nothing(inputs, refresh)) is not None:
         return forecast
@@ -229,7 +232,7 @@ def plan_of_nothing(inputs: Inputs, refresh: bool) -> Forecast | None:
         table=table.uri,
         version=table.version(),
         rows_read=num_rows,
-        rows_unchanged=num_rows - table.num_rejected(),
+        rows_unchanged=max(num_rows - table.num_rejected(), 0),
         seconds=none,
         device_hours=none,
         parts_written=none,

@@ -188,7 +188,7 @@ class EndpointSpec(_Part):
     concurrency: int = Field(default=8, ge=1)
     max_retries: int = Field(default=6, ge=0)
     timeout_s: float = Field(default=60.0, gt=0)
-    usd_per_million_tokens: float | None = Field(default=None, ge=0)
+    usd_per_million_tokens: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
     @field_validator("base_url")
     @classmethod
@@ -309,8 +309,8 @@ class BudgetSpec(_Part):
     on. Never part of the fingerprint.
     """
 
-    device_hours: float | None = Field(default=None, gt=0)
-    cost: float | None = Field(default=None, gt=0)
+    device_hours: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    cost: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @property
     def is_set(self) -> bool:
@@ -329,7 +329,7 @@ class ComputeSpec(_Part):
     batch_tokens: int | Literal["auto"] = "auto"
     window_rows: int | Literal["auto"] = "auto"
     budget: BudgetSpec = BudgetSpec()
-    price_per_device_hour: float | None = Field(default=None, ge=0)
+    price_per_device_hour: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
     @field_validator("actors")
     @classmethod

@@ -43,16 +43,16 @@ def fetch_inputs(
     ids = rows[PARENT_ID if by_piece else "row_id"].to_pylist()
     wanted = ray.put(RowIds(keys_of(dict.fromkeys(ids))))
     fetch = ray.remote(num_cpus=1)(_fetch_shard)
-    found: dict[str, tuple[str, Any]] = {}
+    # Two rows may have one id, of which the table has one.
+    found: dict[tuple[str, str], Any] = {}
     described = ray.put(source.without_shards)
     for pairs in ray.get([fetch.remote(described, shard, wanted) for shard in uncut(source)]):
         found.update(pairs)
     inputs = []
     for row_id, content_hash in zip(ids, rows["content_hash"].to_pylist(), strict=True):
-        known_hash, value = found.get(row_id, ("", None))
-        if known_hash != content_hash:
+        if (row_id, content_hash) not in found:
             return None, None, "the source has changed since"
-        inputs.append(value)
+        inputs.append(found[row_id, content_hash])
     if card.modality == "text":
         return cut_inputs(inputs, rows) if by_piece else inputs, None, None
     if not inputs:
@@ -66,8 +66,9 @@ def cut_inputs(texts: list[str | None], rows: pa.Table) -> list[str | None]:
     return [(t or "")[start:stop] for t, (start, stop) in zip(texts, spans, strict=True)]
 
 
-def _fetch_shard(source: Source, shard: Shard, wanted: RowIds) -> dict[str, tuple[str, Any]]:
-    found = {}
+def _fetch_shard(source: Source, shard: Shard, wanted: RowIds) -> dict[tuple[str, str], Any]:
+    """Inputs by id and content."""
+    found: dict[tuple[str, str], Any] = {}
     for rows in read_shard(source, shard, 0):
         rows = rows.filter(rows["_input"].is_valid())
         ids = rows["row_id"].to_pylist()
@@ -78,5 +79,5 @@ def _fetch_shard(source: Source, shard: Shard, wanted: RowIds) -> dict[str, tupl
             name, features = probes.CHEAP[source.modality](values)
             values = [(name, f) for f in features]
         for i, value in zip(here.tolist(), values, strict=True):
-            found[ids[i]] = (rows["content_hash"][i].as_py(), value)
+            found[ids[i], rows["content_hash"][i].as_py()] = value
     return found

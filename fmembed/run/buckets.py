@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fmembed.rows.columns import CONTENT_HASH
-from fmembed.rows.found import BAD, COPY, DONE, EMBED, GOOD, KEPT, REST, FoundRows
+from fmembed.rows.found import BAD, COPY, DONE, EMBED, GOOD, KEPT, REJECT, REST, FoundRows
 from fmembed.rows.ids import Keys, RowIds, contents_of, keys_of
 from fmembed.run.apart import read_apart
 from fmembed.sources.picks import ChosenRows
@@ -112,9 +112,12 @@ def plan_bucket(given: Bucket, bucket: int, *found: FoundRows) -> tuple[Summary,
 
 
 def plan_new(given: Bucket, bucket: int, *found: FoundRows) -> tuple[Summary, ChosenRows]:
-    """As `plan_bucket`, for a run that only adds rows: of ids that the table has not embedded."""
+    """As `plan_bucket`, for a run that only adds rows: of ids that the table has neither embedded
+    nor rejected, unless as another row's.
+    """
     (stored, _), rows, fates, summary = _compare(given, bucket, found)
-    is_old = (stored.places < len(given.known.parts)) & (stored.kinds == _EMBEDDED)
+    is_known = np.isin(stored.kinds, (_EMBEDDED, _REJECTED, _REST))
+    is_old = (stored.places < len(given.known.parts)) & is_known
     is_new = ~np.isin(fates, (DONE, KEPT)) & ~RowIds(stored.ids[is_old]).contains(rows.ids)
     return summary, ChosenRows(rows[is_new], fates[is_new])
 
@@ -144,7 +147,7 @@ def _compare(
     live = compared.live
     stored = _as_now(stored, rows, compared.stands_for)
     is_left = (rows.places < 0) & ~np.isin(compared.fates, (DONE, KEPT))
-    is_again = np.isin(compared.fates, (EMBED, COPY))
+    is_again = np.isin(compared.fates, (EMBED, COPY, REJECT))
     is_replaced = is_old & live & RowIds(rows.ids[is_again]).contains(stored.ids)
     summary = Summary(
         counts=compared.counts,
@@ -242,13 +245,15 @@ class Drawn:
     """What is to be done, and some of the rows that the model is to see.
 
     `fates` counts the rows of each fate, `num_fanned_out` those to copy whose content the model is
-    to see of another row; `shards` are the numbers of the shards that they are in.
+    to see of another row; `shards` are the numbers of the shards that they are in. `times` says how
+    often each shard was drawn whose rows were, None where rows were drawn from all.
     """
 
     sample: ChosenRows
     fates: Mapping[int, int]
     num_fanned_out: int
     shards: Sequence[int]
+    times: Mapping[int, int] | None
 
 
 def draw(num_rows: int, num_shards: int, *chosen: ChosenRows) -> Drawn:
@@ -267,12 +272,14 @@ def draw(num_rows: int, num_shards: int, *chosen: ChosenRows) -> Drawn:
     is_seen = RowIds(rows.contents[at]).contains(rows.contents[fates == COPY])
     draws = np.random.default_rng(0)
     shards, sizes = np.unique(rows.shards[at], return_counts=True)
+    times: dict[int, int] | None = None
     if len(shards) > num_shards:
-        # Each with the likelihood of its size, and of each as many: so all rows are as likely.
+        # Each with the likelihood of its size: the mean of their means is that of all rows.
         some = draws.choice(shards, num_shards, p=sizes / sizes.sum())
+        times = Counter(some.tolist())
         at = np.concatenate([
             draws.permutation(at[rows.shards[at] == shard])[: n * num_rows // num_shards]
-            for shard, n in zip(*np.unique(some, return_counts=True), strict=True)
+            for shard, n in times.items()
         ])  # fmt: skip
     at = np.sort(draws.permutation(at)[:num_rows])
     return Drawn(
@@ -280,6 +287,7 @@ def draw(num_rows: int, num_shards: int, *chosen: ChosenRows) -> Drawn:
         fates=Counter(fates.tolist()),
         num_fanned_out=int(is_seen.sum()),
         shards=np.unique(rows.shards).tolist(),
+        times=times,
     )
 
 

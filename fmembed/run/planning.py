@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,14 +34,22 @@ from fmembed.table.records import read_runs
 from fmembed.table.rewriting import Held, plan_rewriting
 
 # Of the rows that the model would see so many are drawn, from so many shards.
-_SAMPLE_ROWS, _SAMPLE_SHARDS = 1000, 64
+_SAMPLE_ROWS, _SAMPLE_SHARDS = 1000, 250
+# Rows of a window of a GPU that is not there: as of texts of 256 tokens.
+_GPU_WINDOW = 4096
+# What an actor takes to begin, where it is to embed nothing and nobody has tried.
+_LOAD_S = Range(5.0, 1.0, 30.0)
+# Rows that are committed at once, at least: a window of the smallest.
+_LEAST_COMMITTED = 16
 # Units by modality; of a server's texts nobody else knows the tokens.
 _UNITS = {"text": "tokens", "image": "patches", "audio": "sound seconds"}
 _TOKENS_PER_CHARACTER = Range(1 / 4, 1 / 6, 1 / 2)
 # Runs on record that tell the rate: the newest ones, in which each actor was at work for so long.
 _RUNS, _LEAST_S = 5, 2.0
+# More than a run has of them.
+_MOST_UNITS, _MOST_S = 2**60, 1e10
 # How far times are off at least: of the same work on a quiet machine, once and once more.
-_MEASURED, _RECORDED, _STARTED, _GUESSED = 0.1, 0.05, 0.2, 0.4
+_MEASURED, _RECORDED, _STARTED, _GUESSED = 0.1, 0.05, 0.3, 0.5
 # What a run takes besides Ray's start, the start of its actors and its work: planning, the first
 # window's way, the last commit. And bytes a second of parts that are written anew (1.4 GB in 13 s
 # by two cores).
@@ -88,13 +96,16 @@ def make_plan(
     shards = [(i, line.shards[i]) for i in numbers]
     sampled = trial.draw(source, shards, seen.drawn.sample, checkpoint, inputs.spec.preprocess)
     plan = _place(inputs, seen) if num_embed else None
-    per_row = _mean(sampled, num_embed, is_clustered=len(seen.drawn.shards) > _SAMPLE_SHARDS)
+    per_row = _mean(sampled, num_embed, seen.drawn.times)
     units = per_row * (num_embed / _size(inputs))
     notes: list[str] = []
     pace = _find_pace(inputs, plan, seen, sampled, units, start_s, notes) if plan else None
     in_pieces = inputs.spec.preprocess.pieces_are_rows(checkpoint.modality)
     row_bytes = _row_bytes(seen, sampled, pace, in_pieces)
-    begin_s = pace.begin_s if pace is not None else start_s + _REST_S
+    moves_rows = bool(seen.drawn.fates)
+    begin_s = start_s + (_LOAD_S.value if moves_rows else 0) + _REST_S / 2
+    if pace is not None:
+        begin_s = pace.begin_s
     stages = {"start": Range.exactly(begin_s).within(_STARTED)}
     if refreshes:  # before the work, and without reading after it
         stages["compare"] = Range.exactly(2 * seen.seconds - seen.scan_s).within(_STARTED)
@@ -114,19 +125,29 @@ def make_plan(
         seconds = Range.exactly(0)
     hours = cost = None
     if pace is not None and plan is not None:
-        hours = (pace.work_s + pace.load_s) * (plan.max_actors / 3600)
-    elif not num_embed:
-        hours = Range.exactly(0)
+        # Of few rows not every actor has a window.
+        num_windows = -(-(num_embed + num_copied) // plan.window_rows)
+        num_actors = max(min(plan.max_actors, num_windows), 1)
+        loads = Range.exactly(pace.load_s).within(_GUESSED) * num_actors
+        hours = (pace.work_s * plan.max_actors + loads) * (1 / 3600)
+    elif not num_embed:  # what has no vector, or another row's, goes the same way
+        hours = _LOAD_S * (1 / 3600) if moves_rows else Range.exactly(0)
     if checkpoint.endpoint is not None:
         cost = _price_tokens(inputs, units)
     elif hours is not None and (price := inputs.spec.compute.price_per_device_hour) is not None:
         cost = hours * price
+    share = _share_of_budget(inputs, hours, cost)
+    if share is not None and share.low < 1 and plan is not None:
+        notes.append(
+            f"a budget is looked at when a window of {plan.window_rows:,} rows comes out of the "
+            "model: smaller ones, by compute.window_rows, stop a run sooner"
+        )
     return Forecast(
         kind="refresh" if refreshes else "embed",
         table=inputs.table.uri,
         version=inputs.table.version(),
         rows_read=seen.rows_read,
-        rows_new=seen.counts["new"],
+        rows_new=seen.counts["new"] if refreshes else num_embed,
         rows_changed=seen.counts["changed"],
         rows_removed=seen.rows_removed,
         rows_withheld=seen.rows_withheld,
@@ -149,7 +170,7 @@ def make_plan(
         parts_rewritten=len(rewritten),
         bytes_rewritten=num_rewritten,
         withheld=seen.why_withheld if seen.rows_withheld else "",
-        share_of_budget=_share_of_budget(inputs, hours, cost),
+        share_of_budget=share,
         compute=asdict(plan) if plan is not None else {},
         notes=tuple(notes),
     )
@@ -184,7 +205,7 @@ def _place(inputs: Inputs, seen: Foreseen) -> Plan:
             num_threads=1,
             cpus_per_task=1.0,
             num_workers=1,
-            window_rows=1,
+            window_rows=_GPU_WINDOW,
             batch_tokens=spec.batch_tokens,
         )
 
@@ -197,7 +218,8 @@ def _runs(inputs: Inputs) -> Iterator[RunResult]:
             result = check_run(raw, inputs.table.uri)
         except TableError:  # it says nothing of how fast it was
             continue
-        if result.fingerprint == name and result.num_units and _actors(result):
+        is_counted = 0 < result.num_units < _MOST_UNITS
+        if result.fingerprint == name and is_counted and _actors(result):
             yield result
 
 
@@ -206,27 +228,33 @@ def _size(inputs: Inputs) -> int:
     return inputs.checkpoint.rate_hz or 1
 
 
-def _mean(sampled: Sampled, num_rows: int, is_clustered: bool) -> Range:
+def _mean(sampled: Sampled, num_rows: int, times: Mapping[int, int] | None) -> Range:
     """Units of a row, with two standard errors to both sides; exact where all rows were drawn.
 
     Args:
         sampled: What was drawn; what was rejected has none.
         num_rows: Of how many.
-        is_clustered: Whether only some of the shards were drawn from, whose rows may be alike.
+        times: How often each shard was drawn, whose rows may be alike; None where rows were drawn
+            from all.
     """
-    n = sampled.num_rows
+    n, units = sampled.num_rows, sampled.units
     if not n:
         return Range.exactly(0)
-    units = np.concatenate([sampled.units, np.zeros(sampled.num_rejected, dtype=np.int64)])
-    mean = float(units.mean())
-    if n >= num_rows:
-        return Range.exactly(mean)
-    off = float(units.std()) / math.sqrt(n) * math.sqrt(1 - n / num_rows)
-    if is_clustered:
-        _, of_shard = np.unique(sampled.shards, return_inverse=True)
-        by_shard = np.bincount(of_shard, weights=sampled.units - mean)
-        off = max(off, math.sqrt(float((by_shard**2).sum())) / n)
-    return Range(mean, max(mean - 2 * off, 0.0), mean + 2 * off)
+    if times is None and not sampled.is_cut:
+        mean = float(units.mean())
+        left = max(1 - n / num_rows, 0.0)
+        off = float(units.std()) / math.sqrt(n) * math.sqrt(left)
+        return Range(mean, max(mean - 2 * off, 0.0), mean + 2 * off)
+    shards, of_shard = np.unique(sampled.shards, return_inverse=True)
+    sizes = np.bincount(of_shard)
+    means = np.bincount(of_shard, weights=units) / sizes
+    weights = sizes if times is None else np.array([times[i] for i in shards.tolist()])
+    mean = float((weights * means).sum() / weights.sum())
+    off = mean  # of one shard nobody knows
+    if len(shards) > 1:
+        spread = math.sqrt(float(((weights * (means - mean)) ** 2).sum())) / weights.sum()
+        off = 2 * spread * math.sqrt(len(shards) / (len(shards) - 1))
+    return Range(mean, max(mean - off, 0.0), mean + off)
 
 
 def _rejected(sampled: Sampled, num_rows: int) -> Range:
@@ -234,6 +262,8 @@ def _rejected(sampled: Sampled, num_rows: int) -> Range:
     n, rejected = sampled.num_rows, sampled.num_rejected
     if n >= num_rows:
         return Range.exactly(rejected)
+    if not n:  # they have changed since they were counted
+        return Range(0, 0, num_rows)
     from scipy.stats import binomtest
 
     share = binomtest(rejected, n).proportion_ci()
@@ -286,12 +316,15 @@ def _is_like(compute: Mapping[str, Any], plan: Plan) -> bool:
 
 def _actors(run: RunResult) -> list[tuple[float, float, float]]:
     """Of each actor of a run the seconds for which it was loading, waiting and at work; of those
-    that ask a server the sum, as Ray counts it.
+    that ask a server the sum, as Ray counts it. None where that makes no sense.
     """
+    found = [(0.0, 0.0, run.stages[EMBED_STAGE]["busy_s"])] if EMBED_STAGE in run.stages else []
     if run.verdict:
-        return [(a["load_s"], a["wait_s"], a["busy_s"]) for a in run.verdict["actors"].values()]
-    busy_s = run.stages[EMBED_STAGE]["busy_s"] if EMBED_STAGE in run.stages else 0.0
-    return [(0.0, 0.0, busy_s)] if busy_s else []
+        actors = run.verdict["actors"].values()
+        found = [(a["load_s"], a["wait_s"], a["busy_s"]) for a in actors]
+    # Anybody may have written the record.
+    is_sane = all(0 <= seconds < _MOST_S for actor in found for seconds in actor)
+    return found if is_sane and sum(busy_s for *_, busy_s in found) > 0 else []
 
 
 def _mean_busy_s(run: RunResult) -> float:
@@ -306,7 +339,7 @@ def _remember(runs: Sequence[RunResult], plan: Plan, units: Range, size: int) ->
         held_s = sum(wait_s + busy_s for _, wait_s, busy_s in actors)
         unit_s.append(held_s / run.num_units * size)
         compared = (run.stages[name]["busy_s"] for name in (COMPARE, SETTLE) if name in run.stages)
-        begin_s.append(max(run.seconds - held_s / len(actors) - sum(compared), 0.0))
+        begin_s.append(max(min(run.seconds, _MOST_S) - held_s / len(actors) - sum(compared), 0.0))
         loads_s.append(sum(load_s for load_s, *_ in actors) / len(actors))
     both = Range(float(np.median(unit_s)), min(unit_s), max(unit_s)).within(_RECORDED)
     number = "a run" if len(runs) == 1 else f"{len(runs)} runs"
@@ -353,6 +386,7 @@ def _written(
     # A part is written when it is full, and at each commit.
     full = max(math.ceil(num_bytes.value / output.part_bytes), min(num_rows, 1))
     num_commits = _count_commits(output.commit_every_s, stages["model"]) if "model" in stages else 1
+    num_commits = min(num_commits, max(num_rows // _LEAST_COMMITTED, 1))
     num_new = max(full, num_commits if num_rows else 0) + bool(seen.drawn.fates.get(COPY, 0))
     new = [
         Held(f"new-{i}", Part("", int(num_bytes.value / num_new), num_rows // num_new), 1, 1)
@@ -374,8 +408,10 @@ def _written(
     return _Written(Range(num_parts, min(full, num_parts), most), num_bytes, rewritten)
 
 
-def _count_commits(every_s: Any, work_s: Range) -> int:
+def _count_commits(every_s: float | Literal["auto"], work_s: Range) -> int:
     """How often a run commits while it goes."""
+    if every_s != "auto":
+        return max(math.ceil(work_s.value / every_s), 1)
     at_s, count = 0.0, 1
     while (at_s := at_s + interval_s(every_s, at_s)) < work_s.value:
         count += 1

@@ -34,12 +34,18 @@ def _rounded(spent: Mapping[str, float]) -> dict[str, float]:
 class Run:
     """One run: its name, its clock, and what became of the rows."""
 
-    def __init__(self, inputs: Inputs, look: Callable[[Inputs], Work] = find_work) -> None:
+    def __init__(
+        self,
+        inputs: Inputs,
+        look: Callable[[Inputs], Work] = find_work,
+        began: float | None = None,
+    ) -> None:
         """Begin.
 
         Args:
             inputs: What it is of.
             look: Sees what is left to do.
+            began: When, by `time.monotonic`; None for now.
         """
         self._look = look
         self.id = uuid.uuid4().hex[:12]
@@ -47,7 +53,7 @@ class Run:
         self.server_dim = 0
         self._inputs = inputs
         self._started = datetime.now(UTC)
-        self._clock = time.monotonic()
+        self._clock = time.monotonic() if began is None else began
         self.work: Work | None = None
         self._num_shards = 0
         self._plan: Plan | None = None
@@ -164,7 +170,7 @@ class Run:
             contents_embedded=num_seen,
             parts_written=settled.parts_written,
             parts_rewritten=settled.parts_rewritten,
-            withheld=settled.why_withheld,
+            withheld=settled.why_withheld if settled.rows_withheld else "",
             stages={
                 **result.stages,
                 COMPARE: {"rows": settled.rows_read, "busy_s": round(settled.look_s, 4)},

@@ -173,7 +173,8 @@ class Refresh:
     def _look(self) -> tuple[KnownRows, Summary, list[Any]]:
         """Compare; what the table knows, what was counted, and by bucket what is to be done."""
         began = time.monotonic()
-        known = self._table.known(with_staged=True)
+        # An embedding run starts from what is committed.
+        known = self._table.known(with_staged=not self._adds_only)
         source = self._inputs.source
         self._recorded = self._table.recorded_shards()
         self._ends = ends_on_record(self._table)

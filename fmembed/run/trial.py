@@ -42,15 +42,17 @@ _WINDOWS, _LEAST_WINDOW = 8, 8
 class Sampled:
     """What reading and preparing have made of some rows of the source.
 
-    `units` and `num_pieces` are of the rows that were prepared, `shards` the numbers of the shards
-    that they are of, shapes (rows,); `num_rejected` were not. `rows` are some of them, for the
-    model. `read_s` and `prepare_s` are seconds of one process for each row.
+    `units` are of all, 0 of those that were rejected, `shards` the numbers of the shards that they
+    are of, shapes (rows,); `num_pieces` of those that were not, `num_rejected` were. `is_cut` says
+    whether there was not the time for all shards. `rows` are some, for the model. `read_s` and
+    `prepare_s` are seconds of one process for each row.
     """
 
     units: Ints
     num_pieces: Ints
     shards: Ints
     num_rejected: int
+    is_cut: bool
     rows: pa.Table | None
     read_s: float
     prepare_s: float
@@ -58,7 +60,7 @@ class Sampled:
     @property
     def num_rows(self) -> int:
         """Rows that were drawn."""
-        return len(self.units) + self.num_rejected
+        return len(self.units)
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,9 @@ def _draw(
             yield step, time.perf_counter() - started
             started = time.perf_counter()
 
+    num_shards = 0
     for index, shard in (shards[at] for at in order):
+        num_shards += 1
         pick = Chosen(chosen, index) if chosen is not None else None
         for rows, seconds in timed(read(source, shard, index, pick)):
             read_s += seconds
@@ -136,9 +140,9 @@ def _draw(
                 good = ready.filter(pa.array(accepted(ready)))
                 num_rows += ready.num_rows
                 num_rejected += ready.num_rows - good.num_rows
-                units.append(good[NUM_UNITS].to_numpy())
+                units.append(ready[NUM_UNITS].to_numpy())
+                of_shards.append(ready[SHARD].to_numpy())
                 pieces.append(good[PIECE_UNITS].combine_chunks().value_lengths().to_numpy())
-                of_shards.append(good[SHARD].to_numpy())
                 if num_bytes < _KEPT_BYTES:
                     kept.append(good)
                     num_bytes += good.nbytes
@@ -150,6 +154,7 @@ def _draw(
         num_pieces=np.concatenate([*none, *pieces]),
         shards=np.concatenate([*none, *of_shards]),
         num_rejected=num_rejected,
+        is_cut=num_shards < len(shards),
         rows=pa.concat_tables(kept, promote_options="default") if kept else None,
         read_s=read_s / max(num_rows, 1),
         prepare_s=prepare_s / max(num_rows, 1),

@@ -25,7 +25,7 @@ _OF_THE_KERNEL = ("/proc/", "/sys/")
 
 def is_local(fs: Any) -> bool:
     """Whether a filesystem is this machine's own."""
-    return "local" in _protocols(fs)
+    return "local" in protocols(fs)
 
 
 class TooLargeError(Exception):
@@ -60,7 +60,7 @@ def read_whole(fs: Any, path: str, most: int, size: int = 0) -> bytes:
                 raise _not_regular(path)
             return _read_up_to(file, most, facts.st_size)
     # Where a listing tells the size one request does; a web server's word for it is not taken.
-    if size and "https" not in _protocols(fs):
+    if size and "https" not in protocols(fs):
         return bytes(fs.cat_file(path))
     with fs.open(path, "rb") as file:
         return _read_up_to(file, most, getattr(file, "size", None) or 0)
@@ -110,7 +110,7 @@ def open_root(fs: Any, folder: str, most: int) -> Callable[[str], bytes]:
             return read_whole(fs, real, most)
 
         return read_local
-    if "https" in _protocols(fs):
+    if "https" in protocols(fs):
         return lambda path: bytes(fsspec.asyn.sync(fs.loop, _get_below, fs, folder, path, most))
     return lambda path: read_whole(fs, f"{folder}/{path}", most)
 
@@ -158,7 +158,8 @@ def _plain(path: str) -> str:
     return path
 
 
-def _protocols(fs: Any) -> tuple[str, ...]:
+def protocols(fs: Any) -> tuple[str, ...]:
+    """What a filesystem is called."""
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 

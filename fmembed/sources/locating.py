@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fmembed.sources.formats.ranges import cut_between
@@ -50,7 +50,10 @@ def list_unlocated(
     for shard in source.shards:
         path = shard.files[0].path if len(shard.files) == 1 else ""
         stop, end = shard.stop or 0, ends.get(shard.key or "")
-        if path in first and end is not None and froms[path] < stop <= first[path]:
+        if path not in first or end is None or not froms[path] < stop <= first[path]:
+            continue
+        # Anybody may have written what is on record.
+        if stop <= end.byte <= shard.files[0].size and min(end) >= 0:
             froms[path], begins[path] = stop, end
     parts: dict[str, list[Shard]] = {path: [] for path in first}
     for shard in source.shards:
@@ -71,7 +74,13 @@ def locate(source: Source, unlocated: Unlocated, counts: Sequence[Any]) -> list[
     """The parts, with where their records begin and end, by what is in each."""
     find = FORMATS[source.format].locate
     assert find is not None
-    return find(source, unlocated.parts, counts, unlocated.begin)
+    begin = unlocated.begin
+    # A record of before may go over whole parts, and over the rest of the file.
+    over = [p for p in unlocated.parts if (p.stop or 0) <= begin.byte]
+    located = [replace(p, marks=(begin, begin), first_row=begin.row) for p in over]
+    if rest := unlocated.parts[len(over) :]:
+        located += find(source, rest, counts[len(over) :], begin)
+    return located
 
 
 def locate_alone(source: Source, shard: Shard) -> Shard:

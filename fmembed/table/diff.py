@@ -265,6 +265,8 @@ def _count(
     comes |= count(of_found[np.isin(fates, (EMBED, COPY))]) > 0
     is_found = count(of_found) > 0
     is_kept = count(of_found[fates == KEPT]) > 0
+    # Until it is stored that they are rejected they stay.
+    stays &= count(of_found[fates == REJECT]) == 0
     return {
         "were": int(was.sum()),
         "new": int((~was & comes).sum()),

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import io
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,11 @@ from fmembed.sources.source import BadRow, File, Mark, RawRow, Shard, Source
 from fmembed.spec import SourceSpec
 from fmembed.storage import tell
 
+# Encodings in which no character has a byte that is another one's in ASCII, nor any state.
+_PLAIN_ENCODINGS = re.compile(r"utf-8|ascii|iso8859-\d+|cp125\d|cp437|cp850|koi8-[ru]")
+# The longest row that is held while rows are looked for; a longer one ends with a line in which all
+# quotes are closed, as in `_Lines`.
+_ROW_BYTES = 64 * 2**20
 # Of a file whose records are not looked for, or its first.
 _START = Mark(0, 0, 0)
 # Where a quote is looked for in TSV.
@@ -38,10 +44,16 @@ _MAX_LOST_LINES = 100_000
 def read_csv(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
     dialect = _dialect(source, file)
     begin = shard.marks[0] if shard.marks is not None else _START
+    known = None
+    if begin != _START:
+        try:
+            known = _header_of(source, file, strict=True)
+        except (BadRow, csv.Error):  # the first part says so
+            return
     with _open(source, shard, file) as handle:
         lines = _Lines(handle, source.spec.max_text_bytes, dialect, begin.line)
-        reader = csv.reader(lines, **dialect, strict=True)
-        header = _header(reader, source) if begin == _START else _header_of(source, file)
+        reader = _reader(lines, dialect)
+        header = _header(reader, source) if known is None else known
         # A file may have a million columns: of each row only these are kept.
         wanted = {name: i for i, name in enumerate(header) if name in source.spec.wanted}
         missing = [c for c in (source.spec.input, source.spec.id) if c and c not in wanted]
@@ -105,7 +117,7 @@ def _looks_quoted(source: Source, file: File) -> bool:
     try:
         with _open(source, Shard(), file) as handle:
             lines = _Lines(handle, source.spec.max_text_bytes, dialect)
-            rows = itertools.islice(csv.reader(lines, **dialect), _TOLD_ROWS)
+            rows = itertools.islice(_reader(lines, dialect, strict=False), _TOLD_ROWS)
             fields = itertools.chain.from_iterable(rows)
             return any(len(f) > 1 and f[0] == f[-1] == '"' for f in fields)
     except Exception:  # its rows are rejected with the cause
@@ -114,7 +126,7 @@ def _looks_quoted(source: Source, file: File) -> bool:
 
 def _file_schema(source: Source, file: File) -> pa.Schema:
     # Text as it stands: a guessed integer would turn 01234 into 1234.
-    header = _header_of(source, file)
+    header = _header_of(source, file, strict=False)
     is_one = len(header) == 1 and header[0] not in source.spec.wanted
     if is_one and (other := _likely_delimiter(header[0])):
         raise ValueError(
@@ -124,11 +136,11 @@ def _file_schema(source: Source, file: File) -> pa.Schema:
     return pa.schema([pa.field(c, pa.string()) for c in dict.fromkeys(header)])
 
 
-def _header_of(source: Source, file: File) -> list[str]:
+def _header_of(source: Source, file: File, strict: bool) -> list[str]:
     dialect = _dialect(source, file)
     with _open(source, Shard(), file) as handle:
         lines = _Lines(handle, source.spec.max_text_bytes, dialect)
-        return _header(csv.reader(lines, **dialect), source)
+        return _header(_reader(lines, dialect, strict), source)
 
 
 def _header(reader: Any, source: Source) -> list[str]:
@@ -206,14 +218,18 @@ class _Lines:
         return line
 
 
+def _reader(lines: _Lines, dialect: dict[str, Any], strict: bool = True) -> Any:
+    # The module's default limit of 131,072 characters a field is below a long article.
+    csv.field_size_limit(2**31 - 1)
+    return csv.reader(lines, **dialect, strict=strict)
+
+
 def _open(source: Source, shard: Shard, file: File) -> Any:
     """A file's text, or that of a part of it.
 
     Raises:
         ValueError: It begins with the mark of another encoding.
     """
-    # The module's default limit of 131,072 characters a field is below a long article.
-    csv.field_size_limit(2**31 - 1)
     encoding = codecs.lookup(source.spec.csv.encoding).name
     compression = infer_compression(file.name)
     if encoding == "utf-8" and (shard.marks is None or shard.marks[0] == _START):
@@ -236,12 +252,10 @@ def cut_csv(spec: SourceSpec, fs: Any, file: File) -> list[Shard]:
     by itself.
     """
     told = spec.csv
-    bytes_ = bytes(range(256))
-    name = codecs.lookup(told.encoding).name
-    if name != "utf-8":
-        text = bytes_.decode(told.encoding, "replace")
-        if len(text) != len(bytes_) or text[:128] != bytes_[:128].decode("ascii"):
-            return [Shard((file,))]
+    is_plain = _PLAIN_ENCODINGS.fullmatch(codecs.lookup(told.encoding).name)
+    # What is left out may have hidden a quote.
+    if is_plain is None or spec.encoding_errors == "ignore":
+        return [Shard((file,))]
     if not ((told.delimiter or ",") + (told.quote or "")).isascii():
         return [Shard((file,))]
     marks_of_utf16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -267,14 +281,16 @@ def locate_csv(
         byte = begin.byte
         if begin == _START and raw.peek(3).startswith(codecs.BOM_UTF8):
             byte += len(raw.read(len(codecs.BOM_UTF8)))
-        # A character a byte: rows end at the same ones in all encodings that are cut.
+        # A character a byte: rows end at the same ones in all encodings that are cut. And a limit
+        # that is always the same: what is on record of some parts has to fit the others.
         text = io.TextIOWrapper(raw, "latin-1", newline="")
         dialect = _dialect(source, file)
-        lines = _Lines(text, source.spec.max_text_bytes, dialect, begin.line)
-        reader = csv.reader(lines, **dialect, strict=True)
-        try:
+        lines = _Lines(text, _ROW_BYTES, dialect, begin.line)
+        reader = _reader(lines, dialect)
+        with contextlib.suppress(StopIteration):
             if begin == _START:
-                next(reader, None)
+                with contextlib.suppress(BadRow, csv.Error):
+                    next(reader)
             for row in itertools.count(begin.row):
                 at = byte + lines.num_characters
                 while len(marks) <= len(starts) and at >= starts[len(marks) - 1]:
@@ -282,13 +298,8 @@ def locate_csv(
                 if len(marks) > len(starts):
                     break
                 lines.begin_row()
-                with contextlib.suppress(csv.Error):
+                with contextlib.suppress(BadRow, csv.Error):
                     next(reader)
-        except StopIteration:
-            pass
-        except (BadRow, csv.Error):
-            # A row that is too large by its bytes, and may not be by its characters; or no header.
-            marks = [begin]
     return with_marks(parts, marks + [Mark(stop, 0, 0)] * (len(parts) + 1 - len(marks)))
 
 

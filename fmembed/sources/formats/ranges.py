@@ -16,18 +16,20 @@ from typing import Any
 from fsspec.implementations.cached import CachingFileSystem
 from fsspec.utils import infer_compression
 
-from fmembed.sources.files import check_regular
+from fmembed.sources.files import check_regular, protocols
 from fmembed.sources.formats.base import READ_BYTES
 from fmembed.sources.source import File, Mark, Shard, Source
 
 # Bytes of a part: some seconds of reading and tokenising. A file of less than twice as much is read
 # whole.
 PART_BYTES = 64 * 2**20
+# Filesystems on which reading from anywhere takes no longer, by fsspec's names.
+_SEEKABLE = {"file", "local", "s3", "s3a", "gs", "gcs", "az", "adl", "abfs", "abfss", "memory"}
 
 
 def cut_bytes(fs: Any, file: File, fits: Callable[[bytes], bool] = lambda _: True) -> list[Shard]:
-    """Cut a large file, if it can be read from anywhere: none that is compressed, nor one of a
-    server that sends all or nothing, nor one that a cache fetches whole.
+    """Cut a large file, if it can be read from anywhere: none that is compressed, nor one of a web
+    server, which may send all or nothing, nor one that is unpacked or cached whole.
 
     Args:
         fs: Where.
@@ -35,13 +37,14 @@ def cut_bytes(fs: Any, file: File, fits: Callable[[bytes], bool] = lambda _: Tru
         fits: Whether one that begins so can be.
     """
     whole = [Shard((file,))]
-    is_cached = isinstance(fs, CachingFileSystem)
-    if file.size < 2 * PART_BYTES or is_cached or infer_compression(file.name) is not None:
+    is_seekable = _SEEKABLE.intersection(protocols(fs)) and not isinstance(fs, CachingFileSystem)
+    is_large = file.size >= 2 * PART_BYTES and infer_compression(file.name) is None
+    if not (is_large and is_seekable):
         return whole
     try:
         check_regular(fs, file.path)
         with fs.open(file.path, "rb") as handle:
-            if not handle.seekable() or not fits(bytes(handle.read(4))):
+            if not fits(bytes(handle.read(4))):
                 return whole
     except Exception:  # by filesystem; the read task finds the same and rejects it with its cause
         return whole

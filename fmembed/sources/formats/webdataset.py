@@ -85,7 +85,7 @@ def locate_tar(
     wanted, num_samples = frozenset(source.spec.wanted), begin.row
     seen: set[str] = set()
     last: str | None = None
-    with contextlib.suppress(tarfile.TarError), source.fs.open(file.path, "rb") as raw:
+    with _to_the_end(), source.fs.open(file.path, "rb") as raw:
         raw.seek(begin.byte)
         header = type("_Header", (_Header,), {})
         with tarfile.open(fileobj=raw, mode="r:", tarinfo=header, ignore_zeros=True) as archive:
@@ -105,6 +105,17 @@ def locate_tar(
                     seen.clear()
                 seen.add(name)
     return with_marks(parts, marks + [Mark(stop, 0, 0)] * (len(parts) + 1 - len(marks)))
+
+
+@contextlib.contextmanager
+def _to_the_end() -> Iterator[None]:
+    """Whatever tarfile raises of an archive's headers ends it; storage that fails does not."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception:  # TarError, and of what headers say ValueError and more
+        return
 
 
 def webdataset_schema(source: Source, file: File) -> pa.Schema:
@@ -143,7 +154,8 @@ def _members(
         return
     with opened as raw:
         buffered = raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)
-        start = buffered.peek(3)
+        # A part begins with a name, which may begin as such files do.
+        start = buffered.peek(3) if shard.marks is None else b""
         # Unfolded here, a little at a time: tarfile unfolds ten kilobytes at once, which may become
         # gigabytes.
         unfold = next((open_ for magic, open_ in _UNFOLD.items() if start.startswith(magic)), None)

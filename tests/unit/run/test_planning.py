@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,21 +34,25 @@ def rows_of(sizes: list[int], fates: Any = EMBED, contents: list[str] | None = N
     return ChosenRows(rows, np.broadcast_to(np.array(fates, dtype=np.int8), n))
 
 
-def sampled_of(units: Any, shards: Any, num_rejected: int = 0) -> Sampled:
-    return Sampled(np.asarray(units), np.ones(len(units)), np.asarray(shards), num_rejected,
-                   None, 0.0, 0.0)  # fmt: skip
+def sampled_of(units: Any, shards: Any, num_rejected: int = 0, is_cut: bool = False) -> Sampled:
+    units = np.concatenate([np.asarray(units, dtype=np.int64), np.zeros(num_rejected)])
+    shards = np.resize(np.asarray(shards), len(units))
+    num_pieces = np.ones(len(units) - num_rejected)
+    return Sampled(units, num_pieces, shards, num_rejected, is_cut, None, 0.0, 0.0)
 
 
 def test_rows_are_drawn_once_from_no_more_shards_than_may_be_read() -> None:
-    drawn = draw(100, 8, rows_of([50] * 40), rows_of([30]))
-    assert draw(100, 8, rows_of([50] * 40), rows_of([30])).sample.rows.ids.tolist() == (
+    drawn = draw(100, 8, rows_of([50] * 40))
+    assert draw(100, 8, rows_of([50] * 40)).sample.rows.ids.tolist() == (
         drawn.sample.rows.ids.tolist()
     )
     rows = drawn.sample.rows
-    assert len(np.unique(rows.shards)) <= 8
+    assert drawn.times is not None
+    assert {*np.unique(rows.shards).tolist()} == drawn.times.keys()
+    assert sum(drawn.times.values()) == 8
     assert len({*zip(rows.shards.tolist(), rows.places.tolist(), strict=True)}) == len(rows) <= 100
     assert len(rows) >= 90
-    assert (drawn.fates, drawn.shards) == ({EMBED: 2030}, list(range(40)))
+    assert (drawn.fates, drawn.shards) == ({EMBED: 2000}, list(range(40)))
 
 
 def test_only_what_the_model_sees_is_drawn() -> None:
@@ -56,29 +61,72 @@ def test_only_what_the_model_sees_is_drawn() -> None:
     assert drawn.sample.rows.places.tolist() == [0, 4]
     assert drawn.fates == {EMBED: 2, COPY: 3, TWIN: 1}
     assert drawn.num_fanned_out == 2  # the content of the third one is in the table
+    assert drawn.times is None
     assert draw(100, 8).fates == {}
 
 
-@pytest.mark.parametrize("alike", [0.0, 1.0])
-def test_the_range_of_units_holds_what_they_are(alike: float) -> None:
-    """19 times in 20, whether rows of one shard are alike or not; of rows all drawn it is exact."""
+# Sizes of shards: alike, and most of one row with a few that have many.
+SIZES = {"alike": [40] * 300, "small": [1] * 900 + [90] * 10, "mixed": [5] * 200 + [400] * 30}
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("num_shards", [64, 10_000])
+def test_the_range_of_units_holds_what_they_are(sizes: str, num_shards: int) -> None:
+    """19 times in 20, whether rows are drawn from all shards or from some, whose rows are alike."""
     num_held, trials = 0, 200
     for seed in range(trials):
         draws = np.random.default_rng(seed)
-        by_shard = draws.integers(10, 400, 300) * alike
-        units = np.concatenate([by_shard[i] + draws.integers(1, 60, 40) for i in range(300)])
-        shards = np.repeat(np.arange(300), 40)
-        if alike:
-            some = np.isin(shards, draws.choice(300, 64))
-            at = draws.permutation(np.flatnonzero(some))[:1000]
-        else:
-            at = draws.permutation(len(units))[:1000]
-        found = planning._mean(sampled_of(units[at], shards[at]), len(units), bool(alike))
+        of_shard = draws.integers(10, 400, len(SIZES[sizes]))
+        if sizes == "small":
+            of_shard[:900] += 300
+        shards = np.repeat(np.arange(len(of_shard)), SIZES[sizes])
+        units = of_shard[shards] + draws.integers(1, 60, len(shards))
+        # As `buckets.draw` does, which draws the same of the same.
+        times, at = None, draws.permutation(len(units))[:1000]
+        if num_shards < len(of_shard):
+            some = draws.choice(len(of_shard), num_shards, p=np.array(SIZES[sizes]) / len(units))
+            times = Counter(some.tolist())
+            at = np.concatenate([
+                draws.permutation(np.flatnonzero(shards == i))[: n * 1000 // num_shards]
+                for i, n in times.items()
+            ])  # fmt: skip
+        found = planning._mean(sampled_of(units[at], shards[at]), len(units), times)
         num_held += found.low <= units.mean() <= found.high
-        assert (found.high - found.low) / found.value < (0.5 if alike else 0.1)
+        assert (found.high - found.low) / found.value < 0.8
     assert num_held >= 0.92 * trials
-    exact = planning._mean(sampled_of([3, 5], [0, 0], num_rejected=2), 4, is_clustered=False)
+
+
+def test_a_sample_of_some_shards_for_want_of_time_is_no_better_than_they_are() -> None:
+    draws = np.random.default_rng(0)
+    num_held = 0
+    for _ in range(200):
+        of_shard = draws.integers(10, 1000, 60)
+        units = np.repeat(of_shard, 50)
+        some = draws.permutation(60)[:20]
+        at = np.flatnonzero(np.isin(np.repeat(np.arange(60), 50), some))
+        sampled = sampled_of(units[at], np.repeat(np.arange(60), 50)[at], is_cut=True)
+        found = planning._mean(sampled, len(units), None)
+        num_held += found.low <= units.mean() <= found.high
+    assert num_held >= 184
+    one = planning._mean(sampled_of([7] * 50, [3], is_cut=True), 100, None)
+    assert (one.low, one.high) == (0, 14)
+
+
+def test_of_rows_that_were_all_drawn_all_is_exact() -> None:
+    exact = planning._mean(sampled_of([3, 5], [0], num_rejected=2), 4, None)
     assert exact == Range.exactly(2.0)
+    assert planning._mean(sampled_of([], [0]), 4, None) == Range.exactly(0)
+    assert planning._rejected(sampled_of([], [0]), 4) == Range(0, 0, 4)
+
+
+def test_a_record_that_makes_no_sense_tells_nothing() -> None:
+    def actors_of(**actor: float) -> Any:
+        whole = {"load_s": 1.0, "wait_s": 1.0, "busy_s": 2.0, **actor}
+        return planning._actors(SimpleNamespace(verdict={"actors": {"a": whole}}, stages={}))
+
+    assert actors_of() == [(1.0, 1.0, 2.0)]
+    for odd in ({"wait_s": -2.0}, {"busy_s": 0.0}, {"busy_s": 1e308}, {"load_s": -1e-9}):
+        assert actors_of(**odd) == []
 
 
 @pytest.mark.parametrize("share", [0.0, 0.004, 0.1, 1.0])
@@ -112,6 +160,7 @@ def test_a_long_run_commits_less_often() -> None:
     assert [count("auto", Range.exactly(s)) for s in (30, 90, 3000)] == [1, 2, 50]
     assert 200 < count("auto", Range.exactly(86_400)) < 230
     assert count(10.0, Range.exactly(95)) == 10
+    assert count(1e-6, Range.exactly(3600)) == 3_600_000_000
 
 
 def test_what_people_read() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import json
 import tarfile
@@ -59,17 +60,17 @@ def check(path: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int, **told: 
     shards = list(source.shards)
     located = locate(source, shards, {})
     assert rows_of(source, located) == expected
-    assert rows_of(source, shards[::-1])[: len(expected)] == rows_of(source, located[::-1])
-    if len(shards) > 2:
-        # Read on from where a run has come to, or only here and there.
-        ends = {s.key: s.marks[1] for s in located if s.key and s.marks}
-        for i in range(1, len(shards)):
-            known = {s.key: ends[s.key] for s in shards[:i] if s.key in ends}
-            again = locate(source, shards[i:], known)
-            assert rows_of(source, again) == rows_of(source, located[i:])
-        assert rows_of(source, locate(source, [shards[1]], {})) == rows_of(source, located[1:2])
-        assert sum(s.num_bytes for s in shards) == path.stat().st_size
-        assert source.num_bytes == path.stat().st_size
+    # Where nobody has looked before; read on from where a run has come to; only here and there.
+    ends = {s.key: s.marks[1] for s in located if s.key and s.marks}
+    for i in {1, len(shards) // 2, len(shards) - 1} - {0} if len(shards) > 1 else ():
+        assert rows_of(source, shards[i : i + 1]) == rows_of(source, located[i : i + 1])
+        known = {s.key: ends[s.key] for s in shards[:i] if s.key in ends}
+        again = locate(source, shards[i:], known)
+        assert rows_of(source, again) == rows_of(source, located[i:])
+        some = locate(source, shards[i : i + 1], {})
+        assert rows_of(source, some) == rows_of(source, located[i : i + 1])
+    if len(shards) > 1:
+        assert sum(s.num_bytes for s in shards) == source.num_bytes == path.stat().st_size
     return source
 
 
@@ -152,17 +153,86 @@ def test_plain_csv_is_located_without_reading_its_rows(
     assert [s.first_row for s in located[:3]] == [0, 5, 10]
 
 
-def test_a_row_too_large_leaves_its_file_whole(
+def test_parts_do_not_depend_on_how_large_a_row_may_be(
     tmp_path: Path, small_parts: pytest.MonkeyPatch
 ) -> None:
-    """By its bytes it is; how many characters it has only its own encoding tells."""
+    """What is on record of some has to fit the others, when the limit is another one."""
     path = tmp_path / "rows.csv"
     path.write_text('text,label\n"one",a\n' + "ä" * 100 + ",b\n" + '"three",c\n' * 20)
-    source = check(path, small_parts, 64, label="label", max_text_bytes=150)
-    located = locate(source, list(source.shards), {})
-    assert [s.marks[0].byte for s in located if s.marks][1:] == [path.stat().st_size] * (
-        len(located) - 1
+    marks = []
+    for most in (150, 10_000):
+        source = check(path, small_parts, 64, label="label", max_text_bytes=most)
+        marks.append([s.marks for s in locate(source, list(source.shards), {})])
+    assert marks[0] == marks[1]
+    assert len({begin.byte for begin, _ in filter(None, marks[0])}) > 4
+
+
+def test_long_fields_are_looked_through_whoever_does(
+    tmp_path: Path, small_parts: pytest.MonkeyPatch
+) -> None:
+    """The module's own limit of a field's length is below a long article."""
+    path = tmp_path / "rows.csv"
+    path.write_text('text,label\n"' + "long\n" * 40_000 + '",a\n' + '"short",b\n' * 9000)
+    csv.field_size_limit(2**17)
+    source = open_source(SourceSpec(uri=str(path), label="label"))
+    csv.field_size_limit(2**17)
+    located = locate(source, list(source.shards)[:3], {})
+    assert [s.marks for s in located] == [
+        (Mark(0, 0, 0), Mark(200_016, 1, 40_002)),
+        *[(Mark(200_016, 1, 40_002),) * 2] * 2,
+    ]
+
+
+@pytest.mark.parametrize("known", [1, 2, 4])
+def test_a_row_that_goes_on_to_the_end_is_no_other_parts(
+    known: int, tmp_path: Path, small_parts: pytest.MonkeyPatch
+) -> None:
+    """A quote is not closed; what comes after it is of that row, whoever looks from where."""
+    path = tmp_path / "rows.csv"
+    path.write_text('text,label\none,a\n"not closed,b\n' + "more,c\n" * 40)
+    source = open_source(SourceSpec(uri=str(path), label="label"))
+    shards = list(source.shards)
+    located = locate(source, shards, {})
+    ends = {s.key: s.marks[1] for s in located[:known] if s.key and s.marks}
+    assert rows_of(source, locate(source, shards[known:], ends)) == []
+
+
+@pytest.mark.parametrize("end", [(0, 0, 0), (64, -1, 0), (64, 3, -2), (10**9, 0, 0)])
+def test_a_record_of_a_part_that_makes_no_sense_is_passed_over(
+    end: tuple[int, int, int], tmp_path: Path, small_parts: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"text": "number {i}"}}\n' for i in range(20)))
+    source = open_source(SourceSpec(uri=str(path)))
+    shards = list(source.shards)
+    assert (
+        locate(source, shards[1:], {shards[0].key or "": Mark(*end)})
+        == (locate(source, shards, {})[1:])
     )
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{"csv": {"encoding": "utf-8-sig"}}, {"csv": {"encoding": "iso2022_jp"}},
+     {"csv": {"encoding": "mac_arabic"}}, {"encoding_errors": "ignore"}],
+)  # fmt: skip
+def test_csv_whose_bytes_may_be_something_else_is_not_cut(
+    told: dict[str, Any], tmp_path: Path, small_parts: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\n" + "one,a\n" * 100)
+    source = open_source(SourceSpec(uri=str(tmp_path / "rows.csv"), **told))
+    assert len(source.shards) == 1
+
+
+@pytest.mark.parametrize("header", ['text,"label"x', "text,label,text"], ids=["bad", "twice"])
+def test_a_csv_without_a_header_is_rejected_once(
+    header: str, tmp_path: Path, small_parts: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.csv").write_text("text,label\none,a\n")
+    (tmp_path / "b.csv").write_text(f"{header}\n" + "one,a\n" * 40)
+    source = open_source(SourceSpec(uri=str(tmp_path), label="label"))
+    rows = rows_of(source, locate(source, list(source.shards), {}))
+    assert [(r[0], r[4]) for r in rows][1:] == [("b.csv", "unreadable file")]
 
 
 def test_a_csv_without_the_column_is_rejected_once(
@@ -210,7 +280,7 @@ MEMBERS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     samples=st.lists(
         st.tuples(st.sampled_from(MEMBERS), st.sampled_from([3, 600, 3000]), st.integers(0, 6)),
@@ -221,7 +291,7 @@ MEMBERS = [
     is_long=st.booleans(),
     num_archives=st.integers(1, 2),
     lost=st.sampled_from([0, 0, 700, 20_000]),
-    part_bytes=st.sampled_from([512, 2048, 10_000]),
+    part_bytes=st.sampled_from([1024, 4096, 10_000]),
 )
 def test_tar(
     samples: list[tuple[tuple[str, ...], int, int]], kind: int, is_long: bool, num_archives: int,
@@ -251,6 +321,33 @@ def test_tar(
         return
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SourceError):
         check(path, patch, part_bytes, **told)
+
+
+def test_a_part_that_begins_as_a_compressed_file_does_is_none(
+    tmp_path: Path, small_parts: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ["a", *(f"BZh{i:03}" for i in range(10))]:
+            add(archive, f"{name}.txt", b"text")
+    assert len(check(path, small_parts, 1024, input="txt").shards) > 5
+
+
+def test_headers_that_tarfile_cannot_read_end_the_archive(
+    tmp_path: Path, small_parts: pytest.MonkeyPatch
+) -> None:
+    """Whatever it raises of them; what is before them is read."""
+    path = tmp_path / "rows.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for i in range(20):
+            member = tarfile.TarInfo(f"{i}.txt")
+            member.size = 4
+            if i == 14:
+                member.pax_headers = {"GNU.sparse.map": "abc"}
+            archive.addfile(member, io.BytesIO(b"text"))
+    source = check(path, small_parts, 1024, input="txt")
+    rows = rows_of(source, locate(source, list(source.shards), {}))
+    assert [r[4] for r in rows] == [None] * 13 + ["unreadable file"]
 
 
 def test_an_archive_with_a_header_for_all_that_follows_is_one_part(
