@@ -24,8 +24,11 @@ from weeks import Year
 
 import fmembed
 from fmembed.errors import ConflictError, LockedError, StorageError
+from fmembed.sources.formats import ranges
+from fmembed.sources.locating import count_part, list_unlocated, locate
 from fmembed.sources.opening import open_source
 from fmembed.sources.reading import read_shard
+from fmembed.sources.source import Shard, Source
 from fmembed.spec import SourceSpec
 from fmembed.storage import Storage
 from fmembed.table.lock import Lock
@@ -257,3 +260,22 @@ def test_objects_are_read_as_they_are_named(s3: str) -> None:
             rows, _ = list(read_shard(source, source.shards[0], 0))
             assert rows["row_id"].to_pylist() == [f"{name}.jsonl#0"]
             assert rows["_input"].to_pylist() == [name]
+
+
+def test_a_large_file_is_read_in_parts(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From object to object's end: no part asks for another's bytes, and all give the whole."""
+    lines = [json.dumps({"text": f"number {i} " + "x" * (i % 50)}) for i in range(200)]
+    content = "".join(f"{line}\n" for line in lines).encode()
+    boto3.client("s3").put_object(Bucket="bucket", Key="large/rows.jsonl", Body=content)
+    monkeypatch.setattr(ranges, "PART_BYTES", 1000)
+    source = open_source(SourceSpec(uri=f"{s3}/large"))
+    (parts,) = list_unlocated(source, source.shards, {})
+    located = locate(source, parts, [count_part(source, part) for part in parts.parts])
+    assert len(located) == -(-len(content) // 1000)
+    rows = [r for i, shard in enumerate(located) for r in _rows_of(source, shard, i)]
+    assert rows == [(f"rows.jsonl#{i}", json.loads(line)["text"]) for i, line in enumerate(lines)]
+
+
+def _rows_of(source: Source, shard: Shard, index: int) -> list[tuple[str, str]]:
+    rows = pa.concat_tables(read_shard(source, shard, index)).to_pylist()
+    return [(row["row_id"], row["_input"]) for row in rows if row["row_id"] is not None]
