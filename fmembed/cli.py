@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 import errno
+import inspect
 import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated, Any, NoReturn
@@ -67,39 +68,58 @@ _Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Any other field, e.g. compute.actors=2."),
 ]
-
-
+# Of the fields that are used most, the flags: their names in a command, and in the config.
+_FLAGS: dict[str, tuple[str, Any]] = {
+    "source": ("source.uri", Annotated[str | None, typer.Option(help="source.uri")]),
+    "format_": (
+        "source.format", Annotated[str | None, typer.Option("--format", help="source.format")]
+    ),
+    "input_": ("source.input", Annotated[str | None, typer.Option("--input", help="source.input")]),
+    "id_": ("source.id", Annotated[str | None, typer.Option("--id", help="source.id")]),
+    "label": ("source.label", Annotated[str | None, typer.Option(help="source.label")]),
+    "split": ("source.split", Annotated[str | None, typer.Option(help="source.split")]),
+    "carry": (
+        "source.carry",
+        Annotated[list[str] | None, typer.Option(help="source.carry, once a column")],
+    ),
+    "model": ("model.id", Annotated[str | None, typer.Option(help="model.id")]),
+    "revision": ("model.revision", Annotated[str | None, typer.Option(help="model.revision")]),
+    "dtype": ("model.dtype", Annotated[str | None, typer.Option(help="model.dtype")]),
+    "prompt": ("model.prompt", Annotated[str | None, typer.Option(help="model.prompt")]),
+    "output": ("output.uri", Annotated[str | None, typer.Option(help="output.uri")]),
+}  # fmt: skip
 _Config = Annotated[str | None, typer.Argument(help="A YAML config.")]
-_Source = Annotated[str | None, typer.Option(help="source.uri")]
-_Format = Annotated[str | None, typer.Option("--format", help="source.format")]
-_Input = Annotated[str | None, typer.Option("--input", help="source.input")]
-_Id = Annotated[str | None, typer.Option("--id", help="source.id")]
-_Label = Annotated[str | None, typer.Option(help="source.label")]
-_Split = Annotated[str | None, typer.Option(help="source.split")]
-_Carry = Annotated[list[str] | None, typer.Option(help="source.carry, once a column")]
-_Model = Annotated[str | None, typer.Option(help="model.id")]
-_Revision = Annotated[str | None, typer.Option(help="model.revision")]
-_Dtype = Annotated[str | None, typer.Option(help="model.dtype")]
-_Prompt = Annotated[str | None, typer.Option(help="model.prompt")]
-_Output = Annotated[str | None, typer.Option(help="output.uri")]
+
+
+def _of_spec(command: Callable[..., None]) -> Callable[..., None]:
+    """Make of a command that takes a spec one that takes a config, fields' flags and `--set`."""
+    shared = {"config": _Config, **{name: type_ for name, (_, type_) in _FLAGS.items()}}
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    parameters = [
+        *(_parameter(name, type_) for name, type_ in {**shared, "set_": _Set}.items()),
+        *(p for p in own if p.name != "spec"),
+    ]
+
+    def run(config: str | None, set_: list[str] | None, **given: Any) -> None:
+        fields = {field: given.pop(name) for name, (field, _) in _FLAGS.items()}
+        fields["source.carry"] = fields["source.carry"] or None  # a list that nothing is in
+        command(RunSpec.from_yaml(config, _overrides(fields, set_)), **given)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def _parameter(name: str, type_: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=type_)
 
 
 @app.command()
+@_of_spec
 def embed(
-    config: _Config = None,
-    source: _Source = None,
-    format_: _Format = None,
-    input_: _Input = None,
-    id_: _Id = None,
-    label: _Label = None,
-    split: _Split = None,
-    carry: _Carry = None,
-    model: _Model = None,
-    revision: _Revision = None,
-    dtype: _Dtype = None,
-    prompt: _Prompt = None,
-    output: _Output = None,
-    set_: _Set = None,
+    spec: RunSpec,
+    *,
     retry_rejected: Annotated[
         bool, typer.Option("--retry-rejected", help="Try rejected rows again.")
     ] = False,
@@ -107,10 +127,6 @@ def embed(
     verbose: _Verbose = False,
 ) -> None:
     """Embed a dataset; run the same command again to resume."""
-    spec = _read_spec(
-        config, set_, source, format_, input_, id_, label, split, carry or None, model, revision,
-        dtype, prompt, output,
-    )  # fmt: skip
     from fmembed import pipeline
 
     result = pipeline.embed(spec, retry_rejected=retry_rejected, verbose=verbose, quiet=json_)
@@ -118,21 +134,10 @@ def embed(
 
 
 @app.command()
+@_of_spec
 def refresh(
-    config: _Config = None,
-    source: _Source = None,
-    format_: _Format = None,
-    input_: _Input = None,
-    id_: _Id = None,
-    label: _Label = None,
-    split: _Split = None,
-    carry: _Carry = None,
-    model: _Model = None,
-    revision: _Revision = None,
-    dtype: _Dtype = None,
-    prompt: _Prompt = None,
-    output: _Output = None,
-    set_: _Set = None,
+    spec: RunSpec,
+    *,
     allow_removals: Annotated[
         int | None,
         typer.Option(min=0, help="So many rows may leave, in place of max_removed_fraction."),
@@ -144,10 +149,6 @@ def refresh(
 
     Exit 3 where rows stay in the table that should have left; all else is committed.
     """
-    spec = _read_spec(
-        config, set_, source, format_, input_, id_, label, split, carry or None, model, revision,
-        dtype, prompt, output,
-    )  # fmt: skip
     from fmembed import pipeline
 
     result = pipeline.refresh(spec, allow_removals=allow_removals, verbose=verbose, quiet=json_)
@@ -157,21 +158,10 @@ def refresh(
 
 
 @app.command()
+@_of_spec
 def plan(
-    config: _Config = None,
-    source: _Source = None,
-    format_: _Format = None,
-    input_: _Input = None,
-    id_: _Id = None,
-    label: _Label = None,
-    split: _Split = None,
-    carry: _Carry = None,
-    model: _Model = None,
-    revision: _Revision = None,
-    dtype: _Dtype = None,
-    prompt: _Prompt = None,
-    output: _Output = None,
-    set_: _Set = None,
+    spec: RunSpec,
+    *,
     refresh_: Annotated[
         bool, typer.Option("--refresh", help="Of fmembed refresh; else of fmembed embed.")
     ] = False,
@@ -186,10 +176,6 @@ def plan(
     Nothing is written, no GPU is taken where runs on record tell how fast the model is, and no
     server is asked.
     """
-    spec = _read_spec(
-        config, set_, source, format_, input_, id_, label, split, carry or None, model, revision,
-        dtype, prompt, output,
-    )  # fmt: skip
     from fmembed import forecast, pipeline
 
     found = pipeline.plan(spec, refresh=refresh_, allow_removals=allow_removals, verbose=verbose)
@@ -198,18 +184,6 @@ def plan(
         return
     for line in forecast.lines(found):
         _print(line)
-
-
-_FIELDS = (
-    "source.uri", "source.format", "source.input", "source.id", "source.label", "source.split",
-    "source.carry", "model.id", "model.revision", "model.dtype", "model.prompt", "output.uri",
-)  # fmt: skip
-
-
-def _read_spec(config: str | None, assignments: list[str] | None, *values: Any) -> RunSpec:
-    """The spec of a config, and of the values of `_FIELDS` that flags have given."""
-    fields = dict(zip(_FIELDS, values, strict=True))
-    return RunSpec.from_yaml(config, _overrides(fields, assignments))
 
 
 @app.command()
