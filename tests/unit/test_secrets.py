@@ -303,7 +303,7 @@ def test_a_wrong_command_line_shows_no_secret(
 def test_a_traceback_shows_no_secret() -> None:
     code = (
         "import sys; from fmembed import cli\n"
-        "def fail(*_): raise KeyError('https://me:Zq81canary@host/x?sig=Zq81canary')\n"
+        "def fail(*_): raise KeyError('https://me:Zq82canary@host/x?sig=Zq82canary')\n"
         "cli.run = fail; cli.main()"
     )
     done = subprocess.run(
