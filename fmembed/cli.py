@@ -68,6 +68,12 @@ _Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Any other field, e.g. compute.actors=2."),
 ]
+_AllowRemovals = Annotated[
+    int | None,
+    typer.Option(min=0, help="So many rows may leave, in place of max_removed_fraction."),
+]
+
+
 # Of the fields that are used most, the flags: their names in a command, and in the config.
 _FLAGS: dict[str, tuple[str, Any]] = {
     "source": ("source.uri", Annotated[str | None, typer.Option(help="source.uri")]),
@@ -138,10 +144,7 @@ def embed(
 def refresh(
     spec: RunSpec,
     *,
-    allow_removals: Annotated[
-        int | None,
-        typer.Option(min=0, help="So many rows may leave, in place of max_removed_fraction."),
-    ] = None,
+    allow_removals: _AllowRemovals = None,
     json_: _Json = False,
     verbose: _Verbose = False,
 ) -> None:
@@ -165,9 +168,7 @@ def plan(
     refresh_: Annotated[
         bool, typer.Option("--refresh", help="Of fmembed refresh; else of fmembed embed.")
     ] = False,
-    allow_removals: Annotated[
-        int | None, typer.Option(min=0, help="As for fmembed refresh.")
-    ] = None,
+    allow_removals: _AllowRemovals = None,
     json_: _Json = False,
     verbose: _Verbose = False,
 ) -> None:

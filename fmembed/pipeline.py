@@ -313,11 +313,13 @@ def embed_rows(
 
     spec, checkpoint, table = inputs.spec, inputs.checkpoint, inputs.table
     stage = stage or Embed
+    run.locate()
     assert run.work is not None
-    plan = place(inputs, run.work.source)
+    left = run.work.source
+    plan = place(inputs, left)
     bound_memory(plan)
     try_model(checkpoint, plan)
-    ranges = find_ranges(inputs, plan, stage, run.server_dim)
+    ranges = find_ranges(inputs, left, plan, stage, run.server_dim)
     card = table.claim(inputs.card(ranges), inputs.schema(), run.id)
     kind = Commits if line is None else Staging
     commits = kind(spec.output, table, lock, run.id, card)
@@ -332,7 +334,7 @@ def embed_rows(
         progress.watch({"Preprocess": READ, stage.__name__: EMBED})
         run.begin(plan, commits, progress)
         try:
-            for one in passes(run, inputs.source, table, lock, commits, progress, signals):
+            for one in passes(run, table, lock, commits, progress, signals):
                 with one as work:
                     progress.expect(work.source)
                     hold(commits.held_bytes)

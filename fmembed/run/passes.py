@@ -12,12 +12,10 @@ import ray.exceptions
 from fmembed.errors import BudgetSpentError, Interrupted, LockedError, StorageError
 from fmembed.run.commits import Commits
 from fmembed.run.faults import TASK_DEATHS, is_loss, root_cause
-from fmembed.run.locating import locate_work
 from fmembed.run.progress import Progress
 from fmembed.run.record import Run
 from fmembed.run.signals import Signals
 from fmembed.run.work import Work
-from fmembed.sources.source import Source
 from fmembed.table.lock import Lock
 from fmembed.table.table import Table
 
@@ -26,13 +24,7 @@ _MAX_BROKEN = 3
 
 
 def passes(
-    run: Run,
-    source: Source,
-    table: Table,
-    lock: Lock,
-    commits: Commits,
-    progress: Progress,
-    signals: Signals,
+    run: Run, table: Table, lock: Lock, commits: Commits, progress: Progress, signals: Signals
 ) -> Iterator[Pass]:
     """One pass; and after a loss another, of what is not committed by then.
 
@@ -41,7 +33,6 @@ def passes(
 
     Args:
         run: What is left to do, by its last look.
-        source: All that there is to do.
         table: Where to.
         lock: Ours still, before another pass begins.
         commits: Where the rows of a pass go.
@@ -58,8 +49,7 @@ def passes(
     apart = False
     while run.work:
         num_before = commits.num_embedded
-        work = locate_work(run.work, source, table)
-        current = Pass(replace(work, apart=apart), commits, signals)
+        current = Pass(replace(run.work, apart=apart), commits, signals)
         yield current
         lost, current.lost = current.lost, None
         if lost is None:
@@ -80,8 +70,9 @@ def passes(
         lock.check()
         table.remove_strays(commits.run_id)
         # With its frames go the blocks and ids that the pass has held.
-        del lost, cause, current, work
+        del lost, cause, current
         run.find_work()
+        run.locate()
 
 
 class Pass:

@@ -18,16 +18,24 @@ from fmembed.run.faults import TASK_DEATHS, root_cause
 from fmembed.run.placement import Plan
 from fmembed.run.stages import apply, prepare, read, stage_options
 from fmembed.sources.shards import sample
+from fmembed.sources.source import Source
 from fmembed.table.card import fingerprint
 
 # Rows that the ranges are taken from, spread over so many shards.
 _NUM_ROWS, _NUM_SHARDS = 1024, 16
 
 
-def find_ranges(inputs: Inputs, plan: Plan, stage: type, dim: int) -> Ranges:
+def find_ranges(inputs: Inputs, left: Source, plan: Plan, stage: type, dim: int) -> Ranges:
     """The ranges that the table's card holds, else those of a sample; empty where none are needed.
 
     Once for a table: they are stored in its metadata, and every later run takes those.
+
+    Args:
+        inputs: Of the run.
+        left: What it has to do: all, where there is no table.
+        plan: Who gets what.
+        stage: The model, or what stands in for it.
+        dim: Of a server's vectors.
 
     Raises:
         SourceError: No row of the sample can be embedded.
@@ -38,11 +46,11 @@ def find_ranges(inputs: Inputs, plan: Plan, stage: type, dim: int) -> Ranges:
     if known is not None and known.fingerprint == fingerprint(inputs.identity):
         return ranges_from_lists(known.ranges)
     try:
-        return _measure(inputs, plan, stage, dim, apart=False)
+        return _measure(inputs, left, plan, stage, dim, apart=False)
     except ray.exceptions.RayError as e:
         if not isinstance(root_cause(e), TASK_DEATHS):
             raise
-    return _measure(inputs, plan, stage, dim, apart=True)
+    return _measure(inputs, left, plan, stage, dim, apart=True)
 
 
 def _in_need(inputs: Inputs) -> list[str]:
@@ -51,14 +59,16 @@ def _in_need(inputs: Inputs) -> list[str]:
     return [o.column for o in outputs if PRECISIONS[o.precision].needs_ranges]
 
 
-def _measure(inputs: Inputs, plan: Plan, stage: type, dim: int, apart: bool) -> Ranges:
+def _measure(
+    inputs: Inputs, left: Source, plan: Plan, stage: type, dim: int, apart: bool
+) -> Ranges:
     """From rows spread over the whole source, in full precision."""
     spec = inputs.spec.preprocess
     exact = tuple(replace(o, precision="float32") for o in inputs.checkpoint.outputs)
     checkpoint = replace(inputs.checkpoint, outputs=exact)
     # A few rows only: one actor loads the model faster than several.
     one = replace(plan, min_actors=1, max_actors=1)
-    some = sample(inputs.source, _NUM_ROWS, _NUM_SHARDS)
+    some = sample(left, _NUM_ROWS, _NUM_SHARDS)
     rows = read(some, num_cpus=plan.cpus_per_task, apart=apart)
     pieces = prepare(rows, checkpoint, spec, one, apart)
     options = stage_options(checkpoint, spec, one, {}, dim)

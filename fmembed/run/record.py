@@ -15,6 +15,7 @@ from fmembed.inputs import Inputs
 from fmembed.model.server import Endpoint
 from fmembed.result import RunResult
 from fmembed.run.commits import Commits, Staging, check_rejected
+from fmembed.run.locating import locate_work
 from fmembed.run.placement import Plan
 from fmembed.run.progress import Progress
 from fmembed.run.prometheus import RunMetrics
@@ -74,6 +75,11 @@ class Run:
         if self.work and checkpoint.endpoint is not None and not self.server_dim:
             self.server_dim = Endpoint(checkpoint.endpoint, checkpoint.id).check()
         return self.work
+
+    def locate(self) -> None:
+        """Find out where the records begin of what is left, where that is parts of files."""
+        if self.work is not None:
+            self.work = locate_work(self.work, self._inputs.source, self._inputs.table)
 
     def begin(self, plan: Plan, commits: Commits, progress: Progress) -> None:
         """Take note of who is about to do it."""

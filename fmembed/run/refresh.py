@@ -17,6 +17,7 @@ import ray
 import ray.exceptions
 
 from fmembed.inputs import Inputs
+from fmembed.rows.found import COPY, EMBED, REJECT, TWIN
 from fmembed.run import buckets
 from fmembed.run.buckets import Bucket, Drawn, Summary
 from fmembed.run.commits import Staging
@@ -92,6 +93,26 @@ class Foreseen:
     adds_only: bool
     scan_s: float
     seconds: float
+
+    @property
+    def num_embed(self) -> int:
+        """Rows that the model would see."""
+        return self.drawn.fates.get(EMBED, 0)
+
+    @property
+    def num_copies(self) -> int:
+        """Rows that would take a vector that another one has, or has by then."""
+        return self.drawn.fates.get(COPY, 0)
+
+    @property
+    def num_rejected(self) -> int:
+        """Rows that would be rejected, by what reading says."""
+        return self.drawn.fates.get(TWIN, 0) + self.drawn.fates.get(REJECT, 0)
+
+    @property
+    def moves_rows(self) -> bool:
+        """Whether any row would go through the stages."""
+        return bool(self.drawn.fates)
 
 
 class Refresh:

@@ -1,10 +1,10 @@
-"""A few rows read, prepared and, where no run has told how fast the model is, embedded."""
+"""The model tried on a few prepared rows, where no run has told how fast it is."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,55 +12,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import ray
-import ray.exceptions
 
-from fmembed.arrays import Ints
 from fmembed.checkpoint.opening import Checkpoint
-from fmembed.prepare.stage import Preprocess
-from fmembed.rows.columns import NUM_UNITS, SHARD, TOTAL, accepted
+from fmembed.rows.columns import NUM_UNITS
 from fmembed.rows.counts import sum_counts
-from fmembed.rows.pieces import PIECE_UNITS
-from fmembed.run.apart import PreprocessApart, read_apart
-from fmembed.run.faults import MAX_ACTOR_RESTARTS, TASK_DEATHS, root_cause
+from fmembed.run.faults import MAX_ACTOR_RESTARTS
 from fmembed.run.placement import Plan
-from fmembed.sources.picks import Chosen, ChosenRows
-from fmembed.sources.reading import read_shard
-from fmembed.sources.source import Shard, Source
-from fmembed.spec import PreprocessSpec
 from fmembed.table.parts import write_part
 
-# A sample is as large as these seconds of one process allow, and so is a measurement of the model.
-_SAMPLE_S, _LEAST_ROWS = 20.0, 64
+# For so long at most.
 _TRIAL_S = 8.0
-# Prepared rows that are kept for the model to be tried on.
-_KEPT_BYTES = 128 * 2**20
 # Windows that each actor is given at least; the first one it is not timed by.
 _WINDOWS, _LEAST_WINDOW = 8, 8
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """What reading and preparing have made of some rows of the source.
-
-    `units` are of all, 0 of those that were rejected, `shards` the numbers of the shards that they
-    are of, shapes (rows,); `num_pieces` of those that were not, `num_rejected` were. `is_cut` says
-    whether there was not the time for all shards. `rows` are some, for the model. `read_s` and
-    `prepare_s` are seconds of one process for each row.
-    """
-
-    units: Ints
-    num_pieces: Ints
-    shards: Ints
-    num_rejected: int
-    is_cut: bool
-    rows: pa.Table | None
-    read_s: float
-    prepare_s: float
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that were drawn."""
-        return len(self.units)
 
 
 @dataclass(frozen=True)
@@ -76,89 +39,6 @@ class Tried:
     start_s: float
     load_s: float
     row_bytes: float | None
-
-
-def draw(
-    source: Source,
-    shards: Sequence[tuple[int, Shard]],
-    chosen: ChosenRows | None,
-    checkpoint: Checkpoint,
-    spec: PreprocessSpec,
-) -> Sampled:
-    """Read and prepare rows of some shards, in a task.
-
-    Args:
-        source: What they belong to.
-        shards: Which, with their numbers.
-        chosen: The rows of them; None for all.
-        checkpoint: The model.
-        spec: How it is given its inputs.
-    """
-    task: Any = ray.remote(num_cpus=1)(_draw)
-    given = (source.without_shards, shards, chosen, checkpoint, spec)
-    try:
-        sampled: Sampled = ray.get(task.remote(*given, False))
-    except ray.exceptions.RayError as e:
-        if not isinstance(root_cause(e), TASK_DEATHS):
-            raise
-        sampled = ray.get(task.remote(*given, True))
-    return sampled
-
-
-def _draw(
-    source: Source,
-    shards: Sequence[tuple[int, Shard]],
-    chosen: ChosenRows | None,
-    checkpoint: Checkpoint,
-    spec: PreprocessSpec,
-    apart: bool,
-) -> Sampled:
-    began = time.perf_counter()
-    read = read_apart if apart else read_shard
-    prepare = (PreprocessApart if apart else Preprocess)(checkpoint, spec)
-    read_s = prepare_s = 0.0
-    num_rows = num_rejected = num_bytes = 0
-    units, pieces, of_shards, kept = [], [], [], []
-    # Where there is not the time for all, those that are left out are like the others.
-    order = np.random.default_rng(0).permutation(len(shards)).tolist()
-
-    def timed(steps: Iterator[pa.Table]) -> Iterator[tuple[pa.Table, float]]:
-        started = time.perf_counter()
-        for step in steps:
-            yield step, time.perf_counter() - started
-            started = time.perf_counter()
-
-    num_shards = 0
-    for index, shard in (shards[at] for at in order):
-        num_shards += 1
-        pick = Chosen(chosen, index) if chosen is not None else None
-        for rows, seconds in timed(read(source, shard, index, pick)):
-            read_s += seconds
-            some = rows.filter(rows[TOTAL].is_null())  # without the marker
-            for ready, took in timed(prepare.stream(some)):
-                prepare_s += took
-                good = ready.filter(pa.array(accepted(ready)))
-                num_rows += ready.num_rows
-                num_rejected += ready.num_rows - good.num_rows
-                units.append(ready[NUM_UNITS].to_numpy())
-                of_shards.append(ready[SHARD].to_numpy())
-                pieces.append(good[PIECE_UNITS].combine_chunks().value_lengths().to_numpy())
-                if num_bytes < _KEPT_BYTES:
-                    kept.append(good)
-                    num_bytes += good.nbytes
-        if num_rows >= _LEAST_ROWS and time.perf_counter() - began > _SAMPLE_S:
-            break
-    none = [np.zeros(0, dtype=np.int64)]
-    return Sampled(
-        units=np.concatenate([*none, *units]),
-        num_pieces=np.concatenate([*none, *pieces]),
-        shards=np.concatenate([*none, *of_shards]),
-        num_rejected=num_rejected,
-        is_cut=num_shards < len(shards),
-        rows=pa.concat_tables(kept, promote_options="default") if kept else None,
-        read_s=read_s / max(num_rows, 1),
-        prepare_s=prepare_s / max(num_rows, 1),
-    )
 
 
 def try_rows(

@@ -8,7 +8,7 @@ from typing import Any
 
 from fmembed.sources.formats.ranges import cut_between
 from fmembed.sources.formats.registry import FORMATS
-from fmembed.sources.source import File, Mark, Shard, Source
+from fmembed.sources.source import Mark, Shard, Source
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,6 @@ class Unlocated:
 
     parts: tuple[Shard, ...]
     begin: Mark
-
-    @property
-    def file(self) -> File:
-        """Whose parts."""
-        return self.parts[0].files[0]
 
 
 def is_unlocated(source: Source, shard: Shard) -> bool:

@@ -16,6 +16,8 @@ import fmembed
 from fmembed import RunSpec, pipeline
 from fmembed.bench.ways import EmbedNothing
 from fmembed.run import stages
+from fmembed.run.progress import _Counter
+from fmembed.sources import reading
 from fmembed.sources.formats import ranges
 from fmembed.table.table import Table
 
@@ -43,6 +45,8 @@ def test_a_file_is_read_in_parts_by_the_ids_that_its_rows_have(
     tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranges, "PART_BYTES", 1500)
+    # The driver looks through no file, whatever it wants to know of its rows beforehand.
+    monkeypatch.setattr(reading, "locate_alone", None)
     source = write_jsonl(tmp_path / "in.jsonl", ROWS)
     spec = spec_of(tmp_path, source, tiny_bert)
     result = pipeline.embed(spec, quiet=True, stage=EmbedNothing)
@@ -65,6 +69,14 @@ def test_rows_of_few_shards_are_prepared_beside_reading(
 ) -> None:
     """The same rows either way; what reading took is in the figures of both."""
     monkeypatch.setattr(stages, "_SHARDS_PER_WORKER", shards_per_worker)
+    operators: set[str] = set()
+    on_step = _Counter.on_execution_step
+
+    def see(self: _Counter, executor: Any) -> None:
+        operators.update(operator.name for operator in executor._topology or ())
+        on_step(self, executor)
+
+    monkeypatch.setattr(_Counter, "on_execution_step", see)
     source = tmp_path / "in.jsonl.gz"
     source.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
     result = pipeline.embed(spec_of(tmp_path, source, tiny_bert), quiet=True, stage=EmbedNothing)
@@ -72,6 +84,9 @@ def test_rows_of_few_shards_are_prepared_beside_reading(
     assert len(texts_of(tmp_path / "out")) == 300
     assert result.stages["read, preprocess"]["rows"] == 300
     assert result.stages["read, preprocess"]["busy_s"] > 0
+    # By 0 all rows are prepared by the task that reads them.
+    assert ("ReadShards" in operators) == bool(shards_per_worker)
+    assert ("ReadShards->MapBatches(Preprocess.stream)" in operators) != bool(shards_per_worker)
 
 
 def test_a_machine_of_one_core_does_its_work(tmp_path: Path, tiny_bert: Path) -> None:

@@ -17,7 +17,7 @@ from fmembed import Forecast, RunResult, RunSpec, SpecError
 from fmembed.bench.data import save_wav2vec2
 from fmembed.cli import run
 from fmembed.forecast import Range, lines
-from fmembed.run import planning, trial
+from fmembed.run import pace, planning, trial
 from fmembed.storage import Storage
 from fmembed.table.records import read_runs
 
@@ -49,7 +49,7 @@ KINDS = {
 def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """These models tell in no time how fast they are, and that for so few rows nobody needs it."""
     monkeypatch.setattr(trial, "_TRIAL_S", 0.3)
-    monkeypatch.setattr(planning, "_LEAST_S", 0.0)
+    monkeypatch.setattr(pace, "_LEAST_S", 0.0)
     monkeypatch.setattr(planning, "_SAMPLE_ROWS", 60)
 
 

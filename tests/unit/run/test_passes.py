@@ -12,7 +12,6 @@ from fmembed.errors import Interrupted
 from fmembed.rows.ids import RowIds
 from fmembed.run.passes import passes
 from fmembed.run.work import Work
-from fmembed.sources.source import Shard
 
 LOST, DIED = ray.exceptions.WorkerCrashedError, ray.exceptions.ActorDiedError
 
@@ -25,10 +24,13 @@ class Fake:
         self.apart: list[bool] = []
         self.num_embedded = 0
         self.run_id, self.fate = "r", "committed"
-        self.work = Work(SimpleNamespace(shards=(Shard(),)), RowIds(), 0)  # type: ignore[arg-type]
+        self.work = Work(SimpleNamespace(shards=(1,)), RowIds(), 0)  # type: ignore[arg-type]
 
     def find_work(self) -> None:
         self.said.append("look")
+
+    def locate(self) -> None:
+        pass
 
     def behind(self, error: BaseException | None) -> Interrupted | None:
         return error if isinstance(error, Interrupted) else None
@@ -41,7 +43,7 @@ def run(outcomes: list[Any]) -> Fake:
     """Each pass commits so many rows, or first those of a pair and then raises the second."""
     fake: Any = Fake()
     left = iter(outcomes)
-    for one in passes(fake, fake, fake, fake, fake, fake, fake):
+    for one in passes(fake, fake, fake, fake, fake, fake):
         with one as work:
             fake.apart.append(work.apart)
             outcome = next(left)

@@ -25,7 +25,7 @@ def find(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> list[bool]:
     monkeypatch.setattr(ranges, "_measure", measure)
     monkeypatch.setattr(ranges, "_in_need", lambda _: ["embedding"])
     inputs: Any = SimpleNamespace(table=SimpleNamespace(card=lambda: None))
-    ranges.find_ranges(inputs, inputs, object, 0)
+    ranges.find_ranges(inputs, inputs, inputs, object, 0)
     return tries
 
 

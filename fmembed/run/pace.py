@@ -1,0 +1,165 @@
+"""How fast a run would go: by runs on record that had devices of the same kind, else by a trial."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fmembed.errors import TableError
+from fmembed.forecast import Range
+from fmembed.inputs import Inputs
+from fmembed.model.embed import Embed
+from fmembed.result import RunResult, check_run
+from fmembed.run.placement import Plan
+from fmembed.run.ranges import find_ranges
+from fmembed.run.refresh import Foreseen
+from fmembed.run.sampling import Sampled
+from fmembed.run.stages import stage_options
+from fmembed.run.trial import try_rows
+from fmembed.run.verdict import COMPARE, EMBED, SETTLE
+from fmembed.sources.source import Source
+from fmembed.table.card import fingerprint
+from fmembed.table.records import read_runs
+
+# Runs on record that tell it: the newest ones, in which each actor was at work for so long.
+_RUNS, _LEAST_S = 5, 2.0
+# More than a run has of them.
+_MOST_UNITS, _MOST_S = 2**60, 1e10
+# How far it is off at least: of the same work on a quiet machine, once and once more.
+MEASURED, RECORDED = 0.1, 0.05
+# What a run takes besides Ray's start, the start of its actors and its work: planning, the first
+# window's way, the last commit.
+REST_S = 4.0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast the work goes.
+
+    `unit_s` are seconds for which an actor holds its device for a unit; `work_s` those that the run
+    takes from its first window to its last, `begin_s` those besides, in `load_s` of which each
+    actor loads its model. `row_bytes` are what a row of the source takes in a part, None where that
+    was not seen.
+    """
+
+    unit_s: Range
+    work_s: Range
+    begin_s: float
+    load_s: float
+    by: str
+    row_bytes: float | None = None
+
+
+def find_pace(
+    inputs: Inputs,
+    plan: Plan,
+    left: Source,
+    seen: Foreseen,
+    sampled: Sampled,
+    units: Range,
+    start_s: float,
+    notes: list[str],
+) -> Pace | None:
+    """How fast the work goes; None where nobody can say, and why is added to the notes.
+
+    Args:
+        inputs: Of the run.
+        plan: Who gets what.
+        left: What there is to read.
+        seen: What was found to do.
+        sampled: Some of the rows that the model would see.
+        units: What it would see of all.
+        start_s: What it took to start Ray.
+        notes: For people.
+    """
+    num_rows = seen.num_embed
+    like = [
+        r for r in list_runs(inputs) if _is_like(r.compute, plan) and _mean_busy_s(r) >= _LEAST_S
+    ]
+    if like:
+        return _remember(like[:_RUNS], plan, units, unit_size(inputs))
+    if inputs.checkpoint.endpoint is not None:
+        notes.append("how fast the server answers is known once a run has asked it; it was not")
+        return None
+    if sampled.rows is None or not sampled.rows.num_rows:
+        notes.append("preparing rejects all rows that were drawn; the model was not tried")
+        return None
+    ranges = find_ranges(inputs, left, plan, Embed, 0)
+    options = stage_options(inputs.checkpoint, inputs.spec.preprocess, plan, ranges, 0)
+    tried = try_rows(Embed, inputs.checkpoint, options, sampled.rows, plan)
+    seconds = 1 / tried.rates * unit_size(inputs)
+    unit_s = Range(float(seconds.mean()), float(seconds.min()), float(seconds.max()))
+    unit_s = unit_s.within(MEASURED)
+    model_s = unit_s * units * (1 / plan.max_actors)
+    # Of processes that read and prepare, in all.
+    feed_s = seen.scan_s * min(plan.num_workers, len(seen.drawn.shards))
+    feed_s += sampled.prepare_s * num_rows
+    if plan.device == "cpu":  # which the model's threads would have all to themselves
+        work_s = model_s + feed_s / (plan.num_threads * plan.max_actors)
+    else:
+        fed_s = Range.exactly(feed_s / plan.num_workers).within(MEASURED)
+        work_s = max(model_s, fed_s, key=lambda r: r.value)
+    begin_s = start_s + tried.start_s + REST_S
+    return Pace(unit_s, work_s, begin_s, tried.load_s, "measured now", tried.row_bytes)
+
+
+def list_runs(inputs: Inputs) -> Iterator[RunResult]:
+    """Runs on record that made vectors as this one does, the newest first."""
+    name = fingerprint(inputs.identity)
+    for _, raw in read_runs(inputs.table.storage):
+        try:
+            result = check_run(raw, inputs.table.uri)
+        except TableError:  # it says nothing of how fast it was
+            continue
+        is_counted = 0 < result.num_units < _MOST_UNITS
+        if result.fingerprint == name and is_counted and _actors(result):
+            yield result
+
+
+def unit_size(inputs: Inputs) -> int:
+    """How many of the units that rows count make one that is shown: of samples a second's."""
+    return inputs.checkpoint.rate_hz or 1
+
+
+def _is_like(compute: Mapping[str, Any], plan: Plan) -> bool:
+    """Whether a run had devices of the same kind; of CPUs, with as many threads an actor."""
+    names = ["device", "device_name", *(["num_threads"] if plan.device == "cpu" else [])]
+    return all(compute.get(name) == getattr(plan, name) for name in names)
+
+
+def _actors(run: RunResult) -> list[tuple[float, float, float]]:
+    """Of each actor of a run the seconds for which it was loading, waiting and at work; of those
+    that ask a server the sum, as Ray counts it. None where that makes no sense.
+    """
+    found = [(0.0, 0.0, run.stages[EMBED]["busy_s"])] if EMBED in run.stages else []
+    if run.verdict:
+        actors = run.verdict["actors"].values()
+        found = [(a["load_s"], a["wait_s"], a["busy_s"]) for a in actors]
+    # Anybody may have written the record.
+    is_sane = all(0 <= seconds < _MOST_S for actor in found for seconds in actor)
+    return found if is_sane and sum(busy_s for *_, busy_s in found) > 0 else []
+
+
+def _mean_busy_s(run: RunResult) -> float:
+    return float(np.mean([busy_s for *_, busy_s in _actors(run)]))
+
+
+def _remember(runs: Sequence[RunResult], plan: Plan, units: Range, size: int) -> Pace:
+    """The pace of runs on record."""
+    unit_s, begin_s, loads_s = [], [], []
+    for run in runs:
+        actors = _actors(run)
+        held_s = sum(wait_s + busy_s for _, wait_s, busy_s in actors)
+        unit_s.append(held_s / run.num_units * size)
+        compared = (run.stages[name]["busy_s"] for name in (COMPARE, SETTLE) if name in run.stages)
+        begin_s.append(max(min(run.seconds, _MOST_S) - held_s / len(actors) - sum(compared), 0.0))
+        loads_s.append(sum(load_s for load_s, *_ in actors) / len(actors))
+    both = Range(float(np.median(unit_s)), min(unit_s), max(unit_s)).within(RECORDED)
+    number = "a run" if len(runs) == 1 else f"{len(runs)} runs"
+    return Pace(
+        both, both * units * (1 / plan.max_actors), float(np.median(begin_s)),
+        float(np.median(loads_s)), f"by {number} on record",
+    )  # fmt: skip
