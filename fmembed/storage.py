@@ -14,6 +14,7 @@ import importlib.util
 import os
 import re
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,32 @@ def filesystem(uri: str) -> tuple[Any, str]:
         ].rstrip("/")
     fs, root = fsspec.core.url_to_fs(uri)
     return fs, str(root)
+
+
+def list_below(fs: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]] | None:
+    """Path and facts of all objects below a cloud's folder, in the order of paths, as they come:
+    a thousand a request, however deep. None of another filesystem.
+    """
+    if not isinstance(fs, obstore.fsspec.FsspecStore):
+        return None
+    bucket, _, prefix = folder.partition("/")
+    uri = f"{fs.protocol}://{bucket}"
+    store = from_url(uri, **_options(uri))
+
+    def found() -> Iterator[tuple[str, dict[str, Any]]]:
+        last = ""
+        for some in obstore.list(store, prefix or None):
+            for told in some:
+                path = told["path"]
+                # The slash of `folder/`, which stands for one that may be empty, is taken off: it
+                # comes where the slash sorts it.
+                if not told["size"] and path < last:
+                    continue
+                last = path
+                facts = {"type": "file", "size": told["size"], "e_tag": told["e_tag"]}
+                yield f"{bucket}/{path}", {**facts, "last_modified": told["last_modified"]}
+
+    return found()
 
 
 def _options(uri: str) -> dict[str, Any]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import posixpath
-import stat
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,20 +14,16 @@ from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.implementations.cached import CachingFileSystem
-from fsspec.implementations.local import LocalFileSystem
 
 from fmembed.errors import NoFilesError, SourceError, reason
 from fmembed.redaction import redact, split_chain
+from fmembed.sources.file_list import FileList
 from fmembed.sources.files import is_local
 from fmembed.sources.formats.registry import FORMATS
 from fmembed.sources.source import File
+from fmembed.sources.walking import HIDDEN, Facts, Walk, facts_of
 from fmembed.spec import SourceSpec
 from fmembed.storage import filesystem, resolve_package
-
-# Why something is passed over, as counts and messages say it.
-HIDDEN = "files whose names begin with a dot or underscore"
-HIDDEN_FOLDER = "folders whose names begin with a dot or underscore"
-SEEN = "links to folders that are read by another way"
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ class Listing:
 
     fs: Any
     root: str
-    files: list[File]
+    files: FileList
     is_named: bool
     passed_over: dict[str, int]
 
@@ -60,29 +54,27 @@ def list_files(spec: SourceSpec) -> Listing:
         fs, root = open_fs(uri)
         # A cache looks for a file in its parent's list, which a web server need not show.
         inner = fs.fs if isinstance(fs, CachingFileSystem) else fs
-        is_named = True
         passed_over: Counter[str] = Counter()
+        found: Iterable[tuple[str, Facts]]
+        is_named = True
         if _is_glob(inner, root):
-            found = _followed(inner, inner.glob(root, detail=True))
+            pattern = root.replace("?", "[?]") if _is_web(root) else root
             root = posixpath.dirname(root[: min(root.find(c) for c in "*?[" if c in root)] + "x")
+            found = walk = Walk(inner, root, pattern)
+            passed_over = walk.passed_over
         elif not _is_web_file(root) and inner.isdir(root):
             is_named = False
-            found = _find(inner, root, passed_over)
+            found = walk = Walk(inner, root)
+            passed_over = walk.passed_over
         else:
-            found = _followed(inner, {root: inner.info(root)})
+            facts = inner.info(root)
+            if facts.get("islink") and is_local(fs):  # as what it leads to
+                facts = facts_of(partial(os.stat, root))
+            found = [(root, facts)]
             root = posixpath.dirname(root)
-        # A pipe or a link to nothing is listed too: its row is rejected, with its cause.
-        listed = (
-            File(path, _name(path, root), int(info.get("size") or 0), _revision(info))
-            for path, info in found
-            if info.get("type") != "directory"
-        )
-        files = []
-        for file in listed:
-            if any(map(_is_hidden, file.name.split("/"))):
-                passed_over[HIDDEN] += 1
-            else:
-                files.append(file)
+        files = FileList(_listed(found, root, passed_over))
+        if not files.is_sorted:  # what links lead to came last
+            files = FileList(sorted(files))
     except FileNotFoundError as e:
         status = getattr(e.__cause__, "status", None)
         why = f" (the server answers {status})" if status is not None else ""
@@ -91,11 +83,23 @@ def list_files(spec: SourceSpec) -> Listing:
         raise SourceError(f"source.uri: {shown}: {e}") from None
     except Exception as e:  # by filesystem: OSError, obstore's own, aiohttp's own
         raise SourceError(f"source.uri: cannot read {shown}: {spec.conceal(reason(e))}") from None
-    files.sort(key=lambda f: f.path)
     if not files:
         why = "".join(f"; passed over: {n:,} {reason_}" for reason_, n in passed_over.items())
         raise NoFilesError(f"source.uri: no file in {shown}{why}")
     return Listing(fs, root, files, is_named, dict(passed_over))
+
+
+def _listed(
+    found: Iterable[tuple[str, Facts]], root: str, passed_over: Counter[str]
+) -> Iterator[File]:
+    """What was found as files, but for folders and what is hidden."""
+    for path, facts in found:
+        name = _name(path, root)
+        if name.startswith((".", "_")) or "/." in name or "/_" in name:
+            passed_over[HIDDEN] += 1
+        # A pipe or a link to nothing is listed too: its row is rejected, with its cause.
+        elif facts.get("type") != "directory":
+            yield File(path, name, int(facts.get("size") or 0), _revision(facts))
 
 
 def open_fs(uri: str) -> tuple[Any, str]:
@@ -157,81 +161,7 @@ def _name(path: str, root: str) -> str:
     return name
 
 
-def _followed(
-    fs: Any, found: Mapping[str, Mapping[str, Any]]
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """What was found, a local link as what it leads to: snapshots of the hub are made of them."""
-    for path, info in found.items():
-        is_link = info.get("islink") and is_local(fs)
-        yield path, _facts(partial(os.stat, path)) if is_link else info
-
-
-def _find(fs: Any, root: str, passed_over: Counter[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """All that is no folder below one, with its path; links to folders are followed, each once.
-
-    On a local disk ourselves: fsspec's dozen facts of each of 200,000 files take 206 MB and 3 s,
-    and a folder that it may not read it leaves out without a word.
-    """
-    if not isinstance(fs, LocalFileSystem):
-        yield from fs.find(root, detail=True).items()
-        return
-    folders, links = [root], deque[str]()
-    seen: set[tuple[int, int]] = set()
-    while folders or links:
-        # Links last: a folder that is there is read by its own name, and whatever is reached by
-        # two ways is read once, as a link to a folder above must be.
-        folder = folders.pop() if folders else links.popleft()
-        # What goes while we look, as another program's temporary files do, was not there.
-        with contextlib.suppress(FileNotFoundError):
-            facts = os.stat(folder)
-            if (facts.st_dev, facts.st_ino) in seen:
-                passed_over[SEEN] += 1
-                continue
-            seen.add((facts.st_dev, facts.st_ino))
-            with _scan(folder) as scanned:
-                entries = sorted(scanned, key=lambda e: e.name)
-            for entry in entries:
-                if _is_hidden(entry.name):  # with all below it
-                    passed_over[HIDDEN_FOLDER if _is_folder(entry) else HIDDEN] += 1
-                elif entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                elif _is_folder(entry):
-                    links.append(entry.path)
-                else:
-                    told = _facts(entry.stat)
-                    if "mtime" in told or entry.is_symlink():
-                        yield entry.path, told
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "_"))
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that goes round in circles, or to where nobody may look
-        return False
-
-
-def _facts(look: Callable[[], os.stat_result]) -> Mapping[str, Any]:
-    """Of a file, or of what a link leads to."""
-    try:
-        facts = look()
-    except OSError:  # to nothing, or round in circles: reading says which
-        return {"type": "other"}
-    kind = "directory" if stat.S_ISDIR(facts.st_mode) else "file"
-    return {"type": kind, "size": facts.st_size, "mtime": facts.st_mtime}
-
-
-def _scan(folder: str) -> Any:
-    try:
-        return os.scandir(folder)
-    except PermissionError as e:
-        raise PermissionError(e.errno, f"{e.strerror}: {folder}") from None
-
-
-def _revision(info: Mapping[str, Any]) -> str:
+def _revision(info: Facts) -> str:
     # By the names that local files, obstore, and other fsspec filesystems use.
     for name in (
         "e_tag", "ETag", "etag", "mtime", "last_modified", "LastModified", "Last-Modified",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import posixpath
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pyarrow as pa
 from fmembed.errors import NoFilesError, SourceError, reason
 from fmembed.redaction import redact
 from fmembed.rows.columns import RESERVED
+from fmembed.sources.file_list import FileList
 from fmembed.sources.formats.base import Format, Opened
 from fmembed.sources.formats.registry import FORMATS
 from fmembed.sources.listing import Listing, list_files, open_fs
@@ -67,7 +68,7 @@ def _check_names(spec: SourceSpec) -> None:
 
 def _find(
     spec: SourceSpec, modalities: Sequence[Modality]
-) -> tuple[Format, Any, list[File], dict[str, int]]:
+) -> tuple[Format, Any, Sequence[File], dict[str, int]]:
     """The format, the filesystem, its files, and what is passed over by reason; no file where a
     library finds the dataset.
     """
@@ -90,42 +91,53 @@ def _find(
     if spec.format != "auto":
         tries += [format_.more_suffixes, *([("",)] if listing.is_named else [])]
     for suffixes in tries:
-        files = [f for f in listing.files if f.name.lower().endswith(suffixes)]
+        others: Counter[str] = Counter()
+        files = FileList(_with(suffixes, listing.files, others))
         if files:
             break
-    if not files:
+    else:
         raise NoFilesError(
             f"source.uri: no {format_.name} file ({', '.join(format_.suffixes)}) in "
             f"{redact(spec.uri)}"
         )
-    return format_, listing.fs, files, {**listing.passed_over, **_others(listing, files, format_)}
+    return format_, listing.fs, files, {**listing.passed_over, **_shown(others, format_)}
 
 
-def _others(listing: Listing, files: Sequence[File], format_: Format) -> dict[str, int]:
+def _with(suffixes: tuple[str, ...], files: FileList, others: Counter[str]) -> Iterator[File]:
+    """The files whose names end with a suffix; what the others end with is counted."""
+    for file in files:
+        if file.name.lower().endswith(suffixes):
+            yield file
+        else:
+            others[posixpath.splitext(file.name)[1].lower() or "no suffix"] += 1
+
+
+def _shown(others: Counter[str], format_: Format) -> dict[str, int]:
     """How many files are not of the format, by suffix."""
-    if len(files) == len(listing.files):
-        return {}
-    read = {f.path for f in files}
-    counts: Counter[str] = Counter()
-    for file in listing.files:
-        if file.path not in read:
-            counts[posixpath.splitext(file.name)[1].lower() or "no suffix"] += 1
-    shown = counts.most_common(_SHOWN_SUFFIXES)
-    others = {f"files with {suffix}, no {format_.name}": n for suffix, n in shown}
-    if rest := counts.total() - sum(others.values()):
-        others["files with other suffixes"] = rest
-    return others
+    shown = {
+        f"files with {s}, no {format_.name}": n for s, n in others.most_common(_SHOWN_SUFFIXES)
+    }
+    if rest := others.total() - sum(shown.values()):
+        shown["files with other suffixes"] = rest
+    return shown
 
 
 def _detect_format(spec: SourceSpec, listing: Listing) -> Format:
     """The format of which there are most files, by suffix; of a marked folder the marker's."""
-    found = {f.name for f in listing.files}
-    for format_ in FORMATS.values():
-        if found.intersection(format_.markers) and listing.fs.isdir(listing.root):
-            return format_
-    names = [f.name.lower() for f in listing.files]
-    counts = {f.name: sum(n.endswith(f.suffixes) for n in names) for f in FORMATS.values()}
-    best = max(counts, key=lambda name: counts[name])
+    marked = {marker: f for f in FORMATS.values() for marker in f.markers}
+    suffixes_of = [(f.name, f.suffixes) for f in FORMATS.values() if f.suffixes]
+    counts: Counter[str] = Counter()
+    found: Format | None = None
+    for file in listing.files:
+        found = found or marked.get(file.name)
+        name = file.name.lower()
+        for format_, suffixes in suffixes_of:
+            if name.endswith(suffixes):
+                counts[format_] += 1
+    if found is not None and listing.fs.isdir(listing.root):
+        return found
+    # Of as many of both the one that comes first.
+    best = max(FORMATS, key=lambda name: counts[name])
     if not counts[best]:
         raise SourceError(
             f"source.format: cannot tell the format of {redact(spec.uri)}; "
@@ -134,7 +146,7 @@ def _detect_format(spec: SourceSpec, listing: Listing) -> Format:
     return FORMATS[best]
 
 
-def _open(format_: Format, source: Source, files: list[File]) -> Opened:
+def _open(format_: Format, source: Source, files: Sequence[File]) -> Opened:
     if format_.open is not None:
         return format_.open(source.spec)
     assert format_.schema is not None, f"{format_.name} has neither `open` nor `schema`"

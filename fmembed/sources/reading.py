@@ -73,7 +73,8 @@ def read_steps(
     # Of a process that has died the rows are counted as they come, so none is left out beforehand.
     wanted = _Wanted(None if pick is None or deaths else pick.places)
     if wanted.places is not None and source.file_is_row:
-        shard = replace(shard, files=tuple(shard.files[at] for at in wanted.places))
+        files = list(shard.files)
+        shard = replace(shard, files=tuple(files[at] for at in wanted.places))
     read = itertools.islice(_read_to_the_end(source, shard, deaths), shard.max_rows)
     rows: Iterator[RawRow] = wanted.of(read, source.file_is_row)
     if source.root is not None:

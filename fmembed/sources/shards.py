@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
+from fmembed.sources.file_list import FileList
 from fmembed.sources.formats.registry import FORMATS
 from fmembed.sources.listing import unsigned
 from fmembed.sources.source import File, Shard, Source
@@ -34,8 +36,9 @@ def sample(source: Source, num_rows: int, num_shards: int) -> Source:
     chosen = source.shards[::step][:num_shards]
     per_shard = -(-num_rows // max(len(chosen), 1))
     if source.file_is_row:
-        files = [f for shard in source.shards for f in shard.files]
-        chosen = (Shard(tuple(files[:: max(len(files) // num_rows, 1)][:num_rows])),)
+        step = max(sum(len(shard.files) for shard in source.shards) // num_rows, 1)
+        files = chain.from_iterable(shard.files for shard in source.shards)
+        chosen = (Shard(tuple(islice(files, 0, num_rows * step, step))),)
         per_shard = num_rows
     return replace(source, shards=tuple(replace(s, max_rows=per_shard) for s in chosen))
 
@@ -44,8 +47,8 @@ def uncut(source: Source) -> list[Shard]:
     """The shards, but of a file that is cut at bytes all of it: nobody has located its parts."""
     if FORMATS[source.format].locate is None:
         return list(source.shards)
-    by_files = {shard.files: shard for shard in source.shards}
-    return [s if s.start is None else Shard(files) for files, s in by_files.items()]
+    whole = {s.files[0].path: Shard(s.files) for s in source.shards if s.start is not None}
+    return [*(s for s in source.shards if s.start is None), *whole.values()]
 
 
 def with_keys(spec: SourceSpec, shards: Iterable[Shard], revision: str = "") -> tuple[Shard, ...]:
@@ -74,28 +77,26 @@ def with_keys(spec: SourceSpec, shards: Iterable[Shard], revision: str = "") -> 
     return tuple(replace(shard, key=key(shard)) for shard in shards)
 
 
-def plan_shards(spec: SourceSpec, name: Format, fs: Any, files: list[File]) -> Iterator[Shard]:
+def plan_shards(spec: SourceSpec, name: Format, fs: Any, files: Sequence[File]) -> Iterator[Shard]:
     """Group files that are rows, or many and small; cut the others, as far as the format can."""
     format_ = FORMATS[name]
     if format_.modality is not None:
-        for group in _group(files, _FILE_ROWS_BYTES):
-            yield Shard(group, num_rows=len(group))
+        for shard in _group(files, _FILE_ROWS_BYTES):
+            yield replace(shard, num_rows=len(shard.files))
         return
-    small: list[File] = []
-    if len(files) > _MANY_FILES:
-        small = [f for f in files if f.size < _GROUP_BYTES]
-        files = [f for f in files if f.size >= _GROUP_BYTES]
+    least = _GROUP_BYTES if len(files) > _MANY_FILES else 0
+    large = (f for f in files if f.size >= least)
     if format_.cut is not None:
         with ThreadPoolExecutor(_THREADS) as pool:
-            for shards in pool.map(partial(format_.cut, spec, fs), files):
+            for shards in pool.map(partial(format_.cut, spec, fs), large):
                 yield from shards
     else:
-        yield from (Shard((file,)) for file in files)
-    yield from (Shard(group) for group in _group(small, _GROUP_BYTES))
+        yield from (Shard((file,)) for file in large)
+    yield from _group((f for f in files if f.size < least), _GROUP_BYTES)
 
 
-def _group(files: Iterable[File], most_bytes: int) -> Iterator[tuple[File, ...]]:
-    """Neighbours, up to 512 files or about so many bytes; some files end a group by their name."""
+def _group(files: Iterable[File], most_bytes: int) -> Iterator[Shard]:
+    """Shards of neighbours: 512 files, or about so many bytes; some files end one by their name."""
     group: list[File] = []
     num_bytes = 0
     for file in files:
@@ -103,7 +104,7 @@ def _group(files: Iterable[File], most_bytes: int) -> Iterator[tuple[File, ...]]
         num_bytes += file.size
         is_end = zlib.crc32(file.name.encode(errors="surrogateescape")) % _GROUP_FILES == 0
         if is_end or len(group) == _SHARD_FILES or num_bytes >= most_bytes:
-            yield tuple(group)
+            yield Shard(FileList(group), size=num_bytes)
             group, num_bytes = [], 0
     if group:
-        yield tuple(group)
+        yield Shard(FileList(group), size=num_bytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -32,8 +32,7 @@ class BadRow(Exception):  # noqa: N818 - a row's fate, not a failure of the run
         self.error, self.message = error, message
 
 
-@dataclass(frozen=True, slots=True)
-class File:
+class File(NamedTuple):
     """A file: where it is, and the name that row ids carry (relative to the source's root).
 
     `revision` is what storage says of its content: an entity tag, else the time of its last change.
@@ -63,10 +62,10 @@ class Shard:
     bytes, None before that is looked for. `num_rows` is None where only reading tells. `key`
     changes when the content does: a shard whose key is on record as committed is not read again;
     None where storage does not tell of changes. `max_rows` cuts a sample short. `size` is what a
-    part is of its file, in bytes.
+    part is of its file, or many files are together, in bytes.
     """
 
-    files: tuple[File, ...] = ()
+    files: Sequence[File] = ()
     start: int | None = None
     stop: int | None = None
     first_row: int = 0

@@ -29,6 +29,7 @@ from fmembed.sources.locating import count_part, list_unlocated, locate
 from fmembed.sources.opening import open_source
 from fmembed.sources.reading import read_shard
 from fmembed.sources.source import Shard, Source
+from fmembed.sources.walking import HIDDEN
 from fmembed.spec import SourceSpec
 from fmembed.storage import Storage
 from fmembed.table.lock import Lock
@@ -260,6 +261,38 @@ def test_objects_are_read_as_they_are_named(s3: str) -> None:
             rows, _ = list(read_shard(source, source.shards[0], 0))
             assert rows["row_id"].to_pylist() == [f"{name}.jsonl#0"]
             assert rows["_input"].to_pylist() == [name]
+
+
+def test_a_folder_is_listed_whole_and_in_order(s3: str) -> None:
+    """However deep, with what consoles leave of folders that were made there."""
+    names = [
+        "a.txt",
+        "a/b.txt",
+        "a/c/d.txt",
+        "a-b.txt",
+        "_no/e.txt",
+        "f/.g.txt",
+        "x.csv",
+        "a/",
+        "h/",
+    ]
+    for name in names:
+        boto3.client("s3").put_object(Bucket="bucket", Key=f"tree/{name}", Body=name[:-1].encode())
+    boto3.client("s3").put_object(Bucket="bucket", Key="trees/other.txt", Body=b"other")
+
+    def found(pattern: str) -> list[str]:
+        source = open_source(SourceSpec(uri=f"{s3}/tree{pattern}"))
+        files = [file for shard in source.shards for file in shard.files]
+        assert all(file.revision and file.size for file in files)
+        return [file.path.removeprefix("bucket/tree/") for file in files]
+
+    assert found("") == ["a-b.txt", "a.txt", "a/b.txt", "a/c/d.txt"]
+    assert found("/*.txt") == ["a-b.txt", "a.txt"]
+    assert found("/*/*.txt") == ["a/b.txt"]
+    assert found("/a/**/*.txt") == ["a/b.txt", "a/c/d.txt"]
+    source = open_source(SourceSpec(uri=f"{s3}/tree"))
+    assert source.passed_over[HIDDEN] == 2
+    assert source.passed_over["files with .csv, no text_folder"] == 1
 
 
 def test_a_large_file_is_read_in_parts(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

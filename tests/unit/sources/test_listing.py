@@ -10,9 +10,9 @@ import pytest
 from conftest import write_jsonl
 
 from fmembed.errors import SourceError
-from fmembed.sources.listing import HIDDEN, HIDDEN_FOLDER, SEEN
 from fmembed.sources.opening import open_source
 from fmembed.sources.source import Source
+from fmembed.sources.walking import HIDDEN, HIDDEN_FOLDER, SEEN
 from fmembed.spec import SourceSpec
 
 
