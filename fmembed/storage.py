@@ -128,9 +128,13 @@ class Storage:
             FileNotFoundError: There is none.
             StorageError: Forbidden or out of reach.
         """
+        return bytes(self.get_buffer(path))
+
+    def get_buffer(self, path: str) -> memoryview:
+        """As `get`, without a copy."""
         try:
             self._check(path)
-            return bytes(obstore.get(self._store, path).bytes())
+            return memoryview(obstore.get(self._store, path).bytes())
         except FileNotFoundError:
             raise
         except (BaseError, OSError) as e:

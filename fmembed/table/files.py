@@ -6,8 +6,10 @@ Nothing here says whether a part is committed: that is the log's (log.py).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,9 @@ RUN, WRITE = f"{PREFIX}run", f"{PREFIX}write"
 PART = re.compile(r"part-([0-9a-f]{32})\.parquet")
 # A part smaller than this is read whole even for a few columns: then its checksum can be checked.
 _WHOLE_BYTES = 64 * 2**20
+# Of a row group, as Arrow holds it: what a part is read and written in where it is written anew. At
+# once, a part of 256 MiB takes three times as much.
+_GROUP_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -68,14 +73,9 @@ class PartFiles:
         return self._read_pages(part, columns)
 
     def _read_pages(self, part: Part, columns: Sequence[str]) -> pa.Table:
-        try:
-            with self._storage.open(part.path) as handle:
-                parquet = pq.ParquetFile(handle, page_checksum_verification=True)
-                rows = parquet.read(columns=list(columns))
-        except FileNotFoundError:
-            raise self._damaged(part, "committed, but missing") from None
-        except (pa.ArrowException, OSError) as e:
-            raise self._damaged(part, f"not readable: {reason(e)}") from None
+        with self._reading(part), self._storage.open(part.path) as handle:
+            parquet = pq.ParquetFile(handle, page_checksum_verification=True)
+            rows = parquet.read(columns=list(columns))
         return self._counted(part, rows)
 
     def read_whole(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
@@ -84,31 +84,52 @@ class PartFiles:
         Raises:
             DamagedError: It is missing, or not as it was written.
         """
-        try:
-            content = self._storage.get(part.path)
-        except FileNotFoundError:
-            raise self._damaged(part, "committed, but missing") from None
+        with self._reading(part):
+            rows = self._fetch(part).read(columns=None if columns is None else list(columns))
+        return self._counted(part, rows)
+
+    def read_pieces(self, part: Part) -> Iterator[pa.Table]:
+        """As `read_whole`, a row group at a time."""
+        with self._reading(part):
+            parquet = self._fetch(part)
+            self._check_rows(part, parquet.metadata.num_rows)
+            for i in range(parquet.num_row_groups):
+                yield parquet.read_row_group(i).replace_schema_metadata(None)
+
+    def _fetch(self, part: Part) -> pq.ParquetFile:
+        content = self._storage.get_buffer(part.path)
         # What another tool has written, as Delta's own delete, has another name and no checksum.
         if PART.fullmatch(part.path) and part.path != _part_name(content):
             raise self._damaged(part, "its bytes do not match its checksum")
+        return pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+
+    @contextmanager
+    def _reading(self, part: Part) -> Iterator[None]:
         try:
-            parquet = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
-            rows = parquet.read(columns=None if columns is None else list(columns))
+            yield
+        except FileNotFoundError:
+            raise self._damaged(part, "committed, but missing") from None
         except (pa.ArrowException, OSError) as e:
             raise self._damaged(part, f"not readable: {reason(e)}") from None
-        return self._counted(part, rows)
 
     def _counted(self, part: Part, rows: pa.Table) -> pa.Table:
-        if rows.num_rows != part.num_rows:
-            raise self._damaged(part, f"{rows.num_rows} rows where the log says {part.num_rows}")
+        self._check_rows(part, rows.num_rows)
         return rows.replace_schema_metadata(None)
+
+    def _check_rows(self, part: Part, num_rows: int) -> None:
+        if num_rows != part.num_rows:
+            raise self._damaged(part, f"{num_rows} rows where the log says {part.num_rows}")
 
     def _damaged(self, part: Part, what: str) -> DamagedError:
         return DamagedError(self._storage.uri, f"{part.path}: {what}")
 
-    def read_schema(self, path: str) -> pa.Schema:
-        """The columns of one part."""
-        with self._storage.open(path) as handle:
+    def read_schema(self, part: Part) -> pa.Schema:
+        """The columns of one part, by its footer.
+
+        Raises:
+            DamagedError: It is missing, or not as it was written.
+        """
+        with self._reading(part), self._storage.open(part.path) as handle:
             return pq.read_schema(handle).remove_metadata()
 
     def num_rows(self, path: str) -> int:
@@ -141,12 +162,7 @@ class PartFiles:
         Raises:
             DamagedError: It is missing, or not as it was written.
         """
-        try:
-            schema = self.read_schema(part.path)
-        except FileNotFoundError:
-            raise self._damaged(part, "committed, but missing") from None
-        except (pa.ArrowException, OSError) as e:
-            raise self._damaged(part, f"not readable: {reason(e)}") from None
+        schema = self.read_schema(part)
         column = PARENT_ID if PARENT_ID in schema.names else ROW_ID
         is_own = PART.fullmatch(part.path)
         carried = [
@@ -170,30 +186,58 @@ class PartFiles:
     def write(
         self, rows: pa.Table, vectors: Sequence[str] = (), stamp: Mapping[str, str] | None = None
     ) -> Part:
+        """Write rows as one part: see `write_pieces`."""
+        return self.write_pieces([rows], vectors, stamp)
+
+    def write_pieces(
+        self,
+        pieces: Iterable[pa.Table],
+        vectors: Sequence[str] = (),
+        stamp: Mapping[str, str] | None = None,
+    ) -> Part:
         """Write rows as one part.
 
         The part is named after the checksum of its bytes, so that `verify` needs no other record
         of it, and put in one piece, so that a torn write leaves nothing behind.
 
         Args:
-            rows: What to write.
+            pieces: What to write, some rows at a time, at least once; columns of the first.
             vectors: The columns of vectors.
             stamp: For the footer: the table's card, and which write of which run this is, so that
                 the same rows written twice are two parts of two names.
         """
+        groups = _grouped(pieces)
+        first = next(groups)
         buffer = pa.BufferOutputStream()
         # Dictionaries only grow vectors: 768 kB of them took 1,201 kB with, 689 kB without.
         unlike = (ROW_ID, CONTENT_HASH, *vectors)
-        plain = [f.name for f in rows.schema if f.name not in unlike]
+        plain = [name for name in first.schema.names if name not in unlike]
+        num_rows = 0
         with pq.ParquetWriter(
-            buffer, rows.schema, compression="zstd", use_dictionary=plain, write_page_checksum=True
+            buffer, first.schema, compression="zstd", use_dictionary=plain, write_page_checksum=True
         ) as writer:
-            writer.write_table(rows)
+            for rows in itertools.chain([first], groups):
+                per_row = max(rows.nbytes // max(rows.num_rows, 1), 1)
+                writer.write_table(rows, row_group_size=max(_GROUP_BYTES // per_row, 1))
+                num_rows += rows.num_rows
             writer.add_key_value_metadata(dict(stamp or {}))
         content = buffer.getvalue()
         path = _part_name(content)
         self._storage.put(path, memoryview(content).cast("B"))
-        return Part(path, content.size, rows.num_rows)
+        return Part(path, content.size, num_rows)
+
+
+def _grouped(pieces: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows, in tables of a row group's size and more, but the last; one at least."""
+    waiting: list[pa.Table] = []
+    for piece in pieces:
+        if sum(rows.nbytes for rows in waiting) >= _GROUP_BYTES:
+            yield pa.concat_tables(waiting)
+            waiting = [waiting[0].slice(0, 0)]
+        if waiting:
+            piece = piece.select(waiting[0].schema.names).cast(waiting[0].schema)
+        waiting.append(piece)
+    yield pa.concat_tables(waiting)
 
 
 def _part_name(content: Any) -> str:

@@ -125,7 +125,7 @@ class _Repair:
             schema = None if is_rows else REJECTED_SCHEMA
             for path in filter(PART.fullmatch, log.storage.paths()) if schema is None else ():
                 if log.files.read_stamp(path).get(TABLE) == card.table:
-                    schema = log.files.read_schema(path)
+                    schema = log.files.read_schema(Part(path, 0, 0))
                     break
             if schema is None:
                 raise TableError(

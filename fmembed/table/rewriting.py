@@ -85,10 +85,9 @@ def rewrite(
     """
     table = Table(uri)
     is_rejected = parts[0].path.startswith(REJECTED)
-    some = list(_live_rows(table, parts, dead, is_rejected))
-    rows = pa.concat_tables(some, promote_options="default")
     files = (table.rejected if is_rejected else table.rows).files
-    return files.write(rows, () if is_rejected else vectors, stamp)
+    pieces = _live_rows(table, parts, dead, is_rejected)
+    return files.write_pieces(pieces, () if is_rejected else vectors, stamp)
 
 
 def _live_rows(
@@ -103,12 +102,13 @@ def _live_rows(
             rows = table.rejected.files.read_whole(held.part)
             yield rows if gone is None else _without(rows, *gone)
             continue
-        rows = table.read_part(held.part, None)
-        if gone is not None:
+        ids = None if gone is None else RowIds(gone[0])
+        for rows in table.read_pieces(held.part):
+            if ids is None:
+                yield rows
+                continue
             name = PARENT_ID if PARENT_ID in rows.schema.names else ROW_ID
-            is_gone = RowIds(gone[0]).contains(keys_of(rows[name].to_pylist()))
-            rows = rows.filter(pa.array(~is_gone))
-        yield rows
+            yield rows.filter(pa.array(~ids.contains(keys_of(rows[name].to_pylist()))))
 
 
 def _without(rows: pa.Table, ids: Keys, kinds: npt.NDArray[np.int8]) -> pa.Table:

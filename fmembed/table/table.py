@@ -284,7 +284,12 @@ class Table:
     def schema(self) -> pa.Schema:
         """The columns as the parts have them; empty where nothing was ever committed."""
         parts = self.rows.parts()
-        return self.read_part(parts[0], None).schema if parts else pa.schema([])
+        if not parts:
+            return pa.schema([])
+        # Of what another tool has written, its lists have to be looked at.
+        is_own = PART.fullmatch(parts[0].path)
+        rows = self.rows.files
+        return rows.read_schema(parts[0]) if is_own else self.read_part(parts[0], None).schema
 
     def check_columns(self, column: str, id_column: str | None) -> None:
         """Make sure that a run embeds the column that the table was filled from, with the same ids.
@@ -498,6 +503,13 @@ class Table:
         card = self.card()
         assert card is not None
         return as_written(rows, card, self.rows.schema())
+
+    def read_pieces(self, part: Part) -> Iterator[pa.Table]:
+        """As `read_part`, all columns, some tens of megabytes at a time."""
+        if PART.fullmatch(part.path):
+            yield from self.rows.files.read_pieces(part)
+        else:
+            yield self.read_part(part, None)
 
     def num_rejected(self) -> int:
         """Rows in `_rejected`."""

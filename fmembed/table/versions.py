@@ -171,7 +171,7 @@ def _rows_of(table: Table, parts: Sequence[Part]) -> dict[str, tuple[Any, ...]]:
                 f"version: {part.path} of {table.uri} is gone, as after a vacuum; the version that "
                 "had it can no longer be compared"
             )
-        names = table.rows.files.read_schema(part.path).names
+        names = table.rows.files.read_schema(part).names
         id_column = PARENT_ID if PARENT_ID in names else ROW_ID
         carried = [name for name in names if name not in left_out and name != CONTENT_HASH]
         some = table.read_part(part, [id_column, CONTENT_HASH, *carried])

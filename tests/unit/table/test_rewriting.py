@@ -12,6 +12,7 @@ from tables import CARD, CONFIGURATION, IDENTITY, SCHEMA, VECTORS, block, write_
 from fmembed.errors import DamagedError
 from fmembed.rows.columns import DUPLICATE
 from fmembed.rows.ids import contents_of, keys_of
+from fmembed.table import files
 from fmembed.table.copies import FANNED_OUT, fill_copies, take_copies
 from fmembed.table.files import Part
 from fmembed.table.keys import KeyRows
@@ -63,6 +64,36 @@ def test_rows_that_stay_are_the_same_bit_for_bit(table: Table) -> None:
     (table.storage.local / first.path).write_bytes(b"")  # type: ignore[operator]
     with pytest.raises(DamagedError):
         rewrite(table.uri, group, VECTORS, CONFIGURATION, dead)
+
+
+@pytest.mark.parametrize("group_bytes", [1, 200, 2**20])
+def test_parts_are_written_anew_a_row_group_at_a_time(
+    group_bytes: int, table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_GROUP_BYTES", group_bytes)
+    ids = [f"row {i}" for i in range(50)]
+    part, other = (write_with_keys(table.uri, block(some))[0].part for some in (ids, ["x"]))
+    assert part is not None
+    assert other is not None
+    pieces = list(table.read_pieces(part))
+    assert len(pieces) > 2 if group_bytes < 2**20 else len(pieces) == 1
+    before = pa.concat_tables([*pieces, table.read_part(other, None)])
+    assert pa.concat_tables(pieces).equals(table.read_part(part, None))
+    gone = [i for i in range(50) if i % 3 or i > 40]  # the last groups have no row left
+    dead = {part.path: (keys_of(ids[i] for i in gone), np.zeros(len(gone), dtype=np.int8))}
+    group = [Held(part.path, part, 50, 50 - len(gone)), Held(other.path, other, 1, 1)]
+    made = rewrite(table.uri, group, VECTORS, CONFIGURATION, dead)
+    assert made.num_rows == 51 - len(gone)
+    stays = [*sorted({*range(50)} - {*gone}), 50]
+    assert table.read_part(made, None).equals(before.take(stays))
+    # What is damaged after its first groups is damaged.
+    local = table.storage.local
+    assert local is not None
+    content = bytearray((local / part.path).read_bytes())
+    content[len(content) // 2] ^= 1
+    (local / part.path).write_bytes(content)
+    with pytest.raises(DamagedError):
+        list(table.read_pieces(part))
 
 
 def test_rejected_rows_of_one_id_leave_one_by_one(table: Table) -> None:

@@ -964,3 +964,9 @@ def test_keys_are_read_from_parts_as_other_tools_write_them(tmp_path: Path) -> N
     for spoiled in (rows.drop_columns("content_hash"), rows.set_column(2, "content_hash", not_hex)):
         with pytest.raises(DamagedError, match="no ids and contents in it"):
             own.read_keys(part(spoiled))
+
+
+def test_columns_are_told_by_a_footer(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = table.read_part(table.rows.parts()[0], None).schema
+    monkeypatch.setattr(PartFiles, "read_whole", None)
+    assert table.schema() == expected
