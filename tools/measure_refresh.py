@@ -114,13 +114,18 @@ def copies(num_rows: int, reps: int) -> None:
 
 def diff(num_rows: int) -> None:
     from fmembed.run.buckets import count_buckets
+    from fmembed.storage import Storage
+    from fmembed.table.keys import KeyCounts, KeyFiles
 
     num_buckets = count_buckets(num_rows)
     with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(2) as pool:
         folder = Path(name)
         per_bucket = num_rows // num_buckets
         given = [(folder, i, num_buckets, per_bucket) for i in range(num_buckets)]
-        list(pool.map(_make_bucket, *zip(*given, strict=True)))
+        made = list(pool.map(_make_bucket, *zip(*given, strict=True)))
+        files = KeyFiles(Storage(str(folder)))
+        counts = KeyCounts.join(*(counts for _, counts in made))
+        files.write_index("abc", ["p"], [], counts, 1, [file for file, _ in made])
         began = time.monotonic()
         found = list(pool.map(_compare_bucket, *zip(*given, strict=True)))
         seconds = time.monotonic() - began
@@ -133,10 +138,10 @@ def diff(num_rows: int) -> None:
         )  # fmt: skip
 
 
-def _make_bucket(folder: Path, bucket: int, num_buckets: int, n: int) -> None:
+def _make_bucket(folder: Path, bucket: int, num_buckets: int, n: int) -> Any:
     """Keys of a table, in a file of a set, and of its source."""
     from fmembed.storage import Storage
-    from fmembed.table.keys import KeyFiles, KeyRows
+    from fmembed.table.keys import KeyCounts, KeyFiles, KeyRows
 
     rng = np.random.default_rng(bucket)
     ids = rng.bytes(16 * n)
@@ -148,9 +153,7 @@ def _make_bucket(folder: Path, bucket: int, num_buckets: int, n: int) -> None:
     keys = np.frombuffer(first.tobytes(), dtype="S16")
     contents = np.frombuffer(rng.bytes(16 * n), dtype="S16")
     rows = KeyRows.of(keys, contents, places=np.zeros(n, dtype=np.int32))
-    KeyFiles(Storage(str(folder))).write_set(
-        "abc", rows, ["p"], [], 1, (bucket, num_buckets), n * num_buckets
-    )
+    file = KeyFiles(Storage(str(folder))).write_bucket("abc", rows, bucket, num_buckets)
     one_in_100 = n // 100
     changed = contents.copy()
     changed[:one_in_100] = np.frombuffer(rng.bytes(16 * one_in_100), dtype="S16")
@@ -161,6 +164,7 @@ def _make_bucket(folder: Path, bucket: int, num_buckets: int, n: int) -> None:
     source[-one_in_100:] = np.frombuffer(fresh.tobytes(), dtype="S16")
     np.save(folder / f"ids-{bucket}.npy", np.frombuffer(source.tobytes(), dtype=np.uint8))
     np.save(folder / f"contents-{bucket}.npy", np.frombuffer(changed.tobytes(), dtype=np.uint8))
+    return file, KeyCounts.of(rows)
 
 
 def _compare_bucket(
@@ -183,10 +187,9 @@ def _compare_bucket(
     found = FoundRows(
         ids, contents, zeros, zeros.astype(np.int8), zeros.astype(np.int32), np.arange(n)
     )
-    files = [f for f in KeyFiles(Storage(str(folder))).list()[0] if f.bucket[0] == bucket]
+    (keys,) = KeyFiles(Storage(str(folder))).list()[0]
     parts = {"p": Part("p", 0, n)}
-    told_by = {"p": files[0].teller}
-    known = KnownRows(str(folder), tuple(files), parts, (), told_by=told_by)
+    known = KnownRows(str(folder), (keys,), parts, (), told_by={"p": keys.path})
     given = Bucket(known, num_buckets, {}, 1, frozenset(), Rules())
     summary, _ = plan_bucket(given, bucket, found)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -25,7 +25,7 @@ from fmembed.sources.scan import scan_shard
 from fmembed.sources.source import Shard, Source
 from fmembed.storage import Storage
 from fmembed.table.diff import Rules, compare
-from fmembed.table.keys import KINDS, KeyFiles, KeyRows, is_in_bucket
+from fmembed.table.keys import KINDS, KeyCounts, KeyFile, KeyFiles, KeyRows, is_in_bucket
 from fmembed.table.known import KnownRows
 
 # Rows of a bucket, of which a task takes some 250 bytes each while it compares them.
@@ -317,28 +317,28 @@ def list_dead(places: Mapping[int, str], *dead: KeyRows) -> dict[str, tuple[Keys
 def write_keys(
     uri: str,
     name: str,
-    bucket: tuple[int, int],
-    total: int,
-    version: int,
+    bucket: int,
+    num_buckets: int,
     rows: KeyRows,
     part_of: npt.NDArray[np.int32],
-    paths: Sequence[str],
-    shards: Sequence[str | None],
-) -> str | None:
-    """Write the keys of one bucket of a new version; the path of the file.
+    shard_of: npt.NDArray[np.int32],
+) -> tuple[KeyFile, KeyCounts]:
+    """Write the keys of one bucket of a new version; the file, and what is in it.
 
     Args:
         uri: The table.
         name: Of the set of files.
-        bucket: Which, and of how many.
-        total: Rows of all buckets.
-        version: The new one.
+        bucket: Which.
+        num_buckets: Of how many.
         rows: Its rows; their places are those of the parts that they were in.
         part_of: By such a place the number of the part that they are in now.
-        paths: Of the parts that are there now.
-        shards: Keys of the source's shards.
+        shard_of: By the number of a shard its place in the set's list; last that of -1.
     """
-    moved = KeyRows(
-        rows.ids, rows.contents, rows.carried, rows.kinds, rows.shards, part_of[rows.places]
-    )
-    return KeyFiles(Storage(uri)).write_set(name, moved, paths, shards, version, bucket, total)
+    moved = replace(rows, places=part_of[rows.places], shards=shard_of[rows.shards])
+    file = KeyFiles(Storage(uri)).write_bucket(name, moved, bucket, num_buckets)
+    return file, KeyCounts.of(moved)
+
+
+def add_up_keys(*counts: KeyCounts) -> KeyCounts:
+    """What is in all files of some."""
+    return KeyCounts.join(*counts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import ray
 from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.run import buckets
 from fmembed.table.files import REJECTED, RUN, WRITE, Part
-from fmembed.table.keys import KeyRows
+from fmembed.table.keys import KeyRows, places_of_shards
 from fmembed.table.known import KnownRows
 from fmembed.table.lock import Lock
 from fmembed.table.records import Commit, WholeShard
@@ -19,6 +19,17 @@ from fmembed.table.rewriting import Held, plan_rewriting, rewrite
 from fmembed.table.table import Table
 
 _MAX_RETRIES = 3
+# What a task adds up of.
+_JOINED = 64
+
+
+def join_all(join: Callable[..., Any], refs: Sequence[Any]) -> Any:
+    """What `join` makes of what references lead to: by tasks, some at a time."""
+    task = ray.remote(max_retries=_MAX_RETRIES)(join)
+    refs = list(refs)
+    while len(refs) > 1:
+        refs = [task.remote(*refs[i : i + _JOINED]) for i in range(0, len(refs), _JOINED)]
+    return ray.get(refs[0])
 
 
 class NewVersion:
@@ -81,20 +92,29 @@ class NewVersion:
         return {path: every[path] for path in self._current if path not in self._known.parts}
 
     def write_keys(self, live: Sequence[Any], shards: Sequence[str | None]) -> None:
-        """Write the keys of the new version's rows, a file a bucket."""
+        """Write the keys of the new version's rows, a file a bucket.
+
+        Args:
+            live: References to the rows that stay or come in, by bucket.
+            shards: Keys of the source's shards; None where one has none.
+        """
         current = self._current
         number_of = {path: i for i, path in enumerate(current)}
         part_of = np.array([number_of.get(path, -1) for path in self._path_of], dtype=np.int32)
-        version = (self._table.version() or 0) + 1
-        total = sum(h.live for h in self._held)
-        task: Any = ray.remote(max_retries=_MAX_RETRIES)(buckets.write_keys)
+        named = sorted({key for key in shards if key is not None})
+        places = {key: i for i, key in enumerate(named)}
+        shard_of = places_of_shards(dict(enumerate(shards)), places)
+        task: Any = ray.remote(max_retries=_MAX_RETRIES, num_returns=2)(buckets.write_keys)
+        shared = [ray.put(part_of), ray.put(shard_of)]
         told = (self._table.uri, self._run_id)
-        shared = [ray.put(each) for each in (part_of, current, shards)]
-        refs = [
-            task.remote(*told, (i, len(live)), total, version, rows, *shared)
-            for i, rows in enumerate(live)
-        ]
-        self._key_files = [path for path in ray.get(refs) if path is not None]
+        refs = [task.remote(*told, i, len(live), rows, *shared) for i, rows in enumerate(live)]
+        files = ray.get([file for file, _ in refs])
+        counts = join_all(buckets.add_up_keys, [counts for _, counts in refs])
+        version = (self._table.version() or 0) + 1
+        index = self._table.key_files.write_index(
+            self._run_id, current, named, counts, version, files
+        )
+        self._key_files = [index, *(file.path for file in files)]
 
     def commit(self) -> Commit:
         """Commit the rejected rows, then the others, each at once; nothing where nothing is new."""

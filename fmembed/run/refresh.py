@@ -23,7 +23,7 @@ from fmembed.run.buckets import Bucket, Drawn, Summary
 from fmembed.run.commits import Staging
 from fmembed.run.faults import TASK_DEATHS, root_cause
 from fmembed.run.locating import ends_on_record, locate
-from fmembed.run.new_version import NewVersion
+from fmembed.run.new_version import NewVersion, join_all
 from fmembed.run.work import Work, unread_shards
 from fmembed.sources.picks import Chosen
 from fmembed.sources.source import Mark, Shard
@@ -43,8 +43,6 @@ _MAX_RETRIES = 3
 _SCAN_TASKS = 256
 # Why a row that has gone wrong stays, where nothing else keeps it.
 _KEPT = "they cannot be embedded any more (refresh.on_rejected: keep)"
-# Summaries of buckets that are added up at once.
-_ADDED = 64
 # What a row is taken for where only reading tells how many there are.
 _ROW_BYTES = 100
 
@@ -384,12 +382,8 @@ class Refresh:
 
 
 def _add_up(summaries: Sequence[Any]) -> Summary:
-    """The sum of what references lead to: by tasks, as each counts all parts and shards."""
-    task = ray.remote(max_retries=_MAX_RETRIES)(buckets.add_up)
-    refs = list(summaries)
-    while len(refs) > 1:
-        refs = [task.remote(*refs[i : i + _ADDED]) for i in range(0, len(refs), _ADDED)]
-    total: Summary = ray.get(refs[0])
+    """The sum of what references lead to, as each counts all parts and shards."""
+    total: Summary = join_all(buckets.add_up, summaries)
     return total
 
 

@@ -1,12 +1,15 @@
 """The keys of a table's rows, in files beside its parts: by them a run knows what is done.
 
-    <table>/_keys/<run>-<number>.parquet    those of one commit, or of one bucket of all
+    <table>/_keys/<run>-<number>-<random>.parquet          those of one commit
+    <table>/_keys/<run>-<random>.json                      an index: of all rows of a version, which
+    <table>/_keys/<run>-bucket-<number>-<random>.parquet   are in these files, by their first bits
 
 A row takes 40 bytes: `id` and `content`, the blake2b-128 of its id and of its raw input (zeros
 where nothing was read), and `carried`, 64 bits of that of its carried values (0 where there is
-none, or it is not known); and, as places in two lists of the file's metadata, its `part` and the
-`shard` of the source that it was read from (-1 where that is not known). Rows are sorted by id, in
-row groups of which each has all ids with the same first bits.
+none, or it is not known); and, as places in two lists, its `part`, with the row's kind as the last
+two bits, and the `shard` of the source that it was read from (-1 where that is not known). The
+lists stand in the file's metadata, or in the index. Rows are sorted by id, in row groups of which
+each has all ids with the same first bits.
 
 A file is no truth of its own, the log is: a key counts while the newest version has its part. Keys
 of parts that no file tells of are read from the parts, so all of them may be deleted.
@@ -16,17 +19,16 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from fmembed.errors import DamagedError, StorageError, reason
 from fmembed.rows.ids import Hashes, Keys, RowIds, first_halves, keys_of, to_arrow, to_keys
@@ -40,6 +42,7 @@ FOLDER = "_keys/"
 # all the rest of a file.
 Kind = Literal["embedded", "rejected", "twin", "rest"]
 KINDS: tuple[Kind, ...] = ("embedded", "rejected", "twin", "rest")
+_KIND_BITS = 2
 _CONTENT = f"{PREFIX}keys"
 _SCHEMA = pa.schema(
     [
@@ -51,42 +54,55 @@ _SCHEMA = pa.schema(
     ]
 )
 # What a file's name is made of by a run; others in the folder are somebody's.
-_NAME = re.compile(rf"{FOLDER}[0-9a-f]+-[\w-]+\.parquet")
+_NAME = re.compile(rf"{FOLDER}[0-9a-f]+-[\w-]+\.(parquet|json)")
+_BUCKET = re.compile(rf"{FOLDER}[0-9a-f]+-bucket-\d+-[0-9a-f]+\.parquet")
 # Of a row group: what a bucket reads of a file is a whole number of these. 5 MB.
 _GROUP_ROWS = 2**17
 _MAX_BUCKETS = 2**20
 _INTS = npt.NDArray[np.int32]
 
 
-class _PartKeys(BaseModel):
+class KeyFile(NamedTuple):
+    """A file: which bucket of ids it holds, and of how many; and how many rows."""
+
     path: str
-    kind: Kind
+    bucket: tuple[int, int]
     rows: int
 
 
-class _Content(BaseModel):
-    """See `KeyFile`; files of earlier versions have parts and shards only."""
+class PartKeys(NamedTuple):
+    """A part, and its rows by their kinds."""
 
-    parts: list[_PartKeys]
-    shards: list[str] = []
-    counts: list[tuple[int, int, int]] = []
-    set: str = ""
-    version: int = -1
-    bucket: tuple[int, int] = (0, 1)
-    total: int = -1
+    path: str
+    rows: tuple[int, int, int, int]
+
+
+class _Content(BaseModel):
+    """See `KeySet`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    parts: list[PartKeys]
+    shards: list[str]
+    counts: list[tuple[int, int, int]]
     staged: str = ""
+    version: int = -1
+    files: list[KeyFile] = []
 
     @model_validator(mode="after")
     def _check_places(self) -> _Content:
         """That no flipped bit makes of it what is nowhere."""
-        bucket, num_buckets = self.bucket
-        if not 0 <= bucket < num_buckets <= _MAX_BUCKETS or num_buckets & (num_buckets - 1):
-            raise ValueError("no such bucket")
         for part, shard, rows in self.counts:
             is_there = 0 <= part < len(self.parts) and -1 <= shard < len(self.shards)
             if not is_there or rows < 1:
                 raise ValueError("counts of no part or shard")
+        for file in self.files:
+            bucket, num_buckets = file.bucket
+            if not 0 <= bucket < num_buckets <= _MAX_BUCKETS or num_buckets & (num_buckets - 1):
+                raise ValueError("no such bucket")
         # These are deleted in the end.
+        if not all(_BUCKET.fullmatch(file.path) for file in self.files):
+            raise ValueError("a file that is no bucket's")
         if self.staged and not all(
             PART.fullmatch(part.path.removeprefix(REJECTED)) for part in self.parts
         ):
@@ -151,37 +167,75 @@ class KeyRows:
 
 
 @dataclass(frozen=True)
-class KeyFile:
-    """A file of keys, by its metadata.
+class KeySet:
+    """Files of keys that tell of the same parts: one of a commit, or one a bucket of a version.
 
-    `counts` are rows by the places of part and shard, -1 for none. A file is one commit's, or, with
-    a `version`, one of a `set` that tells of all rows of that version: those of its `bucket`, which
-    and of how many; `total` are the rows of all buckets. `staged` is the fingerprint of parts that
-    are not committed, else empty.
+    `path` is that of the one, or of the index. `counts` are rows by the places of part and shard,
+    -1 for none. `version` is the one of which they tell all rows, -1 of a commit's. `staged` is the
+    fingerprint of parts that are not committed, else empty.
     """
 
     path: str
-    parts: tuple[_PartKeys, ...]
+    files: tuple[KeyFile, ...]
+    parts: tuple[PartKeys, ...]
     shards: tuple[str, ...]
     counts: tuple[tuple[int, int, int], ...] = ()
-    set: str = ""
     version: int = -1
-    bucket: tuple[int, int] = (0, 1)
-    total: int = -1
     staged: str = ""
 
     @property
-    def teller(self) -> str:
-        """What tells of its parts: the file, or all files of its set together."""
-        return f"{self.version} {self.set}" if self.set else self.path
+    def paths(self) -> list[str]:
+        """All its files."""
+        return list(dict.fromkeys([self.path, *(file.path for file in self.files)]))
 
     @property
-    def rows_by_part(self) -> Counter[str]:
+    def rows_by_part(self) -> dict[str, int]:
         """Rows of each part, by its path."""
-        counts = Counter[str]()
-        for part in self.parts:
-            counts[part.path] += part.rows
-        return counts
+        return {part.path: sum(part.rows) for part in self.parts}
+
+
+class KeyCounts(NamedTuple):
+    """Rows by part, kind and shard; both of shape (pairs,): what they are of, as one number, and
+    how many.
+    """
+
+    pairs: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, rows: KeyRows) -> KeyCounts:
+        """Of some rows, by their places and shards."""
+        pairs = (_places(rows).astype(np.int64) << 32) | (rows.shards.astype(np.int64) + 1)
+        return cls(*np.unique(pairs, return_counts=True))
+
+    @classmethod
+    def join(cls, *some: KeyCounts) -> KeyCounts:
+        """All together."""
+        pairs, at = np.unique(np.concatenate([c.pairs for c in some]), return_inverse=True)
+        return cls(pairs, np.bincount(at, np.concatenate([c.rows for c in some])).astype(np.int64))
+
+    def by_part(self, num_parts: int) -> list[tuple[int, int, int, int]]:
+        """Rows of each part by their kinds."""
+        held = np.bincount(self.pairs >> 32, self.rows, minlength=num_parts * len(KINDS))
+        return [(a, b, c, d) for a, b, c, d in held.astype(np.int64).reshape(-1, 4).tolist()]
+
+    def by_part_and_shard(self) -> list[tuple[int, int, int]]:
+        """Part, shard and rows."""
+        pairs = (self.pairs >> 32 + _KIND_BITS << 32) | (self.pairs & 0xFFFFFFFF)
+        both, at = np.unique(pairs, return_inverse=True)
+        rows = np.bincount(at, self.rows).astype(np.int64)
+        columns = ((both >> 32).tolist(), ((both & 0xFFFFFFFF) - 1).tolist(), rows.tolist())
+        return list(zip(*columns, strict=True))
+
+
+class _Found(NamedTuple):
+    """What is in the folder: sets, paths of what cannot be opened, and of what is left of a set of
+    which a file is missing, as an index is written last: that tells of nothing.
+    """
+
+    sets: list[KeySet]
+    damaged: list[str]
+    left: list[str]
 
 
 class KeyFiles:
@@ -190,26 +244,43 @@ class KeyFiles:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
-    def list(self) -> tuple[list[KeyFile], list[str]]:
-        """All files, by their metadata; and the paths of those that cannot be opened."""
-        found, damaged = [], []
-        for path in self._storage.paths(FOLDER):
-            if not path.endswith(".parquet"):
+    def list(self) -> tuple[list[KeySet], list[str]]:
+        """All that tells of parts, by its metadata; and paths of files that cannot be opened."""
+        found = self._look()
+        return found.sets, found.damaged
+
+    def _look(self) -> _Found:
+        found = _Found([], [], [])
+        paths = self._storage.paths(FOLDER)
+        there = set(paths)
+        for path in paths:
+            is_index = path.endswith(".json")
+            if _BUCKET.fullmatch(path) or not (is_index or path.endswith(".parquet")):
                 continue
             try:
-                found.append(self._open(path))
+                keys = self._open_index(path) if is_index else self._open(path)
             except DamagedError:
-                damaged.append(path)
-        return found, damaged
+                found.damaged.append(path)
+                continue
+            if there.issuperset(keys.paths):
+                found.sets.append(keys)
+            else:
+                found.left.append(path)
+        told = {file.path for keys in found.sets for file in keys.files}
+        found.left.extend(p for p in paths if _BUCKET.fullmatch(p) and p not in told)
+        return found
 
-    def _open(self, path: str) -> KeyFile:
+    def _open(self, path: str) -> KeySet:
         with self._reading(path), self._storage.open(path) as handle:
             metadata = pq.read_metadata(handle).metadata or {}
             content = _Content.model_validate_json(metadata.get(_CONTENT.encode(), b""))
-        return KeyFile(
-            path, tuple(content.parts), tuple(content.shards), tuple(content.counts),
-            content.set, content.version, content.bucket, content.total, content.staged,
-        )  # fmt: skip
+        num_rows = sum(sum(part.rows) for part in content.parts)
+        return _as_set(path, content, [KeyFile(path, (0, 1), num_rows)])
+
+    def _open_index(self, path: str) -> KeySet:
+        with self._reading(path):
+            content = _Content.model_validate_json(self._storage.get(path))
+        return _as_set(path, content, content.files)
 
     @contextmanager
     def _reading(self, path: str) -> Iterator[None]:
@@ -221,24 +292,22 @@ class KeyFiles:
         except Exception as e:
             raise DamagedError(self._storage.uri, f"{path}: not readable: {reason(e)}") from None
 
-    def read(self, file: KeyFile) -> Iterator[KeyRows]:
-        """The rows of one file, a bucket at a time; their shards are places in its list.
+    def read(self, keys: KeySet, file: KeyFile) -> Iterator[KeyRows]:
+        """The rows of one file of a set, some at a time; places and shards are those of its lists.
 
         Raises:
             DamagedError: It is not as it was written.
         """
-        kinds = np.array([KINDS.index(part.kind) for part in file.parts], dtype=np.int8)
-        counts = np.zeros(len(file.parts), dtype=np.int64)
+        counts = np.zeros(len(keys.parts) * len(KINDS), dtype=np.int64)
         with self._reading(file.path), self._storage.open(file.path) as handle:
-            parquet = pq.ParquetFile(handle, page_checksum_verification=True)
-            if not parquet.schema_arrow.remove_metadata().equals(_SCHEMA):
-                raise ValueError("other columns")
+            parquet = _check(handle, file)
             for i in range(parquet.num_row_groups):
-                rows = _read_group(parquet, i, kinds)
+                rows = _read_group(parquet, i)
                 # Raises where a place is none.
-                counts += np.bincount(rows.places, minlength=len(counts))
+                counts += np.bincount(_places(rows), minlength=len(counts))
                 yield rows
-            if counts.tolist() != [part.rows for part in file.parts]:
+            told = [n for part in keys.parts for n in part.rows]
+            if len(keys.files) == 1 and counts.tolist() != told:
                 raise ValueError("it holds other numbers of rows than it says")
 
     def read_bucket(self, file: KeyFile, bucket: int, num_buckets: int) -> KeyRows:
@@ -247,20 +316,17 @@ class KeyFiles:
         Raises:
             DamagedError: It is not as it was written.
         """
-        kinds = np.array([KINDS.index(part.kind) for part in file.parts], dtype=np.int8)
         low, high = bucket_bounds(bucket, num_buckets)
         found = []
         with self._reading(file.path), self._storage.open(file.path) as handle:
-            parquet = pq.ParquetFile(handle, page_checksum_verification=True)
-            if not parquet.schema_arrow.remove_metadata().equals(_SCHEMA):
-                raise ValueError("other columns")
+            parquet = _check(handle, file)
             for i in range(parquet.num_row_groups):
                 told = parquet.metadata.row_group(i).column(0).statistics
                 if told is not None and told.has_min_max:
                     least, most = (int.from_bytes(b[:8], "big") for b in (told.min, told.max))
                     if most < low or least > high:
                         continue
-                rows = _read_group(parquet, i, kinds)
+                rows = _read_group(parquet, i)
                 first = first_halves(rows.ids)
                 start = int(np.searchsorted(first, np.uint64(low)))
                 stop = int(np.searchsorted(first, np.uint64(high), side="right"))
@@ -274,7 +340,8 @@ class KeyFiles:
             DamagedError: One is gone, or not as it was written.
         """
         for path in paths:
-            for rows in self.read(self._open(path)):
+            keys = self._open(path)
+            for rows in self.read(keys, keys.files[0]):
                 yield rows.embedded
 
     def write(
@@ -292,76 +359,63 @@ class KeyFiles:
             shards: Key of each shard by its number; None where it has none.
             staged: The table's fingerprint, where the parts are not about to be committed.
         """
-        parts: list[_PartKeys] = []
         chosen: list[KeyRows] = []
-        shard_keys = sorted({key for key in shards.values() if key is not None})
-        places = {key: i for i, key in enumerate(shard_keys)}
-        place_of = np.full(max(shards, default=-1) + 2, -1, dtype=np.int32)
-        for index, key in shards.items():
-            place_of[index] = -1 if key is None else places[key]
+        part_places: dict[str, int] = {}
+        named = sorted({key for key in shards.values() if key is not None})
+        place_of = places_of_shards(shards, {key: i for i, key in enumerate(named)})
         for rows, held_by in writes:
             for kind, part in held_by.items():
                 some = rows[rows.kinds == KINDS.index(kind)]
                 if len(some):
-                    # The last place stands for -1, a shard that is not known.
+                    place = part_places.setdefault(part, len(part_places))
+                    at = np.full(len(some), place, dtype=np.int32)
                     of_shards = place_of[np.minimum(some.shards, len(place_of) - 1)]
-                    at = np.full(len(some), len(parts), dtype=np.int32)
                     chosen.append(replace(some, shards=of_shards, places=at))
-                    parts.append(_PartKeys(path=part, kind=kind, rows=len(some)))
-        if not parts:
+        if not chosen:
             return None
-        content = _Content(parts=parts, shards=shard_keys, staged=staged)
-        return self._put(name, KeyRows.join(chosen), content)
+        rows = KeyRows.join(chosen)
+        content = _describe(list(part_places), named, KeyCounts.of(rows))
+        path = f"{FOLDER}{name}-{uuid.uuid4().hex[:8]}.parquet"
+        content = content.model_copy(update={"staged": staged})
+        self._storage.put(path, _to_parquet(rows, {_CONTENT: content.model_dump_json()}))
+        return path
 
-    def write_set(
-        self,
-        name: str,
-        rows: KeyRows,
-        parts: Sequence[str],
-        shards: Sequence[str | None],
-        version: int,
-        bucket: tuple[int, int],
-        total: int,
-    ) -> str | None:
-        """Write the keys of one bucket of a version; the path of the file, None without a row.
+    def write_bucket(self, name: str, rows: KeyRows, bucket: int, num_buckets: int) -> KeyFile:
+        """Write the keys of one bucket of a version, of which `write_index` tells.
 
         Args:
             name: Of the set.
-            rows: The keys; places of parts, and shards, are those in the next two.
-            parts: Paths of parts.
-            shards: Keys of shards; None where one has none.
-            version: Of the table that has all these parts.
-            bucket: Which, and of how many.
-            total: Rows of all buckets, by which it is seen that a file of the set is missing.
+            rows: The keys; places and shards are those in the lists of the index.
+            bucket: Which.
+            num_buckets: Of how many.
         """
-        if not len(rows):
-            return None
-        kinds, of_part = np.unique(
-            rows.places.astype(np.int64) * len(KINDS) + rows.kinds, return_inverse=True
-        )
-        num_rows = np.bincount(of_part)
-        told = [
-            _PartKeys(path=parts[at // len(KINDS)], kind=KINDS[at % len(KINDS)], rows=n)
-            for at, n in zip(kinds.tolist(), num_rows.tolist(), strict=True)
-        ]
-        used, of_shard = np.unique(rows.shards, return_inverse=True)
-        keys = [shards[at] if at >= 0 else None for at in used.tolist()]
-        named = sorted({key for key in keys if key is not None})
-        places = {key: i for i, key in enumerate(named)}
-        place_of = np.array([-1 if k is None else places[k] for k in keys], dtype=np.int32)
-        rows = replace(rows, places=of_part.astype(np.int32), shards=place_of[of_shard])
-        content = _Content(
-            parts=told, shards=named, set=name, version=version, bucket=bucket, total=total
-        )
-        return self._put(f"{name}-{bucket[0]:04d}", rows, content)
+        path = f"{FOLDER}{name}-bucket-{bucket:04d}-{uuid.uuid4().hex[:8]}.parquet"
+        self._storage.put(path, _to_parquet(rows, {}))
+        return KeyFile(path, (bucket, num_buckets), len(rows))
 
-    def _put(self, name: str, rows: KeyRows, content: _Content) -> str:
-        pairs = np.stack([rows.places, rows.shards], axis=1)
-        both, num_rows = np.unique(pairs, axis=0, return_counts=True)
-        counts = [(*pair, n) for pair, n in zip(both.tolist(), num_rows.tolist(), strict=True)]
-        content = content.model_copy(update={"counts": counts})
-        path = f"{FOLDER}{name}-{uuid.uuid4().hex[:8]}.parquet"
-        self._storage.put(path, _to_parquet(rows, content))
+    def write_index(
+        self,
+        name: str,
+        parts: Sequence[str],
+        shards: Sequence[str],
+        counts: KeyCounts,
+        version: int,
+        files: Sequence[KeyFile],
+    ) -> str:
+        """Write what the files of a set have in common, after them; its path.
+
+        Args:
+            name: Of the set.
+            parts: Paths of parts.
+            shards: Keys of shards.
+            counts: Of all buckets.
+            version: Of the table that has all these parts.
+            files: Those of the buckets.
+        """
+        content = _describe(parts, shards, counts)
+        content = content.model_copy(update={"version": version, "files": list(files)})
+        path = f"{FOLDER}{name}-{uuid.uuid4().hex[:8]}.json"
+        self._storage.put(path, content.model_dump_json().encode())
         return path
 
     def keep_only(self, paths: Iterable[str]) -> None:
@@ -376,9 +430,13 @@ class KeyFiles:
         written; put damaged ones aside. Only under the lock.
         """
         there = set(exists)
-        for file in self.list()[0]:  # of what is staged too
-            if _NAME.fullmatch(file.path) and not any(p.path in there for p in file.parts):
-                self._storage.delete(file.path)
+        found = self._look()
+        for keys in found.sets:  # of what is staged too
+            if not any(part.path in there for part in keys.parts):
+                found.left.extend(keys.paths)
+        for path in found.left:
+            if _NAME.fullmatch(path):
+                self._storage.delete(path)
         for path in damaged:
             if _NAME.fullmatch(path):
                 self._storage.move(path, f"_quarantine/{path}")
@@ -401,22 +459,64 @@ def is_in_bucket(ids: Keys, bucket: int, num_buckets: int) -> npt.NDArray[np.boo
     return (first >= np.uint64(low)) & (first <= np.uint64(high))
 
 
-def _read_group(parquet: pq.ParquetFile, at: int, kinds: npt.NDArray[np.int8]) -> KeyRows:
+def places_of_shards(shards: Mapping[int, str | None], places: Mapping[str, int]) -> _INTS:
+    """By a shard's number the place of its key; the last is that of -1, a shard that is not known.
+
+    Args:
+        shards: Key of each shard by its number; None where it has none.
+        places: Those of keys in a list.
+    """
+    place_of = np.full(max(shards, default=-1) + 2, -1, dtype=np.int32)
+    for number, key in shards.items():
+        place_of[number] = -1 if key is None else places[key]
+    return place_of
+
+
+def _as_set(path: str, content: _Content, files: Sequence[KeyFile]) -> KeySet:
+    return KeySet(
+        path, tuple(files), tuple(content.parts), tuple(content.shards), tuple(content.counts),
+        content.version, content.staged,
+    )  # fmt: skip
+
+
+def _describe(parts: Sequence[str], shards: Sequence[str], counts: KeyCounts) -> _Content:
+    rows = counts.by_part(len(parts))
+    held = [PartKeys(path, n) for path, n in zip(parts, rows, strict=True)]
+    return _Content.model_construct(
+        parts=held, shards=list(shards), counts=counts.by_part_and_shard()
+    )
+
+
+def _places(rows: KeyRows) -> _INTS:
+    """Place of the part and kind, as the column `part` has them."""
+    return (rows.places << _KIND_BITS) | rows.kinds
+
+
+def _check(handle: Any, file: KeyFile) -> pq.ParquetFile:
+    parquet = pq.ParquetFile(handle, page_checksum_verification=True)
+    if not parquet.schema_arrow.remove_metadata().equals(_SCHEMA):
+        raise ValueError("other columns")
+    if parquet.metadata.num_rows != file.rows:
+        raise ValueError("it holds another number of rows than is said of it")
+    return parquet
+
+
+def _read_group(parquet: pq.ParquetFile, at: int) -> KeyRows:
     table = parquet.read_row_group(at)
     places, shards = table["part"].to_numpy(), table["shard"].to_numpy()
     ids, contents = to_keys(table["id"]), to_keys(table["content"])
-    carried = table["carried"].to_numpy()
-    return KeyRows(ids, contents, carried, kinds[places], shards, places)
+    kinds = (places & (len(KINDS) - 1)).astype(np.int8)
+    return KeyRows(ids, contents, table["carried"].to_numpy(), kinds, shards, places >> _KIND_BITS)
 
 
-def _to_parquet(rows: KeyRows, content: _Content) -> memoryview:
+def _to_parquet(rows: KeyRows, metadata: Mapping[str, str]) -> memoryview:
     first = first_halves(rows.ids)
     order = np.argsort(first)
     first, rows = first[order], rows[order]
     ids, contents = to_arrow(rows.ids), to_arrow(rows.contents)
     table = pa.table(
-        [ids, contents, rows.carried, rows.places, rows.shards],
-        schema=_SCHEMA.with_metadata({_CONTENT: content.model_dump_json()}),
+        [ids, contents, rows.carried, _places(rows), rows.shards],
+        schema=_SCHEMA.with_metadata(metadata),
     )
     sink = pa.BufferOutputStream()
     num_bits = max((len(rows) - 1) // _GROUP_ROWS, 0).bit_length()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +14,16 @@ from fmembed.rows.columns import DUPLICATE, ROW_ID
 from fmembed.rows.ids import Keys, RowIds, keys_of
 from fmembed.storage import Storage, tell
 from fmembed.table.files import REJECTED, Part, PartFiles
-from fmembed.table.keys import KINDS, KeyFile, KeyFiles, KeyRows, Kind, bucket_bounds, is_in_bucket
+from fmembed.table.keys import (
+    KINDS,
+    KeyFile,
+    KeyFiles,
+    KeyRows,
+    KeySet,
+    Kind,
+    bucket_bounds,
+    is_in_bucket,
+)
 
 # So many contents are kept of the rows of one id; of more, none is known: a lookup goes through
 # all of them.
@@ -28,13 +37,14 @@ class KnownRows:
     """What a version of a table knows of the source's rows, before any key is read.
 
     `parts` are its parts by their paths, those of `_rejected` with that in front; `told_by` says
-    which of the files tells of each, `missing` are the paths of those that none tells of, `damaged`
-    the files that cannot be opened; `num_rows` are embedded and rejected rows of the source.
-    `staged` are parts that a refresh has written and not committed, of which `files` tell too.
+    which of the sets tells of each, by its path, `missing` are the paths of those that none tells
+    of, `damaged` the files that cannot be opened; `num_rows` are embedded and rejected rows of the
+    source. `staged` are parts that a refresh has written and not committed, of which `sets` tell
+    too.
     """
 
     uri: str
-    files: tuple[KeyFile, ...]
+    sets: tuple[KeySet, ...]
     parts: Mapping[str, Part]
     missing: tuple[str, ...]
     damaged: tuple[str, ...] = ()
@@ -45,7 +55,7 @@ class KnownRows:
     @property
     def without_counts(self) -> KnownRows:
         """What `read_bucket` needs of it."""
-        return replace(self, files=tuple(replace(file, counts=()) for file in self.files))
+        return replace(self, sets=tuple(replace(keys, counts=()) for keys in self.sets))
 
     @property
     def paths(self) -> list[str]:
@@ -53,14 +63,15 @@ class KnownRows:
         return [*self.parts, *self.staged]
 
     def count_by_shard(self) -> Counter[str]:
-        """Rows of the version by the key of the shard that they were read from, as the files'
-        metadata have it: those of which it is known.
+        """Rows of the version by the key of the shard that they were read from, as metadata have
+        it: those of which it is known.
         """
         counts = Counter[str]()
-        for file in self._committed():
-            for part, shard, rows in file.counts:
-                if shard >= 0 and self._tells(file, file.parts[part].path):
-                    counts[file.shards[shard]] += rows
+        for keys in self._committed():
+            is_told = [self._tells(keys, part.path) for part in keys.parts]
+            for part, shard, rows in keys.counts:
+                if shard >= 0 and is_told[part]:
+                    counts[keys.shards[shard]] += rows
         return counts
 
     def read_bucket(self, bucket: int, num_buckets: int, shards: Mapping[str, int]) -> KeyRows:
@@ -81,21 +92,23 @@ class KnownRows:
         found = []
         missing = [(path, (0, 1)) for path in self.missing]
         low, high = bucket_bounds(bucket, num_buckets)
-        for file in self.files:
-            least, most = bucket_bounds(*file.bucket)
-            if most < low or least > high:
-                continue
-            own = [p.path if self._tells(file, p.path) else "" for p in file.parts]
-            try:
-                rows = KeyFiles(Storage(self.uri)).read_bucket(file, bucket, num_buckets)
-            except DamagedError as e:
-                tell(f"{self.uri}: {e.what}; the parts are read instead")
-                missing += [(path, file.bucket) for path in dict.fromkeys(filter(None, own))]
-                continue
+        files = KeyFiles(Storage(self.uri))
+        for keys in self.sets:
+            own = [part.path if self._tells(keys, part.path) else "" for part in keys.parts]
             place_of = np.array([paths.get(path, -1) for path in own], dtype=np.int32)
-            shard_of = np.array([*(shards.get(key, -1) for key in file.shards), -1], dtype=np.int32)
-            rows = replace(rows, places=place_of[rows.places], shards=shard_of[rows.shards])
-            found.append(rows if (place_of >= 0).all() else rows[rows.places >= 0])
+            shard_of = np.array([*(shards.get(key, -1) for key in keys.shards), -1], dtype=np.int32)
+            for file in keys.files:
+                least, most = bucket_bounds(*file.bucket)
+                if most < low or least > high:
+                    continue
+                try:
+                    rows = files.read_bucket(file, bucket, num_buckets)
+                    rows = replace(rows, places=place_of[rows.places], shards=shard_of[rows.shards])
+                except (DamagedError, IndexError) as e:
+                    self._tell(file, e)
+                    missing += [(path, file.bucket) for path in filter(None, own)]
+                    continue
+                found.append(rows if (place_of >= 0).all() else rows[rows.places >= 0])
         for path, some in missing:
             rows = self._read_part_of(path, some)
             rows = rows[is_in_bucket(rows.ids, bucket, num_buckets)]
@@ -144,24 +157,29 @@ class KnownRows:
         """
         missing = [(path, (0, 1)) for path in self.missing]
         files = KeyFiles(Storage(self.uri))
-        for file in self._committed():
-            try:
-                rows = KeyRows.join(list(files.read(file)))
-            except DamagedError as e:
-                tell(f"{self.uri}: {e.what}; the parts are read instead")
-                own = (part.path for part in file.parts if self._tells(file, part.path))
-                missing += [(path, file.bucket) for path in dict.fromkeys(own)]
-                continue
-            is_current = np.array([self._tells(file, p.path) for p in file.parts], dtype=np.bool_)
-            yield rows if is_current.all() else rows[is_current[rows.places]]
+        for keys in self._committed():
+            is_told = np.array([self._tells(keys, p.path) for p in keys.parts], dtype=np.bool_)
+            for file in keys.files:
+                try:
+                    rows = KeyRows.join(list(files.read(keys, file)))
+                except DamagedError as e:
+                    self._tell(file, e)
+                    told = (p.path for p in keys.parts if self._tells(keys, p.path))
+                    missing += [(path, file.bucket) for path in told]
+                    continue
+                yield rows if is_told.all() else rows[is_told[rows.places]]
         for path, some in missing:
             yield self._read_part_of(path, some)
 
-    def _committed(self) -> list[KeyFile]:
-        return [file for file in self.files if not file.staged]
+    def _committed(self) -> list[KeySet]:
+        return [keys for keys in self.sets if not keys.staged]
 
-    def _tells(self, file: KeyFile, path: str) -> bool:
-        return self.told_by.get(path) == file.teller
+    def _tells(self, keys: KeySet, path: str) -> bool:
+        return self.told_by.get(path) == keys.path
+
+    def _tell(self, file: KeyFile, error: Exception) -> None:
+        why = error.what if isinstance(error, DamagedError) else f"{file.path}: no such part"
+        tell(f"{self.uri}: {why}; the parts are read instead")
 
     def find_wrong(self) -> list[str]:
         """The files that are damaged, or tell of other rows than the parts they name hold.
@@ -169,24 +187,26 @@ class KnownRows:
         Raises:
             DamagedError: A part is missing, or not as it was written.
         """
-        files, wrong = KeyFiles(Storage(self.uri)), list(self.damaged)
-        for file in self._committed():
-            try:
-                rows = KeyRows.join(list(files.read(file)))
-            except DamagedError:
-                wrong.append(file.path)
-                continue
-            for path in dict.fromkeys(p.path for p in file.parts if self._tells(file, p.path)):
-                places = [i for i, part in enumerate(file.parts) if part.path == path]
-                told = rows[np.isin(rows.places, places)]
-                held = self._read_part_of(path, file.bucket)
-                if path.startswith(REJECTED):  # the part keeps no content
-                    kinds = np.where(told.kinds == KINDS.index("rest"), 1, told.kinds)
-                    told = KeyRows.of(told.ids, kinds=kinds.astype(np.int8))
-                if _in_order(told) != _in_order(held):
-                    wrong.append(file.path)
-                    break
+        wrong = list(self.damaged)
+        for keys in self._committed():
+            wrong += [file.path for file in keys.files if self._is_wrong(keys, file)]
         return wrong
+
+    def _is_wrong(self, keys: KeySet, file: KeyFile) -> bool:
+        try:
+            rows = KeyRows.join(list(KeyFiles(Storage(self.uri)).read(keys, file)))
+        except DamagedError:
+            return True
+        for place, path in enumerate(part.path for part in keys.parts):
+            if not self._tells(keys, path):
+                continue
+            told, held = rows[rows.places == place], self._read_part_of(path, file.bucket)
+            if path.startswith(REJECTED):  # the part keeps no content
+                kinds = np.where(told.kinds == KINDS.index("rest"), 1, told.kinds)
+                told = KeyRows.of(told.ids, kinds=kinds.astype(np.int8))
+            if _in_order(told) != _in_order(held):
+                return True
+        return False
 
     def read_part(self, path: str) -> KeyRows:
         """The keys of one part, from its rows.
@@ -243,34 +263,35 @@ def know(
         pieces_are_rows: Whether a row of the source may be several of the table.
         fingerprint: The table's, where what is staged for it is asked for too.
     """
-    files, damaged = KeyFiles(Storage(uri)).list()
+    sets, damaged = KeyFiles(Storage(uri)).list()
     parts = {part.path: part for part in rows}
     parts |= {REJECTED + part.path: part for part in rejected}
-    rows_by: dict[str, Counter[str]] = defaultdict(Counter)
-    for file in files:
-        if not file.staged:
-            rows_by[file.teller] += file.rows_by_part
+
+    def tells(path: str, num_rows: int) -> bool:
+        """Whether the part is there, and its rows are not others."""
+        is_split = pieces_are_rows and not path.startswith(REJECTED)
+        return path in parts and (num_rows == parts[path].num_rows or is_split)
+
+    def is_older(keys: KeySet) -> tuple[bool, int]:
+        # The newest version's first: it knows in which shard of the source each row was found last.
+        # One that a refresh was killed before it could commit tells of parts that are not there.
+        is_whole = all(tells(path, n) for path, n in keys.rows_by_part.items())
+        return not is_whole, -keys.version
+
     told: Counter[str] = Counter()
     told_by: dict[str, str] = {}
-    # The newest set first: it knows in which shard of the source each row was found last.
-    totals = {file.teller: file.total for file in files}
-    for teller in dict.fromkeys(f.teller for f in sorted(files, key=lambda f: -f.version)):
-        if 0 <= totals[teller] != rows_by[teller].total():  # a set that lacks a file
-            continue
-        for path, n in rows_by[teller].items():
-            # Not where another one tells of the part, or its rows are others.
-            if path in parts and path not in told_by:
-                is_split = pieces_are_rows and not path.startswith(REJECTED)
-                if n == parts[path].num_rows or is_split:
-                    told[path], told_by[path] = n, teller
+    for keys in sorted((keys for keys in sets if not keys.staged), key=is_older):
+        for path, n in keys.rows_by_part.items():
+            if path not in told_by and tells(path, n):
+                told[path], told_by[path] = n, keys.path
     staged: dict[str, Part] = {}
-    for file in files if fingerprint else ():
-        if file.staged == fingerprint:
-            held = _hold(uri, file, parts)
+    for keys in sets if fingerprint else ():
+        if keys.staged == fingerprint:
+            held = _hold(uri, keys, parts)
             staged |= held
-            told_by |= dict.fromkeys(held, file.path)
+            told_by |= dict.fromkeys(held, keys.path)
     tellers = set(told_by.values())
-    chosen = tuple(f for f in files if f.teller in tellers)
+    chosen = tuple(keys for keys in sets if keys.path in tellers)
     missing = tuple(path for path in parts if path not in told)
     known = KnownRows(uri, chosen, parts, missing, tuple(damaged), 0, told_by, staged)
     num_missing = sum(
@@ -279,10 +300,10 @@ def know(
     return replace(known, num_rows=told.total() + num_missing)
 
 
-def _hold(uri: str, file: KeyFile, parts: Mapping[str, Part]) -> dict[str, Part]:
-    """The staged parts of a file, but those that are committed by now, or gone."""
+def _hold(uri: str, keys: KeySet, parts: Mapping[str, Part]) -> dict[str, Part]:
+    """The staged parts of a set, but those that are committed by now, or gone."""
     storage, held = Storage(uri), {}
-    for path in file.rows_by_part.keys() - parts.keys():
+    for path in keys.rows_by_part.keys() - parts.keys():
         size_bytes = storage.size_bytes(path)
         if size_bytes is None:
             continue

@@ -37,7 +37,7 @@ from fmembed.rows.ids import RowIds, keys_of
 from fmembed.storage import HALF_WRITTEN, Storage, tell
 from fmembed.table.card import FINGERPRINT, TABLE, Card, fingerprint
 from fmembed.table.files import PART, REJECTED, RUN, WRITE, Part
-from fmembed.table.keys import KeyFile, KeyFiles
+from fmembed.table.keys import KeyFiles, KeySet
 from fmembed.table.known import KnownRows, know
 from fmembed.table.log import Log
 from fmembed.table.parts import as_written
@@ -415,9 +415,9 @@ class Table:
         staged = {path for f in self.staged() for path in f.rows_by_part} if found else set()
         return [(log, p) for log, folder, p in found if folder + p not in staged]
 
-    def staged(self) -> list[KeyFile]:
-        """The files of keys of what a refresh has written and not committed."""
-        return [file for file in self.key_files.list()[0] if file.staged]
+    def staged(self) -> list[KeySet]:
+        """The keys of what a refresh has written and not committed."""
+        return [keys for keys in self.key_files.list()[0] if keys.staged]
 
     def drop_staged(self) -> None:
         """Delete what is staged, but what a version has taken in. Only under the lock."""

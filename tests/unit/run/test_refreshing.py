@@ -239,7 +239,7 @@ def test_small_parts_become_one(tmp_path: Path, tiny_bert: Path) -> None:
         result = corpus.refresh()
         assert (result.rows_new, len(corpus.seen())) == (51 if week == 1 else 1,) * 2
     assert len(Table(str(corpus.out)).rows.parts()) < 8
-    assert len(list(corpus.out.glob("_keys/*"))) == 1
+    assert len(list(corpus.out.glob("_keys/*"))) == 2  # an index, and a bucket
     assert len(list(corpus.out.glob("_shards/*"))) == 1
     assert corpus.refresh().unchanged
 
@@ -370,15 +370,15 @@ def test_a_set_of_keys_that_lacks_a_file_tells_of_nothing(
     before = corpus.rows()
     assert len(list(corpus.out.glob("_keys/*"))) > 4
     corpus.write("2.jsonl", [row("b", "word " * 20)])
-    write_set, count = KeyFiles.write_set, iter(range(100))
+    write_bucket, count = KeyFiles.write_bucket, iter(range(100))
 
     def third_dies(self: KeyFiles, *given: Any) -> Any:
         if next(count) == 2:
-            raise Killed("write_set")
-        return write_set(self, *given)
+            raise Killed("write_bucket")
+        return write_bucket(self, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(KeyFiles, "write_set", third_dies)
+        patch.setattr(KeyFiles, "write_bucket", third_dies)
         with pytest.raises(Killed):
             corpus.refresh()
     corpus.write("3.jsonl", [row("c", "word " * 9)])

@@ -182,8 +182,8 @@ class Refreshes(RuleBasedStateMachine):
         if self.late is None:
             return
         (line, table), self.late = self.late, None
-        with inline.inline_ray(), Lock(table.storage, "late00000000") as lock:
-            line.settle(lock, "late00000000")
+        with inline.inline_ray(), Lock(table.storage, "1a7e00000000") as lock:
+            line.settle(lock, "1a7e00000000")
         self.see()
 
     def see(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.rows.ids import contents_of, keys_of, to_keys
 from fmembed.storage import Storage
 from fmembed.table import keys as module
-from fmembed.table.keys import KeyFiles, KeyRows, find_twins, is_in_bucket
+from fmembed.table.keys import KeyCounts, KeyFile, KeyFiles, KeyRows, find_twins, is_in_bucket
 from fmembed.table.known import _MAX_TWINS, KnownRows
 from fmembed.table.repair import repair
 from fmembed.table.table import Table
@@ -65,11 +66,11 @@ def problems(table: Table) -> list[str]:
 def test_what_is_known_is_what_is_committed(table: Table) -> None:
     commit(table, "abcx", "x")
     known = table.known()
-    assert (known.missing, known.num_rows, len(known.files)) == ((), 4, 1)
+    assert (known.missing, known.num_rows, len(known.sets)) == ((), 4, 1)
     assert is_known(table, "abcxd") == [True] * 4 + [False]
     commit(table, "dea", twins="a", number=1)
     known = table.known()
-    assert (known.missing, known.num_rows, len(known.files)) == ((), 7, 2)
+    assert (known.missing, known.num_rows, len(known.sets)) == ((), 7, 2)
     assert sorted(known.which_are_embedded(keys_of("axd?")).tolist()) == sorted(
         keys_of("ad").tolist()
     )
@@ -98,7 +99,7 @@ def test_contents_of_twins_and_of_rejected_rows(table: Table) -> None:
     table.key_files.write("0123ab-0", list(zip(given, held, strict=True)), {})
     parts = {first[0].part.path: first[0].part, "_rejected/none": None, "_rejected/x": None}
     files = tuple(table.key_files.list()[0])
-    told_by = dict.fromkeys(parts, files[0].teller)
+    told_by = dict.fromkeys(parts, files[0].path)
     ids = KnownRows(uri, files, parts, (), told_by=told_by).load()
     asked = keys_of("aaab")
     now = contents_of(["0" * 31 + c for c in "1352"])
@@ -126,11 +127,12 @@ def test_a_file_is_sorted_in_buckets_of_the_same_first_bits(
     assert path is not None
     (file,), damaged = table.key_files.list()
     assert damaged == []
-    groups = [g for g in table.key_files.read(file) if len(g)]
+    groups = [g for g in table.key_files.read(file, file.files[0]) if len(g)]
     assert group_rows > n or len(groups) > n // group_rows / 2
     found = np.concatenate([g.ids for g in groups])
     assert found.tolist() == sorted(given.ids.tolist())
-    assert [(p.path, p.kind, p.rows) for p in file.parts] == [("p", "embedded", n)]
+    assert file.parts == (("p", (n, 0, 0, 0)),)
+    assert sorted(file.counts) == [(0, -1, 34), (0, 0, 33), (0, 1, 33)]
     whole = pq.read_table(Path(table.uri, path))
     shards = {
         key: None if shard == -1 else file.shards[shard]
@@ -246,7 +248,7 @@ def test_an_id_of_very_many_rows_is_looked_up_as_fast_as_another(table: Table) -
     assert path is not None
     files = tuple(table.key_files.list()[0])
     parts = {part.path: part, "_rejected/x": part}
-    told_by = {path: f.teller for f in files for path in f.rows_by_part}
+    told_by = {path: f.path for f in files for path in f.rows_by_part}
     known = KnownRows(table.uri, files, parts, (), told_by=told_by)
     ids = known.load()
     assert len(ids) < 3 + _MAX_TWINS
@@ -307,17 +309,15 @@ def test_a_missing_part_is_said_by_one_listing(table: Table) -> None:
 
 def as_set(known: KnownRows, rows: KeyRows, version: int, num_buckets: int = 2) -> list[str]:
     """Write all rows of a version as a set, a file a bucket; each row is of the shard "new"."""
-    paths = []
-    for i in range(num_buckets):
-        some = rows[is_in_bucket(rows.ids, i, num_buckets)]
-        some = replace(some, shards=np.zeros(len(some), dtype=np.int32))
-        files = KeyFiles(Storage(known.uri))
-        paths.append(
-            files.write_set(
-                f"{version:06x}", some, known.paths, ["new"], version, (i, num_buckets), len(rows)
-            )
-        )
-    return [path for path in paths if path is not None]
+    files, of_set = KeyFiles(Storage(known.uri)), f"{version:06x}"
+    rows = replace(rows, shards=np.zeros(len(rows), dtype=np.int32))
+    buckets = [
+        files.write_bucket(of_set, rows[is_in_bucket(rows.ids, i, num_buckets)], i, num_buckets)
+        for i in range(num_buckets)
+    ]
+    counts = KeyCounts.of(rows)
+    index = files.write_index(of_set, known.paths, ["new"], counts, version, buckets)
+    return [index, *(file.path for file in buckets)]
 
 
 def all_rows(table: Table, num_buckets: int = 1) -> KeyRows:
@@ -352,11 +352,11 @@ def test_the_newest_set_tells_where_rows_were_found_last(table: Table) -> None:
     known = table.known()
     assert known.count_by_shard() == {}
     files = as_set(known, before, version=7)
-    assert len(files) == 2
+    assert len(files) == 3
     known = table.known()
     assert (known.missing, known.num_rows) == ((), 8)
     assert known.count_by_shard() == {"new": 8}
-    assert {f.path for f in known.files} == set(files)
+    assert [keys.paths for keys in known.sets] == [files]
     after = known.read_bucket(0, 1, {"new": 5})
     assert set(after.shards.tolist()) == {5}
     order = [np.argsort(rows.ids) for rows in (before, after)]
@@ -373,26 +373,96 @@ def test_the_newest_set_tells_where_rows_were_found_last(table: Table) -> None:
     assert (known.missing, known.num_rows, known.count_by_shard()["new"]) == ((), 9, 8)
     assert len(all_rows(table, 4)) == 9
     table.key_files.keep_only(files)
-    assert sorted(f.path for f in table.key_files.list()[0]) == sorted(files)
+    assert [keys.paths for keys in table.key_files.list()[0]] == [files]
     assert len(table.known().missing) == 1
     assert len(all_rows(table)) == 9
     # One that is damaged: of its bucket the parts are read.
-    Path(table.uri, files[0]).write_bytes(b"")
+    Path(table.uri, files[1]).write_bytes(b"")
     assert len(all_rows(table)) == len(all_rows(table, 4)) == 9
     assert is_known(table, "abcxdefghz") == [True] * 9 + [False]
+
+
+def test_what_a_killed_refresh_leaves_of_a_set_tells_of_nothing_and_goes(table: Table) -> None:
+    commit(table, "abcdefgh")
+    before = all_rows(table)
+    whole = as_set(table.known(), before, version=3)
+    for gone in range(3):
+        half = as_set(table.known(), before, version=9)
+        Path(table.uri, half[gone]).unlink()
+        known = table.known()
+        assert ([keys.paths for keys in known.sets], known.damaged) == ([whole], ())
+        assert known.find_wrong() == []
+        table.clean_up(IDENTITY, "0123ab", False)
+        assert not any(Path(table.uri, path).exists() for path in half)
+    # An index that cannot be read: its files are of no use, and the parts are read.
+    Path(table.uri, whole[0]).write_text(Path(table.uri, whole[0]).read_text()[:-1])
+    table.key_files.keep_only(whole)
+    known = table.known()
+    assert (known.sets, known.damaged, len(known.missing)) == ((), (whole[0],), 1)
+    assert is_known(table, "abcdefghz") == [True] * 8 + [False]
+    table.clean_up(IDENTITY, "0123ab", False)
+    assert not any(Path(table.uri, path).exists() for path in whole)
+    assert table.known().missing == ()
+
+
+def test_a_set_that_no_commit_followed_tells_of_the_parts_that_no_other_does(table: Table) -> None:
+    """A refresh was killed before its commit: parts that it was about to add are not there."""
+    commit(table, "abcd")
+    commit(table, "efgh", number=1)
+    known, before = table.known(), all_rows(table)
+    whole = as_set(known, before, version=3)
+    files = KeyFiles(Storage(table.uri))
+    moved = replace(before, shards=np.where(before.places == 0, 1, 0).astype(np.int32))
+    bucket = files.write_bucket("000009", moved, 0, 1)
+    paths = ["part-of-the-killed.parquet", known.paths[1]]
+    counts = KeyCounts.of(moved)
+    index = files.write_index("000009", paths, ["new", "other"], counts, 4, [bucket])
+    assert [keys.paths for keys in table.known().sets] == [whole]
+    assert table.known().count_by_shard() == {"new": 8}
+    files.keep_only([index, bucket.path])
+    known = table.known()
+    assert known.missing == (known.paths[0],)
+    assert known.count_by_shard() == {"new": 4}
+    assert len(all_rows(table)) == 8
+
+
+def test_what_files_of_a_set_have_in_common_is_written_once(table: Table) -> None:
+    commit(table, "abcdefgh")
+    known, some = table.known(), all_rows(table)
+    files = KeyFiles(Storage(table.uri))
+    shards = [f"{i:032x}" for i in range(500)]
+    buckets = [files.write_bucket("aa", some, i, 8) for i in range(8)]
+    index = files.write_index("aa", known.paths, shards, KeyCounts.of(some), 3, buckets)
+    sizes = [Path(table.uri, file.path).stat().st_size for file in buckets]
+    assert max(sizes) < 3000 < 500 * 32 < Path(table.uri, index).stat().st_size
+
+
+def test_rows_are_counted_by_part_kind_and_shard(table: Table) -> None:
+    draws = np.random.default_rng(0)
+    n = 1000
+    ids = keys_of([f"{i}" for i in range(n)])
+    kinds, shards = draws.integers(0, 4, n, np.int8), draws.integers(-1, 5, n, np.int32)
+    some = KeyRows.of(ids, None, None, kinds, shards, draws.integers(0, 3, n, np.int32))
+    pieces = [KeyCounts.of(some[slice(i, i + 300)]) for i in range(0, n, 300)]
+    counts = KeyCounts.join(*pieces)
+    by_part = [tuple(int(((some.places == p) & (kinds == k)).sum()) for k in range(4))
+               for p in range(4)]  # fmt: skip
+    assert counts.by_part(4) == by_part
+    pairs = Counter(zip(some.places.tolist(), shards.tolist(), strict=True))
+    assert {(p, s): n for p, s, n in counts.by_part_and_shard()} == pairs
 
 
 def test_a_damaged_file_of_a_set_is_made_up_for_by_its_bucket_alone(table: Table) -> None:
     commit(table, "abcdefgh")
     files = as_set(table.known(), all_rows(table), version=3)
-    path = Path(table.uri, files[0])
+    path = Path(table.uri, files[1])
     content = bytearray(path.read_bytes())
     content[200] ^= 1
     path.write_bytes(content)
     rows = all_rows(table)
     assert sorted(rows.ids.tolist()) == sorted(keys_of("abcdefgh").tolist())
     assert sum(len(some) for some in table.known().read()) == 8
-    assert table.known().find_wrong() == [files[0]]
+    assert table.known().find_wrong() == [files[1]]
 
 
 def test_what_is_staged_is_no_stray_and_is_known_to_who_asks(table: Table) -> None:
@@ -410,7 +480,7 @@ def test_what_is_staged_is_no_stray_and_is_known_to_who_asks(table: Table) -> No
     assert is_known(table, "abcd") == [True, True, False, False]
     # Of another model nothing is taken up.
     other = table.key_files.write("0123ab-8", held, {}, staged="other")
-    assert len(table.known(with_staged=True).files) == 2
+    assert len(table.known(with_staged=True).sets) == 2
     table.drop_staged()
     assert table.known(with_staged=True).staged == {}
     assert not Path(table.uri, path).exists()
@@ -456,6 +526,15 @@ def test_a_forged_file_has_nothing_deleted_that_no_run_has_written(
         table.drop_staged()
         assert table.known(with_staged=True).damaged == (path,)
         Path(table.uri, path).unlink()
+        # An index that names it: of a set of which no part is there all files go.
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_BUCKET", re.compile(".*", re.DOTALL))
+            forged = [KeyFile(name, (0, 1), 1)]
+            counts = KeyCounts.of(replace(rows("z"), places=np.zeros(1, dtype=np.int32)))
+            path = table.key_files.write_index("0123ab", ["gone"], [], counts, 1, forged)
+        table.clean_up(IDENTITY, "0123ab", False)
+        assert not Path(table.uri, path).exists()
     assert mine.exists()
     assert (Path(table.uri) / "notes.parquet").exists()
+    assert (Path(table.uri) / "_delta_log" / "00000000000000000000.json").exists()
     assert Table(table.uri).version() == 1
