@@ -14,7 +14,8 @@ import importlib.util
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def resolve_package(uri: str, field: str, error: type[UserError]) -> str:
 
 # What `put` leaves of an object on a local disk when it is killed half way.
 HALF_WRITTEN = re.compile(r"#[0-9a-f]{8}\.tmp$")
+_THREADS = 16
 _CLOUDS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 
 
@@ -139,6 +141,20 @@ class Storage:
             raise
         except (BaseError, OSError) as e:
             raise self._error("read", path, e) from None
+
+    def get_all(self, paths: Iterable[str]) -> Iterator[bytes | None]:
+        """Read objects, several at once, as each takes a request; in order, None for one that is
+        not there.
+        """
+
+        def read(path: str) -> bytes | None:
+            try:
+                return self.get(path)
+            except FileNotFoundError:
+                return None
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            yield from pool.map(read, paths)
 
     def size_bytes(self, path: str) -> int | None:
         """An object's size, None where there is none."""

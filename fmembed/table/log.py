@@ -46,6 +46,8 @@ _KEEP = {
 # Common to all commits of all runs: two transactions of one name conflict, so that a commit made
 # on a version that is no longer the newest fails. Appends of different names would both succeed.
 _TRANSACTION = "fmembed"
+# So many entries of the log are read one by one before there is a checkpoint.
+_FEW_SINCE = 10
 # On each commit, besides FINGERPRINT and RUN: of how many actions it is, so that a cut entry shows.
 _ACTIONS = f"{PREFIX}actions"
 # What readers of a table may have to know and these parts do not need; anything else, as deletion
@@ -233,19 +235,27 @@ class Log:
         """The files that any entry of the log names, whatever clock was set when they were removed:
         `vacuum` leaves out what was removed in its own future.
         """
+        paths = [p for p in self.storage.sizes("_delta_log/") if ENTRY.fullmatch(p)]
+        named = self._in_checkpoints()
+        for content in self.storage.get_all(paths):
+            for line in (content or b"").splitlines():
+                action = json.loads(line) if line.strip() else {}
+                named |= {unquote(action[k]["path"]) for k in ("add", "remove") if k in action}
+        return named
+
+    def _in_checkpoints(self) -> set[str]:
+        """The files that a checkpoint names."""
         named: set[str] = set()
-        for path in self.storage.sizes("_delta_log/"):
-            if ENTRY.fullmatch(path):
-                for line in self.storage.get(path).splitlines():
-                    action = json.loads(line) if line.strip() else {}
-                    named |= {unquote(action[k]["path"]) for k in ("add", "remove") if k in action}
-            elif _CHECKPOINT.fullmatch(path):
-                content = pa.BufferReader(self.storage.get(path))
-                # Not read_table, which gives both the name "path".
-                rows = pq.ParquetFile(content).read(columns=["add.path", "remove.path"])
-                for name in rows.schema.names:
-                    paths = pc.struct_field(rows[name], "path").drop_null().to_pylist()
-                    named |= {unquote(p) for p in paths}
+        paths = [p for p in self.storage.sizes("_delta_log/") if _CHECKPOINT.fullmatch(p)]
+        for content in self.storage.get_all(paths):
+            if content is None:
+                continue
+            # Not read_table, which gives both the name "path".
+            parquet = pq.ParquetFile(pa.BufferReader(content))
+            rows = parquet.read(columns=["add.path", "remove.path"])
+            for name in rows.schema.names:
+                found = pc.struct_field(rows[name], "path").drop_null().to_pylist()
+                named |= {unquote(path) for path in found}
         return named
 
     def oldest(self) -> int:
@@ -269,12 +279,13 @@ class Log:
         """
         if self.delta() is None:
             return
-        numbers = sorted(
-            int(m[1]) for path in self.storage.sizes("_delta_log/") if (m := ENTRY.fullmatch(path))
-        )
+        names = self.storage.sizes("_delta_log/")
+        every = sorted(int(m[1]) for path in names if (m := ENTRY.fullmatch(path)))
+        numbers = [n for n in every if n >= first]
+        contents = self.storage.get_all(map(_entry, numbers))
         parts: dict[str, Part] = {}
-        for i, number in enumerate(n for n in numbers if n >= first):
-            entry = self._read_entry(number, parts)
+        for i, (number, content) in enumerate(zip(numbers, contents, strict=True)):
+            entry = self._parse_entry(number, content, parts)
             if i == 0 and number > 0:
                 parts = {part.path: part for part in self.parts(number)}
             else:
@@ -283,9 +294,12 @@ class Log:
                 parts |= entry.added
             yield entry, parts
 
-    def _read_entry(self, version: int, before: Mapping[str, Part]) -> Entry:
-        lines = self.storage.get(_entry(version)).splitlines()
-        actions = [json.loads(line) for line in lines if line.strip()]
+    def _parse_entry(
+        self, version: int, content: bytes | None, before: Mapping[str, Part]
+    ) -> Entry:
+        if content is None:
+            raise DamagedError(self.uri, f"entry {version} of its log went while it was read")
+        actions = [json.loads(line) for line in content.splitlines() if line.strip()]
         info: dict[str, Any] = next((a["commitInfo"] for a in actions if "commitInfo" in a), {})
         added = {}
         for add in (a["add"] for a in actions if "add" in a):
@@ -311,8 +325,9 @@ class Log:
         """
         kept = {part.path for part in self.parts(oldest)}
         kept |= {path for entry in entries if entry.version > oldest for path in entry.added}
+        named = {path for entry in entries for path in (*entry.added, *entry.removed)}
         # Whatever a log says, nothing is a part that is not called so.
-        named = {self._inside(path) for path in self.ever_named()}
+        named |= {self._inside(path) for path in self._in_checkpoints()}
         return {path for path in named - kept if path.endswith(".parquet")}
 
     def cut_before(self, oldest: int, least: int) -> None:
@@ -332,18 +347,30 @@ class Log:
         ]
         if len(older) <= least:
             return
-        delta = self.delta()
-        assert delta is not None
-        newest = int(delta.version())
+        for version in dict.fromkeys((oldest, self.version())):  # the newest last: readers begin
+            self._put_checkpoint(version)
+        self.remove(older)
+
+    def put_checkpoint(self) -> None:
+        """Write a checkpoint of the newest version, unless there is one of the last ten.
+
+        Whoever opens the log reads the last one and what came after: each of 99 entries (Delta's
+        own way) takes a request on a cloud, and a refresh opens the log 45 times.
+        """
+        names = self.storage.sizes("_delta_log/")
+        last = max((int(m[1]) for path in names if (m := _CHECKPOINT.fullmatch(path))), default=0)
+        newest = self.version()
+        if newest - last >= _FEW_SINCE:
+            self._put_checkpoint(newest)
+
+    def _put_checkpoint(self, version: int) -> None:
         try:
-            for version in dict.fromkeys((oldest, newest)):  # the newest last: readers begin there
-                at = self._open(version)
-                assert at is not None
-                at.create_checkpoint()
-                self._sync(version)
+            at = self._open(version)
+            assert at is not None
+            at.create_checkpoint()
+            self._sync(version)
         except (DeltaError, OSError) as e:
             raise StorageError(f"output.uri: cannot write {self.uri}: {reason(e)}") from None
-        self.remove(older)
 
     def _inside(self, path: str) -> str:
         """A path of the log, decoded.

@@ -142,11 +142,25 @@ def read_runs(storage: Storage) -> Iterator[tuple[Commit, Any]]:
             yield record.commit, record.result
 
 
+def read_all_runs(storage: Storage) -> Iterator[tuple[Commit, Any]]:
+    """As `read_runs`, for who needs all: several at once."""
+    paths = storage.paths("_runs/")
+    for path, content in zip(paths, storage.get_all(paths), strict=True):
+        record = None if content is None else _parse(storage, path, content, _RunRecord)
+        if record is not None:
+            yield record.commit, record.result
+
+
 def _read(storage: Storage, path: str, model: type[_Record]) -> _Record | None:
     try:
-        return model.model_validate_json(storage.get(path))
+        return _parse(storage, path, storage.get(path), model)
     except FileNotFoundError:
         return None
+
+
+def _parse(storage: Storage, path: str, content: bytes, model: type[_Record]) -> _Record | None:
+    try:
+        return model.model_validate_json(content)
     except (ValidationError, RecursionError):
         _pass_over(path, storage)
         return None

@@ -29,6 +29,7 @@ from fmembed.table.records import (
     Commit,
     put_run,
     put_shards,
+    read_all_runs,
     read_runs,
     read_shards,
     run_path,
@@ -200,7 +201,7 @@ class _Repair:
         table, storage = self._table, self._table.storage
         for folder, kept in (
             ("_shards/", {f"_shards/{c.run}.json" for c, _ in read_shards(storage)}),
-            ("_runs/", {run_path(c) for c, _ in read_runs(storage)}),
+            ("_runs/", {run_path(c) for c, _ in read_all_runs(storage)}),
         ):
             for path in storage.paths(folder):
                 if path not in kept and RECORD.fullmatch(path):

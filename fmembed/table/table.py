@@ -47,6 +47,7 @@ from fmembed.table.records import (
     drop_shards,
     put_run,
     put_shards,
+    read_all_runs,
     read_runs,
     read_shards,
 )
@@ -639,7 +640,7 @@ class Table:
         price.
         """
         total: dict[str, float] = {}
-        for _, raw in read_runs(self.storage):
+        for _, raw in read_all_runs(self.storage):
             spent = raw.get("spent") if isinstance(raw, dict) else None
             for name, amount in spent.items() if isinstance(spent, dict) else ():
                 if name in ("device_hours", "cost") and isinstance(amount, int | float):

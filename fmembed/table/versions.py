@@ -259,6 +259,7 @@ def tidy(
             # The files first: of what is left when this is killed, the log still tells.
             log.remove(gone)
             log.cut_before(oldest, 0 if purge else _FEW_ENTRIES)
+            log.put_checkpoint()
     beside = _beside(table) if purge else {}
     sizes |= beside
     if not dry_run:

@@ -210,6 +210,30 @@ def test_a_log_is_cut_where_that_is_worth_it(table: Table, monkeypatch: pytest.M
     assert Table(table.uri).card() is not None
 
 
+def test_who_opens_a_log_reads_few_entries(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint stands for all but the last ten, and takes no version away."""
+    for number in range(1, 10):
+        replace_all(table, "ab", number)
+    keep: Any = {"keep_days": 30, "keep_versions": 5}
+    vacuum(table.uri, **keep)
+    log = Path(table.uri) / "_delta_log"
+    assert not list(log.glob("*.checkpoint*"))
+    for number in range(10, 14):
+        replace_all(table, "ab", number)
+        vacuum(table.uri, **keep)
+    assert [p.name[:20] for p in log.glob("*.checkpoint*")] == [f"{10:020}"]
+    assert [v.version for v in list_versions(table.uri) if v.is_whole] == [*range(13, -1, -1)]
+    assert fmembed.read(table.uri, 3).num_rows == 2
+    assert problems(table) == []
+    assert Table(table.uri).strays() == []
+    # By it alone and what came after: the older entries are there for older versions.
+    for path in log.glob("*0[0-9].json"):
+        path.unlink()
+    assert fmembed.read(table.uri).num_rows == 2
+    with pytest.raises(TableError):
+        fmembed.read(table.uri, 3)
+
+
 def test_a_policy_that_makes_no_sense_is_none(table: Table) -> None:
     table.claim(CARD, SCHEMA, "run")
     for output, expected in (
