@@ -299,7 +299,7 @@ def embed_rows(
     Returns:
         What has ended it before its end.
     """
-    from fmembed.model.embed import Embed
+    from fmembed.model.embed import Embed, WithoutModel
     from fmembed.run.commits import Commits, Staging
     from fmembed.run.memory import bound_memory, moving_bound
     from fmembed.run.passes import cleaned_up, passes
@@ -308,22 +308,36 @@ def embed_rows(
     from fmembed.run.ranges import find_ranges
     from fmembed.run.signals import Signals
     from fmembed.run.spending import Spending
-    from fmembed.run.stages import apply, not_known, prepare, read, stage_options, try_model
+    from fmembed.run.stages import (
+        apply,
+        not_known,
+        prepare,
+        read,
+        stage_options,
+        stored_dims,
+        try_model,
+    )
     from fmembed.run.verdict import EMBED, READ
 
     spec, checkpoint, table = inputs.spec, inputs.checkpoint, inputs.table
-    stage = stage or Embed
     run.locate()
     assert run.work is not None
     left = run.work.source
-    plan = place(inputs, left)
+    # Of a table without a row nobody knows yet how long its vectors are.
+    stored = table.schema()
+    sees_model = run.work.sees_model or not stored.names
+    stage = stage or (Embed if sees_model else WithoutModel)
+    plan = place(inputs, left, sees_model)
     bound_memory(plan)
-    try_model(checkpoint, plan)
+    if sees_model:
+        try_model(checkpoint, plan)
     ranges = find_ranges(inputs, left, plan, stage, run.server_dim)
     card = table.claim(inputs.card(ranges), inputs.schema(), run.id)
     kind = Commits if line is None else Staging
     commits = kind(spec.output, table, lock, run.id, card)
     options = stage_options(checkpoint, spec.preprocess, plan, ranges, run.server_dim)
+    if not sees_model:
+        options["dims"] = stored_dims(checkpoint.outputs, stored)
     spending = Spending(spec)
     with (
         cleaned_up(table, lock, run.id),

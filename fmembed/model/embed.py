@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from fmembed.checkpoint.opening import Checkpoint
 from fmembed.model.server import EndpointEncoder
 from fmembed.prepare.stage import Preprocess
 from fmembed.rows.columns import row_schema
+from fmembed.rows.pieces import unpack_pieces
+from fmembed.rows.precision import Ranges
+from fmembed.rows.vectors import VectorColumns, Vectors
 from fmembed.spec import PreprocessSpec
 from fmembed.startup import uncollected
 
@@ -34,6 +38,43 @@ class Embed:
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Replace the columns of `rows.pieces` by a column of vectors for each output."""
         return self._encoder(rows)
+
+
+class WithoutModel:
+    """The stage in its place where no row is for the model: all are copies, or rejected.
+
+    No weight is loaded, nor torch imported, and no device held.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dims: Mapping[str, int],
+        ranges: Ranges,
+        pieces_are_rows: bool,
+        **_: Any,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            checkpoint: Which model it would be.
+            dims: The length of the vectors that the table has, by column.
+            ranges: As for `encoder.Encoder`, as is the next.
+            pieces_are_rows: The same.
+        """
+        self._columns = VectorColumns(checkpoint.outputs, dims, ranges, pieces_are_rows)
+        self._none: Vectors = {
+            output.column: [] if output.pooling == "tokens"
+            else np.empty((0, dims[output.column]), dtype=np.float32)
+            for output in checkpoint.outputs
+        }  # fmt: skip
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """As `Embed`, of rows without pieces: each vector is null."""
+        pieces = unpack_pieces(rows)
+        if pieces.pieces:
+            raise RuntimeError("a row for the model, where none was found to be")
+        return self._columns.join(rows, pieces, self._none, {})
 
 
 def embed_here(checkpoint: Checkpoint, inputs: Sequence[str | bytes]) -> pa.Table:

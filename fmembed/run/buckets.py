@@ -213,7 +213,7 @@ def list_contents(*copies: pa.Table) -> Keys:
     return np.unique(np.concatenate([keys_of([]), *contents]))
 
 
-def choose(num_buckets: int, *given: Any) -> tuple[ChosenRows, list[int]]:
+def choose(num_buckets: int, *given: Any) -> tuple[ChosenRows, list[int], bool]:
     """Of all rows that are to be embedded, which the model sees: of each content the first one.
 
     Args:
@@ -222,7 +222,8 @@ def choose(num_buckets: int, *given: Any) -> tuple[ChosenRows, list[int]]:
             have a vector of one of their contents by now.
 
     Returns:
-        The rows with their last fates, and the numbers of the shards that they are in.
+        The rows with their last fates; the numbers of the shards that they are in; and whether the
+        model is to see any.
     """
     chosen: Sequence[ChosenRows] = given[:num_buckets]
     holders: Sequence[KeyRows] = given[num_buckets:]
@@ -237,7 +238,7 @@ def choose(num_buckets: int, *given: Any) -> tuple[ChosenRows, list[int]]:
     is_first = np.zeros(len(new), dtype=np.bool_)
     is_first[np.unique(contents, return_index=True)[1]] = True
     fates[new[has_vector | ~is_first]] = COPY
-    return ChosenRows(rows, fates), np.unique(rows.shards).tolist()
+    return ChosenRows(rows, fates), np.unique(rows.shards).tolist(), bool((fates == EMBED).any())
 
 
 @dataclass(frozen=True)

@@ -97,15 +97,23 @@ def estimate_work(source: Source, checkpoint: Checkpoint, in_chunks: bool) -> Es
     return Estimate(source.num_bytes / _CHARACTERS_PER_TOKEN or math.inf, row_tokens)
 
 
-def place(inputs: Inputs, left: Source) -> Plan:
+def place(inputs: Inputs, left: Source, sees_model: bool = True) -> Plan:
     """Where the work on what is left of a source goes: a server's is one actor that asks it.
+
+    Args:
+        inputs: What the config says.
+        left: Of the source.
+        sees_model: Whether the model is to see any row; else no device is asked for.
 
     Raises:
         SpecError: More GPUs are asked for than there are.
     """
     spec, checkpoint = inputs.spec, inputs.checkpoint
     work = estimate_work(left, checkpoint, spec.preprocess.chunk_tokens is not None)
-    plan = plan_compute(spec.compute, checkpoint.modality, checkpoint.num_bytes(), work)
+    compute = spec.compute
+    if not sees_model:
+        compute = compute.model_copy(update={"gpus_per_actor": 0.0, "actors": 1})
+    plan = plan_compute(compute, checkpoint.modality, checkpoint.num_bytes(), work)
     if checkpoint.endpoint is not None:
         plan = replace(plan, device="cpu", min_actors=1, max_actors=1, gpus_per_actor=0.0)
     return replace(plan, device_name=_name_device(plan.device))

@@ -159,7 +159,7 @@ def _stages(
     """Seconds of what a run does one after another."""
     if seen.adds_only and not seen.moves_rows:
         return {}
-    begin_s = start_s + REST_S / 2 + (_LOAD_S.value if seen.moves_rows else 0.0)
+    begin_s = start_s + REST_S / 2 + (_LOAD_S.value if seen.loads_model else 0.0)
     if pace is not None:
         begin_s = pace.begin_s
     stages = {"start": Range.exactly(begin_s).within(_STARTED)}
@@ -177,8 +177,8 @@ def _sum(stages: Mapping[str, Range]) -> Range:
 
 
 def _device_hours(seen: Foreseen, plan: Plan | None, pace: Pace | None) -> Range | None:
-    if not seen.num_embed:  # what has no vector, or another row's, goes the same way
-        return _LOAD_S * (1 / 3600) if seen.moves_rows else Range.exactly(0)
+    if not seen.num_embed:
+        return _LOAD_S * (1 / 3600) if seen.loads_model else Range.exactly(0)
     if pace is None or plan is None:
         return None
     # Of few rows not every actor has a window.

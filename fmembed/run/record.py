@@ -65,14 +65,16 @@ class Run:
         self._warm = 0.0
 
     def find_work(self) -> Work:
-        """See what is left; of a server ask one vector before anything is written.
+        """See what is left; of a server that is to see any ask one vector before anything is
+        written.
 
         Raises:
             ModelError: The server does not answer, or not with a vector.
         """
         self.work = self._look(self._inputs)
         checkpoint = self._inputs.checkpoint
-        if self.work and checkpoint.endpoint is not None and not self.server_dim:
+        asks = self.work and self.work.sees_model and not self.server_dim
+        if asks and checkpoint.endpoint is not None:
             self.server_dim = Endpoint(checkpoint.endpoint, checkpoint.id).check()
         return self.work
 

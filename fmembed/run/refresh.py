@@ -108,6 +108,13 @@ class Foreseen:
         return self.drawn.fates.get(TWIN, 0) + self.drawn.fates.get(REJECT, 0)
 
     @property
+    def loads_model(self) -> bool:
+        """Whether a model would be loaded: a run that only adds rows does for those that it rejects
+        too.
+        """
+        return bool(self.num_embed) or (self.adds_only and self.moves_rows)
+
+    @property
     def moves_rows(self) -> bool:
         """Whether any row would go through the stages."""
         return bool(self.drawn.fates)
@@ -149,13 +156,13 @@ class Refresh:
         num_unread = int(summary.found[sorted(self._unread)].sum())
         if not summary.counts["todo"]:
             return Work(replace(source, shards=()), known, num_unread)
-        ref, numbers = self._choose(known, chosen)
+        ref, numbers, sees_model = self._choose(known, chosen)
 
         def picks(index: int) -> Chosen:
             return Chosen(ray.get(ref), numbers[index])
 
         shards = tuple(self.shards[i] for i in numbers)
-        return Work(replace(source, shards=shards), known, num_unread, picks)
+        return Work(replace(source, shards=shards), known, num_unread, picks, sees_model=sees_model)
 
     def foresee(self, num_rows: int, num_shards: int) -> Foreseen:
         """Look, and see what would be done.
@@ -298,18 +305,18 @@ class Refresh:
         self._why_withheld = why
         return Rules(not why, spec.on_rejected == "remove" and not why)
 
-    def _choose(self, known: KnownRows, chosen: Sequence[Any]) -> tuple[Any, list[int]]:
-        """A reference to the rows that readers hand on, and the numbers of the shards that they
-        read.
+    def _choose(self, known: KnownRows, chosen: Sequence[Any]) -> tuple[Any, list[int], bool]:
+        """A reference to the rows that readers hand on; the numbers of the shards that they read;
+        and whether the model is to see any.
         """
         holders: list[Any] = []
         if known.paths:
             wanted = ray.remote(max_retries=_MAX_RETRIES)(buckets.list_wanted).remote(*chosen)
             holders = self._find_holders(known, wanted)
-        task = ray.remote(max_retries=_MAX_RETRIES, num_returns=2)(buckets.choose)
-        ref, numbers_ref = task.remote(len(chosen), *chosen, *holders)
-        numbers: list[int] = ray.get(numbers_ref)
-        return ref, numbers
+        task = ray.remote(max_retries=_MAX_RETRIES, num_returns=3)(buckets.choose)
+        ref, *others = task.remote(len(chosen), *chosen, *holders)
+        numbers, sees_model = ray.get(others)
+        return ref, numbers, sees_model
 
     def _find_holders(self, known: KnownRows, contents: Any) -> list[Any]:
         """References to rows that have a vector of these contents, by bucket."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,8 @@ from fmembed.checkpoint.opening import Checkpoint
 from fmembed.errors import reason
 from fmembed.model.embed import Embed
 from fmembed.prepare.stage import Preprocess
-from fmembed.rows.precision import Ranges
+from fmembed.rows.outputs import Output
+from fmembed.rows.precision import PRECISIONS, Ranges
 from fmembed.run.apart import PreprocessApart, read_apart
 from fmembed.run.faults import MAX_ACTOR_RESTARTS, MAX_TASK_RETRIES, explain, explain_model_death
 from fmembed.run.placement import Plan
@@ -223,3 +224,19 @@ def stage_options(
         "num_threads": plan.num_threads,
         "batch_tokens": plan.batch_tokens,
     }
+
+
+def stored_dims(outputs: Sequence[Output], schema: pa.Schema) -> dict[str, int]:
+    """The length of a table's vectors by column, as `model.embed.WithoutModel` is told it.
+
+    Args:
+        outputs: The columns.
+        schema: Of the table's parts.
+    """
+    dims = {}
+    for output in outputs:
+        type_ = schema.field(output.column).type
+        while not pa.types.is_fixed_size_list(type_):  # of pieces, and of tokens
+            type_ = type_.value_type
+        dims[output.column] = type_.list_size * PRECISIONS[output.precision].dims_each
+    return dims

@@ -23,6 +23,7 @@ class Work:
             nothing is said.
         apart: Whether rows are read and prepared in processes apart, because among them there may
             be some that end theirs.
+        sees_model: Whether any row may be for the model: else they are copies, or are rejected.
     """
 
     source: Source
@@ -30,6 +31,7 @@ class Work:
     num_skipped: int
     picks: Callable[[int], Pick] | None = None
     apart: bool = False
+    sees_model: bool = True
 
     def __bool__(self) -> bool:
         return bool(self.source.shards)

@@ -13,6 +13,7 @@ import pytest
 from conftest import run_cli
 from refreshing import Corpus, row
 
+import fmembed
 from fmembed import BudgetSpec, BudgetSpentError, SpecError, pipeline
 from fmembed.table.table import Table
 
@@ -49,6 +50,26 @@ def test_new_changed_and_removed_rows_make_one_version(corpus: Corpus, tmp_path:
     # What was there is there still, as a version.
     assert corpus.rows(1) == before
     assert corpus.refresh().unchanged
+
+
+def test_where_no_row_is_for_the_model_it_is_not_loaded(corpus: Corpus) -> None:
+    """Another label, a name for a row that was there, and one that cannot be embedded."""
+    first = pipeline.refresh(corpus.spec, quiet=True)
+    before = corpus.rows()
+    rows = [row(f"b{i}", topic="other") for i in range(9)]
+    corpus.write("2.jsonl", [*rows, row("c9", "about b9"), {"key": "d", "text": 7}])
+    compute = corpus.spec.compute.model_copy(update={"gpus_per_actor": 4.0})  # nobody has them
+    corpus.spec = corpus.spec.model_copy(update={"compute": compute})
+    second = pipeline.refresh(corpus.spec, quiet=True)
+    assert first.spent["device_hours"] > 0
+    assert second.spent["device_hours"] == 0
+    assert (second.rows_changed, second.rows_new, second.rows_removed) == (9, 2, 1)
+    assert (second.rows_copied, second.contents_embedded, second.rows_rejected) == (10, 0, 1)
+    now = corpus.rows()
+    assert now["c9"]["embedding"] == before["b9"]["embedding"]
+    for i in range(9):
+        assert now[f"b{i}"] == {**before[f"b{i}"], "topic": "other"}
+    assert fmembed.verify(str(corpus.out)).problems == []
 
 
 def test_half_of_a_corpus_are_copies(tmp_path: Path, tiny_bert: Path) -> None:

@@ -12,7 +12,9 @@ from encoding import embed, window
 from fake_endpoint import DIM, REFUSED, serve, vector_of
 
 from fmembed.checkpoint.opening import open_checkpoint
-from fmembed.model.embed import Embed, embed_here
+from fmembed.model.embed import Embed, WithoutModel, embed_here
+from fmembed.rows.columns import reject
+from fmembed.run.stages import stored_dims
 from fmembed.spec import ModelSpec
 
 
@@ -25,6 +27,32 @@ def test_inputs_embed_here_as_they_do_in_a_run(tiny_bert: Path) -> None:
     staged = Embed(checkpoint, batch_tokens=64)(window(checkpoint, SENTENCES))
     np.testing.assert_allclose(np.stack(staged["embedding"].to_pylist()), found, rtol=1e-4,
                                atol=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("pieces_are_rows", [False, True])
+def test_without_a_model_rows_come_in_the_same_columns(
+    pieces_are_rows: bool, tiny_bert: Path
+) -> None:
+    outputs = {
+        "plain": {}, "cut": {"dims": 5}, "bits": {"precision": "binary", "dims": 12},
+        "small": {"precision": "int8"}, "half": {"precision": "float16"},
+        "each": {"pooling": "tokens"},
+    }  # fmt: skip
+    spec = ModelSpec.model_validate({"id": str(tiny_bert), "outputs": outputs})
+    checkpoint = open_checkpoint(spec, False)
+    low, high = np.full(32, -1, np.float32), np.full(32, 1, np.float32)
+    told = {"ranges": {"small": (low, high)}, "pieces_are_rows": pieces_are_rows}
+    rows = window(checkpoint, ["one", "two", "three"])
+    embedded = Embed(checkpoint, **told)(rows)
+    dims = stored_dims(checkpoint.outputs, embedded.schema)
+    assert dims == {"plain": 32, "cut": 5, "bits": 16, "small": 32, "half": 32, "each": 32}
+    stage = WithoutModel(checkpoint, dims=dims, **told)
+    nothing = reject(window(checkpoint, ["", "", ""]), "read", dict.fromkeys(range(3), ("e", "m")))
+    refused = stage(nothing)
+    assert refused.schema == embedded.drop_columns(["_counts"]).schema
+    assert all(refused[name].null_count == 3 for name in outputs)
+    with pytest.raises(RuntimeError, match="a row for the model"):
+        stage(rows)
 
 
 def test_a_server_s_vectors_come_in_the_same_columns(monkeypatch: pytest.MonkeyPatch) -> None:
