@@ -238,7 +238,7 @@ def encoder(task: Task) -> Found:
 
     from fmembed.checkpoint.opening import open_checkpoint
     from fmembed.model.encoder import Encoder
-    from fmembed.model.meter import peak_flops
+    from fmembed.model.flops import peak_flops
     from fmembed.rows.pieces import Piece
     from fmembed.spec import ModelSpec
 

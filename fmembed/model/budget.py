@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 
 from fmembed.devices import device_name
+from fmembed.model.flops import time_batch
 from fmembed.model.forward import Model
-from fmembed.model.meter import time_batch
 
 # Tokens of a batch by type of device, as torch names it. On a CPU more than 4k were slower (cache);
 # a GPU wants many.

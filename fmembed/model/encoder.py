@@ -17,8 +17,9 @@ from fmembed.errors import ModelError
 from fmembed.model.batching import plan_batches
 from fmembed.model.budget import choose_budget
 from fmembed.model.failures import OUT_OF_MEMORY, cause_of, free_memory
+from fmembed.model.flops import count_flop, peak_flops, synchronize
 from fmembed.model.forward import Model
-from fmembed.model.meter import Meter, count_flop, peak_flops, synchronize
+from fmembed.model.meter import Meter
 from fmembed.model.process import bound_kernels, keep_freed_memory
 from fmembed.rows.counts import add_counts
 from fmembed.rows.pieces import Piece, unpack_pieces
