@@ -332,30 +332,32 @@ def filesystem(uri: str) -> tuple[Any, str]:
     return fs, str(root)
 
 
-def list_below(fs: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]] | None:
-    """Path and facts of all objects below a cloud's folder, in the order of paths, as they come:
-    a thousand a request, however deep. None of another filesystem.
-    """
-    if not isinstance(fs, obstore.fsspec.FsspecStore):
-        return None
-    bucket, _, prefix = folder.partition("/")
-    uri = f"{fs.protocol}://{bucket}"
-    store = from_url(uri, **_options(uri))
+def is_cloud(fs: Any) -> bool:
+    """Whether a filesystem is a cloud's."""
+    return isinstance(fs, obstore.fsspec.FsspecStore)
 
-    def found() -> Iterator[tuple[str, dict[str, Any]]]:
-        last = ""
-        for some in obstore.list(store, prefix or None):
+
+class CloudFolder:
+    """A bucket, or a folder in it, as `filesystem` names it."""
+
+    def __init__(self, protocol: str, root: str) -> None:
+        self._bucket = root.partition("/")[0]
+        uri = f"{protocol}://{self._bucket}"
+        self._store = from_url(uri, **_options(uri))
+
+    @classmethod
+    def of(cls, fs: Any, root: str) -> CloudFolder | None:
+        """One of a filesystem that is a cloud's; None of another."""
+        return cls(fs.protocol, root) if is_cloud(fs) else None
+
+    def list_below(self, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Path and facts of all objects below a folder of it, as they come: a thousand a request,
+        however deep.
+        """
+        for some in obstore.list(self._store, folder.partition("/")[2] or None):
             for told in some:
-                path = told["path"]
-                # The slash of `folder/`, which stands for one that may be empty, is taken off: it
-                # comes where the slash sorts it.
-                if not told["size"] and path < last:
-                    continue
-                last = path
-                facts = {"type": "file", "size": told["size"], "e_tag": told["e_tag"]}
-                yield f"{bucket}/{path}", {**facts, "last_modified": told["last_modified"]}
-
-    return found()
+                facts = {name: told[name] for name in ("size", "e_tag", "last_modified")}
+                yield f"{self._bucket}/{told['path']}", {"type": "file", **facts}
 
 
 def _options(uri: str) -> dict[str, Any]:

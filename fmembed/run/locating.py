@@ -14,9 +14,12 @@ from fmembed.run.work import Work
 from fmembed.sources import locating
 from fmembed.sources.locating import Unlocated
 from fmembed.sources.source import Mark, Shard, Source
+from fmembed.storage import tell
 from fmembed.table.table import Table
 
 _MAX_RETRIES = 3
+# What takes a core ten seconds to look through.
+_LONG_BYTES = 4 * 2**30
 
 
 def locate(source: Source, wanted: Sequence[Shard], ends: Mapping[str, Mark]) -> tuple[Shard, ...]:
@@ -57,8 +60,12 @@ def locate_work(work: Work, source: Source, table: Table) -> Work:
         source: All of it.
         table: Has on record where shards end that were read before.
     """
-    if not any(locating.is_unlocated(source, shard) for shard in work.source.shards):
+    some = [shard for shard in work.source.shards if locating.is_unlocated(source, shard)]
+    if not some:
         return work
+    num_bytes = sum(shard.num_bytes for shard in some)
+    if num_bytes >= _LONG_BYTES:
+        tell(f"looking where records begin in {num_bytes / 2**30:,.1f} GiB of large files, once")
     shards = locate(source, work.source.shards, ends_on_record(table))
     return replace(work, source=replace(work.source, shards=shards))
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,7 +21,7 @@ from fmembed.sources.formats.registry import FORMATS
 from fmembed.sources.source import File
 from fmembed.sources.walking import HIDDEN, Facts, Walk, facts_of
 from fmembed.spec import SourceSpec
-from fmembed.storage import filesystem, resolve_package
+from fmembed.storage import filesystem, is_cloud, resolve_package
 
 
 @dataclass(frozen=True)
@@ -62,14 +60,14 @@ def list_files(spec: SourceSpec) -> Listing:
             root = posixpath.dirname(root[: min(root.find(c) for c in "*?[" if c in root)] + "x")
             found = walk = Walk(inner, root, pattern)
             passed_over = walk.passed_over
-        elif not _is_web_file(root) and inner.isdir(root):
+        elif not _is_web_file(root) and (_is_bucket(inner, root) or inner.isdir(root)):
             is_named = False
             found = walk = Walk(inner, root)
             passed_over = walk.passed_over
         else:
             facts = inner.info(root)
             if facts.get("islink") and is_local(fs):  # as what it leads to
-                facts = facts_of(partial(os.stat, root))
+                facts = facts_of(root, is_link=True)
             found = [(root, facts)]
             root = posixpath.dirname(root)
         files = FileList(_listed(found, root, passed_over))
@@ -130,6 +128,11 @@ def _is_web_file(uri: str) -> bool:
     return _is_web(uri) and uri.lower().endswith(suffixes)
 
 
+def _is_bucket(fs: Any, root: str) -> bool:
+    """Whether a cloud's path is a whole bucket, of which some servers say that it is an object."""
+    return is_cloud(fs) and "/" not in root
+
+
 def unsigned(uri: str) -> str:
     """A URL that stays the same when its signature is another."""
     if not _is_web(uri):
@@ -152,8 +155,12 @@ def _name(path: str, root: str) -> str:
     if _is_web(path):
         path, root = urlsplit(path).path, urlsplit(root).path
     below = root.rstrip("/") + "/"
-    # For 200,000 files relpath takes 3 s.
-    name = path[len(below) :] if path.startswith(below) else posixpath.relpath(path, root or "/")
+    if not root:  # of an archive
+        name = posixpath.normpath(f"/{path}").lstrip("/")
+    elif path.startswith(below):  # for 200,000 files relpath takes 3 s
+        name = path[len(below) :]
+    else:
+        name = posixpath.relpath(path, root)
     try:
         name.encode()
     except UnicodeEncodeError:

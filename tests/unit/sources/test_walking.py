@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractFileSystem
 
 from fmembed.errors import SourceError
 from fmembed.sources.opening import open_source
-from fmembed.sources.walking import HIDDEN, HIDDEN_FOLDER, Walk
+from fmembed.sources.walking import GONE, HIDDEN, HIDDEN_FOLDER, LINKED, STANDS, Walk
 from fmembed.spec import SourceSpec
 
 LOCAL = fsspec.filesystem("file")
@@ -84,20 +88,97 @@ def test_a_pattern_that_cannot_be_looked_through_is_an_error(
     assert open_source(SourceSpec(uri=f"{tmp_path}/*.txt")).num_rows == 2
 
 
-def test_a_folder_that_a_server_does_not_list_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = MemoryFileSystem()
-    memory.pipe_file("/half/a/b.txt", b"text")
-    ls = MemoryFileSystem.ls
+class Pages(AbstractFileSystem):  # type: ignore[misc]
+    """A server's folders: pages that name what is in them, and may name anything else below."""
 
-    def fail(self: MemoryFileSystem, path: str, **told: Any) -> Any:
-        if path.endswith("/a"):
+    def __init__(self, **pages: list[str]) -> None:
+        super().__init__()
+        self.pages = {name.replace("_", "/"): names for name, names in pages.items()}
+
+    def ls(self, path: str, **_: Any) -> Any:
+        names = self.pages[path]
+        if "refused" in names:
             raise ConnectionResetError(104, "Connection reset by peer")
-        return ls(self, path, **told)
+        if "gone" in names:
+            raise FileNotFoundError(path)
+        kinds = ("file", "directory")
+        return [{"name": f"{path}/{n}", "size": 1, "type": kinds[n.endswith("/")]} for n in names]
 
-    monkeypatch.setattr(MemoryFileSystem, "ls", fail)
-    for uri in ("memory://half", "memory://half/**/*.txt"):
-        with pytest.raises(SourceError, match=r"cannot read .*Connection reset"):
-            open_source(SourceSpec(uri=uri))
+
+def test_a_folder_that_a_server_does_not_list_is_an_error() -> None:
+    pages = Pages(top=["a.txt", "sub/"], top_sub=["refused"])
+    assert list(pages.find("top")) == ["top/a.txt"]  # as if it were all
+    for pattern in ("", "top/**/*.txt", "top/*/*.txt"):
+        with pytest.raises(ConnectionResetError):
+            list(Walk(pages, "top", pattern))
+    assert found(Walk(pages, "top", "top/*.txt"), "top") == ["a.txt"]
+
+
+def test_what_two_pages_name_is_one_file() -> None:
+    pages = Pages(top=["sub/b.txt", "b.txt", "sub/", "sub.txt", "no/"], top_sub=["b.txt", "c.txt"],
+                  top_no=["gone"])  # fmt: skip
+    walk = Walk(pages, "top")
+    assert sorted(found(walk, "top")) == ["b.txt", "sub.txt", "sub/b.txt", "sub/c.txt"]
+    assert walk.passed_over == {GONE: 1}
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_archives_are_listed_whole_however_their_members_are_named(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["./a.txt", "b//c.txt", "./d/./e.txt", "f/g/h.txt", "_no/i.txt"]
+    path = tmp_path / f"x.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in names:
+                archive.writestr(name, "text")
+    else:
+        with tarfile.open(path, "w") as archive_:
+            for name in names:
+                info = tarfile.TarInfo(name)
+                info.size = 4
+                archive_.addfile(info, io.BytesIO(b"text"))
+    for folder in ("/", str(tmp_path)):  # ids do not depend on where one stands
+        monkeypatch.chdir(folder)
+        source = open_source(SourceSpec(uri=f"{kind}://::{path}", format="text_folder"))
+        ids = sorted(file.name for shard in source.shards for file in shard.files)
+        assert ids == ["a.txt", "b/c.txt", "d/e.txt", "f/g/h.txt"]
+        assert source.passed_over == {HIDDEN: 1}
+
+
+@pytest.mark.parametrize("uri", ["{}", "{}/*/*.txt", "{}/**/*.txt"])
+def test_a_file_of_which_storage_does_not_tell_is_an_error(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, "a/b.txt", "a/c.txt")
+    look = os.stat
+
+    def fail(path: Any, **told: Any) -> Any:
+        if str(path).endswith("b.txt"):
+            raise OSError(5, "Input/output error", path)
+        return look(path, **told)
+
+    monkeypatch.setattr(os, "stat", fail)
+    with pytest.raises(SourceError, match=r"cannot read .*Input/output error: .*b\.txt"):
+        open_source(SourceSpec(uri=uri.format(tmp_path)))
+
+
+def test_patterns_follow_no_links_to_folders_and_say_so(tmp_path: Path) -> None:
+    make(tmp_path, "outside/r.txt", "data/a/b.txt")
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "outside")
+    for pattern in ("data/*/*.txt", "data/**/*.txt"):
+        source = open_source(SourceSpec(uri=f"{tmp_path}/{pattern}"))
+        assert (source.num_rows, source.passed_over) == (1, {LINKED: 1})
+    assert open_source(SourceSpec(uri=f"{tmp_path}/data/link/*.txt")).num_rows == 1
+    assert open_source(SourceSpec(uri=f"{tmp_path}/data")).num_rows == 2
+
+
+def test_of_objects_that_come_in_any_order_none_is_lost() -> None:
+    walk = Walk(LOCAL, "b")
+    told = [("b/d/e", 1), ("b/a", 0), ("b/d", 0), ("b/d/f", 0), ("b/d/f.txt", 0), ("b/c", 0)]
+    given = walk._without_stand_ins([(path, {"size": size}) for path, size in told])
+    assert [path for path, _ in given] == ["b/d/e", "b/a", "b/d/f", "b/d/f.txt", "b/c"]
+    assert walk.passed_over == {STANDS: 1}
 
 
 def test_what_is_hidden_is_counted_where_it_could_match(tmp_path: Path) -> None:
