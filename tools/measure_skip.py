@@ -51,7 +51,7 @@ def main() -> None:
             of_part = KeyRows.of(keys_of(columns[0]), contents_of(hashes))
             keys.append((of_part, {"embedded": parts[-1].path}))
         started = time.monotonic()
-        kept = table.key_files.write("run-0", keys, {})
+        kept = table.key_files.write("0123ab-0", keys, {})
         print(f"writing the keys: {time.monotonic() - started:.1f} s")
         table.rows.commit(parts, schema, CONFIGURATION, ("run", 0))
         path = Path(folder) / "in.jsonl"

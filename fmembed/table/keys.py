@@ -54,8 +54,9 @@ _SCHEMA = pa.schema(
     ]
 )
 # What a file's name is made of by a run; others in the folder are somebody's.
-_NAME = re.compile(rf"{FOLDER}[0-9a-f]+-[\w-]+\.(parquet|json)")
-_BUCKET = re.compile(rf"{FOLDER}[0-9a-f]+-bucket-\d+-[0-9a-f]+\.parquet")
+_INDEX = re.compile(rf"{FOLDER}[0-9a-f]+-[0-9a-f]{{8}}\.json")
+_BUCKET = re.compile(rf"{FOLDER}[0-9a-f]+-bucket-\d{{4,7}}-[0-9a-f]{{8}}\.parquet")
+_NAME = re.compile(rf"{FOLDER}[0-9a-f]+-[\w-]*[0-9a-f]{{8}}\.parquet|{_INDEX.pattern}")
 # Of a row group: what a bucket reads of a file is a whole number of these. 5 MB.
 _GROUP_ROWS = 2**17
 _MAX_BUCKETS = 2**20
@@ -96,13 +97,18 @@ class _Content(BaseModel):
             is_there = 0 <= part < len(self.parts) and -1 <= shard < len(self.shards)
             if not is_there or rows < 1:
                 raise ValueError("counts of no part or shard")
-        for file in self.files:
-            bucket, num_buckets = file.bucket
-            if not 0 <= bucket < num_buckets <= _MAX_BUCKETS or num_buckets & (num_buckets - 1):
-                raise ValueError("no such bucket")
         # These are deleted in the end.
         if not all(_BUCKET.fullmatch(file.path) for file in self.files):
             raise ValueError("a file that is no bucket's")
+        buckets = sorted(file.bucket for file in self.files)
+        if buckets != [(i, len(buckets)) for i in range(len(buckets))]:
+            raise ValueError("a bucket that is missing, or there twice")
+        if len(buckets) > _MAX_BUCKETS or len(buckets) & (len(buckets) - 1):
+            raise ValueError("no power of two")
+        sums = [sum(rows for _, _, rows in self.counts), sum(sum(p.rows) for p in self.parts)]
+        sums += [sum(file.rows for file in self.files)] if self.files else []
+        if len(set(sums)) > 1 or len({part.path for part in self.parts}) < len(self.parts):
+            raise ValueError("it contradicts itself")
         if self.staged and not all(
             PART.fullmatch(part.path.removeprefix(REJECTED)) for part in self.parts
         ):
@@ -115,7 +121,7 @@ class KeyRows:
     """Keys of some rows, in any order; shapes (rows,).
 
     `kinds` are places in `KINDS`, `shards` numbers of the source's shards, -1 where not known;
-    `places` those of their parts in the list of the file that they were read from.
+    `places` those of their parts in the list of the set that they were read from.
     """
 
     ids: Keys
@@ -254,10 +260,10 @@ class KeyFiles:
         paths = self._storage.paths(FOLDER)
         there = set(paths)
         for path in paths:
-            is_index = path.endswith(".json")
-            if _BUCKET.fullmatch(path) or not (is_index or path.endswith(".parquet")):
+            if _BUCKET.fullmatch(path) or not _NAME.fullmatch(path):
                 continue
             try:
+                is_index = _INDEX.fullmatch(path)
                 keys = self._open_index(path) if is_index else self._open(path)
             except DamagedError:
                 found.damaged.append(path)
@@ -280,6 +286,8 @@ class KeyFiles:
     def _open_index(self, path: str) -> KeySet:
         with self._reading(path):
             content = _Content.model_validate_json(self._storage.get(path))
+            if not content.files:
+                raise ValueError("it names no file")
         return _as_set(path, content, content.files)
 
     @contextmanager

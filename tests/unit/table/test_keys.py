@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -435,6 +437,51 @@ def test_what_files_of_a_set_have_in_common_is_written_once(table: Table) -> Non
     index = files.write_index("aa", known.paths, shards, KeyCounts.of(some), 3, buckets)
     sizes = [Path(table.uri, file.path).stat().st_size for file in buckets]
     assert max(sizes) < 3000 < 500 * 32 < Path(table.uri, index).stat().st_size
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda told: told["files"][1].__setitem__(1, [3, 4]),
+        lambda told: told["files"].pop(2),
+        lambda told: told["files"].append(told["files"][0]),
+        lambda told: told["files"][0].__setitem__(2, 99),
+        lambda told: told["counts"].pop(),
+        lambda told: told["parts"].append(told["parts"][0]),
+        lambda told: told.__setitem__("files", []),
+        lambda told: told.__setitem__("set", "abc"),
+    ],
+)  # fmt: skip
+def test_an_index_that_contradicts_itself_is_damaged(
+    wrong: Callable[[Any], object], table: Table
+) -> None:
+    commit(table, "abcdefghijklm")
+    index, *_ = as_set(table.known(), all_rows(table), 3, num_buckets=4)
+    told = json.loads(table.storage.get(index))
+    wrong(told)
+    table.storage.put(index, json.dumps(told).encode())
+    known = table.known()
+    assert known.damaged == (index,)
+    assert is_known(table, "abcdefghijklmz") == [True] * 13 + [False]
+
+
+def test_what_is_not_named_as_ours_is_left_alone(table: Table) -> None:
+    path = commit(table, "ab")
+    folder = Path(table.uri, "_keys")
+    names = (
+        "notes.json",
+        "abc-notes.json",
+        "abc-bucket-1-ab.parquet",
+        "abc-1.parquet",
+        "x.parquet",
+    )
+    for name in names:
+        (folder / name).write_text("somebody's")
+    known = table.known()
+    assert (known.damaged, known.find_wrong()) == ((), [])
+    table.clean_up(IDENTITY, "0123ab", False)
+    table.key_files.keep_only([path])
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*names, Path(path).name])
 
 
 def test_rows_are_counted_by_part_kind_and_shard(table: Table) -> None:
