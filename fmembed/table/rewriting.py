@@ -86,8 +86,11 @@ def rewrite(
     table = Table(uri)
     is_rejected = parts[0].path.startswith(REJECTED)
     files = (table.rejected if is_rejected else table.rows).files
+    # Another tool may have added a column, which older parts lack.
+    schema_of = files.read_schema if is_rejected else table.schema_of
+    schema = pa.unify_schemas([schema_of(held.part) for held in parts])
     pieces = _live_rows(table, parts, dead, is_rejected)
-    return files.write_pieces(pieces, () if is_rejected else vectors, stamp)
+    return files.write_pieces(pieces, schema, () if is_rejected else vectors, stamp)
 
 
 def _live_rows(

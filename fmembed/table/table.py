@@ -285,12 +285,14 @@ class Table:
     def schema(self) -> pa.Schema:
         """The columns as the parts have them; empty where nothing was ever committed."""
         parts = self.rows.parts()
-        if not parts:
-            return pa.schema([])
+        return self.schema_of(parts[0]) if parts else pa.schema([])
+
+    def schema_of(self, part: Part) -> pa.Schema:
+        """The columns of one part."""
+        if PART.fullmatch(part.path):
+            return self.rows.files.read_schema(part)
         # Of what another tool has written, its lists have to be looked at.
-        is_own = PART.fullmatch(parts[0].path)
-        rows = self.rows.files
-        return rows.read_schema(parts[0]) if is_own else self.read_part(parts[0], None).schema
+        return self.read_part(part, None).schema
 
     def check_columns(self, column: str, id_column: str | None) -> None:
         """Make sure that a run embeds the column that the table was filled from, with the same ids.

@@ -96,6 +96,24 @@ def test_parts_are_written_anew_a_row_group_at_a_time(
         list(table.read_pieces(part))
 
 
+def test_parts_of_other_columns_become_one_that_has_all(table: Table) -> None:
+    """As where another tool has added a column, and later rows carry it."""
+    first, second = (write_with_keys(table.uri, block(list(ids), seed=i))[0].part
+                     for i, ids in enumerate(("ab", "cd")))  # fmt: skip
+    assert first is not None
+    assert second is not None
+    more = table.read_part(second, None).append_column("added", pa.array(["v1", "v2"]))
+    second = table.rows.files.write(more, VECTORS, CONFIGURATION)
+    group = [Held(p.path, p, 2, 2) for p in (first, second)]
+    for some, added in ((group, [None, None, "v1", "v2"]), (group[::-1], ["v1", "v2", None, None])):
+        made = rewrite(table.uri, some, VECTORS, CONFIGURATION, {})
+        now = table.read_part(made, None)
+        assert now["added"].to_pylist() == added
+        assert now["row_id"].null_count == now["embedding"].null_count == 0
+    with pytest.raises(ValueError, match="columns that the part has not"):
+        table.rows.files.write_pieces([more], more.schema.remove(0), VECTORS)
+
+
 def test_rejected_rows_of_one_id_leave_one_by_one(table: Table) -> None:
     rows = block(["a", "b", "a", "a", "c"], bad=("b", "c"))
     written, _ = write_with_keys(table.uri, rows)
