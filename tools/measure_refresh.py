@@ -1,7 +1,7 @@
 """What a refresh costs: nothing to do, few rows changed, half of them copies; and the comparison.
 
     python tools/measure_refresh.py weeks --rows 1000000
-    python tools/measure_refresh.py copies --rows 100000
+    python tools/measure_refresh.py copies --rows 40000 --words 40
     python tools/measure_refresh.py diff --rows 10000000
 
 `weeks` fills a table with texts of five words, without a model, then refreshes it with nothing
@@ -103,11 +103,11 @@ def weeks(num_rows: int) -> None:
             tell(what, **refresh(folder, True))
 
 
-def copies(num_rows: int, reps: int) -> None:
+def copies(num_rows: int, words: int, reps: int) -> None:
     for rep in range(reps):
         for what, num_contents in (("no copies", num_rows), ("half copies", num_rows // 2)):
             with tempfile.TemporaryDirectory() as name:
-                texts = [text_of(i % num_contents, 40) for i in range(num_rows)]
+                texts = [text_of(i % num_contents, words) for i in range(num_rows)]
                 write_corpus(Path(name) / "in", texts, 20)
                 tell(what, rep=rep, **refresh(Path(name), False))
 
@@ -200,6 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["weeks", "copies", "diff", "one"])
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--words", type=int, default=40, help="of a text, of which some are copies")
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--null-model", action="store_true")
@@ -209,7 +210,7 @@ def main() -> None:
     elif given.what == "weeks":
         weeks(given.rows)
     elif given.what == "copies":
-        copies(given.rows, given.reps)
+        copies(given.rows, given.words, given.reps)
     else:
         diff(given.rows)
 
