@@ -115,7 +115,8 @@ def copies(num_rows: int, words: int, reps: int) -> None:
 def diff(num_rows: int) -> None:
     from fmembed.run.buckets import count_buckets
     from fmembed.storage import Storage
-    from fmembed.table.keys import KeyCounts, KeyFiles
+    from fmembed.table.key_rows import KeyCounts
+    from fmembed.table.keys import KeyFiles
 
     num_buckets = count_buckets(num_rows)
     with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(2) as pool:
@@ -141,7 +142,8 @@ def diff(num_rows: int) -> None:
 def _make_bucket(folder: Path, bucket: int, num_buckets: int, n: int) -> Any:
     """Keys of a table, in a file of a set, and of its source."""
     from fmembed.storage import Storage
-    from fmembed.table.keys import KeyCounts, KeyFiles, KeyRows
+    from fmembed.table.key_rows import KeyCounts, KeyRows
+    from fmembed.table.keys import KeyFiles
 
     rng = np.random.default_rng(bucket)
     ids = rng.bytes(16 * n)

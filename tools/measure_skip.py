@@ -22,7 +22,7 @@ from fmembed.run.work import skip_committed
 from fmembed.sources.opening import open_source
 from fmembed.sources.reading import read_shard
 from fmembed.spec import SourceSpec
-from fmembed.table.keys import KeyRows
+from fmembed.table.key_rows import KeyRows
 from fmembed.table.table import Table
 
 NUM_ROWS, NUM_PARTS, DIM = 1_000_000, 10, 8

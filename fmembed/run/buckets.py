@@ -25,7 +25,8 @@ from fmembed.sources.scan import scan_shard
 from fmembed.sources.source import Shard, Source
 from fmembed.storage import Storage
 from fmembed.table.diff import Rules, compare
-from fmembed.table.keys import KINDS, KeyCounts, KeyFile, KeyFiles, KeyRows, is_in_bucket
+from fmembed.table.key_rows import KINDS, KeyCounts, KeyRows, is_in_bucket
+from fmembed.table.keys import KeyFile, KeyFiles
 from fmembed.table.known import KnownRows
 
 # Rows of a bucket, of which a task takes some 250 bytes each while it compares them.

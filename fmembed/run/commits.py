@@ -22,7 +22,7 @@ from fmembed.spec import OutputSpec
 from fmembed.table.card import FINGERPRINT, Card
 from fmembed.table.copies import take_copies
 from fmembed.table.files import REJECTED, RUN, WRITE
-from fmembed.table.keys import KeyRows, find_twins
+from fmembed.table.key_rows import KeyRows, find_twins
 from fmembed.table.known import KnownRows
 from fmembed.table.lock import Lock
 from fmembed.table.parts import ShardCount, Written, write_part, write_without

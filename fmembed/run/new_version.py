@@ -11,7 +11,7 @@ import ray
 from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.run import buckets
 from fmembed.table.files import REJECTED, RUN, WRITE, Part
-from fmembed.table.keys import KeyRows, places_of_shards
+from fmembed.table.key_rows import KeyRows, places_of_shards
 from fmembed.table.known import KnownRows
 from fmembed.table.lock import Lock
 from fmembed.table.records import Commit, WholeShard

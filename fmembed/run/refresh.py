@@ -30,7 +30,7 @@ from fmembed.sources.source import Mark, Shard
 from fmembed.table.copies import fill_copies
 from fmembed.table.diff import Rules
 from fmembed.table.files import Part
-from fmembed.table.keys import KeyRows
+from fmembed.table.key_rows import KeyRows
 from fmembed.table.known import KnownRows
 from fmembed.table.lock import Lock
 from fmembed.table.parts import Written

@@ -31,7 +31,7 @@ from fmembed.rows.columns import (
 )
 from fmembed.rows.ids import contents_of, keys_of
 from fmembed.table.files import Part
-from fmembed.table.keys import KINDS, KeyRows
+from fmembed.table.key_rows import KINDS, KeyRows
 from fmembed.table.parts import ShardCount, Written
 from fmembed.table.table import Table
 

@@ -28,7 +28,7 @@ from fmembed.rows.found import (
     FoundRows,
 )
 from fmembed.rows.ids import Keys, halves
-from fmembed.table.keys import KINDS, KeyRows
+from fmembed.table.key_rows import KINDS, KeyRows
 
 _EMBEDDED, _REFUSED, _TWIN, _REST = range(len(KINDS))
 

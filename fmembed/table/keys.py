@@ -21,28 +21,31 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from fmembed.errors import DamagedError, StorageError, reason
-from fmembed.rows.ids import Hashes, Keys, RowIds, first_halves, keys_of, to_arrow, to_keys
+from fmembed.rows.ids import Keys, first_halves, to_arrow, to_keys
 from fmembed.storage import HALF_WRITTEN, Storage
 from fmembed.table.card import PREFIX
 from fmembed.table.files import PART, REJECTED
+from fmembed.table.key_rows import (
+    KIND_BITS,
+    KINDS,
+    KeyCounts,
+    KeyRows,
+    Kind,
+    bucket_bounds,
+    places_of,
+    places_of_shards,
+)
 
 FOLDER = "_keys/"
-# Whether a row is embedded; rejected; rejected as one whose id another row has, which is no reason
-# to take the id for known: that other row may be in the table no longer; or rejected in place of
-# all the rest of a file.
-Kind = Literal["embedded", "rejected", "twin", "rest"]
-KINDS: tuple[Kind, ...] = ("embedded", "rejected", "twin", "rest")
-_KIND_BITS = 2
 _CONTENT = f"{PREFIX}keys"
 _SCHEMA = pa.schema(
     [
@@ -60,7 +63,6 @@ _NAME = re.compile(rf"{FOLDER}[0-9a-f]+-[\w-]*[0-9a-f]{{8}}\.parquet|{_INDEX.pat
 # Of a row group: what a bucket reads of a file is a whole number of these. 5 MB.
 _GROUP_ROWS = 2**17
 _MAX_BUCKETS = 2**20
-_INTS = npt.NDArray[np.int32]
 
 
 class KeyFile(NamedTuple):
@@ -117,62 +119,6 @@ class _Content(BaseModel):
 
 
 @dataclass(frozen=True)
-class KeyRows:
-    """Keys of some rows, in any order; shapes (rows,).
-
-    `kinds` are places in `KINDS`, `shards` numbers of the source's shards, -1 where not known;
-    `places` those of their parts in the list of the set that they were read from.
-    """
-
-    ids: Keys
-    contents: Keys
-    carried: Hashes
-    kinds: npt.NDArray[np.int8]
-    shards: _INTS
-    places: _INTS
-
-    @classmethod
-    def of(
-        cls,
-        ids: Keys,
-        contents: Keys | None = None,
-        carried: Hashes | None = None,
-        kinds: npt.NDArray[np.int8] | None = None,
-        shards: _INTS | None = None,
-        places: _INTS | None = None,
-    ) -> KeyRows:
-        """Keys of embedded rows, if nothing else is said, of which nothing else is known."""
-        n = len(ids)
-        return cls(
-            ids,
-            np.zeros(n, dtype="S16") if contents is None else contents,
-            np.zeros(n, dtype=np.int64) if carried is None else carried,
-            np.zeros(n, dtype=np.int8) if kinds is None else kinds,
-            np.full(n, -1, dtype=np.int32) if shards is None else shards,
-            np.full(n, -1, dtype=np.int32) if places is None else places,
-        )
-
-    @classmethod
-    def join(cls, some: Sequence[KeyRows]) -> KeyRows:
-        """One after another."""
-        rows = [cls.of(keys_of([])), *some]
-        return cls(*(np.concatenate([getattr(r, f.name) for r in rows]) for f in fields(cls)))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, which: npt.NDArray[Any] | slice) -> KeyRows:
-        """Those rows."""
-        return KeyRows(*(getattr(self, f.name)[which] for f in fields(self)))
-
-    @property
-    def embedded(self) -> Keys:
-        """Ids of the rows that are embedded."""
-        ids: Keys = self.ids[self.kinds == 0]
-        return ids
-
-
-@dataclass(frozen=True)
 class KeySet:
     """Files of keys that tell of the same parts: one of a commit, or one a bucket of a version.
 
@@ -198,40 +144,6 @@ class KeySet:
     def rows_by_part(self) -> dict[str, int]:
         """Rows of each part, by its path."""
         return {part.path: sum(part.rows) for part in self.parts}
-
-
-class KeyCounts(NamedTuple):
-    """Rows by part, kind and shard; both of shape (pairs,): what they are of, as one number, and
-    how many.
-    """
-
-    pairs: npt.NDArray[np.int64]
-    rows: npt.NDArray[np.int64]
-
-    @classmethod
-    def of(cls, rows: KeyRows) -> KeyCounts:
-        """Of some rows, by their places and shards."""
-        pairs = (_places(rows).astype(np.int64) << 32) | (rows.shards.astype(np.int64) + 1)
-        return cls(*np.unique(pairs, return_counts=True))
-
-    @classmethod
-    def join(cls, *some: KeyCounts) -> KeyCounts:
-        """All together."""
-        pairs, at = np.unique(np.concatenate([c.pairs for c in some]), return_inverse=True)
-        return cls(pairs, np.bincount(at, np.concatenate([c.rows for c in some])).astype(np.int64))
-
-    def by_part(self, num_parts: int) -> list[tuple[int, int, int, int]]:
-        """Rows of each part by their kinds."""
-        held = np.bincount(self.pairs >> 32, self.rows, minlength=num_parts * len(KINDS))
-        return [(a, b, c, d) for a, b, c, d in held.astype(np.int64).reshape(-1, 4).tolist()]
-
-    def by_part_and_shard(self) -> list[tuple[int, int, int]]:
-        """Part, shard and rows."""
-        pairs = (self.pairs >> 32 + _KIND_BITS << 32) | (self.pairs & 0xFFFFFFFF)
-        both, at = np.unique(pairs, return_inverse=True)
-        rows = np.bincount(at, self.rows).astype(np.int64)
-        columns = ((both >> 32).tolist(), ((both & 0xFFFFFFFF) - 1).tolist(), rows.tolist())
-        return list(zip(*columns, strict=True))
 
 
 class _Found(NamedTuple):
@@ -312,7 +224,7 @@ class KeyFiles:
             for i in range(parquet.num_row_groups):
                 rows = _read_group(parquet, i)
                 # Raises where a place is none.
-                counts += np.bincount(_places(rows), minlength=len(counts))
+                counts += np.bincount(places_of(rows), minlength=len(counts))
                 yield rows
             told = [n for part in keys.parts for n in part.rows]
             if len(keys.files) == 1 and counts.tolist() != told:
@@ -454,32 +366,6 @@ class KeyFiles:
                     self._storage.delete(f"{FOLDER}{half.name}")
 
 
-def bucket_bounds(bucket: int, num_buckets: int) -> tuple[int, int]:
-    """The least and the greatest first half of the ids in a bucket, of a power of two."""
-    width = 2**64 // num_buckets
-    return bucket * width, (bucket + 1) * width - 1
-
-
-def is_in_bucket(ids: Keys, bucket: int, num_buckets: int) -> npt.NDArray[np.bool_]:
-    """Which ids are in a bucket, shape (rows,)."""
-    low, high = bucket_bounds(bucket, num_buckets)
-    first = first_halves(ids)
-    return (first >= np.uint64(low)) & (first <= np.uint64(high))
-
-
-def places_of_shards(shards: Mapping[int, str | None], places: Mapping[str, int]) -> _INTS:
-    """By a shard's number the place of its key; the last is that of -1, a shard that is not known.
-
-    Args:
-        shards: Key of each shard by its number; None where it has none.
-        places: Those of keys in a list.
-    """
-    place_of = np.full(max(shards, default=-1) + 2, -1, dtype=np.int32)
-    for number, key in shards.items():
-        place_of[number] = -1 if key is None else places[key]
-    return place_of
-
-
 def _as_set(path: str, content: _Content, files: Sequence[KeyFile]) -> KeySet:
     return KeySet(
         path, tuple(files), tuple(content.parts), tuple(content.shards), tuple(content.counts),
@@ -493,11 +379,6 @@ def _describe(parts: Sequence[str], shards: Sequence[str], counts: KeyCounts) ->
     return _Content.model_construct(
         parts=held, shards=list(shards), counts=counts.by_part_and_shard()
     )
-
-
-def _places(rows: KeyRows) -> _INTS:
-    """Place of the part and kind, as the column `part` has them."""
-    return (rows.places << _KIND_BITS) | rows.kinds
 
 
 def _check(handle: Any, file: KeyFile) -> pq.ParquetFile:
@@ -514,7 +395,7 @@ def _read_group(parquet: pq.ParquetFile, at: int) -> KeyRows:
     places, shards = table["part"].to_numpy(), table["shard"].to_numpy()
     ids, contents = to_keys(table["id"]), to_keys(table["content"])
     kinds = (places & (len(KINDS) - 1)).astype(np.int8)
-    return KeyRows(ids, contents, table["carried"].to_numpy(), kinds, shards, places >> _KIND_BITS)
+    return KeyRows(ids, contents, table["carried"].to_numpy(), kinds, shards, places >> KIND_BITS)
 
 
 def _to_parquet(rows: KeyRows, metadata: Mapping[str, str]) -> memoryview:
@@ -523,7 +404,7 @@ def _to_parquet(rows: KeyRows, metadata: Mapping[str, str]) -> memoryview:
     first, rows = first[order], rows[order]
     ids, contents = to_arrow(rows.ids), to_arrow(rows.contents)
     table = pa.table(
-        [ids, contents, rows.carried, _places(rows), rows.shards],
+        [ids, contents, rows.carried, places_of(rows), rows.shards],
         schema=_SCHEMA.with_metadata(metadata),
     )
     sink = pa.BufferOutputStream()
@@ -541,38 +422,3 @@ def _to_parquet(rows: KeyRows, metadata: Mapping[str, str]) -> memoryview:
                 table.slice(start, stop - start), row_group_size=max(stop - start, 1)
             )
     return memoryview(sink.getvalue()).cast("B")
-
-
-def find_twins(committed: Iterable[Keys], given: Sequence[KeyRows]) -> dict[int, frozenset[bytes]]:
-    """Which embedded rows have an id that another one has, of those that are about to be committed.
-
-    Memory is that of the given rows and one bucket.
-
-    Args:
-        committed: Ids of the embedded rows that are committed, in pieces.
-        given: Keys of the rows of each write, in order.
-
-    Returns:
-        By the number of a write the ids that an earlier write has, or a committed row.
-    """
-    writes = [rows.embedded for rows in given]
-    twins: dict[int, set[bytes]] = {}
-    everything = np.concatenate([keys_of([]), *writes])
-    first = first_halves(everything)
-    order = np.argsort(first)
-    is_same = first[order][1:] == first[order][:-1]
-    if is_same.any():
-        suspects = np.unique(np.concatenate([order[:-1][is_same], order[1:][is_same]]))
-        owner = np.repeat(np.arange(len(writes)), [len(ids) for ids in writes])
-        seen: set[bytes] = set()
-        for at in suspects.tolist():  # in the order of the writes
-            key = bytes(everything[at])
-            if key in seen:
-                twins.setdefault(int(owner[at]), set()).add(key)
-            seen.add(key)
-    new = RowIds(everything)
-    found = RowIds(np.concatenate([keys_of([]), *(ids[new.contains(ids)] for ids in committed)]))
-    for i, ids in enumerate(writes if len(found) else ()):
-        if some := ids[found.contains(ids)].tolist():
-            twins.setdefault(i, set()).update(some)
-    return {i: frozenset(keys) for i, keys in twins.items()}

@@ -14,16 +14,8 @@ from fmembed.rows.columns import DUPLICATE, ROW_ID
 from fmembed.rows.ids import Keys, RowIds, keys_of
 from fmembed.storage import Storage, tell
 from fmembed.table.files import REJECTED, Part, PartFiles
-from fmembed.table.keys import (
-    KINDS,
-    KeyFile,
-    KeyFiles,
-    KeyRows,
-    KeySet,
-    Kind,
-    bucket_bounds,
-    is_in_bucket,
-)
+from fmembed.table.key_rows import KINDS, KeyRows, Kind, bucket_bounds, is_in_bucket
+from fmembed.table.keys import KeyFile, KeyFiles, KeySet
 
 # So many contents are kept of the rows of one id; of more, none is known: a lookup goes through
 # all of them.

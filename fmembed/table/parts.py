@@ -48,7 +48,7 @@ from fmembed.rows.precision import PRECISIONS
 from fmembed.storage import Storage
 from fmembed.table.card import Card
 from fmembed.table.files import REJECTED, Part, PartFiles
-from fmembed.table.keys import KINDS, KeyRows, Kind
+from fmembed.table.key_rows import KINDS, KeyRows, Kind
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from fmembed.rows.columns import DUPLICATE, PARENT_ID, ROW_ID
 from fmembed.rows.ids import Keys, RowIds, keys_of
 from fmembed.table.files import REJECTED, Part
-from fmembed.table.keys import KINDS
+from fmembed.table.key_rows import KINDS
 from fmembed.table.table import Table
 
 # A part of which less is left than this share of `output.part_bytes` is small; so many of them are

@@ -10,7 +10,7 @@ import pyarrow as pa
 from fmembed.rows.columns import row_schema, table_schema
 from fmembed.storage import Storage
 from fmembed.table.card import Card, StoredOutput, fingerprint
-from fmembed.table.keys import KeyRows
+from fmembed.table.key_rows import KeyRows
 from fmembed.table.parts import Written, write_part, write_without
 
 DIM = 4

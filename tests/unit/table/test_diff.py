@@ -27,7 +27,7 @@ from fmembed.rows.found import (
 from fmembed.rows.ids import contents_of, keys_of
 from fmembed.table import diff
 from fmembed.table.diff import Compared, Rules, compare
-from fmembed.table.keys import KINDS, KeyRows
+from fmembed.table.key_rows import KINDS, KeyRows
 
 NONE = "-"
 

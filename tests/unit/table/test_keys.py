@@ -20,7 +20,8 @@ from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.rows.ids import contents_of, keys_of, to_keys
 from fmembed.storage import Storage
 from fmembed.table import keys as module
-from fmembed.table.keys import KeyCounts, KeyFile, KeyFiles, KeyRows, find_twins, is_in_bucket
+from fmembed.table.key_rows import KeyCounts, KeyRows, find_twins, is_in_bucket
+from fmembed.table.keys import KeyFile, KeyFiles
 from fmembed.table.known import _MAX_TWINS, KnownRows
 from fmembed.table.repair import repair
 from fmembed.table.table import Table

@@ -15,7 +15,7 @@ from fmembed.rows.ids import contents_of, keys_of
 from fmembed.table import files
 from fmembed.table.copies import FANNED_OUT, fill_copies, take_copies
 from fmembed.table.files import Part
-from fmembed.table.keys import KeyRows
+from fmembed.table.key_rows import KeyRows
 from fmembed.table.rewriting import Held, plan_rewriting, rewrite
 from fmembed.table.table import Table
 

@@ -29,7 +29,7 @@ from fmembed.errors import ConflictError, DamagedError, FmembedError, TableError
 from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.rows.ids import RowIds, keys_of
 from fmembed.table.files import Part
-from fmembed.table.keys import KeyRows
+from fmembed.table.key_rows import KeyRows
 from fmembed.table.parts import Written
 from fmembed.table.reading import read
 from fmembed.table.records import Commit, WholeShard
