@@ -214,17 +214,18 @@ def list_contents(*copies: pa.Table) -> Keys:
     return np.unique(np.concatenate([keys_of([]), *contents]))
 
 
-def choose(num_buckets: int, *given: Any) -> tuple[ChosenRows, list[int], bool]:
+def choose(num_buckets: int, num_old: int, *given: Any) -> tuple[ChosenRows, list[int], bool, Keys]:
     """Of all rows that are to be embedded, which the model sees: of each content the first one.
 
     Args:
         num_buckets: How many buckets there are.
+        num_old: How many parts the version has; those of places behind them are staged.
         given: By bucket the rows of which something is to be done; then, by bucket too, rows that
             have a vector of one of their contents by now.
 
     Returns:
-        The rows with their last fates; the numbers of the shards that they are in; and whether the
-        model is to see any.
+        The rows with their last fates; the numbers of the shards that they are in; whether the
+        model is to see any; and the contents of which only what is staged has a vector.
     """
     chosen: Sequence[ChosenRows] = given[:num_buckets]
     holders: Sequence[KeyRows] = given[num_buckets:]
@@ -239,7 +240,12 @@ def choose(num_buckets: int, *given: Any) -> tuple[ChosenRows, list[int], bool]:
     is_first = np.zeros(len(new), dtype=np.bool_)
     is_first[np.unique(contents, return_index=True)[1]] = True
     fates[new[has_vector | ~is_first]] = COPY
-    return ChosenRows(rows, fates), np.unique(rows.shards).tolist(), bool((fates == EMBED).any())
+    numbers, sees_model = np.unique(rows.shards).tolist(), bool((fates == EMBED).any())
+    every = KeyRows.join(holders)
+    is_staged = every.places >= num_old
+    is_only = ~RowIds(every.contents[~is_staged]).contains(every.contents)
+    only_staged: Keys = every.contents[is_staged & is_only]
+    return ChosenRows(rows, fates), numbers, sees_model, only_staged
 
 
 @dataclass(frozen=True)
@@ -247,8 +253,9 @@ class Drawn:
     """What is to be done, and some of the rows that the model is to see.
 
     `fates` counts the rows of each fate, `num_fanned_out` those to copy whose content the model is
-    to see of another row; `shards` are the numbers of the shards that they are in. `times` says how
-    often each shard was drawn whose rows were, None where rows were drawn from all.
+    to see of another row, or has seen of one that is staged; `shards` are the numbers of the shards
+    that they are in. `times` says how often each shard was drawn whose rows were, None where rows
+    were drawn from all.
     """
 
     sample: ChosenRows
@@ -258,12 +265,13 @@ class Drawn:
     times: Mapping[int, int] | None
 
 
-def draw(num_rows: int, num_shards: int, *chosen: ChosenRows) -> Drawn:
+def draw(num_rows: int, num_shards: int, staged: Keys, *chosen: ChosenRows) -> Drawn:
     """Draw from the rows that the model is to see; the same ones of the same rows.
 
     Args:
         num_rows: How many at most.
         num_shards: From how many shards of the source at most, as each is read for them.
+        staged: Contents of which only what is staged has a vector.
         chosen: All rows of which something is to be done.
     """
     rows = FoundRows.join([some.rows for some in chosen])
@@ -271,7 +279,8 @@ def draw(num_rows: int, num_shards: int, *chosen: ChosenRows) -> Drawn:
     every = ChosenRows.of(rows, fates)
     rows, fates = every.rows, every.fates
     at = np.flatnonzero(fates == EMBED)
-    is_seen = RowIds(rows.contents[at]).contains(rows.contents[fates == COPY])
+    new = np.concatenate([rows.contents[at], staged])
+    is_seen = RowIds(new).contains(rows.contents[fates == COPY])
     draws = np.random.default_rng(0)
     shards, sizes = np.unique(rows.shards[at], return_counts=True)
     times: dict[int, int] | None = None

@@ -18,6 +18,7 @@ import ray.exceptions
 
 from fmembed.inputs import Inputs
 from fmembed.rows.found import COPY, EMBED, REJECT, TWIN
+from fmembed.rows.ids import keys_of
 from fmembed.run import buckets
 from fmembed.run.buckets import Bucket, Drawn, Summary
 from fmembed.run.commits import Staging
@@ -27,6 +28,7 @@ from fmembed.run.new_version import NewVersion, join_all
 from fmembed.run.work import Work, unread_shards
 from fmembed.sources.picks import Chosen
 from fmembed.sources.source import Mark, Shard
+from fmembed.sources.walking import DEAD_LINKS
 from fmembed.table.copies import fill_copies
 from fmembed.table.diff import Rules
 from fmembed.table.files import Part
@@ -104,8 +106,9 @@ class Foreseen:
 
     @property
     def num_rejected(self) -> int:
-        """Rows that would be rejected, by what reading says."""
-        return self.drawn.fates.get(TWIN, 0) + self.drawn.fates.get(REJECT, 0)
+        """Rows that would be rejected, by what reading says; and that a killed refresh has."""
+        staged = 0 if self.adds_only else self.counts.get("rejected", 0)
+        return self.drawn.fates.get(TWIN, 0) + self.drawn.fates.get(REJECT, 0) + staged
 
     @property
     def loads_model(self) -> bool:
@@ -156,7 +159,7 @@ class Refresh:
         num_unread = int(summary.found[sorted(self._unread)].sum())
         if not summary.counts["todo"]:
             return Work(replace(source, shards=()), known, num_unread)
-        ref, numbers, sees_model = self._choose(known, chosen)
+        ref, numbers, sees_model, _ = self._choose(known, chosen)
 
         def picks(index: int) -> Chosen:
             return Chosen(ray.get(ref), numbers[index])
@@ -175,9 +178,12 @@ class Refresh:
         known, summary, chosen = self._look()
         if rules != self._rules:
             summary, chosen = self._plan(known)
-        some = chosen if self._adds_only else [self._choose(known, chosen)[0]]
+        some, staged = chosen, keys_of([])
+        if not self._adds_only:
+            ref, _, _, staged = self._choose(known, chosen)
+            some = [ref]
         task: Any = ray.remote(max_retries=_MAX_RETRIES)(buckets.draw)
-        drawn: Drawn = ray.get(task.remote(num_rows, num_shards, *some))
+        drawn: Drawn = ray.get(task.remote(num_rows, num_shards, staged, *some))
         counts = summary.counts
         num_leaving = 0 if self._adds_only else counts["gone"] + counts["gone_wrong"]
         num_kept = 0 if self._adds_only else counts["kept"]
@@ -290,11 +296,17 @@ class Refresh:
         num_leaving, num_old = counts["gone"] + counts["gone_wrong"], counts["were"]
         share = spec.max_removed_fraction * num_old
         most = share if self._allowed is None else self._allowed
+        num_links = self._inputs.source.passed_over.get(DEAD_LINKS, 0)
         why, left = "", "" if self._inputs.source.shards else ", as no file of the source is left"
         if num_broken := counts["broken_off"]:
             why = f"{num_broken:,} files of the source cannot be read to their ends"
         elif (n := counts["without_id"]) and spec.on_rejected == "keep":
             why = f"{n:,} rows of the source have come to have no id that can be read"
+        elif num_links and num_leaving and self._allowed is None:
+            why = (
+                f"{num_links:,} links in the source lead to nothing, as to a disk that is not "
+                f"there; mend or remove them, or --allow-removals {num_leaving} lets the rows go"
+            )
         elif num_leaving > most and self._allowed is None:
             why = (
                 f"they are more than refresh.max_removed_fraction = {spec.max_removed_fraction} "
@@ -305,18 +317,19 @@ class Refresh:
         self._why_withheld = why
         return Rules(not why, spec.on_rejected == "remove" and not why)
 
-    def _choose(self, known: KnownRows, chosen: Sequence[Any]) -> tuple[Any, list[int], bool]:
+    def _choose(self, known: KnownRows, chosen: Sequence[Any]) -> tuple[Any, list[int], bool, Any]:
         """A reference to the rows that readers hand on; the numbers of the shards that they read;
-        and whether the model is to see any.
+        whether the model is to see any; and one to the contents that only what is staged has.
         """
         holders: list[Any] = []
         if known.paths:
             wanted = ray.remote(max_retries=_MAX_RETRIES)(buckets.list_wanted).remote(*chosen)
             holders = self._find_holders(known, wanted)
-        task = ray.remote(max_retries=_MAX_RETRIES, num_returns=3)(buckets.choose)
-        ref, *others = task.remote(len(chosen), *chosen, *holders)
-        numbers, sees_model = ray.get(others)
-        return ref, numbers, sees_model
+        task = ray.remote(max_retries=_MAX_RETRIES, num_returns=4)(buckets.choose)
+        given = (len(chosen), len(known.parts), *chosen, *holders)
+        ref, numbers_ref, sees_ref, staged = task.remote(*given)
+        numbers, sees_model = ray.get([numbers_ref, sees_ref])
+        return ref, numbers, sees_model, staged
 
     def _find_holders(self, known: KnownRows, contents: Any) -> list[Any]:
         """References to rows that have a vector of these contents, by bucket."""

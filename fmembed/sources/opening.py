@@ -19,12 +19,14 @@ from fmembed.errors import NoFilesError, SourceError, reason
 from fmembed.redaction import redact
 from fmembed.rows.columns import RESERVED
 from fmembed.sources.file_list import FileList
+from fmembed.sources.files import is_local
 from fmembed.sources.formats.base import Format, Opened
 from fmembed.sources.formats.registry import FORMATS
 from fmembed.sources.listing import Listing, list_files, open_fs
 from fmembed.sources.shards import plan_shards, with_keys
 from fmembed.sources.source import File, Source
 from fmembed.sources.types import UnstorableError, stored_type
+from fmembed.sources.walking import DEAD_LINKS
 from fmembed.spec import Modality, SourceSpec
 
 _SHOWN_NAMES, _SHOWN_CHARACTERS, _SHOWN_SUFFIXES = 20, 40, 5
@@ -92,7 +94,7 @@ def _find(
         tries += [format_.more_suffixes, *([("",)] if listing.is_named else [])]
     for suffixes in tries:
         others: Counter[str] = Counter()
-        files = FileList(_with(suffixes, listing.files, others))
+        files = FileList(_with(suffixes, listing, others))
         if files:
             break
     else:
@@ -100,14 +102,19 @@ def _find(
             f"source.uri: no {format_.name} file ({', '.join(format_.suffixes)}) in "
             f"{redact(spec.uri)}"
         )
-    return format_, listing.fs, files, {**listing.passed_over, **_shown(others, format_)}
+    num_dead = others.pop(DEAD_LINKS, 0)
+    passed_over = {**listing.passed_over, **_shown(others, format_)}
+    return format_, listing.fs, files, passed_over | ({DEAD_LINKS: num_dead} if num_dead else {})
 
 
-def _with(suffixes: tuple[str, ...], files: FileList, others: Counter[str]) -> Iterator[File]:
+def _with(suffixes: tuple[str, ...], listing: Listing, others: Counter[str]) -> Iterator[File]:
     """The files whose names end with a suffix; what the others end with is counted."""
-    for file in files:
+    has_links = is_local(listing.fs)
+    for file in listing.files:
         if file.name.lower().endswith(suffixes):
             yield file
+        elif has_links and not file.revision:  # it might have been a folder
+            others[DEAD_LINKS] += 1
         else:
             others[posixpath.splitext(file.name)[1].lower() or "no suffix"] += 1
 

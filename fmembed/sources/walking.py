@@ -27,6 +27,7 @@ HIDDEN_FOLDER = "folders whose names begin with a dot or underscore"
 SEEN = "links to folders that are read by another way"
 LINKED = "links to folders, which a pattern does not follow"
 STANDS = "empty objects that stand for folders"
+DEAD_LINKS = "links that lead to nothing, or to where nobody may look"
 GONE = "folders that are listed, and are not there"
 
 Facts = Mapping[str, Any]
@@ -114,7 +115,7 @@ class Walk:
                         links.add(name)
         except FileNotFoundError:
             # What goes while we look, as another program's temporary files do, was not there.
-            if folder == self._root and not self._has_pattern:
+            if folder == self._root:
                 raise
             return
         except OSError as e:
@@ -148,10 +149,10 @@ class Walk:
         try:
             told = self._fs.ls(folder, detail=True)
         except FileNotFoundError:
-            if folder == self._root and not self._has_pattern:
-                raise
             if folder != self._root:
                 self.passed_over[GONE] += 1
+            elif self._cloud is None:  # which has no folder where no object is
+                raise
             return
         children = {}
         for facts in told:

@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import inline
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import write_jsonl
 from deltalake import DeltaTable
 from refreshing import Corpus, row
-from weeks import Killed
+from weeks import Killed, check_foreseen
 
 import fmembed
 from fmembed import NoFilesError, TableError
@@ -20,6 +22,7 @@ from fmembed.prepare.stage import Preprocess
 from fmembed.rows.columns import reject
 from fmembed.run import buckets
 from fmembed.run.refresh import Refresh
+from fmembed.sources.walking import DEAD_LINKS
 from fmembed.table.keys import KeyFiles
 from fmembed.table.log import Log
 from fmembed.table.repair import repair
@@ -183,6 +186,49 @@ def test_removals_are_guarded(corpus: Corpus) -> None:
     shutil.rmtree(corpus.folder)
     with pytest.raises(fmembed.SourceError, match="no such file or folder"):
         corpus.refresh()
+
+
+def test_rows_behind_a_link_that_leads_nowhere_are_not_gone(corpus: Corpus, tmp_path: Path) -> None:
+    """As of a disk that is not mounted."""
+    disk, off = tmp_path / "disk", tmp_path / "off"
+    disk.mkdir()
+    write_jsonl(disk / "d.jsonl", [row("d")])
+    (corpus.folder / "link").symlink_to(disk)
+    assert corpus.refresh().rows_new == 21
+    disk.rename(off)
+    corpus.write("2.jsonl", [row(f"b{i}") for i in range(1, 10)])
+    held = corpus.refresh()
+    assert (held.rows_removed, held.rows_withheld, len(corpus.rows())) == (0, 2, 21)
+    assert "1 links in the source lead to nothing" in held.withheld
+    assert held.passed_over == {DEAD_LINKS: 1}
+    off.rename(disk)
+    back = corpus.refresh()
+    assert (back.rows_removed, back.rows_withheld) == (1, 0)
+    disk.rename(off)
+    assert corpus.refresh(allow_removals=1).rows_removed == 1
+    assert corpus.refresh().unchanged
+
+
+def test_a_plan_knows_what_a_killed_refresh_has_done(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows are staged: their copies are of this refresh, and the rejected ones come in."""
+    corpus.refresh()
+    twice = [row(f"c{i}", f"new {i % 5}") for i in range(10)]
+    corpus.write("3.jsonl", [*twice, row("d", "about a1"), {"key": "e", "text": 7}])
+
+    def die(*_: Any) -> None:
+        raise Killed("fill_copies")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Refresh, "fill_copies", die)
+        with pytest.raises(Killed):
+            corpus.refresh()
+    seen = inline.foresee(corpus.spec)
+    assert (seen.num_embed, seen.num_copies, seen.drawn.num_fanned_out) == (0, 6, 5)
+    result = corpus.refresh()
+    check_foreseen(seen, result)
+    assert (result.rows_rejected, seen.num_rejected) == (1, 1)
 
 
 def test_nothing_is_made_of_a_source_that_never_had_a_file(tmp_path: Path, tiny_bert: Path) -> None:

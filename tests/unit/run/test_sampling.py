@@ -39,8 +39,8 @@ def sampled_of(units: Any, shards: Any, num_rejected: int = 0, is_cut: bool = Fa
 
 
 def test_rows_are_drawn_once_from_no_more_shards_than_may_be_read() -> None:
-    drawn = draw(100, 8, rows_of([50] * 40))
-    assert draw(100, 8, rows_of([50] * 40)).sample.rows.ids.tolist() == (
+    drawn = draw(100, 8, keys_of([]), rows_of([50] * 40))
+    assert draw(100, 8, keys_of([]), rows_of([50] * 40)).sample.rows.ids.tolist() == (
         drawn.sample.rows.ids.tolist()
     )
     rows = drawn.sample.rows
@@ -54,12 +54,12 @@ def test_rows_are_drawn_once_from_no_more_shards_than_may_be_read() -> None:
 
 def test_only_what_the_model_sees_is_drawn() -> None:
     some = rows_of([6], [EMBED, COPY, COPY, TWIN, EMBED, COPY], ["a", "a", "x", "a", "b", "b"])
-    drawn = draw(100, 8, some)
+    drawn = draw(100, 8, keys_of([]), some)
     assert drawn.sample.rows.places.tolist() == [0, 4]
     assert drawn.fates == {EMBED: 2, COPY: 3, TWIN: 1}
     assert drawn.num_fanned_out == 2  # the content of the third one is in the table
     assert drawn.times is None
-    assert draw(100, 8).fates == {}
+    assert draw(100, 8, keys_of([])).fates == {}
 
 
 # Sizes of shards: alike, and most of one row with a few that have many.

@@ -15,7 +15,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from fmembed.errors import SourceError
+from fmembed.errors import NoFilesError, SourceError
 from fmembed.sources.opening import open_source
 from fmembed.sources.walking import GONE, HIDDEN, HIDDEN_FOLDER, LINKED, STANDS, Walk
 from fmembed.spec import SourceSpec
@@ -171,6 +171,15 @@ def test_patterns_follow_no_links_to_folders_and_say_so(tmp_path: Path) -> None:
         assert (source.num_rows, source.passed_over) == (1, {LINKED: 1})
     assert open_source(SourceSpec(uri=f"{tmp_path}/data/link/*.txt")).num_rows == 1
     assert open_source(SourceSpec(uri=f"{tmp_path}/data")).num_rows == 2
+
+
+def test_a_pattern_below_a_folder_that_is_gone_is_an_error(tmp_path: Path) -> None:
+    for uri in (f"{tmp_path}/gone/*.txt", f"{tmp_path}/gone/**/*.txt"):
+        with pytest.raises(SourceError, match="no such file or folder") as found_:
+            open_source(SourceSpec(uri=uri))
+        assert not isinstance(found_.value, NoFilesError)
+    with pytest.raises(NoFilesError):
+        open_source(SourceSpec(uri=f"{tmp_path}/*.txt"))
 
 
 def test_of_objects_that_come_in_any_order_none_is_lost() -> None:
