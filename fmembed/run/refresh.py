@@ -26,6 +26,7 @@ from fmembed.run.faults import TASK_DEATHS, root_cause
 from fmembed.run.locating import ends_on_record, locate
 from fmembed.run.new_version import NewVersion, join_all
 from fmembed.run.work import Work, unread_shards
+from fmembed.sources.opening import OF_OTHERS
 from fmembed.sources.picks import Chosen
 from fmembed.sources.source import Mark, Shard
 from fmembed.sources.walking import DEAD_LINKS
@@ -297,7 +298,9 @@ class Refresh:
         share = spec.max_removed_fraction * num_old
         most = share if self._allowed is None else self._allowed
         num_links = self._inputs.source.passed_over.get(DEAD_LINKS, 0)
-        why, left = "", "" if self._inputs.source.shards else ", as no file of the source is left"
+        why, left = "", self._of_other_formats()
+        if not self._inputs.source.shards:
+            left = ", as no file of the source is left"
         if num_broken := counts["broken_off"]:
             why = f"{num_broken:,} files of the source cannot be read to their ends"
         elif (n := counts["without_id"]) and spec.on_rejected == "keep":
@@ -316,6 +319,17 @@ class Refresh:
             why = f"they are more than --allow-removals {self._allowed}"
         self._why_withheld = why
         return Rules(not why, spec.on_rejected == "remove" and not why)
+
+    def _of_other_formats(self) -> str:
+        """What else may have become of the rows, where the format is what most files have."""
+        source = self._inputs.source
+        num_others = sum(n for name, n in source.passed_over.items() if name.startswith(OF_OTHERS))
+        if self._inputs.spec.source.format != "auto" or not num_others:
+            return ""
+        return (
+            f", with {num_others:,} files passed over, as most are {source.format} (source.format "
+            "names another)"
+        )
 
     def _choose(self, known: KnownRows, chosen: Sequence[Any]) -> tuple[Any, list[int], bool, Any]:
         """A reference to the rows that readers hand on; the numbers of the shards that they read;

@@ -29,6 +29,8 @@ from fmembed.sources.types import UnstorableError, stored_type
 from fmembed.sources.walking import DEAD_LINKS
 from fmembed.spec import Modality, SourceSpec
 
+# Of what is passed over as it is not of the format.
+OF_OTHERS = "files with"
 _SHOWN_NAMES, _SHOWN_CHARACTERS, _SHOWN_SUFFIXES = 20, 40, 5
 
 
@@ -125,7 +127,7 @@ def _shown(others: Counter[str], format_: Format) -> dict[str, int]:
         f"files with {s}, no {format_.name}": n for s, n in others.most_common(_SHOWN_SUFFIXES)
     }
     if rest := others.total() - sum(shown.values()):
-        shown["files with other suffixes"] = rest
+        shown[f"{OF_OTHERS} other suffixes"] = rest
     return shown
 
 

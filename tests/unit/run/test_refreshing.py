@@ -209,6 +209,17 @@ def test_rows_behind_a_link_that_leads_nowhere_are_not_gone(corpus: Corpus, tmp_
     assert corpus.refresh().unchanged
 
 
+def test_where_most_files_are_of_another_format_by_now_that_is_said(corpus: Corpus) -> None:
+    corpus.refresh()
+    for i in range(3):
+        (corpus.folder / f"{i}.csv").write_text(f"key,text,topic\nc{i},text {i},a\n")
+    held = corpus.refresh()
+    assert (held.rows_new, held.rows_withheld, len(corpus.rows())) == (3, 20, 23)
+    assert "with 2 files passed over, as most are csv (source.format names another)" in (
+        held.withheld
+    )
+
+
 def test_a_plan_knows_what_a_killed_refresh_has_done(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
