@@ -25,11 +25,10 @@ from fmembed.run.commits import Staging
 from fmembed.run.faults import TASK_DEATHS, root_cause
 from fmembed.run.locating import ends_on_record, locate
 from fmembed.run.new_version import NewVersion, join_all
+from fmembed.run.removals import why_withheld
 from fmembed.run.work import Work, unread_shards
-from fmembed.sources.opening import OF_OTHERS
 from fmembed.sources.picks import Chosen
 from fmembed.sources.source import Mark, Shard
-from fmembed.sources.walking import DEAD_LINKS
 from fmembed.table.copies import fill_copies
 from fmembed.table.diff import Rules
 from fmembed.table.files import Part
@@ -288,48 +287,10 @@ class Refresh:
         return _add_up([summary for summary, _ in refs]), [chosen for _, chosen in refs]
 
     def _decide_removals(self, counts: Mapping[str, int]) -> Rules:
-        """Whether rows may leave, by what the source has no more.
-
-        A source that cannot be read whole, or of which much is gone at once, is more often broken
-        than it is right.
-        """
-        spec = self._inputs.spec.refresh
-        num_leaving, num_old = counts["gone"] + counts["gone_wrong"], counts["were"]
-        share = spec.max_removed_fraction * num_old
-        most = share if self._allowed is None else self._allowed
-        num_links = self._inputs.source.passed_over.get(DEAD_LINKS, 0)
-        why, left = "", self._of_other_formats()
-        if not self._inputs.source.shards:
-            left = ", as no file of the source is left"
-        if num_broken := counts["broken_off"]:
-            why = f"{num_broken:,} files of the source cannot be read to their ends"
-        elif (n := counts["without_id"]) and spec.on_rejected == "keep":
-            why = f"{n:,} rows of the source have come to have no id that can be read"
-        elif num_links and num_leaving and self._allowed is None:
-            why = (
-                f"{num_links:,} links in the source lead to nothing, as to a disk that is not "
-                f"there; mend or remove them, or --allow-removals {num_leaving} lets the rows go"
-            )
-        elif num_leaving > most and self._allowed is None:
-            why = (
-                f"they are more than refresh.max_removed_fraction = {spec.max_removed_fraction} "
-                f"of {num_old:,} rows{left}; --allow-removals {num_leaving} lets them go"
-            )
-        elif num_leaving > most:
-            why = f"they are more than --allow-removals {self._allowed}"
-        self._why_withheld = why
-        return Rules(not why, spec.on_rejected == "remove" and not why)
-
-    def _of_other_formats(self) -> str:
-        """What else may have become of the rows, where the format is what most files have."""
-        source = self._inputs.source
-        num_others = sum(n for name, n in source.passed_over.items() if name.startswith(OF_OTHERS))
-        if self._inputs.spec.source.format != "auto" or not num_others:
-            return ""
-        return (
-            f", with {num_others:,} files passed over, as most are {source.format} (source.format "
-            "names another)"
-        )
+        """Whether rows may leave, by what the source has no more."""
+        spec = self._inputs.spec
+        self._why_withheld = why = why_withheld(spec, self._inputs.source, counts, self._allowed)
+        return Rules(not why, spec.refresh.on_rejected == "remove" and not why)
 
     def _choose(self, known: KnownRows, chosen: Sequence[Any]) -> tuple[Any, list[int], bool, Any]:
         """A reference to the rows that readers hand on; the numbers of the shards that they read;
