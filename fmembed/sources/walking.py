@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from fsspec.archive import AbstractArchiveFileSystem
@@ -31,6 +31,8 @@ DEAD_LINKS = "links that lead to nothing, or to where nobody may look"
 GONE = "folders that are listed, and are not there"
 
 Facts = Mapping[str, Any]
+# What is in a folder so far down; without facts a folder that is to be looked into.
+_Look = Callable[[str, int], Iterator[tuple[str, Facts | None]]]
 
 
 class Walk:
@@ -83,7 +85,7 @@ class Walk:
                 if self._cloud is None:
                     given.add(path)
 
-    def _walk(self, folder: str, depth: int, look: Any) -> Iterator[tuple[str, Facts]]:
+    def _walk(self, folder: str, depth: int, look: _Look) -> Iterator[tuple[str, Facts]]:
         stack = [look(folder, depth)]
         while stack:
             for path, facts in stack[-1]:

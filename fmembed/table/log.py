@@ -237,8 +237,8 @@ class Log:
         """
         paths = [p for p in self.storage.sizes("_delta_log/") if ENTRY.fullmatch(p)]
         named = self._in_checkpoints()
-        for content in self.storage.get_all(paths):
-            for line in (content or b"").splitlines():
+        for content in self._read_all(paths):
+            for line in content.splitlines():
                 action = json.loads(line) if line.strip() else {}
                 named |= {unquote(action[k]["path"]) for k in ("add", "remove") if k in action}
         return named
@@ -247,9 +247,7 @@ class Log:
         """The files that a checkpoint names."""
         named: set[str] = set()
         paths = [p for p in self.storage.sizes("_delta_log/") if _CHECKPOINT.fullmatch(p)]
-        for content in self.storage.get_all(paths):
-            if content is None:
-                continue
+        for content in self._read_all(paths):
             # Not read_table, which gives both the name "path".
             parquet = pq.ParquetFile(pa.BufferReader(content))
             rows = parquet.read(columns=["add.path", "remove.path"])
@@ -282,7 +280,7 @@ class Log:
         names = self.storage.sizes("_delta_log/")
         every = sorted(int(m[1]) for path in names if (m := ENTRY.fullmatch(path)))
         numbers = [n for n in every if n >= first]
-        contents = self.storage.get_all(map(_entry, numbers))
+        contents = self._read_all([_entry(number) for number in numbers])
         parts: dict[str, Part] = {}
         for i, (number, content) in enumerate(zip(numbers, contents, strict=True)):
             entry = self._parse_entry(number, content, parts)
@@ -294,11 +292,16 @@ class Log:
                 parts |= entry.added
             yield entry, parts
 
-    def _parse_entry(
-        self, version: int, content: bytes | None, before: Mapping[str, Part]
-    ) -> Entry:
-        if content is None:
-            raise DamagedError(self.uri, f"entry {version} of its log went while it was read")
+    def _read_all(self, paths: Sequence[str]) -> Iterator[bytes]:
+        """Files of the log that a listing has. What one of them names is not taken for a stray
+        because it could not be read.
+        """
+        for path, content in zip(paths, self.storage.get_all(paths), strict=True):
+            if content is None:
+                raise DamagedError(self.uri, f"{path} went while it was read; run the same again")
+            yield content
+
+    def _parse_entry(self, version: int, content: bytes, before: Mapping[str, Part]) -> Entry:
         actions = [json.loads(line) for line in content.splitlines() if line.strip()]
         info: dict[str, Any] = next((a["commitInfo"] for a in actions if "commitInfo" in a), {})
         added = {}

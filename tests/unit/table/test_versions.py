@@ -13,8 +13,9 @@ from deltalake import DeltaTable
 from tables import CARD, CONFIGURATION, IDENTITY, SCHEMA, block, write_with_keys
 
 import fmembed
-from fmembed.errors import LockedError, TableError
+from fmembed.errors import DamagedError, LockedError, TableError
 from fmembed.rows.columns import REJECTED_SCHEMA
+from fmembed.storage import Storage
 from fmembed.table import versions as module
 from fmembed.table.lock import Lock
 from fmembed.table.records import Commit
@@ -232,6 +233,24 @@ def test_who_opens_a_log_reads_few_entries(table: Table, monkeypatch: pytest.Mon
     assert fmembed.read(table.uri).num_rows == 2
     with pytest.raises(TableError):
         fmembed.read(table.uri, 3)
+
+
+def test_an_entry_that_goes_while_it_is_read_makes_no_part_a_stray(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(1, 4):
+        replace_all(table, "ab", number)
+    get = Storage.get
+
+    def gone(self: Storage, path: str) -> bytes:
+        if path.endswith("2.json"):
+            raise FileNotFoundError(path)
+        return get(self, path)
+
+    monkeypatch.setattr(Storage, "get", gone)
+    for look in (table.rows.ever_named, lambda: list(table.rows.replay())):
+        with pytest.raises(DamagedError, match=r"2\.json went while it was read"):
+            look()
 
 
 def test_a_policy_that_makes_no_sense_is_none(table: Table) -> None:
