@@ -377,6 +377,7 @@ def embed_rows(
 def evaluate(table: Table, spec: RunSpec, result: RunResult, cluster: Cluster) -> RunResult:
     """Probe what the table holds by now and write the report, unless that is done already."""
     if not result.table_rows:
+        table.drop_report()  # which tells of rows that are gone
         return result
     # Late, because scikit-learn takes a second to import and the model should not wait for it.
     from fmembed.evaluate import probing

@@ -702,6 +702,10 @@ class Table:
         self.storage.put("_report.html", html.encode())
         return f"{self.uri}/_report.html"
 
+    def drop_report(self) -> None:
+        """Delete the report, if there is one."""
+        self.storage.delete("_report.html")
+
     @property
     def has_report(self) -> bool:
         """Whether there is one."""

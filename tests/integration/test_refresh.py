@@ -72,6 +72,17 @@ def test_where_no_row_is_for_the_model_it_is_not_loaded(corpus: Corpus) -> None:
     assert fmembed.verify(str(corpus.out)).problems == []
 
 
+def test_a_table_that_is_emptied_has_no_report_of_rows_that_are_gone(corpus: Corpus) -> None:
+    assert corpus.refresh_by_ray().report == f"{corpus.out}/_report.html"
+    for path in corpus.folder.iterdir():
+        path.unlink()
+    assert corpus.refresh_by_ray().rows_withheld == 20
+    assert (corpus.out / "_report.html").exists()
+    result = corpus.refresh_by_ray(allow_removals=20)
+    assert (result.rows_removed, result.table_rows, result.report) == (20, 0, None)
+    assert not (corpus.out / "_report.html").exists()
+
+
 def test_half_of_a_corpus_are_copies(tmp_path: Path, tiny_bert: Path) -> None:
     corpus = Corpus(tmp_path, tiny_bert)
     for name in "ab":
