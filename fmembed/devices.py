@@ -19,8 +19,9 @@ def cpu_has_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-# What NVIDIA's driver shows on Linux, and under Windows' own Linux.
-_CUDA_SIGNS = (Path("/proc/driver/nvidia"), Path("/dev/dxg"))
+# What NVIDIA's driver shows on Linux, in a sandbox with a /proc of its own, and under Windows' own
+# Linux.
+_CUDA_SIGNS = (Path("/proc/driver/nvidia"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
 
 
 def has_cuda() -> bool:

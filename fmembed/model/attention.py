@@ -8,6 +8,7 @@ a head.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -20,6 +21,37 @@ PACKED = "fmembed_packed"
 # each, blocks of 1 to 4 MiB took 7 ms, all at once (25 MiB) 20 ms, torch's fused kernel 12 ms.
 _SCORE_BYTES = 2 * 2**20
 _MAX_SCORE_BYTES = 32 * 2**20
+# What torch's kernel for GPUs takes: from Ampere on, numbers of two bytes, heads of up to 256
+# dimensions in steps of 8.
+_KERNEL_CAPABILITY, _KERNEL_DTYPES = (8, 0), (torch.bfloat16, torch.float16)
+_MAX_HEAD_DIM, _HEAD_DIM_STEP = 256, 8
+
+
+@functools.cache
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether rows of this dtype are attended to faster packed than padded: always on a CPU.
+
+    On a GPU where torch's kernel takes them; torch has it as it is used here since 2.11.
+    """
+    if device.type != "cuda":
+        return True
+    capable = torch.cuda.get_device_capability(device) >= _KERNEL_CAPABILITY
+    return capable and dtype in _KERNEL_DTYPES and has_kernel()
+
+
+def has_kernel() -> bool:
+    """Whether this torch has a kernel for packed rows, on a GPU."""
+    return "window_size" in _kernel_options()
+
+
+@functools.cache
+def _kernel_options() -> frozenset[str]:
+    """What torch's kernel can be told; nothing where this torch has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def register() -> None:
@@ -68,11 +100,23 @@ def attend(
     """
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     scaling = query_BHTK.shape[-1] ** -0.5 if scaling is None else scaling
-    gqa = key_BHTK.shape[1] != query_BHTK.shape[1]
-    if query_BHTK.is_cuda:
+    groups = query_BHTK.shape[1] // key_BHTK.shape[1]
+    dim = query_BHTK.shape[-1]
+    in_kernel = (
+        query_BHTK.is_cuda
+        and can_pack(query_BHTK.device, query_BHTK.dtype)
+        and dim <= _MAX_HEAD_DIM
+        and dim % _HEAD_DIM_STEP == 0
+    )
+    shares_keys = groups > 1 and in_kernel and "enable_gqa" in _kernel_options()
+    if groups > 1 and not shares_keys:
+        key_BHTK = key_BHTK.repeat_interleave(groups, dim=1)
+        value_BHTK = value_BHTK.repeat_interleave(groups, dim=1)
+    if in_kernel:
         from torch.nn.attention.varlen import varlen_attn
 
         left = -1 if sliding_window is None else sliding_window - 1
+        more: dict[str, Any] = {"enable_gqa": True} if shares_keys else {}
         query, key, value = (t[0].transpose(0, 1) for t in (query_BHTK, key_BHTK, value_BHTK))
         found = varlen_attn(
             query,
@@ -84,14 +128,10 @@ def attend(
             max_length_q,
             scale=scaling,
             window_size=(left, 0 if causal else left),
-            enable_gqa=gqa,
+            **more,
         )
         assert isinstance(found, Tensor)
         return found.unsqueeze(0), None
-    if gqa:
-        groups = query_BHTK.shape[1] // key_BHTK.shape[1]
-        key_BHTK = key_BHTK.repeat_interleave(groups, dim=1)
-        value_BHTK = value_BHTK.repeat_interleave(groups, dim=1)
     # Zeros where no row is: nothing reads what is made of them, but NaN is slow.
     out_BTHK = torch.zeros_like(query_BHTK.transpose(1, 2), memory_format=torch.contiguous_format)
     run = functools.partial(_attend, scaling=scaling, window=sliding_window, causal=causal)
@@ -125,7 +165,7 @@ def _attend(
     # torch's fused kernel on a CPU converts every block of bfloat16 to float32 and back; written
     # out it took half the time at every length tried (16 to 1,024). In float32 the kernel wins.
     if query_BHLK.dtype != torch.bfloat16 or causal or is_narrow or bytes_each > _MAX_SCORE_BYTES:
-        mask = _band(length, window, causal) if window and is_narrow else None
+        mask = _band(length, window, causal, query_BHLK.device) if window and is_narrow else None
         found = scaled_dot_product_attention(
             query_BHLK, key_BHLK, value_BHLK, mask,
             scale=scaling, is_causal=causal and mask is None,
@@ -148,8 +188,8 @@ def _attend(
 
 
 @functools.lru_cache(maxsize=16)
-def _band(length: int, window: int, causal: bool) -> Tensor:
+def _band(length: int, window: int, causal: bool, device: torch.device) -> Tensor:
     """Which tokens see which, shape (L, L): those nearer than the window."""
-    place = torch.arange(length)
+    place = torch.arange(length, device=device)
     ahead = place[None, :] - place[:, None]
     return (ahead.abs() < window) & ((ahead <= 0) if causal else True)

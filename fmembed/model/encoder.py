@@ -61,6 +61,10 @@ class Encoder:
         if device == "cpu":
             keep_freed_memory()
             bound_kernels()
+        else:
+            # torch rounds what convolutions in float32 multiply to 10 bits, unless told not to;
+            # its products it does not.
+            torch.backends.cudnn.allow_tf32 = False
         if num_threads is not None:
             # Ray sets OMP_NUM_THREADS to the CPUs reserved, and reuses workers with their threads.
             torch.set_num_threads(num_threads)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fmembed.arrays import Ints
+from fmembed.model.attention import has_kernel
 from fmembed.model.failures import cause_of, free_memory
 from fmembed.model.linear import FusedLinear, fused_dtypes
 from fmembed.rows.pieces import Piece
@@ -106,10 +107,16 @@ def _counter() -> Any:
     def product(inputs: Any, weights: Any, *_: Any, **__: Any) -> int:
         return int(2 * math.prod(inputs) * weights[0])
 
-    # The kernels for CPUs are not among those that torch counts.
+    def packed(query: Any, *_: Any, **__: Any) -> int:
+        length, heads, dim = query  # of one row
+        return int(2 * 2 * heads * length**2 * dim)
+
+    # The kernels for CPUs are not among those that torch counts, nor, in all versions, packed ones.
     own: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
     if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         own[torch.ops.mkldnn._linear_pointwise] = product
+    if has_kernel():
+        own[torch.ops.torch_attn._varlen_attn] = packed
     return FlopCounterMode(display=False, custom_mapping=own)
 
 

@@ -13,7 +13,7 @@ from fmembed.checkpoint.opening import Checkpoint, adapter_folder
 from fmembed.checkpoint.processors import loading
 from fmembed.checkpoint.shapes import explain_mismatch
 from fmembed.errors import ModelError
-from fmembed.model.attention import PACKED, register
+from fmembed.model.attention import PACKED, can_pack, register
 from fmembed.model.audio import AudioTower
 from fmembed.model.image import ImageTower
 from fmembed.model.linear import fuse
@@ -42,8 +42,7 @@ def _attention(checkpoint: Checkpoint, device: torch.device) -> str | None:
     own_pooling = any(o.pooling in ("pooler", "projection") for o in checkpoint.outputs)
     if checkpoint.modality != "text" or own_pooling or not checkpoint.family.packs:
         return None
-    # torch's packed kernel takes half precision alone.
-    if device.type == "cuda" and checkpoint.dtype == "float32":
+    if not can_pack(device, getattr(torch, checkpoint.dtype)):
         return None
     register()
     return PACKED

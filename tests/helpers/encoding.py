@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from fmembed.checkpoint.opening import Checkpoint
 from fmembed.model.encoder import Encoder
@@ -13,9 +14,14 @@ from fmembed.prepare.stage import Preprocess
 from fmembed.rows.columns import row_schema
 from fmembed.spec import PreprocessSpec
 
+# Where exactness is to be shown on this machine.
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
-def embed(checkpoint: Checkpoint, texts: list[str], batch_tokens: int = 4096) -> Any:
-    out = Encoder(checkpoint, batch_tokens=batch_tokens)(window(checkpoint, texts))
+
+def embed(
+    checkpoint: Checkpoint, texts: list[str], batch_tokens: int = 4096, device: str = "cpu"
+) -> Any:
+    out = Encoder(checkpoint, device, batch_tokens=batch_tokens)(window(checkpoint, texts))
     return np.stack(out["embedding"].to_pylist())
 
 

@@ -20,6 +20,7 @@ import soundfile
 import torch
 import transformers as hf
 from conftest import SENTENCES
+from encoding import DEVICES
 from media import RATE_HZ, picture, sound
 from PIL import Image
 from tiny import save_tiny
@@ -44,11 +45,13 @@ PICTURES = [picture(50, 40), picture(32, 32), picture(70, 91), picture(33, 64)]
 SOUNDS = [sound(n) for n in (8000, 16_000, 24_000, 12_345, 40_000)]
 
 
-def embed(checkpoint: Checkpoint, inputs: list[Any], batch_tokens: int = 300) -> pa.Table:
+def embed(
+    checkpoint: Checkpoint, inputs: list[Any], batch_tokens: int = 300, device: str = "cpu"
+) -> pa.Table:
     rows = [{"row_id": str(i), "content_hash": "0", "_input": x} for i, x in enumerate(inputs)]
     table = pa.Table.from_pylist(rows, schema=row_schema(pa.schema([]), checkpoint.modality))
     ready = Preprocess(checkpoint, PreprocessSpec())(table)
-    out = Encoder(checkpoint, batch_tokens=batch_tokens)(ready)
+    out = Encoder(checkpoint, device, batch_tokens=batch_tokens)(ready)
     assert out["_error"].to_pylist() == [None] * len(inputs), out["_message"].to_pylist()
     return out
 
@@ -61,13 +64,19 @@ def check(
         expected = [reference(x).double().reshape(-1) for x in inputs]
     spread = torch.stack(expected)
     assert (spread[0] - spread[1]).norm() > 1e-3 * spread[0].norm()  # it does tell inputs apart
-    for vector, truth in zip(
-        embed(checkpoint, inputs)["embedding"].to_pylist(), expected, strict=True
-    ):
+    for device in DEVICES:
+        agree(embed(checkpoint, inputs, device=device), expected, 0.99999)
+        if device == "cuda":
+            half = open_checkpoint(ModelSpec(id=str(folder), dtype="bfloat16", **spec), True)
+            agree(embed(half, inputs, device=device), expected, 0.999)
+    return checkpoint
+
+
+def agree(out: pa.Table, expected: list[torch.Tensor], least: float) -> None:
+    for vector, truth in zip(out["embedding"].to_pylist(), expected, strict=True):
         found = torch.tensor(vector, dtype=torch.float64)
         assert found.shape == truth.shape
-        assert torch.nn.functional.cosine_similarity(found, truth, dim=0) > 0.99999
-    return checkpoint
+        assert torch.nn.functional.cosine_similarity(found, truth, dim=0) > least
 
 
 # --- text -----------------------------------------------------------------------------------------

@@ -121,15 +121,6 @@ def test_not_finite_is_rejected(tiny_bert: Path) -> None:
     assert np.isfinite(out[1]["embedding"]).all()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_bfloat16_on_a_gpu(minilm: Path) -> None:
-    float32 = open_checkpoint(ModelSpec(id=str(minilm), dtype="float32"), native_bfloat16=False)
-    bfloat16 = open_checkpoint(ModelSpec(id=str(minilm)), native_bfloat16=True)
-    assert bfloat16.dtype == "bfloat16"
-    assert cosine(embed(bfloat16, SENTENCES), embed(float32, SENTENCES)).min() > 0.999
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "error",

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from encoding import DEVICES
 from transformers import BertConfig
 
 from fmembed.checkpoint.opening import open_checkpoint
@@ -14,13 +16,15 @@ from fmembed.model.flops import peak_flops
 from fmembed.spec import ModelSpec
 
 
-def test_flop_of_a_bert_counted_by_hand(tiny_bert: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_flop_of_a_bert_counted_by_hand(tiny_bert: Path, device: str) -> None:
     config = BertConfig.from_pretrained(tiny_bert)
     width, inner, layers = (
         config.hidden_size, config.intermediate_size, config.num_hidden_layers,
     )  # fmt: skip
     for dtype in ("float32", "bfloat16"):
-        encoder = Encoder(open_checkpoint(ModelSpec(id=str(tiny_bert), dtype=dtype), False))
+        checkpoint = open_checkpoint(ModelSpec(id=str(tiny_bert), dtype=dtype), False)
+        encoder = Encoder(checkpoint, device)
         cost = encoder.cost
         for length in (5, 40):
             linear = 2 * length * (4 * width**2 + 2 * width * inner)
