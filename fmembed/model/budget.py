@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
+from fmembed import cache
 from fmembed.devices import device_name
 from fmembed.model.flops import time_batch
 from fmembed.model.forward import Model
@@ -32,6 +27,7 @@ BUDGETS = {
 # Tokens of the rows that are measured: a paragraph.
 ROW_TOKENS = 128
 _LIMIT_S, _ROUNDS, _TOLERANCE = 2.0, 3, 0.03
+_CACHED = "batch_tokens"
 
 
 def choose_budget(given: int | Literal["auto"] | None, model: Model) -> tuple[int, str]:
@@ -69,13 +65,14 @@ def choose_budget(given: int | Literal["auto"] | None, model: Model) -> tuple[in
         "torch": torch.__version__,
         "row_tokens": row_tokens,
     }
-    if (known := recall(key, budgets)) is not None:
+    known = (cache.recall(_CACHED, key) or {}).get("batch_tokens")
+    if known in budgets:  # what an earlier version may have chosen is none of today's
         return known, "cached"
     row = model.tower.example(row_tokens)
     found = choose(
         budgets, lambda n: time_batch(model, [row] * (n // row_tokens)), default, row_tokens
     )
-    remember(key, found or default)
+    cache.remember(_CACHED, key, {"batch_tokens": found or default})
     return (found, "measured") if found else (default, "default")
 
 
@@ -121,43 +118,3 @@ def choose(
     rates = {b: best[b] for b in budgets if b in best and b <= most}
     fast = (1 - _TOLERANCE) * max(rates.values(), default=0.0)
     return min((b for b, r in rates.items() if r >= fast), default=None)
-
-
-def recall(key: Mapping[str, Any], budgets: Sequence[int]) -> int | None:
-    """What was remembered for this key; None where there is nothing that makes sense."""
-    try:
-        found = json.loads(_path(key).read_text(encoding="utf-8"))
-        same = {name: found[name] for name in key} == key
-        return budgets[budgets.index(found["batch_tokens"])] if same else None
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError):
-        return None
-
-
-def remember(key: Mapping[str, Any], batch_tokens: int) -> None:
-    """Keep a budget for the next process; a folder that cannot be written to changes nothing.
-
-    A file for each key, put in place whole: of several actors that measure at once the last wins.
-
-    Args:
-        key: What decides the result, as JSON.
-        batch_tokens: The result.
-    """
-    with contextlib.suppress(OSError, RuntimeError):
-        path = _path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({**key, "batch_tokens": batch_tokens}, file, indent=1)
-            os.replace(name, path)
-        except OSError:
-            os.unlink(name)
-            raise
-
-
-def _path(key: Mapping[str, Any]) -> Path:
-    """Raises RuntimeError where the user has no home."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    canonical = json.dumps(key, sort_keys=True).encode()
-    digest = hashlib.blake2b(canonical, digest_size=16).hexdigest()
-    return Path(cache) / "fmembed" / f"batch_tokens-{digest}.json"

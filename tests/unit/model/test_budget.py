@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from fmembed import cache
 from fmembed.checkpoint.opening import open_checkpoint
 from fmembed.model import budget
-from fmembed.model.budget import _path, choose, choose_budget, recall, remember
+from fmembed.model.budget import choose, choose_budget
 from fmembed.model.encoder import Encoder
 from fmembed.model.forward import Model
 from fmembed.spec import ModelSpec
 
 BUDGETS = (1000, 2000, 4000, 8000)
-KEY = {"weights": "0a", "adapter": None, "dtype": "float32", "threads": 2}
 
 
 def pick(rates: dict[int, float], default: int = 4000, limit_s: float = 2.0) -> Any:
@@ -71,62 +71,8 @@ def test_time_is_bounded() -> None:
     assert pick(enough) == (1000, [100, 100, 1000, 2000, 4000])
 
 
-def test_what_was_remembered_is_recalled(cache: Path) -> None:
-    assert recall(KEY, BUDGETS) is None
-    remember(KEY, 2000)
-    assert recall(KEY, BUDGETS) == 2000
-    assert recall(KEY | {"dtype": "bfloat16"}, BUDGETS) is None
-    remember(KEY | {"dtype": "bfloat16"}, 4000)
-    assert (recall(KEY, BUDGETS), len(list(cache.iterdir()))) == (2000, 2)
-    # What an earlier version may have chosen is none of today's.
-    assert recall(KEY, (16, 32)) is None
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"", b"{", b"\xff\xfe", b"[]", b"7", b"{}", b"null",
-        json.dumps({**KEY, "batch_tokens": 10**12}).encode(),
-        json.dumps({**KEY, "batch_tokens": None}).encode(),
-        json.dumps({**KEY, "batch_tokens": [2000]}).encode(),
-        json.dumps({**KEY, "batch_tokens": 2000, "threads": 8}).encode(),
-        json.dumps({"batch_tokens": 2000}).encode(),
-    ],
-)  # fmt: skip
-def test_a_cache_that_is_off_is_ignored(cache: Path, content: bytes) -> None:
-    remember(KEY, 2000)
-    (path,) = cache.iterdir()
-    path.write_bytes(content)
-    assert recall(KEY, BUDGETS) is None
-    remember(KEY, 4000)
-    assert recall(KEY, BUDGETS) == 4000
-
-
-def test_no_place_for_a_cache_is_no_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
-) -> None:
-    # Root may write into read-only folders, so a file stands where the folder would.
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    remember(KEY, 2000)
-    assert recall(KEY, BUDGETS) is None
-
-    def no_home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", no_home)
-    remember(KEY, 2000)
-    assert recall(KEY, BUDGETS) is None
-    # Nothing half-written stays where a file cannot be put in place.
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
-    _path(KEY).mkdir(parents=True)
-    remember(KEY, 2000)
-    assert [p.name for p in cache.iterdir()] == [_path(KEY).name]
-
-
 def test_an_encoder_measures_once(
-    tiny_bert: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bert: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
 
@@ -148,22 +94,26 @@ def test_an_encoder_measures_once(
     assert load("bfloat16", "auto") == (2048, "measured")
     # A model too slow to measure is not tried again either.
     monkeypatch.setattr(budget, "time_batch", lambda *_: 60.0)
-    for path in cache.iterdir():
+    for path in folder.iterdir():
         path.unlink()
     assert load("float32", "auto") == (4096, "default")
     assert load("float32", "auto") == (4096, "cached")
 
 
-def test_an_encoder_really_measures(tiny_bert: Path, cache: Path) -> None:
+def test_an_encoder_really_measures(tiny_bert: Path, folder: Path) -> None:
     tokens, how = loader(tiny_bert)("float32", "auto")
     # On a machine that stands still for two seconds it gives up, and says so.
     assert (tokens in budget.BUDGETS["cpu"], how in ("measured", "default")) == (True, True)
-    (path,) = cache.iterdir()
-    assert json.loads(path.read_text(encoding="utf-8"))["batch_tokens"] == tokens
+    (path,) = folder.iterdir()
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    assert kept["value"] == {"batch_tokens": tokens}
+    # What an earlier version may have chosen is none of today's.
+    cache.remember("batch_tokens", kept["key"], {"batch_tokens": 32})
+    assert loader(tiny_bert)("float32", "auto")[0] in budget.BUDGETS["cpu"]
 
 
 def test_a_model_that_fails_on_large_batches(
-    tiny_bert: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bert: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Beside other work even a tiny model may take the two seconds that there are.
     monkeypatch.setattr(budget, "choose", functools.partial(choose, limit_s=600.0))
@@ -181,7 +131,7 @@ def test_a_model_that_fails_on_large_batches(
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "fmembed"
 

@@ -1,0 +1,172 @@
+"""A tokenizer that was kept gives what transformers' own gives, without importing transformers."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers as rust
+import transformers as hf
+from conftest import SENTENCES
+from tiny import save_siglip, save_tiny
+
+from fmembed.checkpoint.opening import Checkpoint, open_checkpoint
+from fmembed.prepare import tokenizer as module
+from fmembed.prepare.tokenizer import load_tokenizer
+from fmembed.spec import ModelSpec
+
+TEXTS = [
+    *SENTENCES,
+    "",
+    " ",
+    "Zu Zürich: 12 Äpfel, [MASK] und ￦ 東京都 🙂🙂 e\u0301",
+    "</s> <s> [SEP] x",
+]
+CONFIG = hf.BertConfig(
+    hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+    max_position_embeddings=64,
+)  # fmt: skip
+
+
+def word_piece(minilm: Path, **more: Any) -> Any:
+    return hf.AutoTokenizer.from_pretrained(minilm, **more)
+
+
+def byte_level(_: Path) -> Any:
+    own = rust.ByteLevelBPETokenizer()
+    own.train_from_iterator(SENTENCES, vocab_size=400, special_tokens=["<s>", "</s>", "<pad>"])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return hf.PreTrainedTokenizerFast(tokenizer_object=own._tokenizer, **names)
+
+
+def unigram(_: Path) -> Any:
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("<pad>", 0.0), ("\u2581", -2.0)]
+    letters = sorted({c for text in SENTENCES for c in text if c != " "})
+    return hf.XLNetTokenizer(
+        vocab=[*pieces, ("<cls>", 0.0), ("<sep>", 0.0), *((c, -3.0) for c in letters)]
+    )
+
+
+TOKENIZERS: dict[str, Callable[[Path], Any]] = {
+    "word pieces": word_piece,
+    "cut on the left": lambda minilm: word_piece(minilm, truncation_side="left"),
+    "special tokens as words": lambda minilm: word_piece(minilm, split_special_tokens=True),
+    "bytes": byte_level,
+    "unigrams, and segments": unigram,
+}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, minilm: Path) -> Checkpoint:
+    save_tiny(tmp_path, hf.BertModel, CONFIG)
+    TOKENIZERS[request.param](minilm).save_pretrained(tmp_path)
+    return open_checkpoint(ModelSpec(id=str(tmp_path), dtype="float32"), False)
+
+
+def test_what_is_kept_is_what_transformers_has(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = hf.AutoTokenizer.from_pretrained(checkpoint.folder())
+    made = load_tokenizer.__wrapped__(checkpoint)
+    # Not from the files again.
+    monkeypatch.setattr(module, "_load", None)
+    kept = load_tokenizer.__wrapped__(checkpoint)
+    limit = checkpoint.max_tokens
+    for found in (made, kept):
+        assert found.truncation_side == own.truncation_side
+        for (values, is_cut), text in zip(found.encode(TEXTS), TEXTS, strict=True):
+            expected = own(text, truncation=True, max_length=limit)
+            ids = values[0] if isinstance(values, tuple) else values
+            assert ids == expected["input_ids"]
+            if isinstance(values, tuple):
+                assert values[1] == expected["token_type_ids"]
+            else:
+                assert not any(expected.get("token_type_ids", ()))
+            whole = own(text)["input_ids"]
+            assert is_cut == (len(whole) > limit)
+            assert found.count(text) == len(whole)
+            plain = own(text, add_special_tokens=False, return_offsets_mapping=True)
+            assert found.spans(text) == plain["offset_mapping"]
+        # That it was asked for a whole text changes nothing.
+        assert max(len(v if isinstance(v, list) else v[0]) for v, _ in found.encode(TEXTS)) == limit
+
+
+def test_one_that_pads(tmp_path: Path, minilm: Path) -> None:
+    folder = save_siglip(tmp_path, minilm)
+    checkpoint = open_checkpoint(ModelSpec(id=str(folder), modality="text"), False, "text")
+    own = hf.AutoTokenizer.from_pretrained(folder)
+    for _ in range(2):
+        found = load_tokenizer.__wrapped__(checkpoint)
+        for (ids, _), text in zip(found.encode(TEXTS), TEXTS, strict=True):
+            expected = own(text, truncation=True, max_length=16, padding="max_length")
+            assert ids == expected["input_ids"]
+            assert found.count(text) == len(own(text)["input_ids"])
+
+
+def test_a_changed_checkpoint_is_another_one(tmp_path: Path, minilm: Path) -> None:
+    save_tiny(tmp_path, hf.BertModel, CONFIG)
+    found = []
+    for side in ("right", "left", "right"):
+        word_piece(minilm, truncation_side=side).save_pretrained(tmp_path)
+        checkpoint = open_checkpoint(ModelSpec(id=str(tmp_path)), False)
+        found.append(load_tokenizer.__wrapped__(checkpoint).encode(TEXTS[4:5]))
+    assert found[0] == found[2] != found[1]
+
+
+def test_what_runs_in_python_is_not_kept(
+    tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path, hf.BertModel, CONFIG)
+    for name in ("tokenizer_config.json", "vocab.txt", "tokenizer.json"):
+        shutil.copy(minilm / name, tmp_path / name)
+    checkpoint = open_checkpoint(ModelSpec(id=str(tmp_path)), False)
+    expected = load_tokenizer.__wrapped__(checkpoint)
+    load, kept = module._load, []
+
+    class Python:
+        """As a tokenizer that has no Rust part."""
+
+        is_fast = False
+
+        def __init__(self, own: Any) -> None:
+            self._own = own
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._own, name)
+
+        def __call__(self, *given: Any, **options: Any) -> Any:
+            return self._own(*given, **options)
+
+    monkeypatch.setattr(module, "_load", lambda c: Python(load(c)))
+    monkeypatch.setattr(module.cache, "recall", lambda *_: None)
+    monkeypatch.setattr(module.cache, "remember", lambda *given: kept.append(given))
+    found = load_tokenizer.__wrapped__(checkpoint)
+    assert not kept
+    assert found.encode(TEXTS) == expected.encode(TEXTS)
+    assert found.encode([]) == []
+    assert [found.count(t) for t in TEXTS] == [expected.count(t) for t in TEXTS]
+
+
+def test_the_next_process_imports_no_transformers(minilm: Path) -> None:
+    code = """if True:
+        import sys
+        from fmembed.checkpoint.opening import open_checkpoint
+        from fmembed.prepare.text import tokenize
+        from fmembed.spec import ModelSpec, PreprocessSpec
+        checkpoint = open_checkpoint(ModelSpec(id=sys.argv[1], dtype="float32"), False)
+        (row,) = tokenize(checkpoint, PreprocessSpec(), ["a b"])
+        print(row.pieces[0].tolist(), *sorted({"torch", "transformers"} & sys.modules.keys()))
+    """
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code, str(minilm)], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for _ in range(2)
+    ]
+    assert said[1] == "[101, 1037, 1038, 102]"
+    assert said[0].removesuffix(" torch transformers") == said[1]
