@@ -17,13 +17,12 @@ from typing import Any
 import ray
 import ray.data
 import ray.exceptions
-from ray._private import ray_constants
-from ray._private.utils import get_num_cpus
 from ray.job_config import JobConfig
 
 from fmembed import signals
 from fmembed.errors import FmembedError, reason
 from fmembed.redaction import scrub
+from fmembed.run import own_node
 from fmembed.run.faults import explain
 from fmembed.startup import joins_cluster
 
@@ -55,7 +54,7 @@ class Cluster:
                 raise explain(error) from (error if self._verbose else None)
         finally:
             if self._leaves:
-                ray.shutdown()
+                own_node.leave(at_once=error is None)
 
 
 def connect(verbose: bool) -> bool:
@@ -96,9 +95,8 @@ def connect(verbose: bool) -> bool:
                 ray.init(**options)
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            with signals.kept_from_ray(), _on_loopback(), _without_log_level():
-                # Named, because without an address ray.init joins any cluster that it finds here.
-                ray.init("local", include_dashboard=False, num_cpus=_count_cpus(), **options)
+            with signals.kept_from_ray(), _without_log_level():
+                own_node.start(verbose, **options)
     except FmembedError:
         raise
     except Exception as e:  # by what failed: RuntimeError, ConnectionError, Ray's own, Exception
@@ -108,15 +106,6 @@ def connect(verbose: bool) -> bool:
             "command tries again"
         ) from (e if verbose else None)
     return True
-
-
-def _count_cpus() -> int | None:
-    """CPUs that a Ray started here is to have: as many as there are, and two at least.
-
-    The task that cuts windows takes one (Ray Data 2.60 lets nobody choose), and one that reads
-    another: on a machine of one core a run waited for ever.
-    """
-    return 2 if get_num_cpus() < 2 else None
 
 
 def _check_address(address: str) -> None:
@@ -154,22 +143,6 @@ def _without_log_level() -> Iterator[None]:
             for line in said:
                 if b"Set ray log level from environment variable" not in line:
                     os.write(2, line)
-
-
-@contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Have a node started meanwhile listen on loopback alone.
-
-    Its processes listen at the node's address, most of them at all addresses; and Ray (2.60) takes
-    127.0.0.1 for that address only where it is told that there are no clusters, as it is by default
-    on macOS and Windows (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER, read when Ray is imported).
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _job_config() -> JobConfig:
