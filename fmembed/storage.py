@@ -11,13 +11,16 @@ import contextlib
 import errno
 import functools
 import importlib.util
+import io
 import os
+import posixpath
 import re
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec.core
 import obstore
@@ -47,6 +50,8 @@ def resolve_package(uri: str, field: str, error: type[UserError]) -> str:
 # What `put` leaves of an object on a local disk when it is killed half way.
 HALF_WRITTEN = re.compile(r"#[0-9a-f]{8}\.tmp$")
 _THREADS = 16
+# Of a draft: so many new bytes at least are forced to the disk at once.
+_SYNC_BYTES = 32 * 2**20
 _CLOUDS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 
 
@@ -90,6 +95,26 @@ class Storage:
                 obstore.put(self._store, path, content, use_multipart=False)
         except (BaseError, OSError) as e:
             raise self._error("write", path, e) from None
+
+    @contextlib.contextmanager
+    def draft(self, like: str) -> Iterator[Draft]:
+        """An object that gets its name when it is written; unless it does, nothing is left of it.
+
+        Args:
+            like: A path as it may get, beside which a local one is written.
+
+        Raises:
+            StorageError: As for `put`.
+        """
+        try:
+            if self.local:
+                self._check(like)
+                with _local_draft(self.local / like) as draft:
+                    yield draft
+            else:
+                yield _CloudDraft(self)
+        except OSError as e:
+            raise self._error("write", like, e) from None
 
     def create(self, path: str, content: bytes) -> bool:
         """Write an object unless there is one, in one atomic step; whether it was written."""
@@ -279,13 +304,87 @@ def tell(text: str) -> None:
     say(scrub(text))
 
 
-def _put_local(path: Path, content: bytes | memoryview, replace: bool) -> None:
-    """Write a file beside its place, force it to the disk, and move it there."""
+class Draft(ABC):
+    """An object that is being written."""
+
+    @abstractmethod
+    def write(self, content: bytes) -> int:
+        """Add to it."""
+
+    @abstractmethod
+    def publish(self, path: str) -> None:
+        """Put it in its place, as `Storage.put` does."""
+
+
+class _CloudDraft(Draft):
+    """One in memory, as it is sent in one request."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage, self._content = storage, io.BytesIO()
+
+    def write(self, content: bytes) -> int:
+        return self._content.write(content)
+
+    def publish(self, path: str) -> None:
+        self._storage.put(path, self._content.getbuffer())
+
+
+class _LocalDraft(Draft):
+    """One beside its place; the disk is at work on it while the rest is made.
+
+    Of a part of 256 MiB that is written in 1.5 s, forcing it to the disk took 0.6 s at the end.
+    """
+
+    def __init__(self, half: Path, file: BinaryIO, pool: ThreadPoolExecutor) -> None:
+        self._half, self._file, self._pool = half, file, pool
+        self._num_new = 0
+        self._syncing: Future[None] | None = None
+
+    def write(self, content: bytes) -> int:
+        num_bytes = self._file.write(content)
+        self._num_new += num_bytes
+        if self._num_new >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+            self._wait()
+            self._file.flush()
+            self._syncing = self._pool.submit(os.fsync, self._file.fileno())
+            self._num_new = 0
+        return num_bytes
+
+    def publish(self, path: str) -> None:
+        self._file.flush()
+        self._wait()
+        os.fsync(self._file.fileno())
+        place = self._half.with_name(posixpath.basename(path))
+        self._half.replace(place)
+        _sync(place.parent)
+
+    def _wait(self) -> None:
+        if self._syncing is not None:
+            self._syncing.result()  # raises what the disk has said
+
+
+@contextlib.contextmanager
+def _local_draft(like: Path) -> Iterator[_LocalDraft]:
+    half = _beside(like)
+    try:
+        with half.open("xb") as file, ThreadPoolExecutor(1) as pool:
+            yield _LocalDraft(half, file, pool)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """Where a file is written before it is moved to its place, whose folder is there then."""
     absent = [p for p in path.parents if not p.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     for folder in absent:
         _sync(folder.parent)
-    half = path.with_name(f"{path.name}#{secrets.token_hex(4)}.tmp")
+    return path.with_name(f"{path.name}#{secrets.token_hex(4)}.tmp")
+
+
+def _put_local(path: Path, content: bytes | memoryview, replace: bool) -> None:
+    """Write a file beside its place, force it to the disk, and move it there."""
+    half = _beside(path)
     try:
         with half.open("xb") as file:
             file.write(content)

@@ -44,14 +44,17 @@ class NewVersion:
         assert card is not None
         self._vectors = tuple(card.outputs)
         self._configuration = card.to_configuration()
-        # By the number of a part the path of the one that has its rows now.
+        # By the number of a part: the first of those that become one with it, and the path of the
+        # one that has its rows.
+        self._first_of = list(range(len(held)))
         self._path_of = [h.path for h in held]
+        self._rewriting: list[tuple[list[int], Any]] = []
         self._made: dict[str, Part] = {}
         self.num_rewritten = 0
         self._key_files: list[str] = []
 
     def rewrite(self, dead: Sequence[Any], part_bytes: int) -> None:
-        """Write the parts anew of which rows are gone, and those that are many and small.
+        """Begin to write the parts anew of which rows are gone, and those that are many and small.
 
         Args:
             dead: References to the rows that are gone, by bucket.
@@ -66,18 +69,24 @@ class NewVersion:
             )
         ]
         task = ray.remote(max_retries=_MAX_RETRIES)(_rewrite)
-        refs = []
         for i, group in enumerate(groups):
             stamp = {**self._configuration, RUN: self._run_id, WRITE: f"rewrite-{i}"}
-            wanted = {number_of[h.path]: h.path for h in group if h.live < h.rows}
+            numbers = [number_of[h.path] for h in group]
+            wanted = {n: h.path for n, h in zip(numbers, group, strict=True) if h.live < h.rows}
             given = (self._table.uri, group, self._vectors, stamp, wanted)
-            refs.append(task.remote(*given, *(dead if wanted else ())))
-        for group, part in zip(groups, ray.get(refs), strict=True):
-            folder = REJECTED if group[0].path.startswith(REJECTED) else ""
+            self._rewriting.append((numbers, task.remote(*given, *(dead if wanted else ()))))
+            for n in numbers:
+                self._first_of[n] = numbers[0]
+
+    def _finish_rewriting(self) -> None:
+        for numbers, ref in self._rewriting:
+            part: Part = ray.get(ref)
+            folder = REJECTED if self._held[numbers[0]].path.startswith(REJECTED) else ""
             self._made[folder + part.path] = part
-            for h in group:
-                self._path_of[number_of[h.path]] = folder + part.path
-                self.num_rewritten += h.path in self._known.parts
+            for n in numbers:
+                self._path_of[n] = folder + part.path
+                self.num_rewritten += self._held[n].path in self._known.parts
+        self._rewriting = []
 
     @property
     def _current(self) -> list[str]:
@@ -92,15 +101,17 @@ class NewVersion:
         return {path: every[path] for path in self._current if path not in self._known.parts}
 
     def write_keys(self, live: Sequence[Any], shards: Sequence[str | None]) -> None:
-        """Write the keys of the new version's rows, a file a bucket.
+        """Write the keys of the new version's rows, a file a bucket; and wait for its parts.
+
+        A part is known by its number until its rows are written, so keys need not wait for them.
 
         Args:
             live: References to the rows that stay or come in, by bucket.
             shards: Keys of the source's shards; None where one has none.
         """
-        current = self._current
-        number_of = {path: i for i, path in enumerate(current)}
-        part_of = np.array([number_of.get(path, -1) for path in self._path_of], dtype=np.int32)
+        pairs = list(zip(self._first_of, self._held, strict=True))
+        number_of = {n: i for i, n in enumerate(dict.fromkeys(n for n, h in pairs if h.live))}
+        part_of = np.array([number_of.get(n, -1) for n in self._first_of], dtype=np.int32)
         named = sorted({key for key in shards if key is not None})
         places = {key: i for i, key in enumerate(named)}
         shard_of = places_of_shards(dict(enumerate(shards)), places)
@@ -108,11 +119,12 @@ class NewVersion:
         shared = [ray.put(part_of), ray.put(shard_of)]
         told = (self._table.uri, self._run_id)
         refs = [task.remote(*told, i, len(live), rows, *shared) for i, rows in enumerate(live)]
+        self._finish_rewriting()
         files = ray.get([file for file, _ in refs])
         counts = join_all(buckets.add_up_keys, [counts for _, counts in refs])
         version = (self._table.version() or 0) + 1
         index = self._table.key_files.write_index(
-            self._run_id, current, named, counts, version, files
+            self._run_id, self._current, named, counts, version, files
         )
         self._key_files = [index, *(file.path for file in files)]
 

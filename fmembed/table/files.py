@@ -6,8 +6,10 @@ Nothing here says whether a part is committed: that is the log's (log.py).
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,7 @@ from fmembed.rows.carried import hash_carried
 from fmembed.rows.columns import CONTENT_HASH, PARENT_ID, ROW_ID
 from fmembed.rows.ids import Hashes, Keys, contents_of, keys_of
 from fmembed.spec import OWN_COLUMNS
-from fmembed.storage import Storage
+from fmembed.storage import Draft, Storage
 from fmembed.table.card import PREFIX
 
 # Where the rejected rows' log and parts are in a table.
@@ -88,19 +90,29 @@ class PartFiles:
         return self._counted(part, rows)
 
     def read_pieces(self, part: Part) -> Iterator[pa.Table]:
-        """As `read_whole`, a row group at a time."""
-        with self._reading(part):
-            parquet = self._fetch(part)
+        """As `read_whole`, a row group at a time; the checksum of all is known after the last."""
+        with self._reading(part), ThreadPoolExecutor(1) as pool:
+            content = self._storage.get_buffer(part.path)
+            checked = pool.submit(self._check_bytes, part, content)
+            parquet = _open(content)
             self._check_rows(part, parquet.metadata.num_rows)
             for i in range(parquet.num_row_groups):
                 yield parquet.read_row_group(i).replace_schema_metadata(None)
+            checked.result()
 
     def _fetch(self, part: Part) -> pq.ParquetFile:
         content = self._storage.get_buffer(part.path)
+        self._check_bytes(part, content)
+        return _open(content)
+
+    def _check_bytes(self, part: Part, content: Any) -> None:
         # What another tool has written, as Delta's own delete, has another name and no checksum.
-        if PART.fullmatch(part.path) and part.path != _part_name(content):
+        if not PART.fullmatch(part.path):
+            return
+        named = _Named()
+        named.update(content)
+        if part.path != named.path:
             raise self._damaged(part, "its bytes do not match its checksum")
-        return pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
 
     @contextmanager
     def _reading(self, part: Part) -> Iterator[None]:
@@ -207,23 +219,22 @@ class PartFiles:
             stamp: For the footer: the table's card, and which write of which run this is, so that
                 the same rows written twice are two parts of two names.
         """
-        buffer = pa.BufferOutputStream()
         # Dictionaries only grow vectors: 768 kB of them took 1,201 kB with, 689 kB without.
         unlike = (ROW_ID, CONTENT_HASH, *vectors)
         plain = [name for name in schema.names if name not in unlike]
-        num_rows = 0
-        with pq.ParquetWriter(
-            buffer, schema, compression="zstd", use_dictionary=plain, write_page_checksum=True
-        ) as writer:
-            for rows in _grouped(pieces, schema):
-                per_row = max(rows.nbytes // max(rows.num_rows, 1), 1)
-                writer.write_table(rows, row_group_size=max(_GROUP_BYTES // per_row, 1))
-                num_rows += rows.num_rows
-            writer.add_key_value_metadata(dict(stamp or {}))
-        content = buffer.getvalue()
-        path = _part_name(content)
-        self._storage.put(path, memoryview(content).cast("B"))
-        return Part(path, content.size, num_rows)
+        num_rows, named = 0, _Named()
+        with self._storage.draft(_Named().path) as draft:
+            sink = _Sink(draft, named)
+            with pq.ParquetWriter(
+                sink, schema, compression="zstd", use_dictionary=plain, write_page_checksum=True
+            ) as writer:
+                for rows in _grouped(pieces, schema):
+                    per_row = max(rows.nbytes // max(rows.num_rows, 1), 1)
+                    writer.write_table(rows, row_group_size=max(_GROUP_BYTES // per_row, 1))
+                    num_rows += rows.num_rows
+                writer.add_key_value_metadata(dict(stamp or {}))
+            draft.publish(named.path)
+        return Part(named.path, named.num_bytes, num_rows)
 
 
 def _grouped(pieces: Iterable[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
@@ -241,5 +252,39 @@ def _grouped(pieces: Iterable[pa.Table], schema: pa.Schema) -> Iterator[pa.Table
     yield pa.concat_tables(waiting)
 
 
-def _part_name(content: Any) -> str:
-    return f"part-{hashlib.blake2b(content, digest_size=16).hexdigest()}.parquet"
+def _open(content: Any) -> pq.ParquetFile:
+    return pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+
+
+class _Named:
+    """The name of a part, as its bytes become known."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+        self.num_bytes = 0
+
+    def update(self, content: Any) -> None:
+        self._hash.update(content)
+        self.num_bytes += len(content)
+
+    @property
+    def path(self) -> str:
+        return f"part-{self._hash.hexdigest()}.parquet"
+
+
+class _Sink(io.RawIOBase):
+    """A file for pyarrow: a draft, and its name."""
+
+    def __init__(self, draft: Draft, named: _Named) -> None:
+        super().__init__()
+        self._draft, self._named = draft, named
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._named.num_bytes
+
+    def write(self, content: Any) -> int:
+        self._named.update(content)
+        return self._draft.write(content)

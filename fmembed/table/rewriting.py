@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,8 +90,17 @@ def rewrite(
     # Another tool may have added a column, which older parts lack.
     schema_of = files.read_schema if is_rejected else table.schema_of
     schema = pa.unify_schemas([schema_of(held.part) for held in parts])
-    pieces = _live_rows(table, parts, dead, is_rejected)
+    pieces = _ahead(_live_rows(table, parts, dead, is_rejected))
     return files.write_pieces(pieces, schema, () if is_rejected else vectors, stamp)
+
+
+def _ahead(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The same, each read in a thread while the one before it is written."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, pieces, None)
+        while (piece := coming.result()) is not None:
+            coming = pool.submit(next, pieces, None)
+            yield piece
 
 
 def _live_rows(
