@@ -4,8 +4,8 @@
     python tools/measure_large.py kill --mb 2000
     python tools/measure_large.py locate --mb 300
 
-`cores` fills a table from one JSONL file, with random numbers in place of a model, in a Ray of one
-CPU and in one of two, in turn; for comparison also from a compressed file of a tenth of the rows,
+`cores` fills a table from one JSONL file, with random numbers in place of a model, on one
+core and on two, in turn; for comparison also from a compressed file of a tenth of the rows,
 which one task reads. `kill` kills such a run when some of it is committed, and runs it again.
 `locate` looks for where the parts of such a file begin, and of the same texts as CSV, all in
 quotes, in this process. Each prints a line of JSON a figure.
@@ -51,19 +51,16 @@ def write_rows(path: Path, num_bytes: int) -> int:
     return count
 
 
-def one(path: Path, out: Path, cpus: int) -> None:
+def one(path: Path, out: Path, commit_every_s: str) -> None:
     """One run in this process."""
-    import ray
-
     from fmembed import RunSpec, pipeline
     from fmembed.bench.ways import EmbedNothing
 
-    ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     spec = RunSpec.parse(
         {
             "source": {"uri": str(path)},
             "model": {"id": _MODEL, "dtype": "float32"},
-            "output": {"uri": str(out), "commit_every_s": 5.0},
+            "output": {"uri": str(out), "commit_every_s": commit_every_s},
             "compute": {"actors": 1},
             "probes": [],
         }
@@ -77,11 +74,11 @@ def one(path: Path, out: Path, cpus: int) -> None:
     print(json.dumps(figures))
 
 
-def start(path: Path, out: Path, cpus: int) -> subprocess.Popen[str]:
+def start(path: Path, out: Path, cpus: int, every: str = "auto") -> subprocess.Popen[str]:
     command = [sys.executable, __file__, "one", "--path", str(path), "--out", str(out)]
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cpus]))
     return subprocess.Popen(
-        ["taskset", "-c", cores, *command, "--cpus", str(cpus)],
+        ["taskset", "-c", cores, *command, "--commit-every-s", every],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -110,7 +107,7 @@ def cores(folder: Path, num_bytes: int) -> None:
 def kill(folder: Path, num_bytes: int) -> None:
     path, out = folder / "rows.jsonl", folder / "out"
     num_rows = write_rows(path, num_bytes)
-    run = start(path, out, 2)
+    run = start(path, out, 2, every="5")
     while (done := on_record(out))[1] < num_rows / 3:
         if run.poll() is not None:
             raise SystemExit("the run was over before a third of it was on record")
@@ -163,10 +160,10 @@ def main() -> None:
     parser.add_argument("--mb", type=int, default=2000)
     parser.add_argument("--path", type=Path)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--cpus", type=int, default=2)
+    parser.add_argument("--commit-every-s", default="auto")
     given = parser.parse_args()
     if given.what == "one":
-        one(given.path, given.out, given.cpus)
+        one(given.path, given.out, given.commit_every_s)
         return
     with tempfile.TemporaryDirectory() as name:
         {"cores": cores, "kill": kill, "locate": locate}[given.what](Path(name), given.mb * 10**6)
