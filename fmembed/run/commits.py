@@ -34,7 +34,7 @@ _MAX_WRITE_RETRIES = 3
 # Below this the fraction says little: one bad row of ten is not yet a bad dataset.
 _MIN_ROWS_TO_STOP = 1000
 _SETTLE_S = 30.0
-_LEAST_COMMIT_S, _COMMIT_SHARE = 60.0, 1 / 50
+_LEAST_COMMIT_S, _COMMIT_SHARE, _SLOW_COMMIT_S = 60.0, 1 / 50, 1.0
 
 
 class Commits:
@@ -135,11 +135,12 @@ class Commits:
 
     def _due(self, now: float) -> float:
         """When the next commit is to begin: as the config says, but after as much work as the last
-        one took. Each looks through the keys of all before it: with one every 5 s, a run of a
-        million rows on one core came to do nothing else.
+        one took, if that was seconds. Each looks through the keys of all before it: with one every
+        5 s, a run of a million rows on one core came to do nothing else.
         """
         every_s = interval_s(self._output.commit_every_s, now - self._began)
-        return self._last_commit + max(every_s, self._commit_s)
+        slow_s = self._commit_s if self._commit_s > _SLOW_COMMIT_S else 0.0
+        return self._last_commit + max(every_s, slow_s)
 
     def commit(self) -> None:
         """Write what is pending, wait for all parts, and commit them in one transaction."""

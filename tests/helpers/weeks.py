@@ -20,7 +20,7 @@ from fmembed import RunSpec
 from fmembed.result import RunResult
 from fmembed.rows.found import COPY, EMBED
 from fmembed.run.refresh import Foreseen
-from fmembed.storage import Storage
+from fmembed.storage import Storage, _LocalDraft
 from fmembed.table.table import Table
 
 
@@ -33,12 +33,13 @@ def killed_at(number: int, under: str) -> Iterator[Callable[[], int]]:
     """Die at the write with a number to a table; how many there were."""
     count = 0
 
-    def dies(name: str) -> Any:
-        original = getattr(Storage, name)
+    def dies(owner: type, name: str) -> Any:
+        original = getattr(owner, name)
 
-        def method(self: Storage, *given: Any, **named: Any) -> Any:
+        def method(self: Any, *given: Any, **named: Any) -> Any:
             nonlocal count
-            if self.uri.startswith(under) and not str(given[0]).startswith("_lock/"):
+            place = self.uri if isinstance(self, Storage) else str(self._half)
+            if place.startswith(under) and not str(given[0]).startswith("_lock/"):
                 count += 1
                 if count == number:
                     raise Killed(f"{name} {given[0]}")
@@ -48,7 +49,8 @@ def killed_at(number: int, under: str) -> Iterator[Callable[[], int]]:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("put", "create", "delete", "move"):
-            patch.setattr(Storage, name, dies(name))
+            patch.setattr(Storage, name, dies(Storage, name))
+        patch.setattr(_LocalDraft, "publish", dies(_LocalDraft, "publish"))
         yield lambda: count
 
 
