@@ -353,10 +353,10 @@ def embed_rows(
                     progress.expect(work.source)
                     hold(commits.held_bytes)
                     picks = work.picks or not_known(work.known)
-                    rows = read(work.source, picks, plan.cpus_per_task, work.apart)
+                    rows = read(work.source, plan, picks, work.apart)
                     num_shards = len(work.source.shards)
                     pieces = prepare(
-                        rows, checkpoint, spec.preprocess, plan, work.apart, num_shards
+                        rows, checkpoint, spec.preprocess, plan, num_shards, work.apart
                     )
                     vectors = apply(stage, checkpoint, options, pieces, plan)
                     for bundle in vectors.iter_internal_ref_bundles():

@@ -62,10 +62,19 @@ def moving_bound(plan: Plan) -> Iterator[Callable[[int], None]]:
 
 
 class _Bound(ExecutionCallback):
-    """Moves the bound of a running executor, which Ray Data (2.60) reads once a second."""
+    """Moves the bound of a running executor, which Ray Data (2.60) reads once a second.
+
+    And takes the task that cuts windows out of what bounds it: Ray Data would keep a share of the
+    CPUs for it as large as that of reading and preparing, which needs nearly all.
+    """
 
     # On the class, because Ray makes the instance itself and pickles the class with its context.
     most: ClassVar[int | None] = None
+
+    def before_execution_starts(self, executor: Any) -> None:
+        for operator in executor._topology:
+            if operator.name.startswith("StreamingRepartition"):
+                operator.throttling_disabled = lambda: True
 
     def on_execution_step(self, executor: Any) -> None:
         if self.most is not None:

@@ -69,8 +69,8 @@ def _measure(
     # A few rows only: one actor loads the model faster than several.
     one = replace(plan, min_actors=1, max_actors=1)
     some = sample(left, _NUM_ROWS, _NUM_SHARDS)
-    rows = read(some, num_cpus=plan.cpus_per_task, apart=apart)
-    pieces = prepare(rows, checkpoint, spec, one, apart)
+    rows = read(some, plan, apart=apart)
+    pieces = prepare(rows, checkpoint, spec, one, len(some.shards), apart)
     options = stage_options(checkpoint, spec, one, {}, dim)
     embedded = apply(stage, checkpoint, options, pieces, one)
     needed = _in_need(inputs)

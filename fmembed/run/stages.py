@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 import ray.util.annotations
-from ray.data import ActorPoolStrategy, Datasource, ReadTask
+from ray.data import ActorPoolStrategy, Datasource, ReadTask, TaskPoolStrategy
 from ray.data.block import BlockMetadata
 
 from fmembed.checkpoint.families import FAMILIES
@@ -52,14 +52,14 @@ def not_known(known: KnownRows) -> Picks | None:
 
 
 def read(
-    source: Source, picks: Picks | None = None, num_cpus: float = 1.0, apart: bool = False
+    source: Source, plan: Plan, picks: Picks | None = None, apart: bool = False
 ) -> ray.data.Dataset:
     """Read the shards as Ray Data blocks of `columns.row_schema(source.carried)`.
 
     Args:
         source: What `open_source` found.
+        plan: CPUs of a task, and how many tasks.
         picks: Which rows to hand on; the marker row that ends a shard says how many were not.
-        num_cpus: What Ray reserves for a read task.
         apart: Whether in a process apart, so that a row may end it.
     """
     described, shards, num_bytes = source.without_shards, source.shards, source.num_bytes
@@ -88,7 +88,8 @@ def read(
         dataset: ray.data.Dataset = ray.data.read_datasource(
             datasource,
             override_num_blocks=len(shards),
-            num_cpus=num_cpus,
+            num_cpus=plan.cpus_per_task,
+            compute=TaskPoolStrategy(size=_count_tasks(plan, len(shards), apart)[0]),
             ray_remote_args={"max_retries": MAX_TASK_RETRIES},
         )
     return dataset
@@ -99,8 +100,8 @@ def prepare(
     checkpoint: Checkpoint,
     spec: PreprocessSpec,
     plan: Plan,
+    num_shards: int,
     apart: bool = False,
-    num_shards: int | None = None,
 ) -> ray.data.Dataset:
     """Canonical rows to what the model takes, in windows: a task for each block.
 
@@ -112,22 +113,35 @@ def prepare(
         checkpoint: The model.
         spec: How it is given its inputs.
         plan: CPUs of a task, rows of a window.
+        num_shards: How many shards the rows are read from.
         apart: Whether in a process apart, so that a row may end it.
-        num_shards: How many shards the rows are read from; None for many.
     """
     preprocess = PreprocessApart if apart else Preprocess
-    few = num_shards is not None and num_shards < _SHARDS_PER_WORKER * plan.num_workers
-    beside = few and plan.num_workers > 1 and not apart
+    readers, preparers = _count_tasks(plan, num_shards, apart)
     with _bounded():
         ready = rows.map_batches(
             preprocess(checkpoint, spec).stream,
             batch_format="pyarrow",
             batch_size=None,
             num_cpus=plan.cpus_per_task,
+            compute=TaskPoolStrategy(size=preparers or readers),
             # Ray Data (2.60) makes one task of two whose options are the same, and only of those.
-            max_retries=MAX_TASK_RETRIES + beside,
+            max_retries=MAX_TASK_RETRIES + bool(preparers),
         )
     return ready.repartition(target_num_rows_per_block=plan.window_rows)
+
+
+def _count_tasks(plan: Plan, num_shards: int, apart: bool) -> tuple[int, int]:
+    """How many tasks read, and how many prepare beside them: none, where those that read do.
+
+    No more than there are workers, as CPUs would be full of them, and the task that cuts windows
+    wait until one has read its shard.
+    """
+    workers = plan.num_workers
+    if apart or workers == 1 or num_shards >= _SHARDS_PER_WORKER * workers:
+        return workers, 0
+    readers = max(min(num_shards, workers // 2), 1)
+    return readers, workers - readers
 
 
 def apply(
