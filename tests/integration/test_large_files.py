@@ -110,8 +110,8 @@ def test_a_machine_of_one_core_does_its_work(tmp_path: Path, tiny_bert: Path) ->
 
 
 def test_a_ray_that_is_started_here_has_two_cpus_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fmembed.run import cluster
+    from fmembed.run import own_node
 
     for cpus, given in ((1, 2), (0.5, 2), (2, None), (64, None)):
-        monkeypatch.setattr(cluster, "get_num_cpus", lambda cpus=cpus: cpus)
-        assert cluster._count_cpus() == given
+        monkeypatch.setattr(own_node.utils, "get_num_cpus", lambda cpus=cpus: cpus)
+        assert own_node._count_cpus() == given

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,8 +32,9 @@ def test_a_file_that_kills_its_reader_is_tried_a_few_times(
     monkeypatch.setattr("fmembed.run.stages.read_shard", die)
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     source = open_source(SourceSpec(uri=str(tmp_path / "a.jsonl")))
+    plan: Any = SimpleNamespace(cpus_per_task=1.0, num_workers=1)
     with pytest.raises(ray.exceptions.RayError) as failed:
-        list(read(source).iter_internal_ref_bundles())
+        list(read(source, plan).iter_internal_ref_bundles())
     assert is_loss(failed.value), failed.value
     assert len(tries.read_text()) == 1 + MAX_TASK_RETRIES
     message = str(explain(failed.value))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
@@ -396,10 +397,11 @@ def test_a_read_task_carries_its_own_shard_and_no_other(
 
 def read_tasks(source: Source) -> list[Any]:
     """What `read` hands to Ray."""
-    handed = []
+    handed: list[Any] = []
+    plan: Any = SimpleNamespace(cpus_per_task=1.0, num_workers=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray.data, "read_datasource", lambda shards, **_: handed.append(shards))
-        read(source)
+        read(source, plan)
     tasks: list[Any] = handed[0].get_read_tasks(1)
     return tasks
 
