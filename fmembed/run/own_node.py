@@ -52,12 +52,10 @@ def leave(at_once: bool) -> None:
         return
     import psutil  # Ray has its own, found once it is imported
 
-    raylets = node.all_processes.get(ray_constants.PROCESS_TYPE_RAYLET, [])
-    children = [
-        child
-        for raylet in raylets
-        for child in psutil.Process(raylet.process.pid).children(recursive=True)
-    ]
+    children = []
+    for raylet in node.all_processes.get(ray_constants.PROCESS_TYPE_RAYLET, []):
+        with suppress(psutil.NoSuchProcess):  # it has ended by itself
+            children += psutil.Process(raylet.process.pid).children(recursive=True)
     kill = node.kill_all_processes
     node.kill_all_processes = lambda **options: kill(**{**options, "allow_graceful": False})
     ray.shutdown()
@@ -170,7 +168,7 @@ class _ThisNode(ClusterAutoscaler):
     def __init__(self) -> None:
         ask: Any = ray.cluster_resources
         found = ask()
-        found["CPU"] *= 2
+        found["CPU"] = 2 * found.get("CPU", 0)
         self._total: ExecutionResources = ExecutionResources.from_resource_dict(found)
 
     def try_trigger_scaling(self) -> None:
