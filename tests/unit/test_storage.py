@@ -68,3 +68,46 @@ def test_messages_hold_no_secret(message: str, clean: str) -> None:
 
 def test_redact() -> None:
     assert redact("az://account:key@container/path?sv=1&sig=2") == "az://container/path"
+
+
+def test_a_draft_is_whole_under_its_name_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fmembed.storage._SYNC_BYTES", 10)  # the disk is asked meanwhile
+    storage = Storage(str(tmp_path / "new"))
+    with storage.draft("like") as draft:
+        for _ in range(100):
+            assert draft.write(b"four") == 4
+        assert [p.name.startswith("like#") for p in (tmp_path / "new").iterdir()] == [True]
+        draft.publish("name")
+    assert storage.get("name") == b"four" * 100
+
+    def fail() -> None:
+        with storage.draft("like") as draft:
+            draft.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    with storage.draft("like") as draft:
+        draft.write(b"never published")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["name"]
+
+
+def test_a_disk_that_refuses_a_draft_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fmembed.storage._SYNC_BYTES", 1)
+    monkeypatch.setattr("os.fsync", full)
+
+    def write() -> None:
+        with Storage(str(tmp_path)).draft("like") as draft:
+            draft.write(b"x")
+            draft.publish("name")
+
+    with pytest.raises(StorageError, match=r"cannot write like in .*: No space left on device"):
+        write()
+    assert not list(tmp_path.iterdir())
