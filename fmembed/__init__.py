@@ -56,6 +56,7 @@ from fmembed.spec import (
 )
 
 if TYPE_CHECKING:
+    from fmembed.encoding import encode
     from fmembed.forecast import Forecast
     from fmembed.pipeline import embed, plan, probe, refresh
     from fmembed.result import RunResult
@@ -97,6 +98,7 @@ __all__ = [
     "__version__",
     "diff",
     "embed",
+    "encode",
     "files",
     "plan",
     "probe",
@@ -127,6 +129,10 @@ def __getattr__(name: str) -> Any:
         from fmembed.forecast import Forecast
 
         return Forecast
+    if name == "encode":
+        from fmembed.encoding import encode
+
+        return encode
     if name in ("embed", "plan", "probe", "refresh"):
         from fmembed import pipeline
 

@@ -33,7 +33,7 @@ class Embed:
             checkpoint: Which model.
             options: As for `encoder.Encoder`, or for `server.EndpointEncoder`.
         """
-        self._encoder = _load(checkpoint, **options)
+        self._encoder = load(checkpoint, **options)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Replace the columns of `rows.pieces` by a column of vectors for each output."""
@@ -91,13 +91,14 @@ def embed_here(checkpoint: Checkpoint, inputs: Sequence[str | bytes]) -> pa.Tabl
     Raises:
         ModelError: The model or its tokenizer cannot be loaded.
     """
-    encoder = _load(checkpoint)
+    encoder = load(checkpoint)
     rows = [{"row_id": str(i), "_input": given} for i, given in enumerate(inputs)]
     table = pa.Table.from_pylist(rows, row_schema(pa.schema([]), checkpoint.modality))
     return encoder(Preprocess(checkpoint, PreprocessSpec())(table))
 
 
-def _load(checkpoint: Checkpoint, **options: Any) -> Callable[[pa.Table], pa.Table]:
+def load(checkpoint: Checkpoint, **options: Any) -> Callable[[pa.Table], pa.Table]:
+    """What turns a window of rows into columns of vectors: see `Embed`."""
     if checkpoint.endpoint is not None:
         return EndpointEncoder(checkpoint, **options)
     from fmembed.model.encoder import Encoder

@@ -40,12 +40,13 @@ ALLOWED = {
     **GROUND,
     **STATIONS,
     "inputs": _ALL | {"checkpoint", "rows", "sources", "table"},
+    "encoding": _STATIONS,
     "evaluate": _STATIONS,
     "run": _STATIONS | {"evaluate", "inputs"},
     "pipeline": _STATIONS | {"evaluate", "inputs", "run"},
     "bench": _STATIONS | {"inputs", "pipeline", "run"},
     "cli": _STATIONS | {"bench", "pipeline"},
-    "__init__": _STATIONS | {"pipeline"},
+    "__init__": _STATIONS | {"encoding", "pipeline"},
 }
 # Of those that take seconds to import; within a function in the files that are named.
 HEAVY = {
