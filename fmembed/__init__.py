@@ -56,6 +56,8 @@ from fmembed.spec import (
 )
 
 if TYPE_CHECKING:
+    from fmembed.embeddings import Embeddings
+    from fmembed.embeddings import Embeddings as open  # noqa: A004, F401, N813
     from fmembed.encoding import encode
     from fmembed.forecast import Forecast
     from fmembed.pipeline import embed, plan, probe, refresh
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# Without `open`, which `import *` would put in the place of Python's own.
 __all__ = [
     "BudgetSpec",
     "BudgetSpentError",
@@ -76,6 +79,7 @@ __all__ = [
     "ComputeSpec",
     "ConflictError",
     "DamagedError",
+    "Embeddings",
     "FmembedError",
     "Forecast",
     "HubDataset",
@@ -133,6 +137,10 @@ def __getattr__(name: str) -> Any:
         from fmembed.encoding import encode
 
         return encode
+    if name in ("Embeddings", "open"):
+        from fmembed.embeddings import Embeddings
+
+        return Embeddings
     if name in ("embed", "plan", "probe", "refresh"):
         from fmembed import pipeline
 

@@ -307,6 +307,26 @@ _Table = Annotated[str, typer.Argument(help="A table's folder or URL.")]
 
 
 @app.command()
+def info(
+    table: _Table,
+    version: Annotated[int | None, typer.Option(help="Which; the newest, if none.")] = None,
+    json_: _Json = False,
+) -> None:
+    """Say what a table is: rows, model, source, scores, version, and what of it is missing here.
+
+    Nothing but the table is opened, so a copied or mailed folder will do.
+    """
+    from fmembed.embeddings import Embeddings
+
+    found = Embeddings(table, version).info()
+    if json_:
+        print(json.dumps(asdict(found)))
+        return
+    for line in found.lines():
+        _print(line)
+
+
+@app.command()
 def versions(
     table: _Table,
     limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest.")] = 20,

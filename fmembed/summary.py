@@ -51,24 +51,32 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"rejected  {count:,} {cause}"
     if unlabelled := max((p.get("unlabelled", 0) for p in result["probes"].values()), default=0):
         yield f"labels    {unlabelled:,} rows have none, and no part in the probes of labels"
-    for name, p in result["probes"].items():
-        if "skipped" in p:
-            yield f"{name:<9} skipped: {p['skipped']}"
-            continue
-        metric = p["metric"] + (f" (k = {p['k']})" if "k" in p else "")
-        chance = p.get("by_chance", {})
-        baselines = ", ".join(
-            f"{n} {v:z.3f}" + (_describe_chance(chance) if n == chance.get("baseline") else "")
-            for n, v in p["baselines"].items()
-        )
-        if "missing" in p:
-            baselines += f"; no cheap competitor: {p['missing']}"
-        yield (
-            f"{name:<9} {metric} {p['value']:z.3f} [{p['low']:z.3f}, {p['high']:z.3f}]; {baselines}"
-        )
+    for name, found in result["probes"].items():
+        yield describe_probe(name, found)
     yield f"table     {result['table']} version {result['version']}"
     if result["report"]:
         yield f"report    {result['report']}"
+
+
+def describe_probe(name: str, found: dict[str, Any]) -> str:
+    """What a probe has found, in a line.
+
+    Args:
+        name: Of the probe, with its column where there are several.
+        found: As `RunResult.probes` has it.
+    """
+    if "skipped" in found:
+        return f"{name:<9} skipped: {found['skipped']}"
+    metric = found["metric"] + (f" (k = {found['k']})" if "k" in found else "")
+    chance = found.get("by_chance", {})
+    baselines = ", ".join(
+        f"{n} {v:z.3f}" + (_describe_chance(chance) if n == chance.get("baseline") else "")
+        for n, v in found["baselines"].items()
+    )
+    if "missing" in found:
+        baselines += f"; no cheap competitor: {found['missing']}"
+    interval = f"[{found['low']:z.3f}, {found['high']:z.3f}]"
+    return f"{name:<9} {metric} {found['value']:z.3f} {interval}; {baselines}"
 
 
 def _embedded(result: dict[str, Any]) -> Iterator[str]:

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fmembed.result import RunResult
+from fmembed.result import RunResult, check_probe
 from fmembed.spec import EndpointSpec, RunSpec
 from fmembed.table.card import Card, StoredOutput
+from fmembed.table.table import Table
 
 _UNITS = {"text": "tokens", "image": "patches", "audio": "samples"}
+
+
+def stored_probes(
+    table: Table, version: int | None, card: Card, names: Sequence[str]
+) -> Iterator[tuple[str, str, dict[str, Any] | None]]:
+    """What probes of a version have found, by probe and column: None where its record is damaged.
+
+    Args:
+        table: Where.
+        version: Of its rows.
+        card: The table's.
+        names: Of these probes; those that were not run are left out.
+    """
+    for column in card.pooled:
+        for name in names:
+            raw = table.get_probe(version, name, column)
+            if raw is not None:
+                yield name, column, check_probe(raw, name, column)
 
 
 def pick_headlines(results: Sequence[dict[str, Any]], card: Card) -> dict[str, Any]:

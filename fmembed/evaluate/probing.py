@@ -13,11 +13,11 @@ import ray
 from fmembed import probes
 from fmembed.checkpoint.opening import list_modalities, open_checkpoint
 from fmembed.errors import ModelError, SpecError
-from fmembed.evaluate.facts import in_usd, pick_headlines, state_facts
+from fmembed.evaluate.facts import in_usd, pick_headlines, state_facts, stored_probes
 from fmembed.evaluate.page import make_map, render
 from fmembed.evaluate.sample import NO_SOURCE, TableSample, check_columns, read_card, read_sample
 from fmembed.evaluate.text_tower import NO_MODEL, embed_captions, embed_prompts
-from fmembed.result import RunResult, check_probe
+from fmembed.result import RunResult
 from fmembed.spec import ModelSpec, RunSpec, SourceSpec
 from fmembed.table.card import Card
 from fmembed.table.table import Table
@@ -195,13 +195,10 @@ def _skip(name: str, column: str, why: str) -> dict[str, Any]:
 def _stored_probes(
     table: Table, version: int | None, card: Card, names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    found = []
-    for column in card.pooled:
-        for name in names:
-            raw = table.get_probe(version, name, column)
-            if raw is not None:
-                found.append(check_probe(raw, name, column) or _skip(name, column, _DAMAGED))
-    return found
+    return [
+        found or _skip(name, column, _DAMAGED)
+        for name, column, found in stored_probes(table, version, card, names)
+    ]
 
 
 def _with_headlines(

@@ -1,0 +1,324 @@
+"""A table as its readers take it: arrays, frames, what is known of it, and how it looks.
+
+`fmembed.open` looks at the log and at what lies beside it; nothing that the table names is opened,
+so it is the same for one that was copied or mailed.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fmembed.errors import TableError
+from fmembed.evaluate.facts import pick_headlines, stored_probes
+from fmembed.redaction import redact
+from fmembed.rows.precision import PRECISIONS, dequantize, ranges_from_lists
+from fmembed.spec import OWN_COLUMNS, ProbeName
+from fmembed.summary import describe_probe
+from fmembed.table.card import Card
+from fmembed.table.files import holds_vectors
+from fmembed.table.reading import read
+from fmembed.table.table import Table
+from fmembed.table.versions import list_versions
+from fmembed.terminal import printable
+
+if TYPE_CHECKING:
+    import pandas
+    import polars
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a table tells of itself, without a row of it being read.
+
+    `dims` and `precisions` are by column of vectors; `columns` are the carried ones. `made` is when
+    the version was made, `last_run` when the last run on record began and `last_kind` what it was.
+    `probes` are as `RunResult.probes`. `missing` says what is not there that a run leaves.
+    """
+
+    table: str
+    version: int
+    made: str
+    rows: int
+    rows_rejected: int
+    num_bytes: int
+    parts: int
+    modality: str
+    dims: dict[str, int]
+    precisions: dict[str, str]
+    columns: tuple[str, ...]
+    model: str
+    model_settings: str
+    source: str
+    input: str
+    fingerprint: str
+    last_run: str = ""
+    last_kind: str = ""
+    probes: dict[str, Any] = field(default_factory=dict)
+    report: str | None = None
+    missing: tuple[str, ...] = ()
+
+    def lines(self) -> Iterator[str]:
+        """The same for people, a line each."""
+        yield f"table     {self.table}"
+        for column, dim in self.dims.items():
+            named = f", column {column}" if len(self.dims) > 1 else ""
+            yield f"vectors   {self.rows:,} vectors × {dim:,} {self.precisions[column]}{named}"
+        yield f"model     {self.model} ({self.model_settings})"
+        yield f"from      {self.source}, column {self.input}"
+        yield f"columns   {', '.join(self.columns) or 'none carried'}"
+        for name, found in self.probes.items():
+            yield describe_probe(name, found)
+        size = f"{self.num_bytes / 2**20:,.1f} MiB in {self.parts:,} parts"
+        yield f"version   {self.version}, {_when(self.made)}, {size}"
+        if self.rows_rejected:
+            yield f"rejected  {self.rows_rejected:,}: fmembed rejected {self.table}"
+        if self.last_run:
+            yield f"last run  {self.last_kind}, {_when(self.last_run)}"
+        if self.report:
+            yield f"report    {self.report}"
+        for what in self.missing:
+            yield f"missing   {what}"
+
+
+class Embeddings:
+    """A version of a table: its rows, and what is known of them.
+
+    Nothing is read before it is asked for; each call reads from storage, so keep what it gives.
+    """
+
+    def __init__(self, uri: str, version: int | None = None) -> None:
+        """Open a table.
+
+        Args:
+            uri: The table's folder or URL.
+            version: Which version; None for the newest.
+
+        Raises:
+            TableError: No table there, or no such version.
+        """
+        self._table = Table.open(uri)
+        newest = self._table.version() or 0
+        if version is not None:
+            self._table.check_version(version)
+        self.version = newest if version is None else version
+        self._is_newest = self.version == newest
+        card = self._table.card()
+        assert card is not None
+        self._card: Card = card
+
+    @property
+    def uri(self) -> str:
+        """Where the table is."""
+        return self._table.uri
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of all columns."""
+        return list(self._table.schema().names)
+
+    @property
+    def vectors(self) -> list[str]:
+        """The names of the columns of vectors."""
+        return list(self._card.outputs)
+
+    def __len__(self) -> int:
+        """Rows."""
+        return sum(part.num_rows for part in self._table.rows.parts(self.version))
+
+    def arrow(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Rows as a pyarrow Table: all columns, or these.
+
+        Raises:
+            TableError: No such column.
+        """
+        return read(self.uri, self.version, columns=None if columns is None else list(columns))
+
+    def pandas(self, columns: Sequence[str] | None = None) -> pandas.DataFrame:
+        """Rows as a pandas DataFrame; a vector is an array, a view of one that holds them all."""
+        return self.arrow(columns).to_pandas()
+
+    def polars(self, columns: Sequence[str] | None = None) -> polars.DataFrame:
+        """Rows as a polars DataFrame; a column of vectors is an Array."""
+        import polars
+
+        found = polars.from_arrow(self.arrow(columns))
+        assert isinstance(found, polars.DataFrame)
+        return found
+
+    def ray(self, columns: Sequence[str] | None = None) -> Any:
+        """Rows as a Ray Dataset, which reads them where it is consumed."""
+        chosen = None if columns is None else list(columns)
+        return read(self.uri, self.version, engine="ray", columns=chosen)
+
+    def numpy(self, column: str | None = None, *, label: str | None = None) -> Any:
+        """Vectors as one array, ready for scikit-learn, and a column of labels beside it.
+
+        Args:
+            column: Which column of vectors; None for the first.
+            label: Another column, whose values come in the same order.
+
+        Returns:
+            Shape (rows, dim), float32, C-contiguous, whatever precision they are stored in; of a
+            column with a vector for each token a list of (tokens, dim). With `label` two: this, and
+            the values, shape (rows,): numbers as they are, all else as objects, None where a row
+            has none.
+
+        Raises:
+            TableError: No such column, or none of vectors.
+        """
+        column = self.vectors[0] if column is None else column
+        if column not in self.vectors:
+            raise TableError(
+                f"column: {self.uri} has no vectors in {column!r}; it has {', '.join(self.vectors)}"
+            )
+        rows = self.arrow([column] if label is None else list(dict.fromkeys([column, label])))
+        vectors = self._floats(rows[column], column)
+        return vectors if label is None else (vectors, _values(rows[label]))
+
+    def _floats(self, stored: pa.ChunkedArray, column: str) -> Any:
+        if self._card.outputs[column].pooling == "tokens":
+            return [self._matrix(row.values, column) for row in stored]
+        if not len(stored):  # of which the log alone tells, and no length of a vector
+            return np.empty((0, _dim(stored.type, self._card, column)), np.float32)
+        return np.concatenate([self._matrix(chunk, column) for chunk in stored.chunks])
+
+    def _matrix(self, stored: Any, column: str) -> npt.NDArray[np.float32]:
+        while not pa.types.is_fixed_size_list(stored.type):  # pieces of a row, and their tokens
+            stored = stored.flatten()
+        flat = stored.flatten().to_numpy(zero_copy_only=False)
+        matrix = flat.reshape(-1, stored.type.list_size)
+        precision, ranges = self._card.outputs[column].precision, self._card.ranges
+        return dequantize(matrix, column, precision, ranges_from_lists(ranges))
+
+    @property
+    def probes(self) -> dict[str, Any]:
+        """What probes of this version have found, as `RunResult.probes`; empty without one."""
+        found = stored_probes(self._table, self.version, self._card, get_args(ProbeName))
+        return pick_headlines([probe for _, _, probe in found if probe], self._card)
+
+    def info(self) -> Info:
+        """What the table tells of itself, and what of it is missing here."""
+        table, card = self._table, self._card
+        parts = table.rows.parts(self.version)
+        there = table.storage.sizes("")
+        gone = [part.path for part in parts if part.path not in there]
+        left = next((part for part in parts if part.path not in gone), None)
+        schema = table.rows.schema() if left is None else table.schema_of(left)
+        own = [f.name for f in schema if not holds_vectors(f.type)]
+        last, probes, missing = table.last_run() if self._is_newest else None, self.probes, []
+        if gone:
+            missing.append(f"{len(gone):,} of {len(parts):,} parts, as {gone[0]}")
+        if self._is_newest and last is None:
+            missing.append("a record of its last run (_runs/)")
+        if not probes:
+            missing.append("probes: fmembed probe finds scores")
+        if self._is_newest and not table.has_report:
+            missing.append("its report (_report.html): fmembed probe writes it")
+        limit = (table.version() or 0) - self.version + 1
+        made = (v.time for v in list_versions(self.uri, limit) if v.version == self.version)
+        return Info(
+            table=self.uri,
+            version=self.version,
+            made=next(made, ""),
+            rows=len(self),
+            rows_rejected=table.num_rejected(),
+            num_bytes=sum(part.size_bytes for part in parts),
+            parts=len(parts),
+            modality=card.modality,
+            dims={
+                c: _dim(schema.field(c).type, card, c) for c in card.outputs if c in schema.names
+            },
+            precisions={c: output.precision for c, output in card.outputs.items()},
+            columns=tuple(c for c in own if c not in OWN_COLUMNS),
+            model=_said(card, "model", "id"),
+            model_settings=self._settings(),
+            source=_said(card, "source", "uri"),
+            input=_said(card, "source", "input"),
+            fingerprint=card.fingerprint,
+            last_run=last.started if last is not None else "",
+            last_kind=last.kind if last is not None else "",
+            probes=probes,
+            report=f"{self.uri}/_report.html" if table.has_report else None,
+            missing=tuple(missing),
+        )
+
+    def _settings(self) -> str:
+        identity, output = self._card.identity, self._card.outputs[self.vectors[0]]
+        said = [output.pooling]
+        if self._card.modality == "text" and identity.get("model.max_tokens"):
+            said.append(f"{identity['model.max_tokens']} tokens")
+        if identity.get("model.prompt"):
+            said.append(f"prompt {str(identity['model.prompt'])[:40]!r}")
+        return ", ".join([*said, str(identity.get("model.dtype", "?"))])
+
+    def __repr__(self) -> str:
+        info = self.info()
+        column, dim = next(iter(info.dims.items()), ("", 0))
+        scores = [f"{n} {p['value']:.3f}" for n, p in info.probes.items() if "value" in p]
+        said = [
+            f"{info.rows:,} vectors × {dim:,} {info.precisions.get(column, '')}".rstrip(),
+            f"{info.model} ({info.model_settings})",
+            f"from {info.source}, column {info.input}",
+            *scores,
+            f"version {info.version}, {_when(info.made)}",
+            *(f"missing: {what}" for what in info.missing),
+        ]
+        return printable(f"<Embeddings {info.table}: {' · '.join(said)}>")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: what is known, and the report."""
+        info = self.info()
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(line[:10].strip())}</th>"
+            f"<td style='text-align:left'>{html.escape(printable(line[10:]))}</td></tr>"
+            for line in info.lines()
+        )
+        return f"<table>{rows}</table>{self._frame(info)}"
+
+    def _frame(self, info: Info) -> str:
+        if info.report is None:
+            return ""
+        # In a frame without rights: the report is a file that anybody may have made.
+        page = html.escape(self._table.storage.get("_report.html").decode(errors="replace"))
+        return (
+            "<details><summary>report</summary><iframe sandbox='allow-scripts' "
+            f"style='width:100%;height:40rem;border:0' srcdoc=\"{page}\"></iframe></details>"
+        )
+
+
+def _dim(type_: pa.DataType, card: Card, column: str) -> int:
+    while not pa.types.is_fixed_size_list(type_):
+        if not (pa.types.is_list(type_) or pa.types.is_large_list(type_)):
+            return 0
+        type_ = type_.value_type
+    return int(type_.list_size) * PRECISIONS[card.outputs[column].precision].dims_each
+
+
+def _said(card: Card, part: str, name: str) -> str:
+    """A field of the spec in a table's metadata, whatever somebody has written there."""
+    fields = card.spec.get(part)
+    return redact(str(fields.get(name, "?")))[:200] if isinstance(fields, dict) else "?"
+
+
+def _values(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    found: npt.NDArray[Any] = column.to_numpy(zero_copy_only=False)
+    return found
+
+
+def _when(time: str) -> str:
+    """A time of UTC as people say it: with the day where it is near."""
+    try:
+        moment = datetime.fromisoformat(time)
+    except ValueError:
+        return "at an unknown time"
+    days = (datetime.now(UTC).date() - moment.astimezone(UTC).date()).days
+    near = {0: "today", 1: "yesterday"}.get(days, f"{days:,} days ago")
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M} UTC ({near})"
