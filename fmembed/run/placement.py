@@ -197,10 +197,13 @@ def plan_compute(
     spare = max(cpus - num_tasks, 0)
     # Ray counts CPUs in steps of 1/10,000.
     per_actor = 0.0 if gpus_per_actor else math.floor(spare / high * 1e4) / 1e4
-    free = sum(n["CPU"] for n in nodes) - high * per_actor
+    num_slots = sum(int(n["CPU"]) for n in nodes)
+    if per_actor:  # which together leave a fraction of a CPU on each node that has some of them
+        num_slots -= spare + min(high, num_nodes) - 1
     # One CPU is for the task that cuts windows; where only one is left besides, two workers share
-    # it: on 2 cores, without a model, one of them read and prepared 3,169 rows/s and two 6,384.
-    per_task = 1.0 if free > 2 else 0.5
+    # it: on 2 cores, without a model, one of them read and prepared 3,169 rows/s and two 6,384. Of
+    # two nodes each might take a half, and then neither has a whole one left.
+    per_task = 0.5 if num_slots <= 2 and num_nodes == 1 else 1.0
     device = "cuda" if gpus_per_actor else "cpu"
     return Plan(
         device=device,
@@ -210,7 +213,7 @@ def plan_compute(
         cpus_per_actor=per_actor,
         num_threads=max(cpus // per_node, 1),
         cpus_per_task=per_task,
-        num_workers=max(int((free - 1) / per_task), 1),
+        num_workers=max(int((num_slots - 1) / per_task), 1),
         window_rows=_choose_window(device, modality, high, work)
         if spec.window_rows == "auto"
         else spec.window_rows,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 
@@ -62,6 +63,32 @@ def test_every_node_gets_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < plan.max_actors * plan.cpus_per_actor <= 2
     two = plan_compute(ComputeSpec(actors=6))
     assert (two.max_actors, two.num_threads) == (6, 2)
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("cpus", [1, 2, 3, 4, 5, 7, 8, 16, 23, 64, 96])
+@pytest.mark.parametrize("actors", ["auto", 1, 2, 5])
+def test_a_whole_cpu_is_left_to_cut_windows(
+    monkeypatch: pytest.MonkeyPatch, num_nodes: int, cpus: int, actors: Any
+) -> None:
+    _cluster(monkeypatch, [{"CPU": float(cpus), "memory": 1024 * GIB}] * num_nodes)
+    plan = plan_compute(ComputeSpec(actors=actors))
+    rng = np.random.default_rng(0)
+    spread = np.arange(plan.max_actors) % num_nodes
+    for where in [spread, 0 * spread, *(rng.integers(0, num_nodes, plan.max_actors)
+                                        for _ in range(20))]:  # fmt: skip
+        held = np.bincount(where, minlength=num_nodes) * plan.cpus_per_actor
+        free = cpus - held + 1e-9
+        assert free.min() >= 0
+        if plan.num_workers == 1 and cpus * num_nodes < 3:
+            continue  # one after the other, as on one CPU
+        if plan.cpus_per_task == 1:
+            assert np.floor(free).sum() >= plan.num_workers + 1
+        else:  # two share one, on the only node
+            assert num_nodes == 1
+            assert free[0] >= plan.num_workers * plan.cpus_per_task + 1
+    # And no more than that is left idle.
+    assert plan.num_workers * plan.cpus_per_task >= cpus * num_nodes - max(cpus - 2, 0) - num_nodes
 
 
 def test_no_actor_is_put_where_there_are_no_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
