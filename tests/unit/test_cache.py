@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,46 @@ def test_a_file_that_is_off_is_ignored(folder: Path) -> None:
         assert recall("size", KEY) is None, content
     remember("size", KEY, {"tokens": 4000})
     assert recall("size", KEY) == {"tokens": 4000}
+
+
+def test_what_another_has_put_there_is_ignored(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remember("size", KEY, {"tokens": 2000})
+    (path,) = folder.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert folder.stat().st_mode & 0o777 == 0o700
+    with monkeypatch.context() as other:
+        other.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
+        assert recall("size", KEY) is None
+    assert recall("size", KEY) == {"tokens": 2000}
+    path.unlink()
+    os.mkfifo(path)  # who opened it would wait
+    assert recall("size", KEY) is None
+
+
+def test_what_is_old_is_deleted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in ("float32", "bfloat16"):
+        remember("size", KEY | {"dtype": dtype}, {"tokens": 2000})
+    (folder / "cut.tmp").touch()
+    (folder / "own").touch()
+    for path in folder.iterdir():
+        os.utime(path, (0, 0))
+    assert recall("size", KEY) == {"tokens": 2000}  # and is young again
+    remember("other", KEY, {"tokens": 2000})
+    names = {p.name for p in folder.iterdir()}
+    assert names == {_path("size", KEY).name, _path("other", KEY).name, "own"}
+    # Half a file is left by none that can still act, whatever ends it.
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        remember("size", KEY, {"tokens": 4000})
+    assert {p.name for p in folder.iterdir()} == names
+
+
+def test_a_relative_place_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _path("size", KEY).is_relative_to(tmp_path / ".cache")
 
 
 def test_no_place_is_no_error(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers as rust
 import transformers as hf
@@ -26,6 +27,7 @@ TEXTS = [
     " ",
     "Zu Zürich: 12 Äpfel, [MASK] und ￦ 東京都 🙂🙂 e\u0301",
     "</s> <s> [SEP] x",
+    *(c * n + " NEW" for c in "=-.aho!0" for n in range(2, 60)),
 ]
 CONFIG = hf.BertConfig(
     hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
@@ -52,12 +54,24 @@ def unigram(_: Path) -> Any:
     )
 
 
+def close_unigrams(_: Path) -> Any:
+    """Of several ways to cut a run of one character some score the same, but for a bit."""
+    rng = np.random.default_rng(3)
+    vocab = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    for c in "=-.aho!0123456789xw":
+        vocab += [(c * n, float(np.float32(-8 - 6 * rng.random()))) for n in (1, 2, 3, 4, 8)]
+    own = hf.XLMRobertaTokenizer(vocab=vocab)
+    own.add_tokens(["NEW"])
+    return own
+
+
 TOKENIZERS: dict[str, Callable[[Path], Any]] = {
     "word pieces": word_piece,
     "cut on the left": lambda minilm: word_piece(minilm, truncation_side="left"),
     "special tokens as words": lambda minilm: word_piece(minilm, split_special_tokens=True),
     "bytes": byte_level,
     "unigrams, and segments": unigram,
+    "unigrams of close scores": close_unigrams,
 }
 
 
@@ -94,6 +108,30 @@ def test_what_is_kept_is_what_transformers_has(
             assert found.spans(text) == plain["offset_mapping"]
         # That it was asked for a whole text changes nothing.
         assert max(len(v if isinstance(v, list) else v[0]) for v, _ in found.encode(TEXTS)) == limit
+
+
+def test_what_does_not_come_back_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path, hf.BertModel, CONFIG)
+    close_unigrams(tmp_path).save_pretrained(tmp_path)
+    load, kept = module._load, []
+
+    def load_with_infinity(checkpoint: Checkpoint) -> Any:
+        own = load(checkpoint)
+        pieces = [("<unk>", 0.0), ("\u2581", -2.0), ("a", -3.0), ("b", float("-inf"))]
+        own.backend_tokenizer.model = rust.models.Unigram(pieces, 0, False)
+        return own
+
+    monkeypatch.setattr(module, "_load", load_with_infinity)
+    monkeypatch.setattr(module.cache, "recall", lambda *_: None)
+    monkeypatch.setattr(module.cache, "remember", lambda *given: kept.append(given))
+    checkpoint = open_checkpoint(ModelSpec(id=str(tmp_path)), False)
+    found = load_tokenizer.__wrapped__(checkpoint)
+    assert not kept
+    assert [ids for ids, _ in found.encode(["a a"])] == [
+        load_with_infinity(checkpoint)("a a").input_ids
+    ]
 
 
 def test_one_that_pads(tmp_path: Path, minilm: Path) -> None:
