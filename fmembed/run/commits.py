@@ -33,7 +33,7 @@ _MAX_WRITES_IN_FLIGHT = 2
 _MAX_WRITE_RETRIES = 3
 # Below this the fraction says little: one bad row of ten is not yet a bad dataset.
 _MIN_ROWS_TO_STOP = 1000
-_SETTLE_S = 30.0
+SETTLE_S = 30.0
 _LEAST_COMMIT_S, _COMMIT_SHARE, _SLOW_COMMIT_S = 60.0, 1 / 50, 1.0
 
 
@@ -250,7 +250,7 @@ class Commits:
     def settle(self) -> None:
         """Wait for writes that nobody will commit, so that their parts can be removed after."""
         if self._writes:
-            ray.wait(list(self._writes), num_returns=len(self._writes), timeout=_SETTLE_S)
+            ray.wait(list(self._writes), num_returns=len(self._writes), timeout=SETTLE_S)
 
     def check_rejected(self, at_end: bool) -> None:
         """Stop when too many rows were rejected.

@@ -10,6 +10,7 @@ import ray
 
 from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.run import buckets
+from fmembed.run.commits import SETTLE_S
 from fmembed.table.files import REJECTED, RUN, WRITE, Part
 from fmembed.table.key_rows import KeyRows, places_of_shards
 from fmembed.table.known import KnownRows
@@ -52,6 +53,7 @@ class NewVersion:
         self._made: dict[str, Part] = {}
         self.num_rewritten = 0
         self._key_files: list[str] = []
+        self._started: list[Any] = []
 
     def rewrite(self, dead: Sequence[Any], part_bytes: int) -> None:
         """Begin to write the parts anew of which rows are gone, and those that are many and small.
@@ -74,7 +76,9 @@ class NewVersion:
             numbers = [number_of[h.path] for h in group]
             wanted = {n: h.path for n, h in zip(numbers, group, strict=True) if h.live < h.rows}
             given = (self._table.uri, group, self._vectors, stamp, wanted)
-            self._rewriting.append((numbers, task.remote(*given, *(dead if wanted else ()))))
+            ref = task.remote(*given, *(dead if wanted else ()))
+            self._rewriting.append((numbers, ref))
+            self._started.append(ref)
             for n in numbers:
                 self._first_of[n] = numbers[0]
 
@@ -119,6 +123,7 @@ class NewVersion:
         shared = [ray.put(part_of), ray.put(shard_of)]
         told = (self._table.uri, self._run_id)
         refs = [task.remote(*told, i, len(live), rows, *shared) for i, rows in enumerate(live)]
+        self._started += [file for file, _ in refs]
         self._finish_rewriting()
         files = ray.get([file for file, _ in refs])
         counts = join_all(buckets.add_up_keys, [counts for _, counts in refs])
@@ -150,6 +155,11 @@ class NewVersion:
                 version = log.commit(new, schema, self._configuration, transaction, old)
                 made |= {name: 0, f"{name}_version": version}
         return Commit(run=self._run_id, **made)
+
+    def settle(self) -> None:
+        """Wait for writes that nobody will commit, so that their parts can be removed after."""
+        if self._started:
+            ray.wait(self._started, num_returns=len(self._started), timeout=SETTLE_S)
 
     def clean_up(self, commit: Commit, whole: Sequence[WholeShard]) -> None:
         """Put on record which shards are whole, and delete what these records stand for by now."""

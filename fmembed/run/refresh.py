@@ -347,10 +347,13 @@ class Refresh:
         named = zip(known.paths, parts, *both, strict=True)
         held = [Held(*each) for each in named]
         new = NewVersion(self._table, known, held, run_id, lock)
-        new.rewrite([dead for _, _, dead in refs], self._inputs.spec.output.part_bytes)
         shards = [shard.key for shard in self._inputs.source.shards]
-        new.write_keys([stays for _, stays, _ in refs], shards)
-        commit = new.commit()
+        try:
+            new.rewrite([dead for _, _, dead in refs], self._inputs.spec.output.part_bytes)
+            new.write_keys([stays for _, stays, _ in refs], shards)
+            commit = new.commit()
+        finally:
+            new.settle()
         whole = [
             WholeShard(shard.key, n, None, self._end_of(shard))
             for shard, n in zip(self.shards, summary.found.tolist(), strict=True)

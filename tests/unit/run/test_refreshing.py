@@ -17,10 +17,11 @@ from refreshing import Corpus, row
 from weeks import Killed, check_foreseen
 
 import fmembed
-from fmembed import NoFilesError, TableError
+from fmembed import NoFilesError, StorageError, TableError
 from fmembed.prepare.stage import Preprocess
 from fmembed.rows.columns import reject
 from fmembed.run import buckets
+from fmembed.run.new_version import NewVersion
 from fmembed.run.refresh import Refresh
 from fmembed.sources.walking import DEAD_LINKS
 from fmembed.table.keys import KeyFiles
@@ -240,6 +241,36 @@ def test_a_plan_knows_what_a_killed_refresh_has_done(
     result = corpus.refresh()
     check_foreseen(seen, result)
     assert (result.rows_rejected, seen.num_rejected) == (1, 1)
+
+
+def test_a_version_that_fails_waits_for_what_it_has_begun(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a part that is published later would stay, as the strays are removed by then."""
+    corpus.refresh()
+    corpus.write("1.jsonl", [row(f"a{i}", "other" if i == 3 else None) for i in range(10)])
+    begun: list[Any] = []
+
+    def fail(new: NewVersion) -> None:
+        begun.extend(ref for _, ref in new._rewriting)
+        raise StorageError("full")
+
+    def wait(refs: list[Any], num_returns: int, **_: Any) -> Any:
+        assert num_returns == len(refs)
+        if begun:
+            waited.extend(refs)
+        return refs, []
+
+    waited: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(NewVersion, "_finish_rewriting", fail)
+        patch.setattr(inline.INLINE, "wait", wait)
+        with pytest.raises(StorageError, match="full"):
+            corpus.refresh()
+    assert begun
+    assert len(waited) > len(begun)  # those that write keys too
+    assert all(ref in waited for ref in begun)
+    assert inline.refresh(corpus.spec, corpus.stage).rows_changed == 1
 
 
 def test_nothing_is_made_of_a_source_that_never_had_a_file(tmp_path: Path, tiny_bert: Path) -> None:
