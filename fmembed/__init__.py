@@ -56,11 +56,12 @@ from fmembed.spec import (
 )
 
 if TYPE_CHECKING:
+    from fmembed.api import Result, embed, plan, refresh
     from fmembed.embeddings import Embeddings
     from fmembed.embeddings import Embeddings as open  # noqa: A004, F401, N813
     from fmembed.encoding import encode
     from fmembed.forecast import Forecast
-    from fmembed.pipeline import embed, plan, probe, refresh
+    from fmembed.pipeline import probe
     from fmembed.result import RunResult
     from fmembed.table.reading import read
     from fmembed.table.verify import verify
@@ -91,6 +92,7 @@ __all__ = [
     "OutputSpec",
     "RefreshSpec",
     "RejectedError",
+    "Result",
     "RunResult",
     "RunSpec",
     "SourceError",
@@ -141,10 +143,14 @@ def __getattr__(name: str) -> Any:
         from fmembed.embeddings import Embeddings
 
         return Embeddings
-    if name in ("embed", "plan", "probe", "refresh"):
-        from fmembed import pipeline
+    if name in ("Result", "embed", "plan", "refresh"):
+        from fmembed import api
 
-        return getattr(pipeline, name)
+        return getattr(api, name)
+    if name == "probe":
+        from fmembed.pipeline import probe
+
+        return probe
     if name == "read":
         from fmembed.table.reading import read
 

@@ -7,7 +7,7 @@ so it is the same for one that was copied or mailed.
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, get_args
@@ -276,12 +276,7 @@ class Embeddings:
     def _repr_html_(self) -> str:
         """What a notebook shows: what is known, and the report."""
         info = self.info()
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(line[:10].strip())}</th>"
-            f"<td style='text-align:left'>{html.escape(printable(line[10:]))}</td></tr>"
-            for line in info.lines()
-        )
-        return f"<table>{rows}</table>{self._frame(info)}"
+        return as_html(info.lines()) + self._frame(info)
 
     def _frame(self, info: Info) -> str:
         if info.report is None:
@@ -292,6 +287,16 @@ class Embeddings:
             "<details><summary>report</summary><iframe sandbox='allow-scripts' "
             f"style='width:100%;height:40rem;border:0' srcdoc=\"{page}\"></iframe></details>"
         )
+
+
+def as_html(lines: Iterable[str]) -> str:
+    """Lines for people, each with its name in the first ten characters, as a table."""
+    rows = "".join(
+        f"<tr><th style='text-align:left'>{html.escape(line[:10].strip())}</th>"
+        f"<td style='text-align:left'>{html.escape(printable(line[10:]))}</td></tr>"
+        for line in lines
+    )
+    return f"<table>{rows}</table>"
 
 
 def _dim(type_: pa.DataType, card: Card, column: str) -> int:

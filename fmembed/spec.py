@@ -14,6 +14,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -136,10 +137,17 @@ class SourceSpec(_Part):
     hf: HubDataset = HubDataset()
     csv: CsvSpec = CsvSpec()
 
+    # Of data that a program has given: its files last as long as the run.
+    _called: str | None = PrivateAttr(None)
+
+    def call(self, name: str) -> None:
+        """Have reports and the table's own record say this in place of `uri`."""
+        self._called = name
+
     @property
     def stored_name(self) -> str:
-        """What to call this source in a report's title."""
-        return redact(self.uri).rstrip("/")
+        """What to call this source in a report's title, and in the table's own record."""
+        return self._called or redact(self.uri).rstrip("/")
 
     def conceal(self, text: str) -> str:
         """Text without what this source's URLs hold of secrets, however they are quoted in it."""
@@ -458,6 +466,8 @@ class RunSpec(_Part):
     def stored(self) -> dict[str, Any]:
         """The spec as JSON, without what a URL may hold of secrets: user, password and query."""
         raw: dict[str, Any] = without_secrets(self.model_dump(mode="json"))
+        if self.source._called is not None:
+            raw["source"]["uri"] = self.source._called
         return raw
 
     @classmethod

@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 # Integration tests in the Ray of their test process; the others start Rays of their own.
 _IN_PROCESS = (
     "test_configs.py", "test_hostile_table.py", "test_modalities.py", "test_pipeline.py",
-    "test_plan.py", "test_refresh.py",
+    "test_plan.py", "test_python.py", "test_refresh.py",
 )  # fmt: skip
 
 

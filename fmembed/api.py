@@ -1,0 +1,257 @@
+"""What Python's users call: a run of data that they hold, of a path, or of a config.
+
+Each is the line's own function (pipeline.py), with a spec made of what was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import shutil
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fmembed import summary
+from fmembed.errors import SpecError
+from fmembed.result import RunResult
+from fmembed.spec import ModelSpec, RunSpec
+from fmembed.startup import joins_cluster
+
+if TYPE_CHECKING:
+    from fmembed.embeddings import Embeddings
+    from fmembed.forecast import Forecast
+
+
+@dataclass(frozen=True, repr=False)
+class Result(RunResult):
+    """What a run did (the fields of `RunResult`), and the table that it leaves."""
+
+    def open(self) -> Embeddings:
+        """The version that the run left, to read."""
+        from fmembed.embeddings import Embeddings
+
+        return Embeddings(self.table, self.version)
+
+    def numpy(self, column: str | None = None, *, label: str | None = None) -> Any:
+        """As `Embeddings.numpy`: all rows of the table, not those of this run alone."""
+        return self.open().numpy(column, label=label)
+
+    def to_pandas(self, columns: Sequence[str] | None = None) -> Any:
+        """As `Embeddings.pandas`."""
+        return self.open().pandas(columns)
+
+    def __repr__(self) -> str:
+        return "\n".join(summary.lines(asdict(self)))
+
+    def _repr_html_(self) -> str:
+        from fmembed.embeddings import as_html
+
+        table = self.open()._repr_html_() if self.table_rows else ""
+        return as_html(summary.lines(asdict(self))) + table
+
+
+def embed(
+    data: Any,
+    *,
+    model: str | ModelSpec | Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    input: str | None = None,  # noqa: A002 - the config's name
+    id: str | None = None,  # noqa: A002
+    label: str | None = None,
+    carry: Sequence[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    spool: str | Path | None = None,
+    retry_rejected: bool = False,
+    verbose: bool = False,
+    quiet: bool = False,
+) -> Result:
+    """Embed a dataset into a table; with the same arguments again it resumes.
+
+    Args:
+        data: A `RunSpec`, the path of a YAML config, or a dict of one; the path or URL of a
+            dataset; or data: texts, dicts of a row each, or paths or contents of pictures or
+            sounds, in a list or from a generator; a pyarrow, pandas or polars table, a `datasets`
+            Dataset, a Ray Dataset. Rows of data are known by their number, unless `id` is given.
+        model: `model.id`, or the config's part `model`.
+        output: `output.uri`, the table.
+        input: `source.input`, the column to embed; "text", if none.
+        id: `source.id`, the column that names a row.
+        label: `source.label`, what the probes predict.
+        carry: `source.carry`, more columns to keep.
+        overrides: Any other field by dotted name, as `{"probes": ["knn"]}`.
+        spool: Where data is laid out for as long as the run takes: a temporary folder, if none; on
+            a cluster a folder or URL that all nodes read.
+        retry_rejected: Try the rows again that earlier runs have rejected.
+        verbose: Show Ray's own output.
+        quiet: Tell no progress.
+
+    Raises:
+        SpecError: An argument is wrong. All else as `pipeline.embed`.
+    """
+    from fmembed import pipeline
+
+    told = _fields(model, output, input, id, label, carry, overrides)
+    with _spec_of(data, told, spool) as spec:
+        result = pipeline.embed(spec, retry_rejected=retry_rejected, verbose=verbose, quiet=quiet)
+    return _with_table(result)
+
+
+def refresh(
+    data: Any,
+    *,
+    model: str | ModelSpec | Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    input: str | None = None,  # noqa: A002 - the config's name
+    id: str | None = None,  # noqa: A002
+    label: str | None = None,
+    carry: Sequence[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    spool: str | Path | None = None,
+    allow_removals: int | None = None,
+    verbose: bool = False,
+    quiet: bool = False,
+) -> Result:
+    """Keep a table in step with a dataset: see `pipeline.refresh`.
+
+    Args:
+        data: As for `embed`, and so are all others but one.
+        model: The same.
+        output: The same.
+        input: The same.
+        id: The same. Without one a row is its number: put before the others, a row changes all.
+        label: The same.
+        carry: The same.
+        overrides: The same.
+        spool: The same.
+        allow_removals: So many rows may leave, in place of `refresh.max_removed_fraction`.
+        verbose: Show Ray's own output.
+        quiet: Tell no progress.
+    """
+    from fmembed import pipeline
+
+    told = _fields(model, output, input, id, label, carry, overrides)
+    with _spec_of(data, told, spool) as spec:
+        result = pipeline.refresh(spec, allow_removals=allow_removals, verbose=verbose, quiet=quiet)
+    return _with_table(result)
+
+
+def plan(
+    data: Any,
+    *,
+    model: str | ModelSpec | Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    input: str | None = None,  # noqa: A002 - the config's name
+    id: str | None = None,  # noqa: A002
+    label: str | None = None,
+    carry: Sequence[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    spool: str | Path | None = None,
+    refresh: bool = False,
+    allow_removals: int | None = None,
+    verbose: bool = False,
+) -> Forecast:
+    """Say what `embed`, or `refresh`, would do with the same arguments: see `pipeline.plan`."""
+    from fmembed import pipeline
+
+    told = _fields(model, output, input, id, label, carry, overrides)
+    with _spec_of(data, told, spool) as spec:
+        return pipeline.plan(spec, refresh=refresh, allow_removals=allow_removals, verbose=verbose)
+
+
+def _with_table(result: RunResult) -> Result:
+    return Result(**{f.name: getattr(result, f.name) for f in fields(RunResult)})
+
+
+def _fields(
+    model: str | ModelSpec | Mapping[str, Any] | None,
+    output: str | Path | None,
+    input_: str | None,
+    id_: str | None,
+    label: str | None,
+    carry: Sequence[str] | None,
+    overrides: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What arguments say, by dotted name of a field."""
+    if isinstance(model, ModelSpec):
+        model = model.model_dump(mode="json")
+    if isinstance(carry, str):
+        raise SpecError(f"carry: takes a list of columns, got {carry!a:.80}")
+    parts = {f"model.{name}": value for name, value in model.items()} if (
+        isinstance(model, Mapping)
+    ) else {"model.id": model}  # fmt: skip
+    named = {
+        **parts,
+        "output.uri": None if output is None else str(output),
+        "source.input": input_,
+        "source.id": id_,
+        "source.label": label,
+        "source.carry": None if carry is None else list(carry),
+    }
+    return {**{k: v for k, v in named.items() if v is not None}, **(overrides or {})}
+
+
+@contextlib.contextmanager
+def _spec_of(data: Any, told: Mapping[str, Any], spool: str | Path | None) -> Iterator[RunSpec]:
+    """The spec of a run; what it names is there for as long as this lasts."""
+    if isinstance(data, str | Path) and str(data).endswith((".yaml", ".yml")):
+        yield RunSpec.from_yaml(str(data), dict(told))
+    elif isinstance(data, str | Path):
+        yield RunSpec.from_yaml(None, {"source.uri": str(data), **told})
+    elif isinstance(data, RunSpec):
+        yield RunSpec.from_yaml(None, {**data.model_dump(mode="json"), **told}) if told else data
+    elif isinstance(data, Mapping):
+        if "source" not in data:
+            raise SpecError(
+                "data: a dict is a config, with source, model and output; of columns make a table "
+                "(pandas, polars or pyarrow)"
+            )
+        yield RunSpec.from_yaml(None, {**copy.deepcopy(dict(data)), **told})
+    else:
+        with _laid_out(data, told, spool) as (found, called):
+            spec = RunSpec.from_yaml(None, {**found, **told})
+            spec.source.call(called)
+            yield spec
+
+
+def _has_other_nodes() -> bool:
+    """Whether Ray is, or will be, on other machines too."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return bool(sum(node["Alive"] for node in ray.nodes()) > 1)
+    return joins_cluster()
+
+
+@contextlib.contextmanager
+def _laid_out(
+    data: Any, told: Mapping[str, Any], spool: str | Path | None
+) -> Iterator[tuple[dict[str, Any], str]]:
+    from fmembed.sources.given import lay_out
+    from fmembed.storage import Storage
+
+    # A mistake in a field is told before anything is written.
+    RunSpec.from_yaml(None, {"source.uri": "data", **told})
+    if spool is None and _has_other_nodes():
+        raise SpecError(
+            "spool: data that this process holds is not seen by the nodes of a cluster: give a "
+            "folder or URL that all of them read"
+        )
+    if spool is None or "://" not in str(spool):
+        folder = tempfile.mkdtemp(prefix="fmembed-", dir=spool)
+        try:
+            given = lay_out(data, Storage(folder), told)
+            yield given.fields, given.called
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return
+    storage = Storage(f"{str(spool).rstrip('/')}/fmembed-{uuid.uuid4().hex[:12]}")
+    try:
+        given = lay_out(data, storage, told)
+        yield given.fields, given.called
+    finally:
+        for path in storage.sizes(""):
+            storage.delete(path)

@@ -1,0 +1,275 @@
+"""Data that a program holds, laid out as files, so that a run reads them as any others.
+
+Ray's tasks read a source shard by shard, some of them twice: a list or a generator is one process's
+own, and can be read once. So it is written as Parquet, some rows at a time, for as long as the run.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fmembed.errors import SourceError, reason
+from fmembed.storage import Storage
+
+# Rows of a file; of Python's objects so many are turned into columns at once.
+_FILE_ROWS, _FILE_BYTES = 65_536, 64 * 2**20
+# The column that numbers rows, where none of theirs is the id.
+INDEX = "_index"
+_TEXT, _PATH, _BYTES = "text", "path", "bytes"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What was laid out: fields of `SourceSpec`, by dotted name; and what to call it."""
+
+    fields: dict[str, Any]
+    called: str
+
+
+def lay_out(data: Any, storage: Storage, fields: Mapping[str, Any]) -> Given:
+    """Write data as a source's files.
+
+    Args:
+        data: Texts, or dicts of a row each, in a list or from a generator; paths or contents of
+            pictures or sounds; a pyarrow, pandas or polars table, or another one that Arrow can
+            read; a `datasets` Dataset; a Ray Dataset.
+        storage: Where; an empty folder.
+        fields: Fields of the config that the user names: `source.id`, where a column is the id.
+
+    Raises:
+        SourceError: It is nothing of the kind, or not of one type by column.
+    """
+    id_column = fields.get("source.id")
+    kind = _kind(data)
+    if kind == "ray Dataset":
+        if id_column is None:
+            raise SourceError(
+                "source.id: the rows of a Ray Dataset have no order of their own: name a column "
+                "whose values stay with them, as id"
+            )
+        tables = data.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=0)
+    elif kind in ("datasets Dataset", "datasets IterableDataset"):
+        return _of_hub(data, storage, kind)
+    elif (found := _arrow_tables(data, kind)) is not None:
+        tables = found
+    elif isinstance(data, Iterable) and not isinstance(data, bytes):
+        return _of_objects(data, storage, id_column)
+    else:
+        raise SourceError(f"data: takes a path, a config, a list, a table or a dataset, got {kind}")
+    num_rows = _write(tables, storage, id_column is None)
+    return _named(storage, id_column, f"a {kind.replace(' ', '.')} of {num_rows:,} rows")
+
+
+def _kind(data: Any) -> str:
+    """The package and the class that it is of, or of which its own is a kind; none is imported."""
+    kinds = [f"{c.__module__.partition('.')[0]} {c.__name__}" for c in type(data).__mro__]
+    return next((kind for kind in kinds if kind in _KNOWN), kinds[0])
+
+
+_KNOWN = (
+    "datasets Dataset", "datasets IterableDataset", "pandas DataFrame", "pandas Series",
+    "polars LazyFrame", "polars Series", "ray Dataset",
+)  # fmt: skip
+
+
+def _named(storage: Storage, id_column: str | None, called: str, **more: Any) -> Given:
+    fields = {"source.uri": storage.uri, "source.format": "parquet", **more}
+    if id_column is None:
+        fields.setdefault("source.id", INDEX)
+    return Given(fields, called)
+
+
+def _arrow_tables(data: Any, kind: str) -> Iterator[pa.Table] | None:
+    """A table as Arrow's; None where it is none."""
+    if kind == "pandas DataFrame":
+        try:
+            return iter([pa.Table.from_pandas(data, preserve_index=False)])
+        except (pa.ArrowException, TypeError, ValueError) as e:
+            raise SourceError(f"data: a column of the DataFrame is of several types: {e}") from None
+    if kind == "polars LazyFrame":
+        data = data.collect()
+    if not hasattr(data, "__arrow_c_stream__"):
+        return None
+    if isinstance(data, pa.ChunkedArray) or kind.endswith("Series"):
+        return iter([pa.table({_TEXT: pa.chunked_array(data)})])
+    reader = pa.RecordBatchReader.from_stream(data)
+    return (pa.Table.from_batches([batch]) for batch in reader)
+
+
+def _of_hub(data: Any, storage: Storage, kind: str) -> Given:
+    """A dataset of the library `datasets`, saved as it saves one: with the files that it names."""
+    if kind == "datasets IterableDataset":
+        return _of_objects(data, storage, None)
+    if "://" in storage.uri:
+        raise SourceError(
+            "data: save the dataset (save_to_disk) where all nodes read it, and give its path with "
+            "source.format: hf"
+        )
+    data.save_to_disk(storage.uri)
+    fields = {"source.uri": storage.uri, "source.format": "hf"}
+    return Given(fields, f"a datasets.Dataset of {len(data):,} rows")
+
+
+def _of_objects(data: Iterable[Any], storage: Storage, id_column: str | None) -> Given:
+    """Python's own objects, of the kind that the first one is of."""
+    numbered = enumerate(data)
+    first = next(numbered, None)
+    if first is None:
+        raise SourceError("data: there is nothing in it")
+    rows = itertools.chain([first], numbered)
+    if isinstance(first[1], Path):
+        return _of_paths([_checked(each, Path) for each in rows], storage)
+    kind: type | None = next((k for k in _COLUMNS if isinstance(first[1], k)), None)
+    if kind is None:
+        raise SourceError(
+            f"data[0]: takes a text, a dict, a path or bytes, got {type(first[1]).__name__}"
+        )
+    to_table = _COLUMNS[kind]
+    own_id = None if kind is not Mapping else id_column
+    chunks = _chunks(_checked(each, kind) for each in rows)
+    tables = (to_table(chunk, start) for start, chunk in chunks)
+    num_rows = _write(tables, storage, own_id is None)
+    more = {} if kind is Mapping else {"source.input": _BYTES if kind is bytes else _TEXT}
+    return _named(storage, own_id, f"{num_rows:,} {_SEVERAL[kind]}", **more)
+
+
+def _checked(each: tuple[int, Any], kind: type) -> Any:
+    """One of the rest, which is of the first one's kind, or nothing; a run rejects that one."""
+    i, given = each
+    if given is not None and not isinstance(given, kind):
+        raise SourceError(
+            f"data[{i}]: takes a {_KINDS[kind]}, as the first one, got {type(given).__name__}"
+        )
+    return given
+
+
+_KINDS: dict[type, str] = {str: "text", bytes: "bytes", Path: "path", Mapping: "dict"}
+_SEVERAL: dict[type, str] = {str: "texts", bytes: "contents of files", Mapping: "dicts"}
+
+
+def _texts(chunk: list[str | None], _: int) -> pa.Table:
+    # As bytes, so that one that is no UTF-8 is a rejected row and no error of all.
+    raw = [None if t is None else t.encode("utf-8", "surrogatepass") for t in chunk]
+    column = pa.array(raw, pa.large_binary())
+    try:
+        return pa.table({_TEXT: column.cast(pa.large_string())})
+    except pa.ArrowInvalid:
+        return pa.table({_TEXT: column})
+
+
+def _contents(chunk: list[bytes | None], _: int) -> pa.Table:
+    return pa.table({_BYTES: pa.array(chunk, pa.large_binary())})
+
+
+def _dicts(chunk: list[Mapping[str, Any] | None], start: int) -> pa.Table:
+    rows = [row or {} for row in chunk]
+    columns = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        try:
+            columns[str(name)] = pa.array(values)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as e:
+            raise SourceError(
+                f"data: the values of {str(name)!a:.80} in rows {start:,} to "
+                f"{start + len(rows) - 1:,} are not of one type: {reason(e)}"
+            ) from None
+    return pa.table(columns)
+
+
+_COLUMNS: dict[type, Callable[[list[Any], int], pa.Table]] = {
+    str: _texts, bytes: _contents, Mapping: _dicts,
+}  # fmt: skip
+
+
+def _of_paths(paths: list[Path | None], storage: Storage) -> Given:
+    """Files that a run reads where they are: their paths, below the folder that holds them all."""
+    real = [None if p is None else str(p.absolute()) for p in paths]
+    root = os.path.commonpath([os.path.dirname(p) for p in real if p is not None])
+    below = [None if p is None else os.path.relpath(p, root) for p in real]
+    num_rows = _write(iter([pa.table({_PATH: pa.array(below, pa.string())})]), storage, True)
+    more = {"source.input": _PATH, "source.root": root}
+    if len(set(below)) == len(below) and None not in below:
+        more["source.id"] = _PATH
+    return _named(storage, None, f"{num_rows:,} paths", **more)
+
+
+def _chunks(rows: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
+    """Rows of about a file, and the number of the first."""
+    first, chunk, size = 0, [], 0
+    for row in rows:
+        chunk.append(row)
+        values = row.values() if isinstance(row, Mapping) else [row]
+        size += sum(len(v) for v in values if isinstance(v, str | bytes))
+        if len(chunk) == _FILE_ROWS or size >= _FILE_BYTES:
+            yield first, chunk
+            first, chunk, size = first + len(chunk), [], 0
+    if chunk:
+        yield first, chunk
+
+
+def _write(tables: Iterable[pa.Table], storage: Storage, with_index: bool) -> int:
+    """Write tables, a file each or several; how many rows they have."""
+    first, schemas = 0, {}
+    for table in tables:
+        per_row = table.nbytes // max(table.num_rows, 1) + 1
+        step = min(max(_FILE_BYTES // per_row, 1), _FILE_ROWS)
+        for start in range(0, table.num_rows, step):
+            rows = _storable(table.slice(start, step))
+            if with_index:
+                if INDEX in rows.column_names:
+                    raise SourceError(f"data: it has a column {INDEX}; name the id, or rename it")
+                numbers = pa.array(range(first, first + rows.num_rows), pa.int64())
+                rows = rows.append_column(INDEX, numbers)
+            path = f"rows-{first:012}.parquet"
+            schemas[path] = rows.schema
+            _put(storage, path, rows)
+            first += rows.num_rows
+    if not first:
+        raise SourceError("data: there is no row in it")
+    _unify(storage, schemas)
+    return first
+
+
+def _put(storage: Storage, path: str, rows: pa.Table) -> None:
+    sink = io.BytesIO()
+    pq.write_table(rows, sink)
+    storage.put(path, sink.getbuffer())
+
+
+def _unify(storage: Storage, schemas: Mapping[str, pa.Schema]) -> None:
+    """Give all files the columns of all, each of a type that holds all of its values.
+
+    What a column holds is known when its last row is: it may begin with nothing, or whole numbers.
+    """
+    try:
+        whole = pa.unify_schemas(list(schemas.values()), promote_options="permissive")
+        for path, schema in schemas.items():
+            if schema.equals(whole):
+                continue
+            rows = pq.read_table(pa.BufferReader(storage.get(path)))
+            columns = [
+                rows[f.name].cast(f.type) if f.name in schema.names
+                else pa.nulls(rows.num_rows, f.type)
+                for f in whole
+            ]  # fmt: skip
+            _put(storage, path, pa.table(columns, schema=whole))
+    except pa.ArrowException as e:
+        raise SourceError(f"data: a column is of several types: {reason(e)}") from None
+
+
+def _storable(rows: pa.Table) -> pa.Table:
+    """Views, which polars has, as what they are views of."""
+    for i, field in enumerate(rows.schema):
+        as_plain = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+        if (plain := as_plain.get(field.type)) is not None:
+            rows = rows.set_column(i, field.name, rows[field.name].cast(plain))
+    return rows

@@ -1,0 +1,122 @@
+"""What Python's users call, and the spec that is made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+from forged import make_table
+
+import fmembed
+from fmembed import RunSpec, SpecError, api, pipeline
+from fmembed.result import RunResult
+from fmembed.sources.opening import open_source
+
+CONFIG = {"source": {"uri": "in"}, "model": {"id": "m"}, "output": {"uri": "out"}}
+
+
+@pytest.fixture
+def specs(monkeypatch: pytest.MonkeyPatch) -> list[RunSpec]:
+    """The specs that runs were started with, and the files of their sources while they went."""
+    seen: list[RunSpec] = []
+
+    def run(spec: RunSpec, **_: Any) -> RunResult:
+        seen.append(spec)
+        if Path(spec.source.uri).is_dir():
+            assert open_source(spec.source).shards
+        return RunResult("r", "2026-01-01", "out", 1, "f")
+
+    monkeypatch.setattr(pipeline, "embed", run)
+    monkeypatch.setattr(pipeline, "refresh", run)
+    return seen
+
+
+def test_a_config_comes_as_a_file_a_dict_or_a_spec(specs: list[RunSpec], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("source: {uri: in}\nmodel: {id: m}\noutput: {uri: out}\n")
+    for data in (path, str(path), CONFIG, RunSpec.parse(CONFIG)):
+        fmembed.embed(data, quiet=True)
+        fmembed.refresh(data, output="other", overrides={"probes": ["knn"]})
+    expected = RunSpec.parse(CONFIG)
+    changed = RunSpec.parse({**CONFIG, "output": {"uri": "other"}, "probes": ["knn"]})
+    assert specs == [expected, changed] * 4
+    assert CONFIG["output"] == {"uri": "out"}  # what was given is as it was
+
+
+def test_a_path_is_a_source(specs: list[RunSpec]) -> None:
+    model = {"id": "m", "dtype": "float32"}
+    fmembed.embed(
+        "data/x.csv", model=model, output=Path("out"), input="body", id="k", label="t",
+        carry=["a"], overrides={"compute.actors": 2},
+    )  # fmt: skip
+    (spec,) = specs
+    assert (spec.source.uri, spec.source.input, spec.source.id) == ("data/x.csv", "body", "k")
+    assert (spec.source.label, spec.source.carry, spec.model.dtype) == ("t", ("a",), "float32")
+    assert (spec.output.uri, spec.compute.actors) == ("out", 2)
+
+
+def test_data_is_there_for_as_long_as_the_run(specs: list[RunSpec], tmp_path: Path) -> None:
+    frame = pd.DataFrame({"body": ["one", "two"], "key": ["a", "b"], "topic": ["x", "y"]})
+    given = {"model": "m", "output": "out", "spool": tmp_path}
+    fmembed.embed(frame, input="body", id="key", label="topic", **given)
+    fmembed.refresh(["one", "two"], **given)
+    first, second = specs
+    assert (first.source.id, second.source.id) == ("key", "_index")
+    for spec in specs:
+        assert Path(spec.source.uri).parent == tmp_path
+        assert not Path(spec.source.uri).exists()
+    assert first.stored()["source"]["uri"] == "a pandas.DataFrame of 2 rows"
+    assert second.source.stored_name == "2 texts"
+
+
+def test_a_mistake_is_told_before_data_is_written(specs: list[RunSpec], tmp_path: Path) -> None:
+    def rows() -> Any:
+        pytest.fail("read")
+        yield
+
+    for given, told in (
+        ({}, "model: missing"),
+        ({"model": "m"}, "output: missing"),
+        ({"model": {"idd": "m"}, "output": "out"}, "model.idd: unknown key; did you mean id?"),
+        ({"model": "m", "output": "out", "carry": "title"}, "carry: takes a list of columns"),
+        ({"model": "m", "output": "out", "overrides": {"probs": []}}, "probs: unknown key"),
+    ):
+        with pytest.raises(SpecError, match=told):
+            fmembed.embed(rows(), spool=tmp_path, **given)
+    with pytest.raises(SpecError, match="data: a dict is a config"):
+        fmembed.embed({"text": ["one"]}, model="m", output="out")
+    assert not specs
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_nodes_do_not_see_this_process(
+    specs: list[RunSpec], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.delitem(api.sys.modules, "ray", raising=False)
+    given = {"model": "m", "output": "out"}
+    with pytest.raises(SpecError, match="spool: data that this process holds is not seen"):
+        fmembed.embed(["one"], **given)
+    fmembed.embed(["one"], spool=tmp_path, **given)
+    monkeypatch.delenv("RAY_ADDRESS")
+    for nodes, is_told in (([True, False], False), ([True, True], True)):
+        ray = SimpleNamespace(
+            is_initialized=lambda: True, nodes=lambda nodes=nodes: [{"Alive": a} for a in nodes]
+        )
+        monkeypatch.setitem(api.sys.modules, "ray", ray)  # type: ignore[arg-type]
+        assert api._has_other_nodes() is is_told
+
+
+def test_a_result_leads_to_its_table(tmp_path: Path) -> None:
+    table = make_table(tmp_path / "t")
+    last = table.last_run()
+    assert last is not None
+    result = api._with_table(last)
+    vectors, topics = result.numpy(label="topic")
+    assert vectors.shape == (60, 8)
+    assert len(topics) == len(result.to_pandas(["row_id"])) == len(result.open()) == 60
+    assert repr(result).splitlines()[0].startswith("rows      60 read, 60 embedded")
+    assert "60 read, 60 embedded" in result._repr_html_()
