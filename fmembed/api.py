@@ -154,13 +154,16 @@ def plan(
     refresh: bool = False,
     allow_removals: int | None = None,
     verbose: bool = False,
+    quiet: bool = False,
 ) -> Forecast:
     """Say what `embed`, or `refresh`, would do with the same arguments: see `pipeline.plan`."""
     from fmembed import pipeline
 
     told = _fields(model, output, input, id, label, carry, overrides)
     with _spec_of(data, told, spool) as spec:
-        return pipeline.plan(spec, refresh=refresh, allow_removals=allow_removals, verbose=verbose)
+        return pipeline.plan(
+            spec, refresh=refresh, allow_removals=allow_removals, verbose=verbose, quiet=quiet
+        )
 
 
 def _with_table(result: RunResult) -> Result:

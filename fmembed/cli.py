@@ -63,7 +63,9 @@ app = typer.Typer(
 _WITHHELD = 3
 _INTERRUPTED = "interrupted; what is committed stays, the same command resumes"
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
-_Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's own output.")]
+_Verbose = Annotated[
+    bool, typer.Option("-v", "--verbose", help="Tell where the time went, and show Ray's output.")
+]
 _Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Any other field, e.g. compute.actors=2."),
@@ -136,7 +138,7 @@ def embed(
     from fmembed import pipeline
 
     result = pipeline.embed(spec, retry_rejected=retry_rejected, verbose=verbose, quiet=json_)
-    _print_result(asdict(result), json_)
+    _print_result(asdict(result), json_, verbose)
 
 
 @app.command()
@@ -155,7 +157,7 @@ def refresh(
     from fmembed import pipeline
 
     result = pipeline.refresh(spec, allow_removals=allow_removals, verbose=verbose, quiet=json_)
-    _print_result(asdict(result), json_)
+    _print_result(asdict(result), json_, verbose)
     if result.rows_withheld:
         raise typer.Exit(_WITHHELD)
 
@@ -179,7 +181,9 @@ def plan(
     """
     from fmembed import forecast, pipeline
 
-    found = pipeline.plan(spec, refresh=refresh_, allow_removals=allow_removals, verbose=verbose)
+    found = pipeline.plan(
+        spec, refresh=refresh_, allow_removals=allow_removals, verbose=verbose, quiet=json_
+    )
     if json_:
         print(json.dumps({**asdict(found), "nothing": found.is_nothing}))
         return
@@ -219,8 +223,10 @@ def probe(
     from fmembed import pipeline
 
     names = tuple(probes) if probes else None
-    result = pipeline.probe(table, names, spec=config, overrides=overrides, verbose=verbose)
-    _print_result(asdict(result), json_)
+    result = pipeline.probe(
+        table, names, spec=config, overrides=overrides, verbose=verbose, quiet=json_
+    )
+    _print_result(asdict(result), json_, verbose)
 
 
 def _overrides(fields: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:
@@ -458,11 +464,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print it.")] 
         raise typer.Exit
 
 
-def _print_result(result: dict[str, Any], as_json: bool) -> None:
+def _print_result(result: dict[str, Any], as_json: bool, verbose: bool) -> None:
     if as_json:
         print(json.dumps(result))
         return
-    for line in summary.lines(result):
+    for line in summary.lines(result, verbose):
         _print(line)
 
 

@@ -19,6 +19,7 @@ from fmembed.inputs import Inputs, open_inputs
 from fmembed.result import RunResult
 from fmembed.spec import RunSpec
 from fmembed.startup import joins_cluster
+from fmembed.telling import Teller
 
 if TYPE_CHECKING:
     from fmembed.run.cluster import Cluster
@@ -66,7 +67,8 @@ def embed(
     from fmembed.run.record import Run
     from fmembed.table.lock import Lock
 
-    with Cluster(verbose) as cluster:
+    teller = Teller(quiet)
+    with Cluster(verbose, teller) as cluster:
         if inputs is None:
             cluster.connect()
             inputs = open_inputs(spec)
@@ -80,12 +82,12 @@ def embed(
                     run.find_work()
                 if run.work:
                     cluster.connect()
-                    stopped = embed_rows(run, inputs, lock, quiet, stage)
+                    stopped = embed_rows(run, inputs, lock, teller, stage)
                 result = run.finish()
         if stopped is not None:
             raise stopped
         run.check_rejected()
-        result = evaluate(table, spec, result, cluster)
+        result = evaluate(table, spec, result, cluster, teller)
         run.check_changed()
         return result
 
@@ -137,7 +139,8 @@ def refresh(
     from fmembed.table.lock import Lock
     from fmembed.table.versions import tidy
 
-    with Cluster(verbose) as cluster:
+    teller = Teller(quiet)
+    with Cluster(verbose, teller) as cluster:
         began = time.monotonic()
         cluster.connect()
         inputs = inputs or open_inputs(spec, may_be_empty=True)
@@ -146,10 +149,12 @@ def refresh(
         with Lock(table.storage, run.id) as lock:
             table.clean_up(inputs.identity, run.id, retry_rejected=False)
             stopped = None
+            teller.say("comparing the source with the table …")
             if run.find_work():
-                stopped = embed_rows(run, inputs, lock, quiet, stage, line)
+                stopped = embed_rows(run, inputs, lock, teller, stage, line)
             if table.card() is None:
                 return run.finish()  # a source of no row, and no table of it
+            teller.say("making the new version …")
             with cleaned_up(table, lock, run.id):
                 settled = line.settle(lock, run.id)
             result = run.finish_refresh(settled)
@@ -162,7 +167,7 @@ def refresh(
                 "rows are left: the same command goes on"
             )
         run.check_rejected()
-        result = evaluate(table, spec, result, cluster)
+        result = evaluate(table, spec, result, cluster, teller)
         if settled.num_left:
             raise FmembedError(
                 f"source: {settled.num_left:,} rows are left, which have changed while they were "
@@ -178,6 +183,7 @@ def plan(
     refresh: bool = False,
     allow_removals: int | None = None,
     verbose: bool = False,
+    quiet: bool = False,
 ) -> Forecast:
     """Say what a run would do now, how long it would take and what it would cost; write nothing.
 
@@ -190,6 +196,7 @@ def plan(
         refresh: Whether the run is a refresh; else it is one that embeds what is new.
         allow_removals: As for `refresh`.
         verbose: Show Ray's own output.
+        quiet: Say nothing meanwhile.
 
     Raises:
         UserError: The spec, the source, the checkpoint or the output is wrong.
@@ -205,10 +212,12 @@ def plan(
     from fmembed.run.cluster import Cluster
     from fmembed.run.planning import make_plan
 
-    with Cluster(verbose) as cluster:
+    teller = Teller(quiet)
+    with Cluster(verbose, teller) as cluster:
         began = time.monotonic()
         cluster.connect()
         start_s = time.monotonic() - began
+        teller.say("reading the source, and trying the model where no run on record tells …")
         inputs = inputs or open_inputs(spec, may_be_empty=refresh)
         return make_plan(inputs, refresh, allow_removals, start_s)
 
@@ -287,7 +296,7 @@ def embed_rows(
     run: Run,
     inputs: Inputs,
     lock: Lock,
-    quiet: bool,
+    teller: Teller,
     stage: type | None,
     line: Refresh | None = None,
 ) -> BudgetSpentError | None:
@@ -303,7 +312,7 @@ def embed_rows(
     from fmembed.run.commits import Commits, Staging
     from fmembed.run.memory import bound_memory, moving_bound
     from fmembed.run.passes import cleaned_up, passes
-    from fmembed.run.placement import place
+    from fmembed.run.placement import describe, place
     from fmembed.run.progress import Progress
     from fmembed.run.ranges import find_ranges
     from fmembed.run.signals import Signals
@@ -339,9 +348,12 @@ def embed_rows(
     if not sees_model:
         options["dims"] = stored_dims(checkpoint.outputs, stored)
     spending = Spending(spec)
+    if sees_model:
+        is_server = checkpoint.endpoint is not None
+        teller.say("asking the server …" if is_server else f"loading the model, {describe(plan)} …")
     with (
         cleaned_up(table, lock, run.id),
-        Progress(quiet) as progress,
+        Progress(teller) as progress,
         Signals(commits) as signals,
         moving_bound(plan) as hold,
     ):
@@ -374,8 +386,11 @@ def embed_rows(
     return None
 
 
-def evaluate(table: Table, spec: RunSpec, result: RunResult, cluster: Cluster) -> RunResult:
+def evaluate(
+    table: Table, spec: RunSpec, result: RunResult, cluster: Cluster, teller: Teller
+) -> RunResult:
     """Probe what the table holds by now and write the report, unless that is done already."""
+    began = time.monotonic()
     if not result.table_rows:
         table.drop_report()  # which tells of rows that are gone
         return result
@@ -388,7 +403,9 @@ def evaluate(table: Table, spec: RunSpec, result: RunResult, cluster: Cluster) -
             return known
     if spec.probes:
         cluster.connect()
-    return probing.evaluate(table, spec, result, spec.source, spec.model)
+        teller.say("probing …")
+    result = probing.evaluate(table, spec, result, spec.source, spec.model)
+    return replace(result, probe_s=round(time.monotonic() - began, 2))
 
 
 def probe(
@@ -398,6 +415,7 @@ def probe(
     spec: RunSpec | str | Path | None = None,
     overrides: dict[str, Any] | None = None,
     verbose: bool = False,
+    quiet: bool = False,
 ) -> RunResult:
     """Probe an existing table anew and write its report.
 
@@ -411,6 +429,7 @@ def probe(
         overrides: Dotted field names to values, laid over `spec`, or else over the words of the
             table's own spec; `source.uri` and `model.id` are then opened.
         verbose: Show Ray's own output.
+        quiet: Say nothing meanwhile.
 
     Raises:
         TableError: No table there, or not one as a run leaves it.
@@ -437,6 +456,9 @@ def probe(
     last = table.last_run()
     if last is None or not table.rows.parts():
         raise FmembedError(f"table: no run has finished on {uri}; run fmembed embed again first")
-    with Cluster(verbose) as cluster:
+    began, teller = time.monotonic(), Teller(quiet)
+    with Cluster(verbose, teller) as cluster:
         cluster.connect()
-        return probing.evaluate(table, spec, last, source, model)
+        teller.say("probing …")
+        result = probing.evaluate(table, spec, last, source, model)
+        return replace(result, probe_s=round(time.monotonic() - began, 2))

@@ -70,8 +70,9 @@ class RunResult:
     `passed_over` counts what lies among the source's files and is not read, by reason.
     `spent` is what the run has cost, `device_hours` and, where the config names a price, `cost`;
     `table_spent` what all runs on record have.
-    `verdict` is empty where nothing was embedded. `probes`, `report` and `usd` are what evaluation
-    adds; the record beside the table is without them.
+    `verdict` is empty where nothing was embedded. `probes`, `report`, `usd` and `probe_s`, the
+    seconds that evaluation took besides `seconds`, are what evaluation adds; the record beside the
+    table is without them.
     """
 
     __pydantic_config__ = _CHECKED
@@ -116,6 +117,7 @@ class RunResult:
     compute: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)
     report: str | None = None
+    probe_s: float = 0.0
 
 
 _RUN_RESULT = TypeAdapter(RunResult)

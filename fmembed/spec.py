@@ -362,8 +362,9 @@ class OutputSpec(_Part):
     """Where the table goes and how often it is committed.
 
     A kill costs what was not committed yet, and each commit makes a file of its own. `auto` commits
-    after a minute, and in a long run after a fiftieth of the time it has taken so far: a day makes
-    some 200 files, none of them over `part_bytes`, and a kill costs 2 % of it.
+    after a quarter of a minute, then each minute, and in a long run after a fiftieth of the time it
+    has taken so far: a day makes some 200 files, none of them over `part_bytes`, and a kill costs
+    2 % of it.
 
     A version is kept that was the newest one at some time of the last `keep_days` (null: for ever),
     and so are the `keep_versions` newest ones; a refresh deletes what only others name.

@@ -5,34 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fmembed.telling import duration
 
-def lines(result: dict[str, Any]) -> Iterator[str]:
-    """What a run has done, a line each.
+# Labels that were shuffled score as high as these in more than so many cases of one.
+_BY_CHANCE = 0.05
+
+
+def lines(result: dict[str, Any], verbose: bool = False) -> Iterator[str]:
+    """What a run has done, a line each: rows, scores, what was left out, where it is, how long.
 
     Args:
         result: The fields of a `RunResult`.
+        verbose: Where the time went, too, and what was spent; and of scores all that was compared.
     """
     yield from _refreshed(result) if result["kind"] == "refresh" else _embedded(result)
-    if any(result["spent"].values()):
-        both = (f"{_spent(result[name])}" for name in ("spent", "table_spent"))
-        yield "spent     {}; by all runs on record {}".format(*both)
-    if result["rows_embedded"]:
-        yield f"rate      {result['rows_per_s']:,.1f} rows/s over {result['seconds']:,.1f} s"
-    if verdict := result["verdict"]:
-        steady = result["steady_rows_per_s"]
-        if steady:
-            yield f"steady    {steady:,.1f} rows/s once the model was at work"
-        spent = ", ".join(f"{name} {s:,.1f}" for name, s in verdict["seconds"].items())
-        yield f"seconds   {spent}"
-        mfu = verdict["mfu"]
-        yield (
-            f"model     waited {verdict['wait_share']:.1%}, "
-            f"padding {verdict['padding_waste']:.1%}, {verdict['tokens_per_s']:,.0f} tokens/s"
-            + (f", {mfu:.0%} of a matrix product's rate" if mfu is not None else "")
-        )
-        if budgets := verdict.get("batch_tokens"):
-            yield f"batches   tokens: {', '.join(budgets)}"
-        yield f"advice    {verdict['advice']}"
+    for name, found in result["probes"].items():
+        yield describe_probe(name, found, verbose)
+    if unlabelled := max((p.get("unlabelled", 0) for p in result["probes"].values()), default=0):
+        yield f"labels    {unlabelled:,} rows have none, and no part in the probes of labels"
+    for cause, count in result["causes"].items():
+        yield f"rejected  {count:,} {cause}: fmembed rejected {result['table']}"
+    if num_before := result["table_rejected"] - result["rows_rejected"]:
+        yield f"rejected  {num_before:,} by earlier runs: fmembed rejected {result['table']}"
     num_changed = result["rows_changed"]
     if num_changed and result["kind"] == "embed":
         yield (
@@ -45,38 +39,76 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"not read  {count:,} {why}"
     if num_absent := result["rows_absent"]:
         yield f"absent    {num_absent:,} rows of the table were not in the source; they stay"
-    if num_before := result["table_rejected"] - result["rows_rejected"]:
-        yield f"rejected  {num_before:,} by earlier runs: fmembed rejected {result['table']}"
-    for cause, count in result["causes"].items():
-        yield f"rejected  {count:,} {cause}"
-    if unlabelled := max((p.get("unlabelled", 0) for p in result["probes"].values()), default=0):
-        yield f"labels    {unlabelled:,} rows have none, and no part in the probes of labels"
-    for name, found in result["probes"].items():
-        yield describe_probe(name, found)
+    if verbose or result["spent"].get("cost"):
+        yield from _spent(result)
+    if verbose:
+        yield from _verdict(result)
     yield f"table     {result['table']} version {result['version']}"
     if result["report"]:
         yield f"report    {result['report']}"
+    if result["rows_embedded"] or result["probe_s"]:
+        yield _time(result)
 
 
-def describe_probe(name: str, found: dict[str, Any]) -> str:
-    """What a probe has found, in a line.
+def _time(result: dict[str, Any]) -> str:
+    """How long it took, and how fast that was."""
+    said = [duration(result["seconds"])] if result["rows_embedded"] else []
+    if result["rows_embedded"]:
+        rate = f"{result['rows_per_s']:,.1f} rows/s"
+        if steady := result["steady_rows_per_s"]:
+            rate += f", {steady:,.1f} once the model was at work"
+        said.append(rate)
+    if result["probe_s"]:
+        said.append(f"probes and report {duration(result['probe_s'])} more")
+    return f"time      {'; '.join(said)}"
+
+
+def _spent(result: dict[str, Any]) -> Iterator[str]:
+    if any(result["spent"].values()):
+        both = (_amount(result[name]) for name in ("spent", "table_spent"))
+        yield "spent     {}; by all runs on record {}".format(*both)
+
+
+def _verdict(result: dict[str, Any]) -> Iterator[str]:
+    """Where the time went."""
+    if not (verdict := result["verdict"]):
+        return
+    spent = ", ".join(f"{name} {s:,.1f}" for name, s in verdict["seconds"].items())
+    yield f"seconds   {spent}"
+    mfu = verdict["mfu"]
+    yield (
+        f"model     waited {verdict['wait_share']:.1%}, "
+        f"padding {verdict['padding_waste']:.1%}, {verdict['tokens_per_s']:,.0f} tokens/s"
+        + (f", {mfu:.0%} of a matrix product's rate" if mfu is not None else "")
+    )
+    if budgets := verdict.get("batch_tokens"):
+        yield f"batches   tokens: {', '.join(budgets)}"
+    yield f"advice    {verdict['advice']}"
+
+
+def describe_probe(name: str, found: dict[str, Any], verbose: bool = False) -> str:
+    """What a probe has found, in a line: its score, and beside it what costs no model.
 
     Args:
         name: Of the probe, with its column where there are several.
         found: As `RunResult.probes` has it.
+        verbose: All baselines, how labels that were shuffled did among them.
     """
     if "skipped" in found:
         return f"{name:<9} skipped: {found['skipped']}"
     metric = found["metric"] + (f" (k = {found['k']})" if "k" in found else "")
     chance = found.get("by_chance", {})
-    baselines = ", ".join(
+    baselines = [
         f"{n} {v:z.3f}" + (_describe_chance(chance) if n == chance.get("baseline") else "")
         for n, v in found["baselines"].items()
-    )
+        if verbose or n != chance.get("baseline")
+    ]
+    if not verbose and chance.get("p", 0.0) > _BY_CHANCE:
+        baselines.append(f"shuffled labels do as well (p = {chance['p']:.3f})")
     if "missing" in found:
-        baselines += f"; no cheap competitor: {found['missing']}"
-    interval = f"[{found['low']:z.3f}, {found['high']:z.3f}]"
-    return f"{name:<9} {metric} {found['value']:z.3f} {interval}; {baselines}"
+        baselines.append(f"no cheap competitor: {found['missing']}")
+    score = f"{name:<9} {metric} {found['value']:z.3f} [{found['low']:z.3f}, {found['high']:z.3f}]"
+    return "; ".join([score, ", ".join(baselines)]) if baselines else score
 
 
 def _embedded(result: dict[str, Any]) -> Iterator[str]:
@@ -112,7 +144,7 @@ def _refreshed(result: dict[str, Any]) -> Iterator[str]:
         yield f"withheld  {num_withheld:,} rows that should have left stay: {result['withheld']}"
 
 
-def _spent(spent: dict[str, float]) -> str:
+def _amount(spent: dict[str, float]) -> str:
     cost = f", {spent['cost']:,.4f} of the price's currency" if "cost" in spent else ""
     return f"{spent.get('device_hours', 0):,.4f} device hours{cost}"
 

@@ -25,6 +25,7 @@ from fmembed.redaction import scrub
 from fmembed.run import own_node
 from fmembed.run.faults import explain
 from fmembed.startup import joins_cluster
+from fmembed.telling import Teller
 
 _ANSWER_S = 10.0
 
@@ -32,8 +33,15 @@ _ANSWER_S = 10.0
 class Cluster:
     """Ray for as long as a run needs it: joined or started when first asked for, then left."""
 
-    def __init__(self, verbose: bool) -> None:
+    def __init__(self, verbose: bool, teller: Teller | None = None) -> None:
+        """Prepare; nothing is started yet.
+
+        Args:
+            verbose: Show Ray's own output.
+            teller: Says that Ray is started, or joined.
+        """
         self._verbose = verbose
+        self._say = (teller or Teller(quiet=True)).say
         self._leaves = False
 
     def __enter__(self) -> Cluster:
@@ -41,6 +49,8 @@ class Cluster:
 
     def connect(self) -> None:
         """Join the cluster that RAY_ADDRESS names, or start Ray here; once."""
+        if not ray.is_initialized():
+            self._say("joining Ray …" if joins_cluster() else "starting Ray …")
         self._leaves = connect(self._verbose) or self._leaves
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:

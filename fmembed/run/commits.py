@@ -34,7 +34,7 @@ _MAX_WRITE_RETRIES = 3
 # Below this the fraction says little: one bad row of ten is not yet a bad dataset.
 _MIN_ROWS_TO_STOP = 1000
 SETTLE_S = 30.0
-_LEAST_COMMIT_S, _COMMIT_SHARE, _SLOW_COMMIT_S = 60.0, 1 / 50, 1.0
+_FIRST_COMMIT_S, _LEAST_COMMIT_S, _COMMIT_SHARE, _SLOW_COMMIT_S = 15.0, 60.0, 1 / 50, 1.0
 
 
 class Commits:
@@ -126,19 +126,19 @@ class Commits:
         while len(self._writes) > _MAX_WRITES_IN_FLIGHT:
             self._collect(num_returns=1)
         num_commits, now = self.num_commits, time.monotonic()
-        if now >= self._due(now):
+        if now >= self._due():
             self.commit()
             self._last_commit = time.monotonic()
             self._commit_s = self._last_commit - now
             self.check_rejected(at_end=False)
         return self.num_commits > num_commits
 
-    def _due(self, now: float) -> float:
+    def _due(self) -> float:
         """When the next commit is to begin: as the config says, but after as much work as the last
         one took, if that was seconds. Each looks through the keys of all before it: with one every
         5 s, a run of a million rows on one core came to do nothing else.
         """
-        every_s = interval_s(self._output.commit_every_s, now - self._began)
+        every_s = interval_s(self._output.commit_every_s, self._last_commit - self._began)
         slow_s = self._commit_s if self._commit_s > _SLOW_COMMIT_S else 0.0
         return self._last_commit + max(every_s, slow_s)
 
@@ -414,8 +414,10 @@ def check_rejected(table: Table, output: OutputSpec, num_rejected: int, num_rows
 
 
 def interval_s(given: float | Literal["auto"], run_s: float) -> float:
-    """Seconds from a commit to the next, in a run that has taken so long; see `OutputSpec`."""
-    return max(_LEAST_COMMIT_S, run_s * _COMMIT_SHARE) if given == "auto" else given
+    """Seconds from a commit after so much of a run to the next; see `OutputSpec`."""
+    if given != "auto":
+        return given
+    return max(_LEAST_COMMIT_S, run_s * _COMMIT_SHARE) if run_s > 0 else _FIRST_COMMIT_S
 
 
 def _write_blocks(

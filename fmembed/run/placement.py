@@ -221,6 +221,13 @@ def plan_compute(
     )
 
 
+def describe(plan: Plan) -> str:
+    """Who runs the model, in words."""
+    kind = "GPU" if plan.device == "cuda" else "CPU"
+    how_many = f"{plan.min_actors:,} to " if plan.min_actors < plan.max_actors else ""
+    return f"{how_many}{plan.max_actors:,} {kind} {'actors' if plan.max_actors > 1 else 'actor'}"
+
+
 def _count_cpu_actors(cpus: int, memory_bytes: float, model_bytes: int) -> int:
     """Actors of a node's CPUs, each with as many threads as the others: a divisor, or nearly."""
     models = int(memory_bytes * _MODELS_SHARE / (model_bytes + _PROCESS_BYTES))

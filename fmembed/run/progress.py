@@ -1,4 +1,4 @@
-"""What a run shows while it goes: one line a stage.
+"""What a run shows while it goes: on a terminal a bar a stage, elsewhere a line now and then.
 
 `ExecutionCallback` and `StreamingExecutor._topology` are Ray's internals (2.60); there is no public
 way to count rows by operator while a dataset streams.
@@ -24,6 +24,7 @@ from fmembed import terminal
 from fmembed.run.stages import READER
 from fmembed.run.verdict import EMBED, READ, WRITE
 from fmembed.sources.source import Source
+from fmembed.telling import Pulse, Teller
 
 
 @dataclass
@@ -37,12 +38,14 @@ class Stage:
 class Progress:
     """Counts by stage, fed by Ray Data's executor and by the driver; drawn on a terminal."""
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, teller: Teller) -> None:
         """Start counting.
 
         Args:
-            quiet: Draw nothing. Nothing is drawn either where stderr is no terminal.
+            teller: Says how far the run has come, where stderr is no terminal to draw on. If it is
+                quiet, nothing is drawn either.
         """
+        self._teller = teller
         self.stages = {name: Stage() for name in (READ, EMBED, WRITE)}
         # Rows to come, where known before they are read; bytes of the first n shards.
         self._num_rows: int | None = None
@@ -56,24 +59,34 @@ class Progress:
             _Rate(),
             TimeRemainingColumn(),
             console=Console(file=stream),
-            disable=quiet or not stream.isatty(),
+            disable=teller.quiet or not stream.isatty(),
             # What others print would come back as they wrote it.
             redirect_stdout=False,
             redirect_stderr=False,
         )
         self._tasks = {name: self._bars.add_task(name, total=None) for name in self.stages}
+        self._pulse = None if teller.quiet or stream.isatty() else Pulse(teller.say)
+        self._kept, self._fate = 0, ""
 
     def __enter__(self) -> Progress:
+        self._print, self._teller.print = self._teller.print, self._print_above
         self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
+        self._teller.print = self._print
+
+    def _print_above(self, line: str) -> None:
+        self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        """Print a line on stderr, above what is drawn."""
-        line = f"fmembed: {terminal.printable(text)}"
-        self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        """Print a line on stderr, above what is drawn, quiet or not."""
+        self._print_above(f"fmembed: {terminal.printable(text)}")
+
+    def keep(self, num_rows: int, fate: str) -> None:
+        """Set how many rows a kill does not cost any more, and what they are: committed."""
+        self._kept, self._fate = num_rows, fate
 
     def set(self, name: str, rows: int, busy_s: float) -> None:
         """Set a stage's totals."""
@@ -102,6 +115,10 @@ class Progress:
             total = max(rows * self._num_bytes[-1] / done, rows)
         for task in self._tasks.values():
             self._bars.update(task, total=total)
+        if self._pulse is not None:
+            read, embedded = self.stages[READ].rows, self.stages[EMBED].rows
+            is_exact = is_read or self._num_rows is not None
+            self._pulse.beat(read, embedded, self._kept, self._fate, total, is_exact)
 
     def watch(self, operators: Mapping[str, str]) -> None:
         """Follow the datasets that run from now on.

@@ -104,6 +104,7 @@ class Run:
         assert commits is not None
         assert progress is not None
         progress.set(WRITE, commits.num_written, commits.busy_s)
+        progress.keep(commits.num_embedded, commits.fate)
         if has_committed:
             rows = {"embedded": commits.num_embedded, "rejected": commits.num_rejected}
             self._metrics = self._metrics or RunMetrics(self.id)

@@ -284,7 +284,7 @@ def test_a_score_is_printed_with_what_chance_gives(capsys: pytest.CaptureFixture
         run_id="r", started="", table="t", version=1, fingerprint="",
         probes=pick_headlines([probe, earlier], card),
     )  # fmt: skip
-    _print_result(asdict(result), as_json=False)
+    _print_result(asdict(result), as_json=False, verbose=True)
     said = capsys.readouterr().out
     assert (
         "clustering AMI 0.900 [0.800, 0.950]; majority 0.000, shuffled labels 0.200 "
@@ -292,6 +292,41 @@ def test_a_score_is_printed_with_what_chance_gives(capsys: pytest.CaptureFixture
     )
     # As a version before this one has stored it.
     assert "knn       AMI 0.900 [0.800, 0.950]; shuffled labels 0.900\n" in said
+    _print_result(asdict(result), as_json=False, verbose=False)
+    said = capsys.readouterr().out
+    assert "clustering AMI 0.900 [0.800, 0.950]; majority 0.000\n" in said
+    probe["baselines"]["shuffled labels"]["p"] = 0.2
+    result = replace(result, probes=pick_headlines([probe], card))
+    _print_result(asdict(result), as_json=False, verbose=False)
+    said = capsys.readouterr().out
+    assert "; majority 0.000, shuffled labels do as well (p = 0.200)\n" in said
+
+
+def test_the_end_of_a_run_is_short_and_the_rest_is_there(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    verdict: Any = {
+        "seconds": {"read": 1.0}, "actors": {}, "wait_share": 0.1, "padding_waste": 0.0,
+        "tokens_per_s": 9.0, "mfu": None, "batch_tokens": {}, "advice": "give a run more rows",
+    }  # fmt: skip
+    result = RunResult(
+        run_id="r", started="", table="t", version=1, fingerprint="", rows_read=9, rows_embedded=9,
+        seconds=95.0, rows_per_s=0.1, steady_rows_per_s=4.0, verdict=verdict, report="t/r.html",
+        spent={"device_hours": 0.1}, table_spent={"device_hours": 0.3}, probe_s=3.2,
+    )  # fmt: skip
+    _print_result(asdict(result), as_json=False, verbose=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "rows      9 read, 9 embedded, 0 rejected, 0 skipped",
+        "table     t version 1",
+        "report    t/r.html",
+        "time      2 min; 0.1 rows/s, 4.0 once the model was at work; probes and report 3 s more",
+    ]
+    _print_result(asdict(result), as_json=False, verbose=True)
+    said = capsys.readouterr().out
+    assert "advice    give a run more rows\n" in said
+    assert "spent     0.1000 device hours; by all runs on record 0.3000 device hours\n" in said
+    _print_result(asdict(replace(result, spent={"cost": 2.0})), as_json=False, verbose=False)
+    assert "spent     0.0000 device hours, 2.0000 of the price" in capsys.readouterr().out
 
 
 def test_what_a_run_leaves_out_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,12 +335,14 @@ def test_what_a_run_leaves_out_is_printed(capsys: pytest.CaptureFixture[str]) ->
         num_truncated=2, rows_absent=3,
         probes={"knn": {"skipped": "no two labels", "unlabelled": 4}},
     )  # fmt: skip
-    _print_result(asdict(result), as_json=False)
+    _print_result(asdict(result), as_json=False, verbose=False)
     said = capsys.readouterr().out
     assert "cut       2 rows are longer than the model takes, and it saw a part\n" in said
     assert "labels    4 rows have none, and no part in the probes of labels\n" in said
     assert "absent    3 rows of the table were not in the source; they stay\n" in said
-    _print_result(asdict(replace(result, rows_read=0, rows_embedded=0, num_truncated=0)), False)
+    _print_result(
+        asdict(replace(result, rows_read=0, rows_embedded=0, num_truncated=0)), False, False
+    )
     said = capsys.readouterr().out
     assert said.startswith("nothing to do: the source holds no row\n")
     assert "cut " not in said

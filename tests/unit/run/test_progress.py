@@ -12,6 +12,7 @@ from fmembed.run.progress import Progress, _Counter
 from fmembed.run.verdict import EMBED, READ
 from fmembed.sources.source import File, Shard, Source
 from fmembed.spec import SourceSpec
+from fmembed.telling import Teller
 
 
 def operator(name: str, tasks: int, rows: int | None, is_finished: bool = False) -> Any:
@@ -34,7 +35,7 @@ def operator(name: str, tasks: int, rows: int | None, is_finished: bool = False)
 def test_a_stage_counts_the_rows_and_not_the_markers_that_end_shards(
     shards_read: int, rows_read: int | None, rows_embedded: int | None, shown: tuple[int, int]
 ) -> None:
-    progress = Progress(quiet=True)
+    progress = Progress(Teller(quiet=True))
     counter: Any = _Counter()
     counter.progress, counter.operators = progress, {"Preprocess": READ, "Embed": EMBED}
     read = "ReadShards->MapBatches(Preprocess.stream)->StreamingRepartition[]"
@@ -62,7 +63,7 @@ def test_a_stage_counts_the_rows_and_not_the_markers_that_end_shards(
 def test_how_many_rows_there_will_be(
     num_rows: int | None, shards_read: int, is_finished: bool, total: float | None
 ) -> None:
-    progress = Progress(quiet=True)
+    progress = Progress(Teller(quiet=True))
     halves = [None, None] if num_rows is None else [num_rows // 2] * 2
     shards = tuple(
         Shard((File(name, name, size),), num_rows=rows)
