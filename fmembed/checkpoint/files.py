@@ -22,6 +22,7 @@ _DIGESTED = (
     ".bpe", ".codes", ".spm", ".tiktoken", ".tokenizer",
 )  # fmt: skip
 _DOWNLOADED = tuple(f"*{suffix}" for suffix in _DIGESTED)
+_WEIGHTS_SUFFIX = ".safetensors"
 _WEIGHTS, _ADAPTER = "model.safetensors", "adapter_model.safetensors"
 # Far over what any checkpoint's configs and indices take.
 _MAX_JSON_BYTES = 64 * 2**20
@@ -326,13 +327,16 @@ def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
             left.extend(value)
 
 
-def digest_files(folder: Path, modules: list[Path], files: list[Path]) -> str:
+def digest_files(
+    folder: Path, modules: list[Path], files: list[Path], with_weights: bool = True
+) -> str:
     """The blake2b-128, as hex, over names and contents of all files that decide a vector.
 
     Args:
         folder: The checkpoint's, to which the names are relative.
         modules: Folders in it whose own files count too.
         files: What counts besides, wherever in the folder it lies.
+        with_weights: Whether weights are among them.
     """
     # Only these folders: a training run keeps its other checkpoints beside the model.
     found = {
@@ -342,6 +346,8 @@ def digest_files(folder: Path, modules: list[Path], files: list[Path]) -> str:
         if p.suffix in _DIGESTED and p.is_file() and not p.name.startswith(".")
     }
     files = sorted(found | set(files))
+    if not with_weights:
+        files = [p for p in files if p.suffix != _WEIGHTS_SUFFIX]
 
     def digest(path: Path) -> bytes:
         hasher = hashlib.blake2b(digest_size=16)

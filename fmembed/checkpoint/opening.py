@@ -8,7 +8,7 @@ driver decides, and refuses, within a second.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ from fmembed.spec import EndpointSpec, Modality, ModelSpec, VectorSpec
 # with new vectors.
 _CONTRACT = 2
 # Of families whose rows once took part of their vectors from their company, or went without their
-# segment ids.
+# segment ids, or with other token ids.
 _CONTRACT_OF_COMPANY = 3
 _FALLBACK_MAX_TOKENS = 512
 # What configs call max_position_embeddings besides.
@@ -69,7 +69,8 @@ class Checkpoint:
     `model_type` is config.json's, by which the family is known.
     `dense` are the folders of sentence-transformers Dense modules, applied in order after pooling.
     `revision` is the hub's commit, null for a local folder. `digest` is a blake2b-128 over the
-    names and contents of all files that decide a vector. `unit_size` is how many numbers of the
+    names and contents of all files that decide a vector, `words_digest` over those of them that are
+    no weights. `unit_size` is how many numbers of the
     model's input make one unit of its sequence: 1 for token ids, the values of a patch for pixels,
     the samples of a frame for audio. `rate_hz` is what sounds are resampled to, `window_samples`
     how many of them the model takes at once, null where it takes any number.
@@ -99,6 +100,7 @@ class Checkpoint:
     window_samples: int | None = None
     endpoint: EndpointSpec | None = None
     contract: int = _CONTRACT
+    words_digest: str = ""
 
     @property
     def family(self) -> Family:
@@ -142,6 +144,43 @@ class Checkpoint:
             return 0
         folder = self.folder() / self.weights
         return sum(p.stat().st_size for p in list_weight_files(folder, read_config(folder)))
+
+
+def check_unchanged(checkpoint: Checkpoint, with_weights: bool = False) -> None:
+    """Make sure that what was just loaded is what the run knows the checkpoint by.
+
+    It is loaded seconds after its digest was taken, by an actor that is started again hours after,
+    and on each node from that one's own copy.
+
+    Args:
+        checkpoint: Whose files; a hub's commit does not change.
+        with_weights: Whether the weights were loaded too.
+
+    Raises:
+        ModelError: It is not.
+    """
+    if checkpoint.endpoint is not None or checkpoint.revision is not None:
+        return
+    found = _digest(checkpoint.folder(), checkpoint, with_weights)
+    is_same = found == (checkpoint.digest if with_weights else checkpoint.words_digest)
+    if is_same and with_weights and checkpoint.adapter is not None:
+        is_same = digest_adapter(checkpoint.adapter) == checkpoint.adapter_digest
+    if not is_same:
+        raise ModelError(
+            f"model.id: the files of {checkpoint.id} have changed since this run began, or are "
+            "others on one of its nodes; nothing that was made with them is kept: run again once "
+            "they are whole"
+        )
+
+
+def _digest(folder: Path, checkpoint: Checkpoint, with_weights: bool) -> str:
+    weights = folder / checkpoint.weights
+    dense = [folder / path for path in checkpoint.dense]
+    files = list_weight_files(weights, read_config(weights))
+    files += [p for module in dense for p in list_weight_files(module, {})]
+    if checkpoint.trust_remote_code:  # code may lie deeper than what is its own to name
+        files += sorted(folder.rglob("*.py"))
+    return digest_files(folder, [weights, *dense], files, with_weights)
 
 
 def list_modalities(spec: ModelSpec) -> tuple[Modality, ...]:
@@ -199,7 +238,6 @@ def open_checkpoint(
             f"model.id: {spec.id} is of the architecture {model_type}, which {why}; take another"
         )
     own_files = list_weight_files(weights, config)
-    files = own_files + [p for m in modules.dense for p in list_weight_files(folder / m, {})]
     check_loads(weights, config, spec.trust_remote_code)
     modalities = list_modalities(spec)
     modality = modality or spec.modality or modalities[0]
@@ -232,17 +270,12 @@ def open_checkpoint(
     rate_hz, window_samples = (
         read_sound_limits(weights, family) if modality == "audio" else (0, None)
     )
-    return Checkpoint(
+    checkpoint = Checkpoint(
         id=spec.id,
         uri=uri,
         # A hub snapshot's folder is named after its commit.
         revision=folder.name if folder.parent.name == "snapshots" else None,
-        digest=digest_files(
-            folder,
-            [weights, *(folder / path for path in modules.dense)],
-            # Code may lie deeper than what is its own to name.
-            files + (sorted(folder.rglob("*.py")) if spec.trust_remote_code else []),
-        ),
+        digest="",
         model_type=model_type,
         weights=modules.transformer,
         outputs=outputs,
@@ -263,12 +296,20 @@ def open_checkpoint(
         window_samples=window_samples,
         contract=_CONTRACT_OF_COMPANY if _once_mixed(family, inner) else _CONTRACT,
     )
+    return replace(
+        checkpoint,
+        digest=_digest(folder, checkpoint, with_weights=True),
+        words_digest=_digest(folder, checkpoint, with_weights=False),
+    )
 
 
 def _once_mixed(family: Family, config: dict[str, Any]) -> bool:
-    """Whether earlier versions gave a row another vector in other company, or without segments."""
-    is_segmented = config.get("model_type") == "xlnet"  # its class token has one of its own
-    return is_segmented or family.company == "same length" or bool(list(list_turns(config)))
+    """Whether earlier versions gave a row another vector in other company, without segments, or
+    without what a tokenizer does in Python.
+    """
+    # XLNet's class token has a segment of its own.
+    is_named = config.get("model_type") in ("xlnet", "markuplm")
+    return is_named or family.company == "same length" or bool(list(list_turns(config)))
 
 
 def _describe_endpoint(spec: ModelSpec, endpoint: EndpointSpec) -> Checkpoint:

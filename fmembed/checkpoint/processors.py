@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fmembed.checkpoint.opening import Checkpoint
+from fmembed.checkpoint.opening import Checkpoint, check_unchanged
 from fmembed.errors import ModelError
 
 
@@ -19,11 +19,13 @@ def load_image_processor(checkpoint: Checkpoint) -> Any:
     from transformers import AutoImageProcessor
 
     with loading(checkpoint.id):
-        return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+        processor = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
             checkpoint.folder() / checkpoint.weights,
             trust_remote_code=checkpoint.trust_remote_code,
             backend="pil",
         )
+    check_unchanged(checkpoint)
+    return processor
 
 
 class ImageTooLargeError(Exception):
@@ -114,9 +116,11 @@ def load_feature_extractor(checkpoint: Checkpoint) -> Any:
     from transformers import AutoFeatureExtractor
 
     with loading(checkpoint.id):
-        return AutoFeatureExtractor.from_pretrained(  # type: ignore[no-untyped-call]
+        extractor = AutoFeatureExtractor.from_pretrained(  # type: ignore[no-untyped-call]
             checkpoint.folder() / checkpoint.weights, trust_remote_code=checkpoint.trust_remote_code
         )
+    check_unchanged(checkpoint)
+    return extractor
 
 
 @contextmanager

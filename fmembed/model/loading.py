@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.utils import parametrize
 
-from fmembed.checkpoint.opening import Checkpoint, adapter_folder
+from fmembed.checkpoint.opening import Checkpoint, adapter_folder, check_unchanged
 from fmembed.checkpoint.processors import loading
 from fmembed.checkpoint.shapes import explain_mismatch
 from fmembed.errors import ModelError
@@ -30,7 +30,9 @@ def load_tower(checkpoint: Checkpoint, device: torch.device) -> Tower:
     Raises:
         ModelError: The weights do not fit the architecture, or need remote code.
     """
-    return _TOWERS[checkpoint.modality](checkpoint, device, _load_model(checkpoint, device))
+    model = _load_model(checkpoint, device)
+    check_unchanged(checkpoint, with_weights=True)
+    return _TOWERS[checkpoint.modality](checkpoint, device, model)
 
 
 def _attention(checkpoint: Checkpoint, device: torch.device) -> str | None:

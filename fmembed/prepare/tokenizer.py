@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import tokenizers
 
 from fmembed import cache
-from fmembed.checkpoint.opening import Checkpoint
+from fmembed.checkpoint.opening import Checkpoint, check_unchanged
 from fmembed.checkpoint.processors import loading
 from fmembed.errors import ModelError
 from fmembed.startup import uncollected
@@ -201,6 +201,7 @@ def _load(checkpoint: Checkpoint) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.folder() / checkpoint.weights, trust_remote_code=checkpoint.trust_remote_code
         )
+    check_unchanged(checkpoint)
     # transformers makes one of nothing but a config, which takes every word for unknown.
     if len(tokenizer) <= len(tokenizer.all_special_ids) + 2:
         raise ModelError(
@@ -223,7 +224,7 @@ def _gives_segments(checkpoint: Checkpoint, own: Any) -> bool:
 
 def _rust_part(own: Any, options: dict[str, Any]) -> tokenizers.Tokenizer | None:
     """What runs, set to cut and pad; None where something runs besides, in Python."""
-    if not own.is_fast:
+    if not own.is_fast or any(_is_overridden(own, name) for name in ("__call__", "_encode_plus")):
         return None
     try:
         own(["a"], **options)  # sets how its Rust part cuts and pads
@@ -231,3 +232,14 @@ def _rust_part(own: Any, options: dict[str, Any]) -> tokenizers.Tokenizer | None
         return None
     made: tokenizers.Tokenizer = own.backend_tokenizer
     return made
+
+
+def _is_overridden(own: Any, name: str) -> bool:
+    """Whether what a tokenizer is called by is its own class's, as LUKE's and MarkupLM's are, which
+    call themselves fast too, and not the library's.
+    """
+    of_library = (
+        "transformers.tokenization_utils_base",
+        "transformers.tokenization_utils_tokenizers",
+    )
+    return getattr(type(own), name).__module__ not in of_library

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +242,23 @@ def test_packed_rows_compute_little_more_than_their_own_tokens(tiny_bert: Path) 
     assert tokens == sum(out["num_units"].to_pylist())
     batches = tokens / 64 + 1
     assert tokens < slots < tokens + 16 * batches
+
+
+def test_weights_that_change_before_they_are_loaded_are_refused(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    """As where an actor is started again after hours: the fingerprint names those of before."""
+    from transformers import BertModel
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_bert, folder)
+    checkpoint = open_checkpoint(ModelSpec(id=str(folder), dtype="float32"), False)
+    Encoder(checkpoint)
+    model = BertModel.from_pretrained(folder)
+    with torch.no_grad():
+        model.embeddings.LayerNorm.weight.mul_(2)
+    model.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"model\.id: the files of .* have changed since this run"):
+        Encoder(checkpoint)
+    # A commit of the hub's does not change, so nothing is read twice.
+    Encoder(replace(checkpoint, revision="0" * 40))

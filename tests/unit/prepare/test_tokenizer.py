@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from conftest import SENTENCES
 from tiny import save_siglip, save_tiny
 
 from fmembed.checkpoint.opening import Checkpoint, open_checkpoint
+from fmembed.errors import ModelError
 from fmembed.prepare import tokenizer as module
 from fmembed.prepare.tokenizer import load_tokenizer
 from fmembed.spec import ModelSpec
@@ -108,6 +110,66 @@ def test_what_is_kept_is_what_transformers_has(
             assert found.spans(text) == plain["offset_mapping"]
         # That it was asked for a whole text changes nothing.
         assert max(len(v if isinstance(v, list) else v[0]) for v, _ in found.encode(TEXTS)) == limit
+
+
+def test_files_that_change_before_they_are_loaded_are_refused(
+    tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leave nothing for later runs: the digest is that of the files before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    save_tiny(folder, hf.BertModel, CONFIG)
+    word_piece(minilm).save_pretrained(folder)
+    checkpoint = open_checkpoint(ModelSpec(id=str(folder)), False)
+    path = folder / "tokenizer.json"
+    before = path.read_text()
+    path.write_text(before.replace('"hello"', '"olleh"'))
+    with pytest.raises(ModelError, match=r"model\.id: the files of .* have changed since this run"):
+        load_tokenizer.__wrapped__(checkpoint)
+    path.write_text(before)
+    load_tokenizer.__wrapped__(checkpoint)
+    kept = load_tokenizer.__wrapped__(checkpoint)
+    own = hf.AutoTokenizer.from_pretrained(folder)
+    assert [ids for ids, _ in kept.encode(["hello"])] == [own("hello").input_ids]
+    # And what is kept is of these files, whatever has become of them.
+    path.write_text(before.replace('"hello"', '"olleh"'))
+    assert load_tokenizer.__wrapped__(checkpoint).encode(["hello"]) == kept.encode(["hello"])
+
+
+class Shouting(hf.BertTokenizer):
+    """A checkpoint's own: it runs in Rust, after some Python."""
+
+    def _encode_plus(self, text: Any, *given: Any, **options: Any) -> Any:
+        some = [text] if isinstance(text, str) else text
+        some = [t.replace("!", " exclaimed") for t in some]
+        return super()._encode_plus(some[0] if isinstance(text, str) else some, *given, **options)
+
+
+def markup(_: Path) -> Any:
+    own = rust.ByteLevelBPETokenizer()
+    own.train_from_iterator(SENTENCES, vocab_size=400,
+                            special_tokens=["<s>", "</s>", "<pad>", "<unk>", "<mask>"])  # fmt: skip
+    model = json.loads(own._tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    return hf.MarkupLMTokenizer(vocab=model["vocab"], merges=merges, tags_dict={"a": 0, "b": 1})
+
+
+@pytest.mark.parametrize("make", [Shouting.from_pretrained, markup])
+def test_what_a_tokenizer_does_in_python_is_done(
+    make: Callable[[Path], Any], tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path, hf.BertModel, CONFIG)
+    word_piece(minilm).save_pretrained(tmp_path)
+    own = make(minilm)
+    assert own.is_fast
+    monkeypatch.setattr(module, "_load", lambda _: own)
+    monkeypatch.setattr(module.cache, "recall", lambda *_: None)
+    checkpoint = open_checkpoint(ModelSpec(id=str(tmp_path)), False)
+    found = load_tokenizer.__wrapped__(checkpoint)
+    for (ids, is_cut), text in zip(found.encode(TEXTS), TEXTS, strict=True):
+        whole = own(text)["input_ids"]
+        assert ids == own(text, truncation=True, max_length=checkpoint.max_tokens)["input_ids"]
+        assert is_cut == (len(whole) > checkpoint.max_tokens)
 
 
 def test_what_does_not_come_back_is_not_kept(
