@@ -20,6 +20,7 @@ FmembedError            exit 1: the run failed
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from fmembed.redaction import redact as redact
 from fmembed.redaction import scrub as scrub
@@ -35,6 +36,17 @@ class FmembedError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(scrub(message))
+
+    def __reduce__(self) -> Any:
+        # Ray's workers send errors: one that is made of more than its message comes back whole.
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[FmembedError], args: tuple[Any, ...], fields: dict[str, Any]) -> Any:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
 
 
 class RejectedError(FmembedError):

@@ -113,8 +113,8 @@ class Storage:
                     yield draft
             else:
                 yield _CloudDraft(self)
-        except OSError as e:
-            raise self._error("write", like, e) from None
+        except OSError as e:  # it has no name yet
+            raise self._error("write", "a new file", e) from None
 
     def create(self, path: str, content: bytes) -> bool:
         """Write an object unless there is one, in one atomic step; whether it was written."""

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,10 @@ from fmembed.telling import Teller
 _ANSWER_S = 10.0
 
 
+# Held by the one run that uses Ray in this process: what a run sets of Ray Data, it sets for all.
+_busy = threading.Lock()
+
+
 class Cluster:
     """Ray for as long as a run needs it: joined or started when first asked for, then left."""
 
@@ -42,13 +47,23 @@ class Cluster:
         """
         self._verbose = verbose
         self._say = (teller or Teller(quiet=True)).say
-        self._leaves = False
+        self._leaves = self._holds = False
 
     def __enter__(self) -> Cluster:
         return self
 
     def connect(self) -> None:
-        """Join the cluster that RAY_ADDRESS names, or start Ray here; once."""
+        """Join the cluster that RAY_ADDRESS names, or start Ray here; once.
+
+        Raises:
+            FmembedError: It cannot be had, or another run of this process has it.
+        """
+        self._holds = self._holds or _busy.acquire(blocking=False)
+        if not self._holds:
+            raise FmembedError(
+                "another run is under way in this process, which takes one at a time; wait for its "
+                "end, or start this one in a process of its own"
+            )
         if not ray.is_initialized():
             self._say("joining Ray …" if joins_cluster() else "starting Ray …")
         self._leaves = connect(self._verbose) or self._leaves
@@ -65,6 +80,9 @@ class Cluster:
         finally:
             if self._leaves:
                 own_node.leave(at_once=error is None)
+            if self._holds:
+                self._holds = False
+                _busy.release()
 
 
 def connect(verbose: bool) -> bool:

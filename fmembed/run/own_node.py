@@ -6,8 +6,10 @@ they took three.
 
 from __future__ import annotations
 
+import os
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -21,8 +23,12 @@ from ray.data._internal.execution.interfaces import ExecutionResources
 from ray.data._internal.execution.operators import actor_pool_map_operator
 from ray.data._internal.stats import _StatsManager
 
+from fmembed.terminal import say
+
 # What of Ray Data is replaced as long as the node is there.
 _replaced = ExitStack()
+# That the node is ended by us.
+_leaving = threading.Event()
 
 
 def start(verbose: bool, **options: Any) -> None:
@@ -32,10 +38,21 @@ def start(verbose: bool, **options: Any) -> None:
         verbose: Show Ray's own output.
         options: For `ray.init`.
     """
-    with _on_loopback(), _without_services(verbose):
-        # Named, because without an address ray.init joins any cluster that it finds here.
-        ray.init("local", include_dashboard=False, num_cpus=_count_cpus(), **options)
+    import psutil  # Ray has its own, found once it is imported
+
+    before = set(psutil.Process().children(recursive=True))
+    try:
+        with _on_loopback(), _without_services(verbose):
+            # Named, because without an address ray.init joins any cluster that it finds here.
+            ray.init("local", include_dashboard=False, num_cpus=_count_cpus(), **options)
+    except BaseException:
+        # A signal, mostly: Ray ends its own processes when this one ends, and they theirs, which
+        # look for them for a minute.
+        _kill(set(psutil.Process().children(recursive=True)) - before)
+        raise
     _replaced.enter_context(_without_helpers())
+    _leaving.clear()
+    threading.Thread(target=_watch, args=_raylets(), name="watch-raylet", daemon=True).start()
 
 
 def leave(at_once: bool) -> None:
@@ -46,22 +63,47 @@ def leave(at_once: bool) -> None:
             (2.60) does one after another, giving each a second.
     """
     _replaced.close()
+    _leaving.set()
     node = ray._private.worker._global_node
     if node is None or not at_once:
         ray.shutdown()
         return
-    import psutil  # Ray has its own, found once it is imported
+    import psutil
 
     children = []
-    for raylet in node.all_processes.get(ray_constants.PROCESS_TYPE_RAYLET, []):
+    for pid in _raylets():
         with suppress(psutil.NoSuchProcess):  # it has ended by itself
-            children += psutil.Process(raylet.process.pid).children(recursive=True)
+            children += psutil.Process(pid).children(recursive=True)
     kill = node.kill_all_processes
     node.kill_all_processes = lambda **options: kill(**{**options, "allow_graceful": False})
     ray.shutdown()
-    for child in children:  # its agents would look for it for a minute
+    _kill(children)  # its agents would look for it for a minute
+
+
+def _raylets() -> tuple[int, ...]:
+    """The ids of the processes that run the node's tasks: one."""
+    node: Any = ray._private.worker._global_node
+    found = node.all_processes.get(ray_constants.PROCESS_TYPE_RAYLET, []) if node else []
+    return tuple(raylet.process.pid for raylet in found)
+
+
+def _kill(processes: Iterable[Any]) -> None:
+    import psutil
+
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            child.kill()
+            process.kill()
+
+
+def _watch(pid: int) -> None:
+    """Say that the raylet has ended: Ray (2.60) may then end this process, without a word."""
+    with suppress(OSError):  # it is gone already
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # its end is left for Ray to collect
+        if not _leaving.is_set():
+            say(
+                "Ray's own process on this machine (raylet) was ended, by the system for want of "
+                "memory or by somebody; what is committed stays, the same command resumes"
+            )
 
 
 def _count_cpus() -> int | None:

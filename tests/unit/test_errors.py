@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import re
 
 import pytest
 
 import fmembed
 from fmembed import errors
+from fmembed.errors import DamagedError, FmembedError, Interrupted, SpecError
 
 OWN = {
     name: cls
@@ -31,3 +33,12 @@ def test_the_tree_names_every_error_and_all_are_exported(name: str) -> None:
     assert issubclass(OWN[name], errors.FmembedError)
     assert re.search(rf"\b{name} ", errors.__doc__ or "")
     assert name in fmembed.__all__
+
+
+@pytest.mark.parametrize(
+    "error", [SpecError("a: b"), DamagedError("uri", "cut"), Interrupted("stopped", 15)]
+)
+def test_errors_come_back_whole_from_other_processes(error: FmembedError) -> None:
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+    assert (type(again), str(again)) == (type(error), str(error))
+    assert (again.exit_code, vars(again)) == (error.exit_code, vars(error))
