@@ -20,6 +20,8 @@ from fmembed.errors import (
 MAX_TASK_RETRIES = 3
 MAX_ACTOR_RESTARTS = 3
 _REST = "committed rows stay, the same command resumes; -v shows Ray's own messages"
+# What Ray Data (2.60) adds to the message of whatever a task has raised.
+_ADVICE = "\nFailed to apply UDF transform after "
 # A task's process that has died on each try.
 TASK_DEATHS = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
 # What a lost node, worker or actor looks like from the driver, as against an error of the code.
@@ -60,9 +62,13 @@ def explain_model_death(reason: str) -> FmembedError:
 def explain(error: BaseException) -> FmembedError:
     """What the user should read of an error that Ray raised."""
     root = root_cause(error)
+    said = str(root)
+    if (at := said.find(_ADVICE)) > 0:
+        said = said[:at]
     if isinstance(root, FmembedError):
+        root.args = (said, *root.args[1:])
         return root
-    lines = [line.strip() for line in str(root).splitlines() if line.strip()]
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     if isinstance(root, ray.exceptions.ActorDiedError):
         # Ray hands on an error of an actor's constructor as text alone.
         if refused := re.search(r"fmembed\.errors\.ModelError: (.+)", str(root)):

@@ -27,8 +27,6 @@ from fmembed.terminal import say
 
 # What of Ray Data is replaced as long as the node is there.
 _replaced = ExitStack()
-# That the node is ended by us.
-_leaving = threading.Event()
 
 
 def start(verbose: bool, **options: Any) -> None:
@@ -51,7 +49,6 @@ def start(verbose: bool, **options: Any) -> None:
         _kill(set(psutil.Process().children(recursive=True)) - before)
         raise
     _replaced.enter_context(_without_helpers())
-    _leaving.clear()
     threading.Thread(target=_watch, args=_raylets(), name="watch-raylet", daemon=True).start()
 
 
@@ -63,7 +60,6 @@ def leave(at_once: bool) -> None:
             (2.60) does one after another, giving each a second.
     """
     _replaced.close()
-    _leaving.set()
     node = ray._private.worker._global_node
     if node is None or not at_once:
         ray.shutdown()
@@ -99,7 +95,7 @@ def _watch(pid: int) -> None:
     """Say that the raylet has ended: Ray (2.60) may then end this process, without a word."""
     with suppress(OSError):  # it is gone already
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # its end is left for Ray to collect
-        if not _leaving.is_set():
+        if ray.is_initialized():  # nobody has left it before
             say(
                 "Ray's own process on this machine (raylet) was ended, by the system for want of "
                 "memory or by somebody; what is committed stays, the same command resumes"

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray.data._internal.util
 import ray.exceptions
 
+from fmembed.errors import DamagedError, FmembedError, ModelError
 from fmembed.run.faults import MAX_TASK_RETRIES, explain, is_loss
 from fmembed.run.stages import read
 from fmembed.sources.opening import open_source
@@ -40,3 +42,24 @@ def test_a_file_that_kills_its_reader_is_tried_a_few_times(
     message = str(explain(failed.value))
     assert message.startswith("a process that reads and prepares rows died 4 times ")
     assert "source.max_text_bytes" in message
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ModelError("model.id: m cannot be loaded"), "model.id: m cannot be loaded"),
+        (DamagedError("out/t", "cut"), str(DamagedError("out/t", "cut"))),
+        (OSError("name"), "the run failed: OSError: name; committed rows stay, the same command "
+         "resumes; -v shows Ray's own messages"),
+    ],
+)  # fmt: skip
+def test_what_a_task_raises_is_told_without_what_ray_adds(error: Exception, told: str) -> None:
+    annotate = ray.data._internal.util._annotate_exception_with_retry_context
+    annotated = annotate(
+        error, description="apply UDF transform", attempts=1, max_attempts=1, total_backoff_s=0.0,
+        exception_str="",
+    )  # fmt: skip
+    assert str(annotated) != told
+    found = explain(annotated)
+    assert str(found) == told
+    assert isinstance(found, type(error) if isinstance(error, FmembedError) else FmembedError)
