@@ -8,7 +8,7 @@ import re
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -503,10 +503,7 @@ def _one_line(error: ValidationError) -> str:
     field = ".".join(map(_shown_name, names)) or "config"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        known = sorted(_field_names(RunSpec, names[:-1]))
-        close = difflib.get_close_matches(names[-1], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(known)}"
-        return f"{field}: unknown key; {hint}{more}"
+        return f"{field}: unknown key; {_hint(names)}{more}"
     if first["type"] == "missing":
         if len(names) > 2:
             known = sorted(_field_names(RunSpec, names[:-1]))
@@ -518,6 +515,33 @@ def _one_line(error: ValidationError) -> str:
     elif first["type"] == "model_type":
         message = "takes a mapping of fields"
     return f"{field}: {message}{_shown(names[-1] if names else '', first['input'])}{more}"
+
+
+def _hint(names: list[str]) -> str:
+    """Which field may have been meant: one of this name elsewhere, else one like it."""
+    known, name = sorted(_field_names(RunSpec, names[:-1])), names[-1]
+    if elsewhere := [dotted for dotted in list_fields() if dotted.rpartition(".")[2] == name]:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    leaves = {dotted.rpartition(".")[2]: dotted for dotted in list_fields()}
+    close = difflib.get_close_matches(name, known, n=1)
+    close += difflib.get_close_matches(name, leaves, n=1, cutoff=0.8)
+    if close:  # the first one where both are as close
+        best = max(close, key=lambda other: difflib.SequenceMatcher(None, other, name).ratio())
+        return f"did you mean {best if best in known else leaves[best]}?"
+    return f"it takes {', '.join(known)}"
+
+
+def list_fields(model: type[BaseModel] | None = None, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all fields that hold no others."""
+    for name, field in (model or RunSpec).model_fields.items():
+        # A part, or a part or nothing; of `outputs` there are as many as the user names.
+        kinds = [field.annotation]
+        kinds += [] if get_origin(field.annotation) is dict else get_args(field.annotation)
+        part = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if part is None:
+            yield prefix + name
+        else:
+            yield from list_fields(part, f"{prefix}{name}.")
 
 
 def _shown(field: str, value: Any) -> str:

@@ -21,7 +21,7 @@ import ray.exceptions
 from ray.job_config import JobConfig
 
 from fmembed import signals
-from fmembed.errors import FmembedError, reason
+from fmembed.errors import FmembedError, SpecError, reason
 from fmembed.redaction import scrub
 from fmembed.run import own_node
 from fmembed.run.faults import explain
@@ -140,8 +140,14 @@ def _check_address(address: str) -> None:
     """Make sure that somebody listens at host:port; Ray (2.60) tries for minutes.
 
     Raises:
+        SpecError: It is a dashboard's, which `ray job submit` goes by.
         FmembedError: Nobody does.
     """
+    if address.lower().startswith(("http://", "https://")):
+        raise SpecError(
+            f"RAY_ADDRESS: {address} is a dashboard's, for ray job submit; a run joins a cluster "
+            "by host:port (6379, if it was not chosen), and starts Ray here where it is unset"
+        )
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdecimal():
         return

@@ -31,6 +31,8 @@ from fmembed.spec import Modality, SourceSpec
 
 # Of what is passed over as it is not of the format.
 OF_OTHERS = "files with"
+# Formats whose columns are of the types that their values are of.
+_TYPED = ("csv", "hf", "jsonl", "parquet")
 _SHOWN_NAMES, _SHOWN_CHARACTERS, _SHOWN_SUFFIXES = 20, 40, 5
 
 
@@ -53,12 +55,15 @@ def open_source(spec: SourceSpec, modalities: Sequence[Modality] = ("text",)) ->
     )  # fmt: skip
     opened = _open(format_, source, files)
     _check_columns(spec, set(opened.schema.names))
+    modality = _choose_modality(format_, spec, opened.schema, modalities)
+    if format_.name in _TYPED:
+        _check_input(spec, opened.schema, modality)
     return replace(
         source,
         spec=opened.spec,
         shards=with_keys(opened.spec, opened.shards, opened.revision),
         carried=_carried_schema(spec, opened.schema),
-        modality=_choose_modality(format_, spec, opened.schema, modalities),
+        modality=modality,
     )
 
 
@@ -202,6 +207,34 @@ def _check_columns(spec: SourceSpec, available: set[str]) -> None:
             has = _some(sorted(available)) or "none"
             where = redact(spec.uri)
             raise SourceError(f"{field}: no column {column!r} in {where}; it has {has}")
+
+
+def _check_input(spec: SourceSpec, schema: pa.Schema, modality: Modality) -> None:
+    """Refuse an input column of whose rows each would be rejected.
+
+    Raises:
+        SourceError: Numbers or times for texts; texts for pictures or sounds, which may be paths.
+    """
+    type_ = schema.field(spec.input).type
+    if modality == "text" and _holds_no_text(type_):
+        texts = [f.name for f in schema if pa.types.is_string(f.type) and f.name != spec.input]
+        others = f", as {_some(texts)}" if texts else ""
+        raise SourceError(
+            f"source.input: column {spec.input!r} holds {type_}, and the model takes texts: name a "
+            f"column of them{others}"
+        )
+    is_text = pa.types.is_string(type_) or pa.types.is_large_string(type_)
+    if modality != "text" and is_text and spec.root is None:
+        raise SourceError(
+            f"source.input: column {spec.input!r} holds texts, and the model takes {modality}s: if "
+            "they are paths or links, source.root names the folder or URL that they are below"
+        )
+
+
+def _holds_no_text(type_: pa.DataType) -> bool:
+    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal,
+             pa.types.is_temporal)  # fmt: skip
+    return any(is_kind(type_) for is_kind in kinds)
 
 
 def _some(names: Sequence[str]) -> str:

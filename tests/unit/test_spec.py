@@ -24,6 +24,21 @@ def test_short_config_is_enough() -> None:
     [
         ({"source": {"uri": "a", "inptu": "x"}}, "source.inptu: unknown key; did you mean input?"),
         ({"modle": {}}, "modle: unknown key; did you mean model?"),
+        # A field of another part.
+        (
+            {"preprocess": {"max_tokens": 9}},
+            "preprocess.max_tokens: unknown key; did you mean model.max_tokens?",
+        ),
+        ({"batch_tokens": 9}, "batch_tokens: unknown key; did you mean compute.batch_tokens?"),
+        (
+            {"output": {"uri": "c", "id": "k"}},
+            "output.id: unknown key; did you mean source.id or model.id?",
+        ),
+        (
+            {"compute": {"max-tokens": 9}},
+            "compute.max-tokens: unknown key; did you mean model.max_tokens?",
+        ),
+        ({"foo": 1}, "foo: unknown key; it takes compute, model,"),
         ({"model": {}}, "model.id: missing"),
         ({"compute": {"actors": [3, 1]}}, "compute.actors: takes a number"),
         ({"compute": {"actors": "many"}}, "compute.actors: "),

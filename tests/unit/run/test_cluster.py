@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from fmembed.errors import FmembedError
+from fmembed.errors import FmembedError, SpecError
 from fmembed.run.cluster import _check_address, _without_log_level
 
 
@@ -24,6 +24,12 @@ def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:
 @pytest.mark.parametrize("address", ["auto", "ray://127.0.0.1:1", "", "localhost"])
 def test_what_is_no_host_and_port_is_left_to_ray(address: str) -> None:
     _check_address(address)
+
+
+def test_the_address_of_a_dashboard_is_told() -> None:
+    """As it is set for `ray job submit`, which many have in their shell."""
+    with pytest.raises(SpecError, match=r"^RAY_ADDRESS: http://head:8265 is a dashboard's, .*6379"):
+        _check_address("http://head:8265")
 
 
 def test_one_that_answers_passes() -> None:

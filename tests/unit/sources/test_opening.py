@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import os
 import shutil
@@ -534,3 +535,46 @@ def test_nested_pictures_of_a_dataset_are_not_fetched() -> None:
 def test_messages_of_plain_paths_stay_whole() -> None:
     message = "column 'text': takes text, got int"
     assert SourceSpec(uri="data/text/column").conceal(message) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("a.parquet", {"n": [1, 2], "title": ["x", "y"]}),
+        ("a.parquet", {"n": [1.5, 2.0], "title": ["x", "y"]}),
+        ("a.parquet", {"n": [datetime.date(2026, 1, 1)] * 2, "title": ["x", "y"]}),
+        ("a.jsonl", {"n": [1, 2], "title": ["x", "y"]}),
+        ("a.jsonl", {"n": [True, False], "title": ["x", "y"]}),
+    ],
+)
+def test_a_column_of_numbers_is_no_text(tmp_path: Path, name: str, rows: dict[str, Any]) -> None:
+    table = pa.table(rows)
+    if name.endswith("parquet"):
+        pq.write_table(table, tmp_path / name)
+    else:
+        write_jsonl(tmp_path / name, table.to_pylist())
+    told = (
+        r"source\.input: column 'n' holds \w+(\[day\])?, and the model takes texts: name a column"
+    )
+    with pytest.raises(SourceError, match=told):
+        open_source(SourceSpec(uri=str(tmp_path), input="n"))
+    assert open_source(SourceSpec(uri=str(tmp_path), input="title")).shards
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
+def test_a_column_of_links_needs_a_root(tmp_path: Path, suffix: str) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    table = pa.table({"photo": ["http://host/a.png", "http://host/b.png"]})
+    if suffix == "parquet":
+        pq.write_table(table, folder / "a.parquet")
+    elif suffix == "jsonl":
+        write_jsonl(folder / "a.jsonl", table.to_pylist())
+    else:
+        (folder / "a.csv").write_text("photo\nhttp://host/a.png\nhttp://host/b.png\n")
+    with pytest.raises(
+        SourceError, match=r"'photo' holds texts, and the model takes images: if th"
+    ):
+        open_source(SourceSpec(uri=str(folder), input="photo"), ("image",))
+    spec = SourceSpec(uri=str(folder), input="photo", root=str(tmp_path))
+    assert open_source(spec, ("image",)).modality == "image"
