@@ -427,6 +427,18 @@ def vacuum(
 
 
 @app.command()
+def fields(
+    part: Annotated[str | None, typer.Argument(help="As model, source.csv, or one field.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", hidden=True)] = False,
+) -> None:
+    """List the fields of a config: what each takes, its default, and what it means."""
+    from fmembed import fields as of_config
+
+    for line in of_config.markdown() if markdown else of_config.lines(part):
+        _print(line)
+
+
+@app.command()
 def bench(
     what: Annotated[
         list[str] | None,

@@ -24,6 +24,7 @@ GROUND = {
     "summary": {"telling"},
     "config_file": {"errors", "redaction"},
     "spec": {"config_file", "errors", "redaction"},
+    "fields": {"errors", "spec"},
     "storage": {"errors", "redaction", "terminal"},
 }
 _ALL = set(GROUND)

@@ -1,0 +1,206 @@
+"""What each field of a config means: for `fmembed fields`, and for the table in docs/reference.md.
+
+Types, choices and defaults are the spec's own (spec.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from fmembed.errors import SpecError
+from fmembed.spec import RunSpec, list_fields
+
+MEANINGS = {
+    "source.uri": "file, folder, glob, fsspec URL, package:<python package>[/folder], or a hub id "
+    "with format: hf",
+    "source.format": "how the files are written; auto goes by their names",
+    "source.input": "the column to embed",
+    "source.id": "the column of ids; without one relative/path#row, or relative/path where a file "
+    "is a row",
+    "source.label": "the column that the probes predict",
+    "source.split": "the dataset's own train and test",
+    "source.carry": "more columns to keep",
+    "source.caption": "a column of texts that belong to pictures or sounds, for crossmodal",
+    "source.root": "the input column holds paths below this folder or URL",
+    "source.encoding_errors": "what becomes of what is no UTF-8: rejected, replaced, left out",
+    "source.max_text_bytes": "a text, a line of JSON, a row of CSV, what is carried; at most 1 GiB",
+    "source.max_media_bytes": "a picture's or sound's file; at most 1 GiB",
+    "source.hf.name": "the configuration of a Hugging Face dataset",
+    "source.hf.split": "its split",
+    "source.hf.revision": "its revision on the hub",
+    "source.hf.streaming": "read it as it is fetched",
+    "source.csv.delimiter": "of CSV and TSV; by the file's name, if none",
+    "source.csv.quote": "of CSV; an empty one says that there is none, as in .tsv",
+    "source.csv.encoding": "of the text, as Python calls it",
+    "model.id": "hub id, folder, or package:<package>/<folder>",
+    "model.revision": "of a hub id",
+    "model.modality": "which tower of a model that joins several; by the source, if none",
+    "model.adapter": "a LoRA adapter (extra lora), merged when the model is loaded",
+    "model.dtype": "auto is bfloat16 where the device computes it natively (GPU; CPU with "
+    "avx512_bf16 or amx), else float32",
+    "model.max_tokens": "where a text is cut; the checkpoint's own limit, if none",
+    "model.prompt": "before every text: a name that the checkpoint defines, or the text itself",
+    "model.pooling": "how states become a vector; the checkpoint's own way, if none",
+    "model.layer": "which hidden states; the last, if none",
+    "model.normalize": "to length one; as the checkpoint says, if none",
+    "model.dims": "keep the first dimensions (Matryoshka)",
+    "model.precision": "how numbers are stored; float32, if none",
+    "model.outputs": "several columns in one pass, by name: pooling, layer, normalize, dims, "
+    "precision of each",
+    "model.endpoint.base_url": "a server that speaks OpenAI's embeddings protocol",
+    "model.endpoint.api_key_env": "the environment variable that holds its key",
+    "model.endpoint.dimensions": "of its vectors, where it lets one choose",
+    "model.endpoint.batch_rows": "texts of a request",
+    "model.endpoint.concurrency": "requests at once",
+    "model.endpoint.max_retries": "of a request",
+    "model.endpoint.timeout_s": "of a request, in seconds",
+    "model.endpoint.usd_per_million_tokens": "its price",
+    "model.attn_implementation": "of transformers; chosen by the model and the device, if none",
+    "model.compile": "by torch.compile",
+    "model.trust_remote_code": "run code that comes with the checkpoint",
+    "preprocess.max_image_px": "pixels of a picture: by its header, and as the checkpoint's "
+    "processor would resize or pad it",
+    "preprocess.max_audio_s": "seconds of a sound",
+    "preprocess.max_audio_samples": "of all channels",
+    "preprocess.chunk_tokens": "cut long texts into chunks of so many tokens",
+    "preprocess.chunk_overlap": "tokens that a chunk shares with the one before",
+    "preprocess.window_s": "cut long sounds into windows of so many seconds",
+    "preprocess.window_overlap_s": "seconds that a window shares with the one before",
+    "preprocess.pieces": "each chunk or window a row, or their mean; auto: rows of chunks, the "
+    "mean of windows",
+    "compute.actors": "processes with the model: a number, or [min, max]",
+    "compute.gpus_per_actor": "auto: 1 where there are GPUs, else 0",
+    "compute.batch_tokens": "tokens of a batch; auto measures texts",
+    "compute.window_rows": "rows that an actor is handed at once",
+    "compute.budget.device_hours": "a run stops there, and the next one goes on",
+    "compute.budget.cost": "the same, in the currency of the price",
+    "compute.price_per_device_hour": "what an hour of an actor's device costs, in any currency",
+    "output.uri": "folder or URL of the table",
+    "output.commit_every_s": "auto: a quarter of a minute, then a minute, and in a long run a "
+    "fiftieth of the time it has taken so far; whatever is set, a commit that took seconds is "
+    "followed by as much work",
+    "output.part_bytes": "bytes of rows that make a part",
+    "output.max_rejected_fraction": "of rows that may be rejected before the run stops",
+    "output.on_changed": "rows whose input or carried columns (labels too) are not what the table "
+    "holds under their id: refuse embeds what is new, leaves them as they are and ends with "
+    "exit 1; keep says so and ends with 0",
+    "output.keep_days": "versions that were the newest one at some time of so many days are kept; "
+    "null: for ever",
+    "output.keep_versions": "so many of the newest versions are kept",
+    "refresh.on_rejected": "a row of the table that cannot be embedded any more stays, or leaves",
+    "refresh.max_removed_fraction": "where more rows would leave than this share of the table, "
+    "none does",
+    "probes": "what the vectors are tested by",
+    "zeroshot.templates": "texts with {} where the class goes; the modality's own, if none",
+    "zeroshot.classes": "words for a label, by label",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Described:
+    """A field: its dotted name, its default, what it takes (empty where anything) and means."""
+
+    name: str
+    default: str
+    choices: str
+    meaning: str
+
+
+def describe_fields(part: str | None = None) -> Iterator[Described]:
+    """The fields of a part of the config, or of all of it, in its order.
+
+    Args:
+        part: As `model`, `source.csv`, or one field.
+
+    Raises:
+        SpecError: There is none of that name.
+    """
+    parts = list(RunSpec.model_fields)
+    # A part's required field before what it has besides.
+    names = sorted(
+        list_fields(), key=lambda n: (parts.index(n.split(".")[0]), not _find(n).is_required())
+    )
+    if part is not None:
+        found = [n for n in names if n == part or n.startswith(f"{part}.")]
+        if not found:
+            known = sorted({n.rpartition(".")[0] for n in names} - {""} | set(names))
+            close = difflib.get_close_matches(part, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(parts)}"
+            raise SpecError(f"fields: no part or field {part!a:.80}; {hint}")
+        names = found
+    for name in names:
+        field = _find(name)
+        yield Described(name, _default(field), _choices(field.annotation), MEANINGS[name])
+
+
+def _find(name: str) -> FieldInfo:
+    model: Any = RunSpec
+    *parts, last = name.split(".")
+    for part in parts:
+        model = next(k for k in _kinds(model.model_fields[part].annotation) if _is_part(k))
+    field: FieldInfo = model.model_fields[last]
+    return field
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """What a union is of."""
+    is_union = get_origin(annotation) in (typing.Union, types.UnionType)
+    return list(get_args(annotation)) if is_union else [annotation]
+
+
+def _is_part(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.default
+    if value is None or value in ((), {}):
+        return "none"
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) and value % 2**20 == 0 and value:
+        return f"{value // 2**20:,} MiB"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _choices(annotation: Any) -> str:
+    """The words that a field takes, where it takes no others."""
+    words: list[str] = []
+    for kind in _kinds(annotation):
+        if get_origin(kind) is Literal:
+            words += [str(word) for word in get_args(kind)]
+        elif get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is Literal:
+            words += [str(word) for word in get_args(get_args(kind)[0])]
+        elif kind is not type(None):
+            return ""
+    return ", ".join(words)
+
+
+def lines(part: str | None = None) -> Iterator[str]:
+    """The same for people: two lines a field."""
+    for field in describe_fields(part):
+        takes = f"; {field.choices}" if field.choices else ""
+        yield f"{field.name}  ({field.default}{takes})"
+        yield f"    {field.meaning}"
+
+
+def markdown() -> Iterator[str]:
+    """The table of docs/reference.md."""
+    yield "| field | default | says |"
+    yield "| --- | --- | --- |"
+    for field in describe_fields():
+        default = field.default if field.default in ("required", "none") else f"`{field.default}`"
+        takes = ", ".join(f"`{word}`" for word in field.choices.split(", ") if word)
+        yield f"| `{field.name}` | {default} | {'; '.join(filter(None, [field.meaning, takes]))} |"
