@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import inline
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 from conftest import SENTENCES
+from deltalake import DeltaTable
 from forged import NUM_ROWS, SPEC, make_table
 
 import fmembed
@@ -99,6 +101,25 @@ def test_frames_have_the_rows(tmp_path: Path) -> None:
     assert frame.schema["embedding"] == pl.Array(pl.Float32, 8)
     np.testing.assert_array_equal(frame["embedding"].to_numpy(), vectors)
     assert table.columns == frame.columns
+
+
+def test_other_readers_take_it_as_the_readme_says(tmp_path: Path) -> None:
+    uri = make_table(tmp_path / "t").uri
+    vectors = fmembed.open(uri).numpy()
+    rows = fmembed.read(uri)
+    found = duckdb.sql("select row_id, embedding from rows").fetchnumpy()
+    np.testing.assert_array_equal(np.stack(found["embedding"]), vectors)
+    frame = pl.read_parquet(fmembed.files(uri))
+    assert frame.schema["embedding"] == pl.Array(pl.Float32, 8)
+    np.testing.assert_array_equal(frame["embedding"].to_numpy(), vectors)
+    frame = pl.read_delta(uri, use_pyarrow=True)
+    np.testing.assert_array_equal(np.stack(frame["embedding"].to_list()), vectors)
+    arrow = DeltaTable(uri).to_pyarrow_table()
+    np.testing.assert_array_equal(np.stack(arrow["embedding"].to_pylist()), vectors)
+    assert rows.num_rows == arrow.num_rows
+    # Where this begins to work, the README may say so.
+    with pytest.raises(pl.exceptions.SchemaError, match=r"incoming: Array\(Float32, 8\)"):
+        pl.read_delta(uri)
 
 
 def test_what_the_table_has_not_is_told(tmp_path: Path) -> None:
