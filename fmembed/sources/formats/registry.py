@@ -8,6 +8,7 @@ from fmembed.sources.formats.folder import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLD
 from fmembed.sources.formats.hf import HF
 from fmembed.sources.formats.jsonl import JSONL
 from fmembed.sources.formats.parquet import PARQUET
+from fmembed.sources.formats.text_lines import LINES
 from fmembed.sources.formats.webdataset import WEBDATASET
 
 # In this order: where a folder holds as many files of one as of another, the earlier one is meant.
@@ -19,6 +20,7 @@ _FORMATS: tuple[Format, ...] = (
     IMAGE_FOLDER,
     AUDIO_FOLDER,
     WEBDATASET,
+    LINES,
     HF,
 )
 FORMATS = {format_.name: format_ for format_ in _FORMATS}
