@@ -181,7 +181,7 @@ def _fields(
 ) -> dict[str, Any]:
     """What arguments say, by dotted name of a field."""
     if isinstance(model, ModelSpec):
-        model = model.model_dump(mode="json")
+        model = model.model_dump(mode="json", exclude_unset=True)
     if isinstance(carry, str):
         raise SpecError(f"carry: takes a list of columns, got {carry!a:.80}")
     parts = {f"model.{name}": value for name, value in model.items()} if (
@@ -206,7 +206,11 @@ def _spec_of(data: Any, told: Mapping[str, Any], spool: str | Path | None) -> It
     elif isinstance(data, str | Path):
         yield RunSpec.from_yaml(None, {"source.uri": str(data), **told})
     elif isinstance(data, RunSpec):
-        yield RunSpec.from_yaml(None, {**data.model_dump(mode="json"), **told}) if told else data
+        yield (
+            RunSpec.from_yaml(None, {**data.model_dump(mode="json", exclude_unset=True), **told})
+            if told
+            else data
+        )
     elif isinstance(data, Mapping):
         if "source" not in data:
             raise SpecError(

@@ -88,7 +88,8 @@ MEANINGS = {
     "fiftieth of the time it has taken so far; whatever is set, a commit that took seconds is "
     "followed by as much work",
     "output.part_bytes": "bytes of rows that make a part",
-    "output.max_rejected_fraction": "of rows that may be rejected before the run stops",
+    "output.max_rejected_fraction": "of rows that may be rejected before the run stops; where it "
+    "is left open, some of fewer than ten rows may",
     "output.on_changed": "rows whose input or carried columns (labels too) are not what the table "
     "holds under their id: refuse embeds what is new, leaves them as they are and ends with "
     "exit 1; keep says so and ends with 0",

@@ -366,6 +366,9 @@ class OutputSpec(_Part):
     has taken so far: a day makes some 200 files, none of them over `part_bytes`, and a kill costs
     2 % of it.
 
+    More than `max_rejected_fraction` of the rows rejected fails a run; where that is left open,
+    some of fewer than ten rows do not.
+
     A version is kept that was the newest one at some time of the last `keep_days` (null: for ever),
     and so are the `keep_versions` newest ones; a refresh deletes what only others name.
     """

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from fmembed.run.commits import interval_s
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fmembed.errors import RejectedError
+from fmembed.run.commits import check_rejected, interval_s
+from fmembed.spec import OutputSpec
 
 HOUR_S = 3600.0
 
@@ -26,3 +33,16 @@ def test_a_long_run_makes_no_thousands_of_files() -> None:
     assert count(HOUR_S / 4) == 16
     assert count(24 * HOUR_S) < 230
     assert count(7 * 24 * HOUR_S) < 330
+
+
+def test_one_bad_row_of_four_fails_no_run_unless_that_was_said() -> None:
+    causes = [{"error": "empty input", "rows": 1, "samples": [{"row_id": "a", "message": "m"}]}]
+    table: Any = SimpleNamespace(
+        rejected_by_cause=lambda _: causes, rejected=SimpleNamespace(uri="t/_rejected")
+    )
+    default, said = OutputSpec(uri="t"), OutputSpec(uri="t", max_rejected_fraction=0.01)
+    check_rejected(table, default, 1, 4)
+    check_rejected(table, default, 8, 9)
+    for output, num_rejected, num_rows in ((said, 1, 4), (default, 4, 4), (default, 1, 10)):
+        with pytest.raises(RejectedError, match=f"{num_rejected} of {num_rows} rows were rejected"):
+            check_rejected(table, output, num_rejected, num_rows)
