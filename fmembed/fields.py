@@ -25,7 +25,7 @@ MEANINGS = {
     "source.input": "the column to embed",
     "source.id": "the column of ids; without one relative/path#row, or relative/path where a file "
     "is a row",
-    "source.label": "the column that the probes predict",
+    "source.label": "the column that the probes predict; of files in folders of classes the folder",
     "source.split": "the dataset's own train and test",
     "source.carry": "more columns to keep",
     "source.caption": "a column of texts that belong to pictures or sounds, for crossmodal",

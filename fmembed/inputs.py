@@ -24,6 +24,7 @@ from fmembed.errors import ModelError, NoFilesError, SourceError, SpecError, Tab
 from fmembed.redaction import split_chain
 from fmembed.rows.columns import table_schema
 from fmembed.rows.precision import Ranges, delta_field, ranges_to_lists
+from fmembed.sources.formats.folder import LABEL, has_class_folders
 from fmembed.sources.opening import open_source
 from fmembed.sources.source import Source
 from fmembed.spec import RunSpec
@@ -104,10 +105,35 @@ def open_inputs(spec: RunSpec, may_be_empty: bool = False) -> Inputs:
     table = Table.open_output(spec.output.uri, identity)
     if not source.file_is_row:  # there the column has whatever name it is given
         table.check_columns(spec.source.input, spec.source.id)
+    spec, source = _with_folders_as_labels(spec, source, table)
     source = replace(source, carried=table.carried_types(source.carried))
     inputs = Inputs(spec, source, checkpoint, identity, table)
     table.check_schema(inputs.schema())
     return inputs
+
+
+def _with_folders_as_labels(spec: RunSpec, source: Source, table: Table) -> tuple[RunSpec, Source]:
+    """Folders of classes give their files a label, where the config leaves that open.
+
+    A table that was begun without stays so, and one that has them keeps them.
+    """
+    if not source.file_is_row or "label" in spec.source.model_fields_set or not source.shards:
+        return spec, source
+    is_begun = table.card() is not None
+    if not (has_folders_as_labels(table) if is_begun else has_class_folders(source)):
+        return spec, source
+    update = {"label": LABEL}
+    carried = pa.schema([pa.field(LABEL, pa.string()), *source.carried])
+    labelled = replace(source, spec=source.spec.model_copy(update=update), carried=carried)
+    return spec.model_copy(update={"source": spec.source.model_copy(update=update)}), labelled
+
+
+def has_folders_as_labels(table: Table) -> bool:
+    """Whether a table was filled from files whose folders are their labels."""
+    card = table.card()
+    told = card.spec.get("source") if card is not None else None
+    named = told.get("label") if isinstance(told, dict) else None
+    return named == LABEL and LABEL in table.rows.schema().names
 
 
 def _open_emptied(spec: RunSpec) -> Source:

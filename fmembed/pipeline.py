@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmembed.errors import BudgetSpentError, FmembedError, SpecError
 from fmembed.forecast import Forecast, Range
-from fmembed.inputs import Inputs, open_inputs
+from fmembed.inputs import Inputs, has_folders_as_labels, open_inputs
 from fmembed.result import RunResult
 from fmembed.spec import RunSpec
 from fmembed.startup import joins_cluster
@@ -87,7 +87,7 @@ def embed(
         if stopped is not None:
             raise stopped
         run.check_rejected()
-        result = evaluate(table, spec, result, cluster, teller)
+        result = evaluate(table, inputs.spec, result, cluster, teller)
         run.check_changed()
         return result
 
@@ -167,7 +167,7 @@ def refresh(
                 "rows are left: the same command goes on"
             )
         run.check_rejected()
-        result = evaluate(table, spec, result, cluster, teller)
+        result = evaluate(table, inputs.spec, result, cluster, teller)
         if settled.num_left:
             raise FmembedError(
                 f"source: {settled.num_left:,} rows are left, which have changed while they were "
@@ -450,6 +450,8 @@ def probe(
     if spec is None:
         spec, source, model = stored_spec(table, overrides)
     else:
+        if "label" not in spec.source.model_fields_set and has_folders_as_labels(table):
+            overrides.setdefault("source.label", "label")
         spec = RunSpec.from_yaml(None, {**spec.model_dump(mode="json"), **overrides})
         probing.check_made_by(table, spec)
         source, model = spec.source, spec.model

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from shutil import copytree, ignore_patterns
+from typing import Any
 
+import inline
+import pyarrow as pa
 import pytest
+from refreshing import make_stage
 
+import fmembed
 from fmembed.errors import ModelError
 from fmembed.inputs import open_inputs
+from fmembed.sources.reading import read_here
 from fmembed.spec import RunSpec
 
 _PROGRAM = """
@@ -48,3 +55,67 @@ def test_a_model_without_its_processor_is_refused(
         ModelError, match=r"^model\.id: \S+ has no preprocessor_config\.json, which says how its"
     ):
         open_inputs(RunSpec.parse({**spec, "model": {"id": str(folder)}}))
+
+
+def folders(root: Path, *names: str) -> Path:
+    for i, name in enumerate(names):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / f"{i}.txt").write_text(f"text {i}")
+    return root
+
+
+def spec_of(source: Path, model: Path, out: Path, **more: Any) -> RunSpec:
+    return RunSpec.parse(
+        {"source": {"uri": str(source), **more}, "model": {"id": str(model)},
+         "output": {"uri": str(out)}, "probes": []}
+    )  # fmt: skip
+
+
+def test_folders_of_classes_are_labels(tiny_bert: Path, tmp_path: Path) -> None:
+    source = folders(tmp_path / "in", "cat", "dog", "cat", "dog")
+    inputs = open_inputs(spec_of(source, tiny_bert, tmp_path / "out"))
+    assert inputs.spec.source.label == inputs.source.spec.label == "label"
+    assert inputs.source.carried.names == ["label"]
+    rows = pa.concat_tables(read_here(inputs.source))
+    assert sorted(rows["label"].drop_null().to_pylist()) == ["cat", "cat", "dog", "dog"]
+    # Who says otherwise is heard.
+    assert (
+        open_inputs(spec_of(source, tiny_bert, tmp_path / "out", label=None)).spec.source.label
+        is None
+    )
+    named = open_inputs(spec_of(source, tiny_bert, tmp_path / "out", label="animal"))
+    assert named.source.carried.names == ["animal"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (".", ".", "."),  # no folders
+        ("a", "a", "a"),  # one
+        ("a", "b", "c"),  # one for each file
+        ("a", "b", "a", "b", "."),  # and files beside them
+        ("2024/01", "2025/01", "2024/01", "2025/01"),  # of dates
+    ],
+)
+def test_other_folders_are_none(names: tuple[str, ...], tiny_bert: Path, tmp_path: Path) -> None:
+    inputs = open_inputs(spec_of(folders(tmp_path / "in", *names), tiny_bert, tmp_path / "out"))
+    assert inputs.spec.source.label is None
+    assert not inputs.source.carried.names
+
+
+def test_a_table_keeps_its_columns_whatever_becomes_of_the_folders(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    source = folders(tmp_path / "in", "cat", "dog", "cat", "dog")
+    without = spec_of(source, tiny_bert, tmp_path / "without", label=None)
+    inline.embed(without, make_stage(tmp_path / "seen"))
+    again = spec_of(source, tiny_bert, tmp_path / "without")
+    assert open_inputs(again).spec.source.label is None
+    labelled = spec_of(source, tiny_bert, tmp_path / "out")
+    inline.embed(labelled, make_stage(tmp_path / "seen"))
+    assert sorted(fmembed.read(str(tmp_path / "out"))["label"].to_pylist()) == [
+        "cat", "cat", "dog", "dog"]  # fmt: skip
+    shutil.rmtree(source / "dog")
+    inputs = open_inputs(labelled)
+    assert inputs.spec.source.label == "label"
+    assert inputs.source.carried.names == ["label"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import posixpath
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +13,10 @@ import pyarrow as pa
 from fmembed.sources.files import read_whole
 from fmembed.sources.formats.base import Format
 from fmembed.sources.source import File, RawRow, Shard, Source
+
+# What a folder's name is called where the config leaves that open.
+LABEL = "label"
+_SAMPLED_FILES, _MOST_CLASSES = 10_000, 1000
 
 
 def read_folder(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
@@ -21,11 +27,25 @@ def read_folder(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
     yield file.name, row
 
 
+def has_class_folders(source: Source) -> bool:
+    """Whether the files lie in folders of classes: some folders, each of several files.
+
+    Of many files some are looked at, spread over all.
+    """
+    num_files = sum(len(shard.files) for shard in source.shards)
+    files = itertools.chain.from_iterable(shard.files for shard in source.shards)
+    sampled = itertools.islice(files, 0, None, max(num_files // _SAMPLED_FILES, 1))
+    folders = Counter(posixpath.dirname(file.name) for file in sampled)
+    classes = {posixpath.basename(folder) for folder in folders}
+    is_class = "" not in classes and len(classes) == len(folders)
+    return is_class and 2 <= len(classes) <= min(_MOST_CLASSES, folders.total() // 2)
+
+
 def folder_schema(source: Source, files: Sequence[File]) -> pa.Schema:
     """The content, by whatever name, and the folder's name as label if there are folders."""
     names = {source.spec.input}
     if any("/" in f.name for f in files):
-        names.add(source.spec.label or "label")
+        names.add(source.spec.label or LABEL)
     return pa.schema([pa.field(name, pa.string()) for name in names])
 
 
