@@ -439,6 +439,7 @@ def probe(
     if isinstance(spec, str | Path):
         spec = RunSpec.from_yaml(str(spec))
     from fmembed.evaluate import probing
+    from fmembed.evaluate.sample import check_columns, read_card
     from fmembed.evaluate.stored_spec import stored_spec
     from fmembed.run.cluster import Cluster
     from fmembed.table.table import Table
@@ -458,6 +459,7 @@ def probe(
     last = table.last_run()
     if last is None or not table.rows.parts():
         raise FmembedError(f"table: no run has finished on {uri}; run fmembed embed again first")
+    check_columns(table, spec, read_card(table))  # before Ray starts
     began, teller = time.monotonic(), Teller(quiet)
     with Cluster(verbose, teller) as cluster:
         cluster.connect()
