@@ -68,7 +68,7 @@ def test_what_is_not_read_or_does_not_fit_is_said(
 ) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
-    write_jsonl(folder / "a.jsonl", [{"text": t, "n": i} for i, t in enumerate(WORDS)])
+    write_jsonl(folder / "a.jsonl", [{"text": t, "n": i, "title": t} for i, t in enumerate(WORDS)])
     write_jsonl(folder / "_b.jsonl", [{"text": "hidden"}])
     (folder / "notes.md").write_text("notes")
     parts: dict[str, Any] = {
@@ -92,8 +92,8 @@ def test_what_is_not_read_or_does_not_fit_is_said(
     assert (second.rows_embedded, second.causes) == (1, {"wrong type": 1})
     assert fmembed.read(second.table).schema.field("n").type == pa.int64()
     assert fmembed.verify(second.table).problems == []
-    parts["source"]["input"] = "n"
-    with pytest.raises(TableError, match=r"^source\.input: .* the column 'text', this run .* 'n'"):
+    parts["source"]["input"] = "title"
+    with pytest.raises(TableError, match=r"^source\.input: .* column 'text', this run .* 'title'"):
         embed_nothing(spec(tmp_path, tiny_bert, **parts))
 
 
@@ -400,7 +400,7 @@ def test_what_waits_to_be_written_takes_no_room_from_the_stages(
     monkeypatch.setattr(_Bound, "on_execution_step", watch)
     monkeypatch.setitem(_BUFFER_BYTES, "cpu", 2**20)
     source = {"label": None}
-    result = fmembed.embed(
+    result = pipeline.embed(
         spec(tmp_path, tiny_bert, source=source, compute={"window_rows": 250}, probes=[]),
         stage=Slow,
     )

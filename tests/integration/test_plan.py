@@ -146,7 +146,8 @@ def test_by_command(tmp_path: Path, tiny_bert: Path, capfd: pytest.CaptureFixtur
     def plan(*more: str, code: int = 0) -> str:
         assert run(["plan", *args, *more]) == code
         out, err = capfd.readouterr()
-        assert bool(err) == bool(code)
+        assert ("fmembed: " in err) == bool(code)
+        assert not (err and "--json" in more)
         return out + err
 
     out = f"{tmp_path}/out"

@@ -5,6 +5,7 @@ Most of what a refresh does is looked at in tests/unit/run/test_refreshing.py, w
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,7 +102,12 @@ def test_by_command(corpus: Corpus, tiny_bert: Path) -> None:
         "--set", "probes=[]",
     ]  # fmt: skip
     done = run_cli(*args)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    said = [re.sub(r"^\d\d:\d\d ", "", line) for line in done.stderr.splitlines()]
+    assert [line.split(",")[0] for line in said] == [
+        "starting Ray …", "comparing the source with the table …", "loading the model",
+        "making the new version …",
+    ]  # fmt: skip
     assert "20 in the source; 20 new, 0 changed, 0 unchanged, 0 removed" in done.stdout
     script = (
         "import sys; from fmembed import cli; code = cli.run(sys.argv[1:]); import ray\n"
@@ -113,7 +119,7 @@ def test_by_command(corpus: Corpus, tiny_bert: Path) -> None:
     assert light.stdout.startswith("nothing to do: the table is in step with its source\n")
     (corpus.folder / "1.jsonl").unlink()
     done = run_cli(*args, "--json")
-    assert done.returncode == 3
+    assert (done.returncode, done.stderr) == (3, "")
     assert '"rows_withheld": 10, ' in done.stdout
     assert "they are more than refresh.max_removed_fraction" in done.stdout
     assert run_cli(*args, "--allow-removals", "-1").returncode == 2

@@ -108,6 +108,6 @@ def test_a_disk_that_refuses_a_draft_is_said(
             draft.write(b"x")
             draft.publish("name")
 
-    with pytest.raises(StorageError, match=r"cannot write like in .*: No space left on device"):
+    with pytest.raises(StorageError, match=r"cannot write a new file in .*: No space left"):
         write()
     assert not list(tmp_path.iterdir())
