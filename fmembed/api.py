@@ -14,32 +14,52 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
 
 from fmembed import summary
 from fmembed.errors import SpecError
 from fmembed.result import RunResult
+from fmembed.rows.columns import PARENT_ID, PIECE, ROW_ID
 from fmembed.spec import ModelSpec, RunSpec
 from fmembed.startup import joins_cluster
 
 if TYPE_CHECKING:
     from fmembed.embeddings import Embeddings
     from fmembed.forecast import Forecast
+    from fmembed.sources.given import Given
 
 
 @dataclass(frozen=True, repr=False)
 class Result(RunResult):
     """What a run did (the fields of `RunResult`), and the table that it leaves."""
 
+    # Of data that this process held: what it was.
+    _given: ClassVar[Given | None] = None
+
     def open(self) -> Embeddings:
-        """The version that the run left, to read."""
+        """The version that the run left, to read: in the order of the data, if it was held here."""
         from fmembed.embeddings import Embeddings
 
-        return Embeddings(self.table, self.version)
+        table = Embeddings(self.table, self.version)
+        return table if self._given is None else table.in_order(self._put_in_order)
 
-    def numpy(self, column: str | None = None, *, label: str | None = None) -> Any:
-        """As `Embeddings.numpy`: all rows of the table, not those of this run alone."""
-        return self.open().numpy(column, label=label)
+    def _put_in_order(self, rows: pa.Table) -> pa.Table:
+        assert self._given is not None
+        is_cut = PARENT_ID in rows.column_names
+        at = self._given.positions(rows[PARENT_ID if is_cut else ROW_ID].to_pylist())
+        pieces = rows[PIECE].to_numpy() if is_cut else np.zeros(rows.num_rows)
+        return rows.take(pa.array(np.lexsort((pieces, np.array(at, dtype=np.int64)))))
+
+    def numpy(
+        self, column: str | None = None, *, label: str | None = None, ids: bool = False
+    ) -> Any:
+        """As `Embeddings.numpy`: all rows of the table, not those of this run alone; in the order
+        of the data, if it was held here. A rejected row has none.
+        """
+        return self.open().numpy(column, label=label, ids=ids)
 
     def to_pandas(self, columns: Sequence[str] | None = None) -> Any:
         """As `Embeddings.pandas`."""
@@ -96,9 +116,9 @@ def embed(
     from fmembed import pipeline
 
     told = _fields(model, output, input, id, label, carry, overrides)
-    with _spec_of(data, told, spool) as spec:
+    with _spec_of(data, told, spool) as (spec, given):
         result = pipeline.embed(spec, retry_rejected=retry_rejected, verbose=verbose, quiet=quiet)
-    return _with_table(result)
+    return _with_table(result, given)
 
 
 def refresh(
@@ -135,9 +155,9 @@ def refresh(
     from fmembed import pipeline
 
     told = _fields(model, output, input, id, label, carry, overrides)
-    with _spec_of(data, told, spool) as spec:
+    with _spec_of(data, told, spool) as (spec, given):
         result = pipeline.refresh(spec, allow_removals=allow_removals, verbose=verbose, quiet=quiet)
-    return _with_table(result)
+    return _with_table(result, given)
 
 
 def plan(
@@ -160,14 +180,17 @@ def plan(
     from fmembed import pipeline
 
     told = _fields(model, output, input, id, label, carry, overrides)
-    with _spec_of(data, told, spool) as spec:
+    with _spec_of(data, told, spool) as (spec, _):
         return pipeline.plan(
             spec, refresh=refresh, allow_removals=allow_removals, verbose=verbose, quiet=quiet
         )
 
 
-def _with_table(result: RunResult) -> Result:
-    return Result(**{f.name: getattr(result, f.name) for f in fields(RunResult)})
+def _with_table(result: RunResult, given: Given | None = None) -> Result:
+    whole = Result(**{f.name: getattr(result, f.name) for f in fields(RunResult)})
+    if given is not None and given.has_order:
+        object.__setattr__(whole, "_given", given)
+    return whole
 
 
 def _fields(
@@ -199,30 +222,29 @@ def _fields(
 
 
 @contextlib.contextmanager
-def _spec_of(data: Any, told: Mapping[str, Any], spool: str | Path | None) -> Iterator[RunSpec]:
+def _spec_of(
+    data: Any, told: Mapping[str, Any], spool: str | Path | None
+) -> Iterator[tuple[RunSpec, Given | None]]:
     """The spec of a run; what it names is there for as long as this lasts."""
     if isinstance(data, str | Path) and str(data).endswith((".yaml", ".yml")):
-        yield RunSpec.from_yaml(str(data), dict(told))
+        yield RunSpec.from_yaml(str(data), dict(told)), None
     elif isinstance(data, str | Path):
-        yield RunSpec.from_yaml(None, {"source.uri": str(data), **told})
+        yield RunSpec.from_yaml(None, {"source.uri": str(data), **told}), None
     elif isinstance(data, RunSpec):
-        yield (
-            RunSpec.from_yaml(None, {**data.model_dump(mode="json", exclude_unset=True), **told})
-            if told
-            else data
-        )
+        raw = data.model_dump(mode="json", exclude_unset=True)
+        yield (RunSpec.from_yaml(None, {**raw, **told}) if told else data), None
     elif isinstance(data, Mapping):
         if "source" not in data:
             raise SpecError(
                 "data: a dict is a config, with source, model and output; of columns make a table "
                 "(pandas, polars or pyarrow)"
             )
-        yield RunSpec.from_yaml(None, {**copy.deepcopy(dict(data)), **told})
+        yield RunSpec.from_yaml(None, {**copy.deepcopy(dict(data)), **told}), None
     else:
-        with _laid_out(data, told, spool) as (found, called):
-            spec = RunSpec.from_yaml(None, {**found, **told})
-            spec.source.call(called)
-            yield spec
+        with _laid_out(data, told, spool) as given:
+            spec = RunSpec.from_yaml(None, {**given.fields, **told})
+            spec.source.call(given.called)
+            yield spec, given
 
 
 def _has_other_nodes() -> bool:
@@ -234,9 +256,7 @@ def _has_other_nodes() -> bool:
 
 
 @contextlib.contextmanager
-def _laid_out(
-    data: Any, told: Mapping[str, Any], spool: str | Path | None
-) -> Iterator[tuple[dict[str, Any], str]]:
+def _laid_out(data: Any, told: Mapping[str, Any], spool: str | Path | None) -> Iterator[Given]:
     from fmembed.sources.given import lay_out
     from fmembed.storage import Storage
 
@@ -250,15 +270,13 @@ def _laid_out(
     if spool is None or "://" not in str(spool):
         folder = tempfile.mkdtemp(prefix="fmembed-", dir=spool)
         try:
-            given = lay_out(data, Storage(folder), told)
-            yield given.fields, given.called
+            yield lay_out(data, Storage(folder), told)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return
     storage = Storage(f"{str(spool).rstrip('/')}/fmembed-{uuid.uuid4().hex[:12]}")
     try:
-        given = lay_out(data, storage, told)
-        yield given.fields, given.called
+        yield lay_out(data, storage, told)
     finally:
         for path in storage.sizes(""):
             storage.delete(path)

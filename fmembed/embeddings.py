@@ -7,7 +7,7 @@ so it is the same for one that was copied or mailed.
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, get_args
@@ -19,6 +19,7 @@ import pyarrow as pa
 from fmembed.errors import TableError
 from fmembed.evaluate.facts import pick_headlines, stored_probes
 from fmembed.redaction import redact
+from fmembed.rows.columns import PARENT_ID, PIECE, ROW_ID
 from fmembed.rows.precision import PRECISIONS, dequantize, ranges_from_lists
 from fmembed.spec import OWN_COLUMNS, ProbeName
 from fmembed.summary import describe_probe
@@ -106,10 +107,14 @@ class Embeddings:
         """
         self._table = Table.open(uri)
         newest = self._table.version() or 0
+        if version is not None and (isinstance(version, bool) or not isinstance(version, int)):
+            raise TableError(f"version: takes a number, got {version!a:.80}")
         if version is not None:
             self._table.check_version(version)
         self.version = newest if version is None else version
         self._is_newest = self.version == newest
+        # Puts rows, of which it is given the ids, in the order of the data that they were made of.
+        self._order: Callable[[pa.Table], pa.Table] | None = None
         card = self._table.card()
         assert card is not None
         self._card: Card = card
@@ -133,13 +138,29 @@ class Embeddings:
         """Rows."""
         return sum(part.num_rows for part in self._table.rows.parts(self.version))
 
+    def in_order(self, order: Callable[[pa.Table], pa.Table]) -> Embeddings:
+        """The same, whose rows come in another order.
+
+        Args:
+            order: Is given rows with their columns of ids.
+        """
+        self._order = order
+        return self
+
     def arrow(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows as a pyarrow Table: all columns, or these.
+
+        A table's rows are in no order: their ids say which is which.
 
         Raises:
             TableError: No such column.
         """
-        return read(self.uri, self.version, columns=None if columns is None else list(columns))
+        if self._order is None or columns is None:
+            rows = read(self.uri, self.version, columns=None if columns is None else list(columns))
+            return rows if self._order is None else self._order(rows)
+        ids = [name for name in (ROW_ID, PARENT_ID, PIECE) if name in self.columns]
+        wanted = list(dict.fromkeys([*columns, *ids]))
+        return self._order(read(self.uri, self.version, columns=wanted)).select(list(columns))
 
     def pandas(self, columns: Sequence[str] | None = None) -> pandas.DataFrame:
         """Rows as a pandas DataFrame; a vector is an array, a view of one that holds them all."""
@@ -154,22 +175,30 @@ class Embeddings:
         return found
 
     def ray(self, columns: Sequence[str] | None = None) -> Any:
-        """Rows as a Ray Dataset, which reads them where it is consumed."""
+        """Rows as a Ray Dataset, read where it is consumed; Ray is started if need be."""
+        from fmembed.run.cluster import connect
+
+        connect(verbose=False)
         chosen = None if columns is None else list(columns)
         return read(self.uri, self.version, engine="ray", columns=chosen)
 
-    def numpy(self, column: str | None = None, *, label: str | None = None) -> Any:
+    def numpy(
+        self, column: str | None = None, *, label: str | None = None, ids: bool = False
+    ) -> Any:
         """Vectors as one array, ready for scikit-learn, and a column of labels beside it.
+
+        A table's rows are in no order: their ids say which is which.
 
         Args:
             column: Which column of vectors; None for the first.
             label: Another column, whose values come in the same order.
+            ids: Whether the rows' ids are asked for too.
 
         Returns:
             Shape (rows, dim), float32, C-contiguous, whatever precision they are stored in; of a
-            column with a vector for each token a list of (tokens, dim). With `label` two: this, and
-            the values, shape (rows,): numbers as they are, all else as objects, None where a row
-            has none.
+            column with a vector for each token a list of (tokens, dim). With `label` or `ids` a
+            tuple: this, and the values, shape (rows,): numbers as they are, all else as objects,
+            None where a row has none; and the ids, shape (rows,), objects.
 
         Raises:
             TableError: No such column, or none of vectors.
@@ -179,9 +208,10 @@ class Embeddings:
             raise TableError(
                 f"column: {self.uri} has no vectors in {column!r}; it has {', '.join(self.vectors)}"
             )
-        rows = self.arrow([column] if label is None else list(dict.fromkeys([column, label])))
+        beside = [*([label] if label is not None else []), *([ROW_ID] if ids else [])]
+        rows = self.arrow(list(dict.fromkeys([column, *beside])))
         vectors = self._floats(rows[column], column)
-        return vectors if label is None else (vectors, _values(rows[label]))
+        return (vectors, *(_values(rows[name]) for name in beside)) if beside else vectors
 
     def _floats(self, stored: pa.ChunkedArray, column: str) -> Any:
         if self._card.outputs[column].pooling == "tokens":

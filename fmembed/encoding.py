@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from fmembed.rows.columns import ERROR, MESSAGE, TRUNCATED, row_schema
 from fmembed.rows.outputs import DEFAULT, Output
 from fmembed.rows.precision import PRECISIONS
 from fmembed.sources.canonical import canonical
+from fmembed.sources.given import is_file_name
 from fmembed.sources.source import RawRow, Source
 from fmembed.spec import Modality, ModelSpec, PreprocessSpec, RunSpec, SourceSpec
 
@@ -33,9 +34,12 @@ _INPUT = "input"
 
 
 def encode(
-    inputs: str | bytes | Path | Sequence[str | bytes | Path],
-    *,
+    inputs: str | bytes | Path | Iterable[str | bytes | Path],
     model: str | ModelSpec | Mapping[str, Any],
+    *,
+    prompt: str | None = None,
+    dims: int | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
     modality: Modality | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     on_rejected: Literal["raise", "nan"] = "raise",
@@ -50,6 +54,9 @@ def encode(
             whose vector comes without the list.
         model: Hub id, folder, `package:<package>/<folder>`, or the fields of the config's part
             `model`, as `{"id": ..., "dtype": "float32", "prompt": "query: "}`.
+        prompt: `model.prompt`, before every text.
+        dims: `model.dims`, so many dimensions.
+        dtype: `model.dtype`; auto is bfloat16 where the device computes that natively, as in a run.
         modality: What the inputs are, of a model that takes several kinds.
         device: What to compute on; "auto" is a GPU where there is one.
         on_rejected: What becomes of an input that a run would reject, as an empty text or a picture
@@ -64,18 +71,26 @@ def encode(
         SpecError: An argument is wrong.
         ModelError: The model cannot be loaded, or is none for these inputs.
     """
-    if isinstance(inputs, Mapping) or hasattr(inputs, "columns"):
+    is_table = isinstance(inputs, Mapping) or hasattr(inputs, "columns")
+    if is_table or not isinstance(inputs, Iterable) or hasattr(inputs, "column_names"):
+        hint = "; give one of its columns" if is_table or hasattr(inputs, "column_names") else ""
         raise SpecError(
-            f"inputs: takes a list of texts, paths or bytes, got {type(inputs).__name__}; "
-            "give one of its columns"
+            f"inputs: takes a list of texts, paths or bytes, got {type(inputs).__name__}{hint}"
         )
+    if isinstance(inputs, pa.Array | pa.ChunkedArray):
+        inputs = inputs.to_pylist()
     is_one = isinstance(inputs, str | bytes | Path)
     given: list[Any] = [inputs] if isinstance(inputs, str | bytes | Path) else list(inputs)
     _check_choice("device", device, ("auto", "cpu", "cuda"))
     _check_choice("on_rejected", on_rejected, ("raise", "nan"))
     if device == "auto":
         device = "cuda" if has_cuda() else "cpu"
-    checkpoint = _open(model, modality, given, device)
+    elif device == "cuda" and not has_cuda():
+        raise SpecError(
+            "device: there is no CUDA device here that torch can use; takes cpu or auto"
+        )
+    told = {"prompt": prompt, "dims": dims, "dtype": dtype}
+    checkpoint = _open(model, modality, given, device, told)
     whole = [o.column for o in checkpoint.outputs if not PRECISIONS[o.precision].has_norms]
     if on_rejected == "nan" and whole:
         raise SpecError(f"on_rejected: the whole numbers of {whole[0]} have no NaN; takes raise")
@@ -97,14 +112,18 @@ def _open(
     modality: Modality | None,
     inputs: Sequence[Any],
     device: str,
+    told: Mapping[str, Any],
 ) -> Checkpoint:
     if isinstance(model, str | Path):
         model = {"id": str(model)}
-    if isinstance(model, ModelSpec):
-        spec = model
-    else:
-        elsewhere = {"uri": "encode"}
-        spec = RunSpec.parse({"source": elsewhere, "model": model, "output": elsewhere}).model
+    elif isinstance(model, ModelSpec):
+        model = model.model_dump(mode="json", exclude_unset=True)
+    elif not isinstance(model, Mapping):
+        raise SpecError(f"model: takes an id, or a dict of fields, got {type(model).__name__}")
+    named = {name: value for name, value in told.items() if value is not None}
+    elsewhere = {"uri": "encode"}
+    raw = {"source": elsewhere, "model": {**model, **named}, "output": elsewhere}
+    spec = RunSpec.parse(raw).model
     if spec.endpoint is not None:
         raise ModelError(
             "model.endpoint: encode runs a model in this process; fmembed.embed asks a server"
@@ -115,6 +134,11 @@ def _open(
         chosen = _guess_modality(inputs, takes)
     if chosen is not None and chosen not in takes:
         raise ModelError(f"modality: {spec.id} embeds {' or '.join(takes)}, not {chosen!a:.80}")
+    if takes == ("text",) and inputs and isinstance(inputs[0], str) and is_file_name(inputs[0]):
+        raise SpecError(
+            f"inputs[0]: {inputs[0]!a:.200} is a file here; give files as pathlib.Path, which are "
+            "read, and texts as they are"
+        )
     native_bfloat16 = device == "cuda" or cpu_has_bfloat16()
     checkpoint = open_checkpoint(spec, native_bfloat16, chosen)
     for output in checkpoint.outputs:
@@ -137,7 +161,7 @@ def _guess_modality(inputs: Sequence[Any], takes: Sequence[Modality]) -> Modalit
             "other, or say which they are by modality"
         )
     for i, given in enumerate(inputs):
-        if len(given) < 4096 and "\0" not in given and Path(given).is_file():
+        if is_file_name(given):
             raise SpecError(
                 f"inputs[{i}]: {given!a:.200} is a file here, and could be a text: say which by "
                 f"modality ({' or '.join(takes)})"
@@ -166,7 +190,8 @@ def _embed(checkpoint: Checkpoint, inputs: Sequence[Any], device: str) -> pa.Tab
 
 def _read(given: Any, source: Source) -> Any:
     """An input as a row that a reader has read, or why it is none."""
-    if source.modality != "text" and isinstance(given, str | Path):
+    is_path = isinstance(given, Path) or (source.modality != "text" and isinstance(given, str))
+    if is_path:
         try:
             size = Path(given).stat().st_size
             given = Path(given).read_bytes() if size <= source.most_bytes else size

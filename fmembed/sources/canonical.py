@@ -52,7 +52,7 @@ def canonical(source: Source, chunk: list[RawRow], shard: int, schema: pa.Schema
             if isinstance(raw, tuple):
                 raise BadRow(*raw)
             if spec.id is not None:
-                row["row_id"] = _row_id(raw.get(spec.id), spec.id)
+                row["row_id"] = to_row_id(raw.get(spec.id), spec.id)
             value = raw.get(FETCHED, raw.get(spec.input))
             if FETCHED in raw and isinstance(value, tuple):
                 raise BadRow(*value)
@@ -93,7 +93,12 @@ def _with_hash_of_carried(rows: pa.Table, names: Sequence[str]) -> pa.Table:
     return rows.set_column(at, rows.schema.field(at), hashes)
 
 
-def _row_id(value: Any, column: str) -> str:
+def to_row_id(value: Any, column: str) -> str:
+    """An id as the table has it.
+
+    Raises:
+        BadRow: It is none.
+    """
     if value is None or value == "":
         raise BadRow("null id", f"column {column!r} is empty")
     if isinstance(value, Decimal) and value.is_finite():

@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmembed.errors import SourceError, reason
+from fmembed.sources.canonical import to_row_id
+from fmembed.sources.source import BadRow
 from fmembed.storage import Storage
 
 # Rows of a file; of Python's objects so many are turned into columns at once.
@@ -29,10 +32,26 @@ _TEXT, _PATH, _BYTES = "text", "path", "bytes"
 
 @dataclass(frozen=True)
 class Given:
-    """What was laid out: fields of `SourceSpec`, by dotted name; and what to call it."""
+    """What was laid out: fields of `SourceSpec`, by dotted name; and what to call it.
+
+    `ids` are those of its rows in their order; None where they end with the number of the row.
+    `has_order` is false of what has none.
+    """
 
     fields: dict[str, Any]
     called: str
+    ids: Sequence[str] | None = None
+    has_order: bool = True
+
+    def positions(self, row_ids: Iterable[str]) -> list[int]:
+        """Where in the data the rows of some ids are; behind it those that are not in it."""
+        if self.ids is None:
+            numbers = (row_id.rpartition("#")[2] for row_id in row_ids)
+            return [int(n) if n.isdecimal() else sys.maxsize for n in numbers]
+        at: dict[str, int] = {}
+        for i, row_id in enumerate(self.ids):
+            at.setdefault(row_id, i)
+        return [at.get(row_id, sys.maxsize) for row_id in row_ids]
 
 
 def lay_out(data: Any, storage: Storage, fields: Mapping[str, Any]) -> Given:
@@ -56,17 +75,20 @@ def lay_out(data: Any, storage: Storage, fields: Mapping[str, Any]) -> Given:
                 "source.id: the rows of a Ray Dataset have no order of their own: name a column "
                 "whose values stay with them, as id"
             )
-        tables = data.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=0)
-    elif kind in ("datasets Dataset", "datasets IterableDataset"):
-        return _of_hub(data, storage, kind)
-    elif (found := _arrow_tables(data, kind)) is not None:
+        batches = data.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=0)
+        num_rows, _ = _write(batches, storage, id_column)
+        called = f"a ray.data.Dataset of {num_rows:,} rows"
+        return replace(_named(storage, id_column, called), has_order=False)
+    if kind in ("datasets Dataset", "datasets IterableDataset"):
+        return _of_hub(data, storage, kind, id_column)
+    if (found := _arrow_tables(data, kind)) is not None:
         tables = found
     elif isinstance(data, Iterable) and not isinstance(data, bytes):
         return _of_objects(data, storage, id_column)
     else:
         raise SourceError(f"data: takes a path, a config, a list, a table or a dataset, got {kind}")
-    num_rows = _write(tables, storage, id_column is None)
-    return _named(storage, id_column, f"a {kind.replace(' ', '.')} of {num_rows:,} rows")
+    num_rows, ids = _write(tables, storage, id_column)
+    return _named(storage, id_column, f"a {kind.replace(' ', '.')} of {num_rows:,} rows", ids)
 
 
 def _kind(data: Any) -> str:
@@ -81,11 +103,17 @@ _KNOWN = (
 )  # fmt: skip
 
 
-def _named(storage: Storage, id_column: str | None, called: str, **more: Any) -> Given:
+def _named(
+    storage: Storage,
+    id_column: str | None,
+    called: str,
+    ids: Sequence[str] | None = None,
+    **more: Any,
+) -> Given:
     fields = {"source.uri": storage.uri, "source.format": "parquet", **more}
     if id_column is None:
         fields.setdefault("source.id", INDEX)
-    return Given(fields, called)
+    return Given(fields, called, ids)
 
 
 def _arrow_tables(data: Any, kind: str) -> Iterator[pa.Table] | None:
@@ -105,10 +133,10 @@ def _arrow_tables(data: Any, kind: str) -> Iterator[pa.Table] | None:
     return (pa.Table.from_batches([batch]) for batch in reader)
 
 
-def _of_hub(data: Any, storage: Storage, kind: str) -> Given:
+def _of_hub(data: Any, storage: Storage, kind: str, id_column: str | None) -> Given:
     """A dataset of the library `datasets`, saved as it saves one: with the files that it names."""
     if kind == "datasets IterableDataset":
-        return _of_objects(data, storage, None)
+        return _of_objects(data, storage, id_column)
     if "://" in storage.uri:
         raise SourceError(
             "data: save the dataset (save_to_disk) where all nodes read it, and give its path with "
@@ -116,7 +144,10 @@ def _of_hub(data: Any, storage: Storage, kind: str) -> Given:
         )
     data.save_to_disk(storage.uri)
     fields = {"source.uri": storage.uri, "source.format": "hf"}
-    return Given(fields, f"a datasets.Dataset of {len(data):,} rows")
+    ids = None
+    if id_column in data.column_names:
+        ids = [_id_of(value) for value in data.with_format(None)[id_column]]
+    return Given(fields, f"a datasets.Dataset of {len(data):,} rows", ids)
 
 
 def _of_objects(data: Iterable[Any], storage: Storage, id_column: str | None) -> Given:
@@ -133,13 +164,23 @@ def _of_objects(data: Iterable[Any], storage: Storage, id_column: str | None) ->
         raise SourceError(
             f"data[0]: takes a text, a dict, a path or bytes, got {type(first[1]).__name__}"
         )
+    if kind is str and is_file_name(first[1]):
+        raise SourceError(
+            f"data[0]: {first[1]!a:.200} is a file here; give files as pathlib.Path, which are "
+            "read, and texts as they are"
+        )
     to_table = _COLUMNS[kind]
     own_id = None if kind is not Mapping else id_column
     chunks = _chunks(_checked(each, kind) for each in rows)
     tables = (to_table(chunk, start) for start, chunk in chunks)
-    num_rows = _write(tables, storage, own_id is None)
+    num_rows, ids = _write(tables, storage, own_id)
     more = {} if kind is Mapping else {"source.input": _BYTES if kind is bytes else _TEXT}
-    return _named(storage, own_id, f"{num_rows:,} {_SEVERAL[kind]}", **more)
+    return _named(storage, own_id, f"{num_rows:,} {_SEVERAL[kind]}", ids, **more)
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a text is the path of a file here: then hardly what is to be embedded."""
+    return len(text) < 4096 and os.path.isfile(text)  # which says no of what is no path
 
 
 def _checked(each: tuple[int, Any], kind: type) -> Any:
@@ -195,11 +236,12 @@ def _of_paths(paths: list[Path | None], storage: Storage) -> Given:
     real = [None if p is None else str(p.absolute()) for p in paths]
     root = os.path.commonpath([os.path.dirname(p) for p in real if p is not None])
     below = [None if p is None else os.path.relpath(p, root) for p in real]
-    num_rows = _write(iter([pa.table({_PATH: pa.array(below, pa.string())})]), storage, True)
+    table, ids = pa.table({_PATH: pa.array(below, pa.string())}), None
+    num_rows, _ = _write(iter([table]), storage, None)
     more = {"source.input": _PATH, "source.root": root}
     if len(set(below)) == len(below) and None not in below:
-        more["source.id"] = _PATH
-    return _named(storage, None, f"{num_rows:,} paths", **more)
+        more["source.id"], ids = _PATH, [str(path) for path in below]
+    return _named(storage, None, f"{num_rows:,} paths", ids, **more)
 
 
 def _chunks(rows: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
@@ -216,15 +258,21 @@ def _chunks(rows: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
         yield first, chunk
 
 
-def _write(tables: Iterable[pa.Table], storage: Storage, with_index: bool) -> int:
-    """Write tables, a file each or several; how many rows they have."""
-    first, schemas = 0, {}
+def _write(
+    tables: Iterable[pa.Table], storage: Storage, id_column: str | None
+) -> tuple[int, list[str] | None]:
+    """Write tables, a file each or several; how many rows they have, and their ids, if they have
+    any.
+    """
+    first, schemas, ids = 0, {}, None if id_column is None else list[str]()
     for table in tables:
         per_row = table.nbytes // max(table.num_rows, 1) + 1
         step = min(max(_FILE_BYTES // per_row, 1), _FILE_ROWS)
         for start in range(0, table.num_rows, step):
             rows = _storable(table.slice(start, step))
-            if with_index:
+            if ids is not None and id_column in rows.column_names:
+                ids += map(_id_of, rows[id_column].to_pylist())
+            if id_column is None:
                 if INDEX in rows.column_names:
                     raise SourceError(f"data: it has a column {INDEX}; name the id, or rename it")
                 numbers = pa.array(range(first, first + rows.num_rows), pa.int64())
@@ -236,7 +284,14 @@ def _write(tables: Iterable[pa.Table], storage: Storage, with_index: bool) -> in
     if not first:
         raise SourceError("data: there is no row in it")
     _unify(storage, schemas)
-    return first
+    return first, ids
+
+
+def _id_of(value: Any) -> str:
+    try:
+        return to_row_id(value, "")
+    except BadRow:  # its row is rejected
+        return ""
 
 
 def _put(storage: Storage, path: str, rows: pa.Table) -> None:

@@ -21,11 +21,11 @@ def test_a_list_becomes_a_table_and_an_array(tmp_path: Path, tiny_bert: Path) ->
     given = {"model": model, "output": tmp_path / "out", "overrides": {"probes": []}}
     result = fmembed.embed(TEXTS, **given)
     assert (result.rows_embedded, result.rows_rejected) == (60, 0)
-    vectors, ids = result.numpy(label="row_id")
+    vectors, ids = result.numpy(ids=True)
     assert vectors.flags.c_contiguous
-    order = np.argsort(ids.astype(int))
+    assert ids.tolist() == [str(i) for i in range(60)]  # as they were given
     expected = fmembed.encode(TEXTS, model=model)
-    np.testing.assert_allclose(vectors[order], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(vectors, expected, rtol=1e-4, atol=1e-5)
     assert result.open().info().source == "60 texts"
 
     again = fmembed.embed(iter(TEXTS), **given)
@@ -48,7 +48,8 @@ def test_a_frame_and_a_ray_dataset_have_ids_of_their_own(tmp_path: Path, tiny_be
     result = fmembed.embed(frame, **given)
     vectors, topics = result.numpy(label="topic")
     assert (vectors.shape, sorted(set(topics))) == ((60, 32), ["m", "r"])
-    assert sorted(result.to_pandas()["row_id"]) == sorted(frame["key"])
+    assert result.to_pandas()["row_id"].tolist() == frame["key"].tolist()
+    assert topics.tolist() == frame["topic"].tolist()
     # The same rows, wherever they come from.
     again = fmembed.embed(ray.data.from_pandas(frame), **given)
     assert (again.rows_embedded, again.rows_skipped, again.rows_changed) == (0, 60, 0)

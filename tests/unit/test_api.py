@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from forged import make_table
@@ -13,6 +14,7 @@ from forged import make_table
 import fmembed
 from fmembed import RunSpec, SpecError, api, pipeline
 from fmembed.result import RunResult
+from fmembed.sources.given import Given
 from fmembed.sources.opening import open_source
 
 CONFIG = {"source": {"uri": "in"}, "model": {"id": "m"}, "output": {"uri": "out"}}
@@ -118,5 +120,13 @@ def test_a_result_leads_to_its_table(tmp_path: Path) -> None:
     vectors, topics = result.numpy(label="topic")
     assert vectors.shape == (60, 8)
     assert len(topics) == len(result.to_pandas(["row_id"])) == len(result.open()) == 60
+    given = Given({}, "rows", [f"r{i}" for i in reversed(range(60))])
+    ordered = api._with_table(last, given)
+    backwards, names, ids = ordered.numpy(label="topic", ids=True)
+    assert ids.tolist() == given.ids
+    np.testing.assert_array_equal(backwards, vectors[::-1])
+    assert names.tolist() == topics.tolist()[::-1]
+    assert ordered.to_pandas(["topic"])["topic"].tolist() == names.tolist()
+    assert ordered.to_pandas()["row_id"].tolist() == given.ids
     assert repr(result).splitlines()[0].startswith("rows      60 read, 60 embedded")
     assert "60 read, 60 embedded" in result._repr_html_()

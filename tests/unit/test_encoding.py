@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import polars as pl
+import pyarrow as pa
 import pytest
 from conftest import SENTENCES
 from encoding import embed
@@ -18,6 +20,7 @@ from tiny import save_clip
 
 import fmembed
 from fmembed.checkpoint.opening import open_checkpoint
+from fmembed.devices import has_cuda
 from fmembed.errors import ModelError, RejectedError, SpecError
 from fmembed.spec import ModelSpec
 
@@ -81,6 +84,28 @@ def test_fields_of_the_model_are_followed(tiny_bert: Path) -> None:
     np.testing.assert_array_equal(one["each"], both["each"][0])
 
 
+def test_common_fields_are_arguments(tiny_bert: Path, tmp_path: Path) -> None:
+    model = {"id": str(tiny_bert), "dtype": "float32"}
+    named = fmembed.encode(SENTENCES, str(tiny_bert), dtype="float32", dims=8, prompt="query: ")
+    fields = {**model, "dims": 8, "prompt": "query: "}
+    np.testing.assert_array_equal(named, fmembed.encode(SENTENCES, model=fields))
+    spec = ModelSpec(**model, normalize=True)
+    both = fmembed.encode(SENTENCES, spec, dims=8)
+    np.testing.assert_allclose(np.linalg.norm(both, axis=1), 1, rtol=1e-5)
+    for given in (pa.array(SENTENCES), pa.chunked_array([SENTENCES]), pl.Series(SENTENCES)):
+        found = fmembed.encode(given, model=model)
+        np.testing.assert_array_equal(found, fmembed.encode(SENTENCES, model=model))
+    (tmp_path / "a.txt").write_text("one")
+    found = fmembed.encode([tmp_path / "a.txt"], model=model)
+    np.testing.assert_array_equal(found, fmembed.encode(["one"], model=model))
+    with pytest.raises(
+        SpecError, match=r"inputs\[0\]: .*a.txt' is a file here; give files as path"
+    ):
+        fmembed.encode([str(tmp_path / "a.txt")], model=model)
+    with pytest.raises(SpecError, match="model: takes an id, or a dict of fields, got int"):
+        fmembed.encode(["one"], model=3)  # type: ignore[arg-type]
+
+
 def test_windows_do_not_show(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = {"id": str(tiny_bert), "dtype": "float32"}
     whole = fmembed.encode(SENTENCES, model=model)
@@ -111,6 +136,9 @@ def test_what_is_cut_is_told(tiny_bert: Path) -> None:
     [
         ({"text": "one"}, "inputs: takes a list of texts, paths or bytes, got dict"),
         (pd.DataFrame({"text": ["one"]}), "got DataFrame; give one of its columns"),
+        (pa.table({"text": ["one"]}), "got Table; give one of its columns"),
+        (5, "inputs: takes a list of texts, paths or bytes, got int"),
+        (None, "got NoneType"),
     ],
 )
 def test_a_table_is_no_list(given: Any, told: str, tiny_bert: Path) -> None:
@@ -123,6 +151,12 @@ def test_a_table_is_no_list(given: Any, told: str, tiny_bert: Path) -> None:
     [
         ({"device": "gpu"}, "device: takes auto or cpu or cuda, got 'gpu'"),
         ({"on_rejected": "skip"}, "on_rejected: takes raise or nan, got 'skip'"),
+        pytest.param(
+            {"device": "cuda"},
+            "device: there is no CUDA device here",
+            marks=pytest.mark.skipif(has_cuda(), reason="there is one"),
+        ),
+        ({"dims": 64}, "model.dims: takes at most 32"),
         ({"modality": "audio"}, "modality: .* embeds text, not 'audio'"),
         ({"model": {"name": "x"}}, "model.name: unknown key"),
         ({"model": {"precision": "int8"}}, "model.precision: int8 takes ranges from a sample"),

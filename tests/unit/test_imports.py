@@ -43,7 +43,7 @@ ALLOWED = {
     **STATIONS,
     "inputs": _ALL | {"checkpoint", "rows", "sources", "table"},
     "api": _STATIONS | {"embeddings", "pipeline"},
-    "embeddings": _STATIONS | {"evaluate"},
+    "embeddings": _STATIONS | {"evaluate", "run"},
     "encoding": _STATIONS,
     "evaluate": _STATIONS,
     "run": _STATIONS | {"evaluate", "inputs"},

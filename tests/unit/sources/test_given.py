@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -172,3 +173,28 @@ def test_contents_are_pictures(tmp_path: Path) -> None:
     rows = rows_of([picture(), None, b""], tmp_path / "in", ("image",))
     assert [r["_error"] for r in rows] == [None, "null input", "empty input"]
     assert rows[0]["_input"] == picture()
+
+
+def test_where_rows_are_in_the_data_is_known(tmp_path: Path) -> None:
+    def laid(data: Any, name: str, **fields: Any) -> Any:
+        (tmp_path / name).mkdir()
+        return lay_out(data, Storage(str(tmp_path / name)), fields)
+
+    texts = laid(TEXTS, "list")
+    assert texts.positions(["2", "0", "other"]) == [2, 0, sys.maxsize]
+    frame = laid(pd.DataFrame({"text": TEXTS, "key": [7, 5, 7]}), "frame", **{"source.id": "key"})
+    assert frame.positions(["5", "7", "8"]) == [1, 0, sys.maxsize]
+    rows = laid([{"text": t, "key": k} for t, k in zip(TEXTS, "cab", strict=True)], "dicts",
+                **{"source.id": "key"})  # fmt: skip
+    assert rows.positions(["a", "b", "c"]) == [1, 2, 0]
+    data = datasets.Dataset.from_dict({"text": TEXTS, "key": ["x", "y", "z"]})
+    assert laid(data, "hub").positions(["data#2", "data#0"]) == [2, 0]
+    assert laid(data, "keyed", **{"source.id": "key"}).positions(["z", "x"]) == [2, 0]
+    for name in ("b.txt", "a.txt"):
+        (tmp_path / name).write_text(name)
+    paths = laid([tmp_path / "b.txt", tmp_path / "a.txt"], "paths")
+    assert paths.positions(["a.txt", "b.txt"]) == [1, 0]
+    with pytest.raises(
+        SourceError, match=r"data\[0\]: .*a.txt' is a file here; give files as path"
+    ):
+        laid([str(tmp_path / "a.txt")], "names")
