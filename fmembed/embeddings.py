@@ -158,7 +158,8 @@ class Embeddings:
         if self._order is None or columns is None:
             rows = read(self.uri, self.version, columns=None if columns is None else list(columns))
             return rows if self._order is None else self._order(rows)
-        ids = [name for name in (ROW_ID, PARENT_ID, PIECE) if name in self.columns]
+        names = self._table.rows.schema().names  # of a version without a row too
+        ids = [name for name in (ROW_ID, PARENT_ID, PIECE) if name in names]
         wanted = list(dict.fromkeys([*columns, *ids]))
         return self._order(read(self.uri, self.version, columns=wanted)).select(list(columns))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,6 +121,8 @@ def test_a_result_leads_to_its_table(tmp_path: Path) -> None:
     vectors, topics = result.numpy(label="topic")
     assert vectors.shape == (60, 8)
     assert len(topics) == len(result.to_pandas(["row_id"])) == len(result.open()) == 60
+    empty = api._with_table(replace(last, version=0), Given({}, "no rows"))
+    assert len(empty.numpy()) == len(empty.to_pandas(["topic"])) == 0
     given = Given({}, "rows", [f"r{i}" for i in reversed(range(60))])
     ordered = api._with_table(last, given)
     backwards, names, ids = ordered.numpy(label="topic", ids=True)
