@@ -133,9 +133,9 @@ class Run:
             raise ChangedError(
                 f"source: {num_changed:,} rows are others (their input, or none that can be read, "
                 f"or a label or other carried value) than those of {self._inputs.table.uri} with "
-                "the same ids, which were left as they are; the new rows are committed. Give "
-                "another output.uri or ids of their own, or output.on_changed: keep where the old "
-                "rows are to stay"
+                "the same ids, which were left as they are; the new rows are committed. A refresh "
+                "(fmembed refresh, fmembed.refresh) takes them over; where the old rows are to "
+                "stay, set output.on_changed: keep, or give another output.uri or other ids"
             )
 
     def finish(self) -> RunResult:
