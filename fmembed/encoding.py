@@ -23,7 +23,7 @@ from fmembed.rows.columns import ERROR, MESSAGE, TRUNCATED, row_schema
 from fmembed.rows.outputs import DEFAULT, Output
 from fmembed.rows.precision import PRECISIONS
 from fmembed.sources.canonical import canonical
-from fmembed.sources.given import is_file_name
+from fmembed.sources.given import content_of, is_file_name
 from fmembed.sources.source import RawRow, Source
 from fmembed.spec import Modality, ModelSpec, PreprocessSpec, RunSpec, SourceSpec
 
@@ -49,9 +49,9 @@ def encode(
     The model stays loaded for the next call, until another one is asked for.
 
     Args:
-        inputs: Texts; or pictures or sounds, each as the path of a file or as its bytes. Of a model
-            that takes both, a `str` is a text, and a path is a `Path`. One alone is a list of one,
-            whose vector comes without the list.
+        inputs: Texts; or pictures or sounds, each as the path of a file or as its bytes, pictures
+            as Pillow's too. Of a model that takes both, a `str` is a text, and a path is a `Path`.
+            One alone is a list of one, whose vector comes without the list.
         model: Hub id, folder, `package:<package>/<folder>`, or the fields of the config's part
             `model`, as `{"id": ..., "dtype": "float32", "prompt": "query: "}`.
         prompt: `model.prompt`, before every text.
@@ -71,6 +71,7 @@ def encode(
         SpecError: An argument is wrong.
         ModelError: The model cannot be loaded, or is none for these inputs.
     """
+    inputs = content_of(inputs)
     is_table = isinstance(inputs, Mapping) or hasattr(inputs, "columns")
     if is_table or not isinstance(inputs, Iterable) or hasattr(inputs, "column_names"):
         hint = "; give one of its columns" if is_table or hasattr(inputs, "column_names") else ""
@@ -197,6 +198,7 @@ def _read(given: Any, source: Source) -> Any:
             given = Path(given).read_bytes() if size <= source.most_bytes else size
         except (OSError, ValueError) as e:  # a NUL in it
             return "cannot be read", f"{str(given)!a:.200}: {reason(e)}"
+    given = content_of(given)
     size = given if isinstance(given, int) else len(given) if hasattr(given, "__len__") else 0
     if size > source.most_bytes:
         return "too large", f"{size:,} bytes, more than {source.limit} = {source.most_bytes:,}"

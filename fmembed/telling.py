@@ -19,7 +19,7 @@ def every_s() -> float:
 
 
 class Teller:
-    """Says what is begun, each with the time of day: a log is read the morning after."""
+    """Says what is begun, each with the time of day, the first one of a day with the date."""
 
     def __init__(self, quiet: bool = False) -> None:
         """Prepare.
@@ -28,13 +28,18 @@ class Teller:
             quiet: Say nothing.
         """
         self.quiet = quiet
+        self._day = ""
         # How a line is printed: while bars are drawn, above them.
         self.print: Callable[[str], None] = _print
 
     def say(self, text: str) -> None:
         """Print one line."""
-        if not self.quiet:
-            self.print(f"{datetime.now():%H:%M} {terminal.printable(text)}")
+        if self.quiet:
+            return
+        now = datetime.now()
+        day = f"{now:%Y-%m-%d} "
+        self.print(f"{day if day != self._day else ''}{now:%H:%M} {terminal.printable(text)}")
+        self._day = day
 
 
 def _print(line: str) -> None:

@@ -122,7 +122,12 @@ def locate(uri: str, revision: str | None, field: str = "model.id") -> Path:
     if os.path.isdir(path):  # unlike path.is_dir(), false of a name that is too long
         return path
     if uri.startswith(("package:", ".", "/", "~")) or uri.count("/") != 1:
-        raise ModelError(f"{field}: no such folder: {uri}; give a checkpoint's folder or a hub id")
+        # Names of the hub's first years have no owner any more, and sentence-transformers adds its.
+        is_name = not uri.startswith(("package:", ".", "/", "~")) and "/" not in uri
+        owner = f", which has its owner in front: sentence-transformers/{uri}?" if is_name else ""
+        raise ModelError(
+            f"{field}: no such folder: {uri}; give a checkpoint's folder or a hub id{owner}"
+        )
     import huggingface_hub
 
     try:

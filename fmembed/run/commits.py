@@ -414,7 +414,9 @@ def check_rejected(table: Table, output: OutputSpec, num_rejected: int, num_rows
         f"{num_rejected:,} of {num_rows:,} rows were rejected, more than "
         f"output.max_rejected_fraction = {output.max_rejected_fraction} allows ({causes}; as "
         f"{example['row_id'][:200]}: {example['message']}); the "
-        f"embedded rows are committed, the rejected ones are in {table.rejected.uri}"
+        f"embedded rows are committed, the rejected ones are in {table.rejected.uri}; more are "
+        "allowed by --set output.max_rejected_fraction=0.5, or in Python by "
+        'overrides={"output.max_rejected_fraction": 0.5}'
     )
 
 

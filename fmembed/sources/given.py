@@ -27,6 +27,9 @@ from fmembed.storage import Storage
 _FILE_ROWS, _FILE_BYTES = 65_536, 64 * 2**20
 # The column that numbers rows, where none of theirs is the id.
 INDEX = "_index"
+# What a format holds as it is, so that a decoder has the same to convert.
+_PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
+_TIFF_MODES = ("CMYK", "F", "I", "LAB", "YCbCr")
 _TEXT, _PATH, _BYTES = "text", "path", "bytes"
 
 
@@ -152,7 +155,7 @@ def _of_hub(data: Any, storage: Storage, kind: str, id_column: str | None) -> Gi
 
 def _of_objects(data: Iterable[Any], storage: Storage, id_column: str | None) -> Given:
     """Python's own objects, of the kind that the first one is of."""
-    numbered = enumerate(data)
+    numbered = ((i, content_of(given)) for i, given in enumerate(data))
     first = next(numbered, None)
     if first is None:
         raise SourceError("data: there is nothing in it")
@@ -162,7 +165,7 @@ def _of_objects(data: Iterable[Any], storage: Storage, id_column: str | None) ->
     kind: type | None = next((k for k in _COLUMNS if isinstance(first[1], k)), None)
     if kind is None:
         raise SourceError(
-            f"data[0]: takes a text, a dict, a path or bytes, got {type(first[1]).__name__}"
+            f"data[0]: takes a text, dict, path, bytes or picture, got {type(first[1]).__name__}"
         )
     if kind is str and is_file_name(first[1]):
         raise SourceError(
@@ -176,6 +179,28 @@ def _of_objects(data: Iterable[Any], storage: Storage, id_column: str | None) ->
     num_rows, ids = _write(tables, storage, own_id)
     more = {} if kind is Mapping else {"source.input": _BYTES if kind is bytes else _TEXT}
     return _named(storage, own_id, f"{num_rows:,} {_SEVERAL[kind]}", ids, **more)
+
+
+def content_of(picture: Any) -> Any:
+    """A picture of Pillow's as a file's bytes, which decode to the same pixels; all else as it is.
+
+    Its orientation goes with it, if it has one: it is turned as its file would be.
+    """
+    if not _is_picture(picture):
+        return picture
+    mode = picture.mode
+    file, exif = io.BytesIO(), picture.getexif()
+    if mode in _TIFF_MODES:
+        picture.save(file, "TIFF", exif=exif)
+    else:
+        kept = picture if mode in _PNG_MODES else picture.convert("RGBA" if "A" in mode else "RGB")
+        kept.save(file, "PNG", compress_level=1, exif=exif)
+    return file.getvalue()
+
+
+def _is_picture(given: Any) -> bool:
+    # Pillow is not imported for it: who has a picture has done so.
+    return any(c.__module__ == "PIL.Image" and c.__name__ == "Image" for c in type(given).__mro__)
 
 
 def is_file_name(text: str) -> bool:

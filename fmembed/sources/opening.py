@@ -5,6 +5,7 @@ On the driver, before Ray starts, so that what is wrong is told within a second.
 
 from __future__ import annotations
 
+import difflib
 import posixpath
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -202,11 +203,15 @@ def _check_columns(spec: SourceSpec, available: set[str]) -> None:
     named |= {"source.label": spec.label, "source.split": spec.split}
     named |= {"source.caption": spec.caption}
     named |= {f"source.carry[{i}]": c for i, c in enumerate(spec.carry)}
+    shown = sorted(name for name in available if not name.startswith("_"))  # not for users to name
     for field, column in named.items():
         if column is not None and column not in available:
-            has = _some(sorted(available)) or "none"
-            where = redact(spec.uri)
-            raise SourceError(f"{field}: no column {column!r} in {where}; it has {has}")
+            close = difflib.get_close_matches(column, shown, n=1)
+            meant = f"; did you mean {close[0]!r}?" if close else ""
+            raise SourceError(
+                f"{field}: no column {column!r} in {spec.stored_name}; it has "
+                f"{_some(shown) or 'none'}{meant}"
+            )
 
 
 def _check_input(spec: SourceSpec, schema: pa.Schema, modality: Modality) -> None:

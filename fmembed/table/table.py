@@ -79,6 +79,10 @@ class Table:
         """
         uri = uri.removeprefix("file://")
         if "://" not in uri and not os.path.isdir(Path(uri).expanduser()):
+            if os.path.isfile(Path(uri).expanduser()):
+                raise TableError(
+                    f"table: {uri} is a file; a table is a folder, which fmembed embed has made"
+                )
             raise TableError(f"table: no such folder: {uri}")
         table = cls(uri)
         if table.card() is None:

@@ -134,6 +134,9 @@ def test_what_the_table_has_not_is_told(tmp_path: Path) -> None:
         fmembed.open(uri, 7)
     with pytest.raises(TableError, match="no such folder"):
         fmembed.open(str(tmp_path / "none"))
+    (tmp_path / "d.csv").write_text("text\n")
+    with pytest.raises(TableError, match=r"d\.csv is a file; a table is a folder"):
+        fmembed.open(str(tmp_path / "d.csv"))
 
 
 def test_a_version_without_a_row_has_vectors_of_no_row(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from conftest import SENTENCES
 from encoding import embed
 from media import picture, sound
+from PIL import Image
 from tiny import save_clip
 
 import fmembed
@@ -190,6 +191,9 @@ def test_pictures_come_by_path_or_by_bytes(tiny_vit: Path, tmp_path: Path) -> No
     assert found.shape == (3, 32)
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[0], found[2])
+    opened = Image.open(path)
+    np.testing.assert_array_equal(found[0], fmembed.encode(opened, model=str(tiny_vit)))
+    np.testing.assert_array_equal(found[:1], fmembed.encode([opened], model=str(tiny_vit)))
     with pytest.raises(RejectedError, match=r"inputs\[0\]: cannot be read: .*b.png.* No such file"):
         fmembed.encode([tmp_path / "b.png"], model=str(tiny_vit))
     with pytest.raises(RejectedError, match=r"inputs\[0\]: "):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
+from datetime import datetime
+from unittest.mock import Mock
 
 import pytest
 
+from fmembed import telling
 from fmembed.telling import Pulse, Teller, duration
 
 
@@ -20,7 +23,21 @@ class Clock:
 def test_what_is_begun_is_said_with_the_time_of_day(capsys: pytest.CaptureFixture[str]) -> None:
     Teller().say("starting Ray \x1b[31m…")
     Teller(quiet=True).say("nothing")
-    assert re.fullmatch(r"\d\d:\d\d starting Ray \\x1b\[31m…\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d starting Ray \\x1b\[31m…\n", capsys.readouterr().err
+    )
+
+
+def test_the_date_is_said_once_a_day(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([datetime(2026, 3, 1, 23, 58), datetime(2026, 3, 1, 23, 59), datetime(2026, 3, 2)])
+    monkeypatch.setattr(telling, "datetime", Mock(now=lambda: next(times)))
+    teller = Teller()
+    for text in ("one", "two", "three"):
+        teller.say(text)
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["2026-03-01 23:58 one", "23:59 two", "2026-03-02 00:00 three"]
 
 
 def test_every_half_minute_a_line_says_how_far_it_has_come() -> None:

@@ -8,12 +8,13 @@ import csv
 import io
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 from fsspec.utils import infer_compression
 
+from fmembed.errors import SourceError
 from fmembed.sources.formats.base import MAX_VALUES, READ_BYTES, Format, over_files
 from fmembed.sources.formats.ranges import (
     Ends,
@@ -26,7 +27,6 @@ from fmembed.sources.formats.ranges import (
 )
 from fmembed.sources.source import BadRow, File, Mark, RawRow, Shard, Source
 from fmembed.spec import SourceSpec
-from fmembed.storage import tell
 
 # Encodings in which no character has a byte that is another one's in ASCII, nor any state.
 _PLAIN_ENCODINGS = re.compile(r"utf-8|ascii|iso8859-\d+|cp125\d|cp437|cp850|koi8-[ru]")
@@ -35,8 +35,12 @@ _PLAIN_ENCODINGS = re.compile(r"utf-8|ascii|iso8859-\d+|cp125\d|cp437|cp850|koi8
 _ROW_BYTES = 64 * 2**20
 # Of a file whose records are not looked for, or its first.
 _START = Mark(0, 0, 0)
-# Where a quote is looked for in TSV.
+# Where a quote is looked for in TSV before a run; each row is looked at when it is read.
 _TOLD_FILES, _TOLD_ROWS = 10, 1000
+_QUOTED = (
+    "fields in quotes, which TSV does not know: source.csv.quote: '\"' reads them as CSV does (and "
+    "as pandas writes them), '' as they stand, quotes and all"
+)
 # Lines of one row that are told one by one as lost: half a megabyte of gzip may hold ten million.
 _MAX_LOST_LINES = 100_000
 
@@ -56,6 +60,7 @@ def read_csv(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
         header = _header(reader, source) if known is None else known
         # A file may have a million columns: of each row only these are kept.
         wanted = {name: i for i, name in enumerate(header) if name in source.spec.wanted}
+        has_no_quotes = _has_no_quotes(source, dialect)
         missing = [c for c in (source.spec.input, source.spec.id) if c and c not in wanted]
         if missing:
             if begin == _START:  # once of a file
@@ -81,7 +86,11 @@ def read_csv(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
                 message = f"{len(values)} fields where the header has {len(header)}"
                 yield from _lost_rows(row_id, "bad CSV", message, first_line, lines.num_lines)
             elif values:
-                yield row_id, {name: values[at] for name, at in wanted.items()}
+                row = {name: values[at] for name, at in wanted.items()}
+                if has_no_quotes and _is_quoted(row.values()):
+                    yield row_id, ("bad CSV", f"it has {_QUOTED}, in line {first_line:,}")
+                else:
+                    yield row_id, row
 
 
 def _lost_rows(row_id: str, error: str, message: str, first: int, last: int) -> Iterator[RawRow]:
@@ -98,28 +107,36 @@ def _lost_rows(row_id: str, error: str, message: str, first: int, last: int) -> 
 
 
 def csv_schema(source: Source, files: Sequence[File]) -> pa.Schema:
-    """The columns of all; where it looks as if TSV had quotes after all, that is told."""
+    """The columns of all.
+
+    Raises:
+        SourceError: TSV with quotes after all, as pandas writes it: nothing says what they mean.
+    """
     schema = over_files(_file_schema)(source, files)
-    quoted = next((f for f in files[:_TOLD_FILES] if _looks_quoted(source, f)), None)
+    quoted = next((f for f in files[:_TOLD_FILES] if _begins_quoted(source, f)), None)
     if quoted is not None:
-        tell(
-            f"{quoted.name} has fields in quotes, which TSV does not know: they are read as they "
-            "stand, quotes and all (source.csv.quote: '\"' reads them as CSV does; '' says that "
-            "this is right)"
-        )
+        raise SourceError(f"source.csv.quote: {quoted.name} has {_QUOTED}")
     return schema
 
 
-def _looks_quoted(source: Source, file: File) -> bool:
+def _has_no_quotes(source: Source, dialect: dict[str, Any]) -> bool:
+    """Whether nothing is quoted because TSV has no quotes, and nobody has said so."""
+    return dialect["quotechar"] is None and source.spec.csv.quote is None
+
+
+def _is_quoted(fields: Iterable[str]) -> bool:
+    return any(len(f) > 1 and f[0] == f[-1] == '"' for f in fields)
+
+
+def _begins_quoted(source: Source, file: File) -> bool:
     dialect = _dialect(source, file)
-    if dialect["quotechar"] or source.spec.csv.quote is not None:
+    if not _has_no_quotes(source, dialect):
         return False
     try:
         with _open(source, Shard(), file) as handle:
             lines = _Lines(handle, source.spec.max_text_bytes, dialect)
             rows = itertools.islice(_reader(lines, dialect, strict=False), _TOLD_ROWS)
-            fields = itertools.chain.from_iterable(rows)
-            return any(len(f) > 1 and f[0] == f[-1] == '"' for f in fields)
+            return any(map(_is_quoted, rows))
     except Exception:  # its rows are rejected with the cause
         return False
 

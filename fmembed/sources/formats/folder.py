@@ -13,10 +13,13 @@ import pyarrow as pa
 from fmembed.sources.files import read_whole
 from fmembed.sources.formats.base import Format
 from fmembed.sources.source import File, RawRow, Shard, Source
+from fmembed.storage import tell
 
 # What a folder's name is called where the config leaves that open.
 LABEL = "label"
 _SAMPLED_FILES, _MOST_CLASSES = 10_000, 1000
+# Of one text that looks like a list of texts.
+_MANY_LINES, _LOOKED_AT_BYTES = 10, 2**20
 
 
 def read_folder(source: Source, _: Shard, file: File) -> Iterator[RawRow]:
@@ -44,9 +47,24 @@ def has_class_folders(source: Source) -> bool:
 def folder_schema(source: Source, files: Sequence[File]) -> pa.Schema:
     """The content, by whatever name, and the folder's name as label if there are folders."""
     names = {source.spec.input}
+    if len(files) == 1 and files[0].name.lower().endswith((".txt", ".text")):
+        _tell_of_lines(source, files[0])
     if any("/" in f.name for f in files):
         names.add(source.spec.label or LABEL)
     return pa.schema([pa.field(name, pa.string()) for name in names])
+
+
+def _tell_of_lines(source: Source, file: File) -> None:
+    """Say of one text of many lines that it is one row: who has one often means its lines."""
+    try:
+        num_lines = read_whole(source.fs, file.path, _LOOKED_AT_BYTES, file.size).count(b"\n")
+    except Exception:  # its row is rejected with the cause, or is none of so many bytes
+        num_lines = 0
+    if num_lines >= _MANY_LINES or (file.size or 0) > _LOOKED_AT_BYTES:
+        tell(
+            f"{file.name} is one row, its whole text: with source.format lines (--format lines) "
+            "each line is one"
+        )
 
 
 _PICTURES = (

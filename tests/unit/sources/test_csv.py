@@ -45,7 +45,7 @@ def test_tsv_has_quotes_if_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "csv", "is_told"),
+    ("content", "csv", "is_refused"),
     [
         ('"one and ""two"""\ta', {}, True),
         ('"one', {}, False),
@@ -54,17 +54,27 @@ def test_tsv_has_quotes_if_asked(tmp_path: Path) -> None:
         ('"one"\ta', {"quote": '"'}, False),
     ],
 )
-def test_quotes_in_tsv_are_told(
-    content: str,
-    csv: dict[str, str],
-    is_told: bool,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_quotes_in_tsv_are_refused_until_somebody_says_what_they_mean(
+    content: str, csv: dict[str, str], is_refused: bool, tmp_path: Path
 ) -> None:
     path = write(tmp_path, "q.tsv", f"text\tlabel\nplain\tb\n{content}\n")
-    open_source(SourceSpec(uri=str(path), label="label", csv=csv))
-    told = capsys.readouterr().err
-    assert ("q.tsv has fields in quotes" in told) == is_told
+    spec = SourceSpec(uri=str(path), label="label", csv=csv)
+    if is_refused:
+        with pytest.raises(SourceError, match=r"source\.csv\.quote: q\.tsv has fields in quotes"):
+            open_source(spec)
+    else:
+        open_source(spec)
+
+
+def test_a_quoted_field_far_into_tsv_is_a_rejected_row(tmp_path: Path) -> None:
+    rows = "".join(f"plain {i}\ta\n" for i in range(1200))
+    path = write(tmp_path, "q.tsv", f'text\tlabel\n{rows}"as ""pandas"" writes"\ta\nlast\tb\n')
+    *plain, quoted, last = rows_of(path)
+    assert plain == [(f"plain {i}", "a") for i in range(1200)]
+    assert last == ("last", "b")
+    assert quoted[0] == "bad CSV"
+    assert "source.csv.quote" in quoted[1]
+    assert quoted[1].endswith("in line 1,202")
 
 
 def test_a_quote_that_is_not_closed_says_what_it_took(tmp_path: Path) -> None:

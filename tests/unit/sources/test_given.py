@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,10 @@ import polars as pl
 import pyarrow as pa
 import pytest
 from media import picture
+from PIL import Image
 
 from fmembed.errors import SourceError
+from fmembed.prepare.image import _decode_image
 from fmembed.sources import given as module
 from fmembed.sources.given import lay_out
 from fmembed.sources.opening import open_source
@@ -25,6 +28,10 @@ from fmembed.spec import RunSpec
 from fmembed.storage import Storage
 
 TEXTS = ["one", "two", "three"]
+
+
+def decode(content: bytes) -> Any:
+    return _decode_image(content, 10**6)
 
 
 def rows_of(
@@ -104,7 +111,7 @@ def test_dicts_are_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ([], "there is nothing in it"),
         (pa.table({"text": pa.array([], pa.string())}), "there is no row in it"),
         (7, "takes a path, a config, a list, a table or a dataset, got builtins int"),
-        ([7], r"data\[0\]: takes a text, a dict, a path or bytes, got int"),
+        ([7], r"data\[0\]: takes a text, dict, path, bytes or picture, got int"),
         (["a", 7], r"data\[1\]: takes a text, as the first one, got int"),
         ([{"text": "a"}, "b"], r"data\[1\]: takes a dict, as the first one, got str"),
         ([{"text": "a"}, {"text": 3}], "the values of 'text' in rows 0 to 1 are not of one type"),
@@ -173,6 +180,31 @@ def test_contents_are_pictures(tmp_path: Path) -> None:
     rows = rows_of([picture(), None, b""], tmp_path / "in", ("image",))
     assert [r["_error"] for r in rows] == [None, "null input", "empty input"]
     assert rows[0]["_input"] == picture()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "HSV", "YCbCr"])
+def test_pictures_of_pillow_are_as_their_files(mode: str, tmp_path: Path) -> None:
+    made = Image.open(io.BytesIO(picture())).convert("RGB").convert(mode)
+    rows = rows_of([made, None], tmp_path / "in", ("image",))
+    assert [r["_error"] for r in rows] == [None, "null input"]
+    np.testing.assert_array_equal(decode(rows[0]["_input"]), np.asarray(made.convert("RGB")))
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("I;16", np.uint16), ("I", np.int32), ("F", "<f4")])
+def test_grey_of_many_levels_is_as_its_file(mode: str, dtype: Any, tmp_path: Path) -> None:
+    levels = np.linspace(0, 65535, 24).astype(dtype).reshape(4, 6)
+    made, file = Image.fromarray(levels), io.BytesIO()
+    made.save(file, "TIFF")
+    (row,) = rows_of([made], tmp_path / "in", ("image",))
+    assert made.mode == mode
+    np.testing.assert_array_equal(decode(row["_input"]), decode(file.getvalue()))
+
+
+def test_a_picture_of_pillow_is_turned_as_its_file_would_be(tmp_path: Path) -> None:
+    made = Image.open(io.BytesIO(picture())).convert("RGB").resize((6, 4))
+    made.getexif()[0x0112] = 6  # a quarter of a turn
+    (row,) = rows_of([made], tmp_path / "in", ("image",))
+    assert decode(row["_input"]).shape == (6, 4, 3)
 
 
 def test_where_rows_are_in_the_data_is_known(tmp_path: Path) -> None:

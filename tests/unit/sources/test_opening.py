@@ -292,7 +292,7 @@ def test_whole_shards_are_not_read_again_until_they_change(
     [
         ({"uri": "nowhere.jsonl"}, "source.uri: no such file"),
         ({"input": "body"}, "source.input: no column 'body'"),
-        ({"label": "topik"}, "source.label: no column 'topik'"),
+        ({"label": "topik"}, r"source.label: no column 'topik' in .*; did you mean 'topic'\?$"),
         ({"carry": ("embedding",)}, "source.carry: 'embedding'"),
         ({"uri": "package:no_such_package"}, "source.uri: no Python package"),
     ],

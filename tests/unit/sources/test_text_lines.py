@@ -52,6 +52,19 @@ def test_a_large_file_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.Monke
     ]
 
 
+@pytest.mark.parametrize(("num_lines", "is_told"), [(3, False), (10, True), (200_000, True)])
+def test_one_text_that_looks_like_a_list_is_told(
+    num_lines: int, is_told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("a title\n" * num_lines)
+    source = open_source(SourceSpec(uri=str(tmp_path / "a.txt")))
+    assert source.format == "text_folder"
+    told = capsys.readouterr().err
+    assert ("a.txt is one row, its whole text: with source.format lines" in told) == is_told
+    open_source(SourceSpec(uri=str(tmp_path / "a.txt"), format="lines"))
+    assert not capsys.readouterr().err
+
+
 def test_a_folder_of_texts_is_still_one(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo")
     assert open_source(SourceSpec(uri=str(tmp_path))).format == "text_folder"
