@@ -57,6 +57,7 @@ from fmembed.spec import (
 
 if TYPE_CHECKING:
     from fmembed.api import Result, embed, plan, refresh
+    from fmembed.deletion import delete, undelete
     from fmembed.embeddings import Embeddings
     from fmembed.embeddings import Embeddings as open  # noqa: A004, F401, N813
     from fmembed.encoding import encode
@@ -102,6 +103,7 @@ __all__ = [
     "TableError",
     "UserError",
     "__version__",
+    "delete",
     "diff",
     "embed",
     "encode",
@@ -110,6 +112,7 @@ __all__ = [
     "probe",
     "read",
     "refresh",
+    "undelete",
     "vacuum",
     "verify",
     "versions",
@@ -147,6 +150,10 @@ def __getattr__(name: str) -> Any:
         from fmembed import api
 
         return getattr(api, name)
+    if name in ("delete", "undelete"):
+        from fmembed import deletion
+
+        return getattr(deletion, name)
     if name == "probe":
         from fmembed.pipeline import probe
 

@@ -427,6 +427,65 @@ def vacuum(
 
 
 @app.command()
+def delete(
+    table: _Table,
+    where: Annotated[
+        str | None, typer.Option(help="Which rows, in SQL: \"row_id = '5'\", \"topic = 'spam'\".")
+    ] = None,
+    ids: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Or a file of their ids, one a line.")
+    ] = None,
+    purge: Annotated[
+        bool, typer.Option("--purge", help="Leave no byte: older versions and probes go too.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which would go.")] = False,
+    json_: _Json = False,
+) -> None:
+    """Take rows out of a table, in one new version, and keep them out of all later runs."""
+    from fmembed.deletion import delete as delete_rows
+
+    given = None if ids is None else _read_lines(ids)
+    done = delete_rows(table, where, ids=given, purge=purge, dry_run=dry_run)
+    if json_:
+        print(json.dumps({**asdict(done), "dry_run": dry_run}))
+        return
+    num_rows, more = done.rows + done.rows_rejected, ""
+    if done.samples:
+        more = f": {', '.join(done.samples)}{', ...' if num_rows > len(done.samples) else ''}"
+    would = "would delete" if dry_run else "deleted"
+    rejected_too = f" and {done.rows_rejected:,} rejected ones" if done.rows_rejected else ""
+    _print(f"{would} {done.rows:,} rows{rejected_too}{more}")
+    if done.num_absent:
+        _print(f"{done.num_absent:,} of the given ids are not in the table")
+    if not dry_run:
+        _print(f"version {done.version} has {done.rows_left:,} rows; no run brings these back")
+        _print("fmembed probe makes the report anew; fmembed undelete lets rows come back")
+        if not purge and num_rows:
+            _print("older versions still have them: fmembed vacuum --purge, or --purge here")
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [line for raw in file if (line := raw.rstrip("\r\n"))]
+    except (OSError, UnicodeDecodeError) as e:
+        why = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
+        raise SpecError(f"--ids: {path}: {why}; give a file of ids, one a line") from None
+
+
+@app.command()
+def undelete(table: _Table, json_: _Json = False) -> None:
+    """Let rows come back that fmembed delete has removed: the next run reads them again."""
+    from fmembed.deletion import undelete as let_come_back
+
+    num_rows = let_come_back(table)
+    if json_:
+        print(json.dumps({"table": table, "rows": num_rows}))
+        return
+    _print(f"{num_rows:,} ids are kept out no more: the next run reads the whole source for them")
+
+
+@app.command()
 def fields(
     part: Annotated[str | None, typer.Argument(help="As model, source.csv, or one field.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", hidden=True)] = False,

@@ -41,7 +41,8 @@ class Info:
 
     `dims` and `precisions` are by column of vectors; `columns` are the carried ones. `made` is when
     the version was made, `last_run` when the last run on record began and `last_kind` what it was.
-    `probes` are as `RunResult.probes`. `missing` says what is not there that a run leaves.
+    `rows_deleted` were deleted, and no run brings them back. `probes` are as `RunResult.probes`.
+    `missing` says what is not there that a run leaves.
     """
 
     table: str
@@ -49,6 +50,7 @@ class Info:
     made: str
     rows: int
     rows_rejected: int
+    rows_deleted: int
     num_bytes: int
     parts: int
     modality: str
@@ -81,6 +83,8 @@ class Info:
         yield f"version   {self.version}, {_when(self.made)}, {size}"
         if self.rows_rejected:
             yield f"rejected  {self.rows_rejected:,}: fmembed rejected {self.table}"
+        if self.rows_deleted:
+            yield f"deleted   {self.rows_deleted:,} rows stay out, until fmembed undelete"
         if self.last_run:
             yield f"last run  {self.last_kind}, {_when(self.last_run)}"
         if self.report:
@@ -261,6 +265,7 @@ class Embeddings:
             made=next(made, ""),
             rows=len(self),
             rows_rejected=table.num_rejected(),
+            rows_deleted=len(table.deleted.read()),
             num_bytes=sum(part.size_bytes for part in parts),
             parts=len(parts),
             modality=card.modality,

@@ -65,7 +65,8 @@ class RunResult:
     of another row, or their own with other carried values, and are among the skipped ones, as the
     unchanged ones are; `contents_embedded` are what the model saw. `rows_removed` have left;
     `rows_withheld` would have, and stay, for the reason in `withheld`. `unchanged` says that
-    nothing was to be done. None of these is counted by an embedding run.
+    nothing was to be done. None of these is counted by an embedding run. A deletion counts only
+    `rows_removed`.
 
     `passed_over` counts what lies among the source's files and is not read, by reason.
     `spent` is what the run has cost, `device_hours` and, where the config names a price, `cost`;
@@ -97,7 +98,7 @@ class RunResult:
     parts_written: int = 0
     parts_rewritten: int = 0
     withheld: str = ""
-    kind: Literal["embed", "refresh"] = "embed"
+    kind: Literal["embed", "refresh", "delete"] = "embed"
     unchanged: bool = False
     rows_per_s: float = 0.0
     seconds: float = 0.0

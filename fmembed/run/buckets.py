@@ -143,6 +143,8 @@ def _compare(
     is_old = stored.places < len(given.known.parts)
     is_unread = is_old & np.isin(stored.shards, np.array(sorted(given.unread), dtype=np.int32))
     rows = FoundRows.join([_as_found(stored[is_unread]), *found])
+    if given.known.num_deleted:  # as if the source had them no more
+        rows = rows[~RowIds(given.known.deleted()).contains(rows.ids)]
     rows = rows[np.lexsort((rows.places, rows.shards))]
     compared = compare(rows, stored, is_old, given.rules)
     live = compared.live

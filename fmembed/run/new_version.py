@@ -24,21 +24,39 @@ _MAX_RETRIES = 3
 _JOINED = 64
 
 
-def join_all(join: Callable[..., Any], refs: Sequence[Any]) -> Any:
+def join_all(join: Callable[..., Any], refs: Sequence[Any], tasks: Any = None) -> Any:
     """What `join` makes of what references lead to: by tasks, some at a time."""
-    task = ray.remote(max_retries=_MAX_RETRIES)(join)
+    tasks = tasks or ray
+    task = tasks.remote(max_retries=_MAX_RETRIES)(join)
     refs = list(refs)
     while len(refs) > 1:
         refs = [task.remote(*refs[i : i + _JOINED]) for i in range(0, len(refs), _JOINED)]
-    return ray.get(refs[0])
+    return tasks.get(refs[0])
 
 
 class NewVersion:
     """The parts that a new version is made of: written, and in the end committed."""
 
     def __init__(
-        self, table: Table, known: KnownRows, held: Sequence[Held], run_id: str, lock: Lock
+        self,
+        table: Table,
+        known: KnownRows,
+        held: Sequence[Held],
+        run_id: str,
+        lock: Lock,
+        tasks: Any = None,
     ) -> None:
+        """Prepare.
+
+        Args:
+            table: Whose version.
+            known: What the newest one knows.
+            held: Its parts, and what of them stays.
+            run_id: Whose version.
+            lock: Held on the table.
+            tasks: What starts them, with Ray's names (run/here.py); Ray, if none.
+        """
+        self._tasks: Any = tasks or ray
         self._table, self._known, self._held = table, known, held
         self._run_id, self._lock = run_id, lock
         card = table.card()
@@ -70,7 +88,7 @@ class NewVersion:
                 [h for h in self._held if h.path.startswith(REJECTED) == is_rejected], part_bytes
             )
         ]
-        task = ray.remote(max_retries=_MAX_RETRIES)(_rewrite)
+        task = self._tasks.remote(max_retries=_MAX_RETRIES)(_rewrite)
         for i, group in enumerate(groups):
             stamp = {**self._configuration, RUN: self._run_id, WRITE: f"rewrite-{i}"}
             numbers = [number_of[h.path] for h in group]
@@ -84,7 +102,7 @@ class NewVersion:
 
     def _finish_rewriting(self) -> None:
         for numbers, ref in self._rewriting:
-            part: Part = ray.get(ref)
+            part: Part = self._tasks.get(ref)
             folder = REJECTED if self._held[numbers[0]].path.startswith(REJECTED) else ""
             self._made[folder + part.path] = part
             for n in numbers:
@@ -119,14 +137,15 @@ class NewVersion:
         named = sorted({key for key in shards if key is not None})
         places = {key: i for i, key in enumerate(named)}
         shard_of = places_of_shards(dict(enumerate(shards)), places)
-        task: Any = ray.remote(max_retries=_MAX_RETRIES, num_returns=2)(buckets.write_keys)
-        shared = [ray.put(part_of), ray.put(shard_of)]
+        remote = self._tasks.remote(max_retries=_MAX_RETRIES, num_returns=2)
+        task: Any = remote(buckets.write_keys)
+        shared = [self._tasks.put(part_of), self._tasks.put(shard_of)]
         told = (self._table.uri, self._run_id)
         refs = [task.remote(*told, i, len(live), rows, *shared) for i, rows in enumerate(live)]
         self._started += [file for file, _ in refs]
         self._finish_rewriting()
-        files = ray.get([file for file, _ in refs])
-        counts = join_all(buckets.add_up_keys, [counts for _, counts in refs])
+        files = self._tasks.get([file for file, _ in refs])
+        counts = join_all(buckets.add_up_keys, [counts for _, counts in refs], self._tasks)
         version = (self._table.version() or 0) + 1
         index = self._table.key_files.write_index(
             self._run_id, self._current, named, counts, version, files
@@ -159,7 +178,7 @@ class NewVersion:
     def settle(self) -> None:
         """Wait for writes that nobody will commit, so that their parts can be removed after."""
         if self._started:
-            ray.wait(self._started, num_returns=len(self._started), timeout=SETTLE_S)
+            self._tasks.wait(self._started, num_returns=len(self._started), timeout=SETTLE_S)
 
     def clean_up(self, commit: Commit, whole: Sequence[WholeShard]) -> None:
         """Put on record which shards are whole, and delete what these records stand for by now."""

@@ -44,7 +44,7 @@ Picks = Callable[[int], Pick]
 
 def not_known(known: KnownRows) -> Picks | None:
     """Pick the rows that a table does not know; all, where it knows none."""
-    if not known.parts:
+    if not known.parts and not known.num_deleted:
         return None
     # Not by the driver, which holds no row's key.
     ids = ray.remote(num_cpus=0)(KnownRows.load).remote(known)

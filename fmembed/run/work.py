@@ -49,6 +49,8 @@ def passed_over(inputs: Inputs, num_unread: int) -> dict[str, int]:
     may be others by now.
     """
     counts = dict(inputs.source.passed_over)
+    if num_deleted := len(inputs.table.deleted.read()):
+        counts["rows that fmembed delete has removed, where they are still there"] = num_deleted
     if inputs.source.root is not None and num_unread:
         counts["files below source.root, as the lists that name them are unchanged"] = num_unread
     return counts

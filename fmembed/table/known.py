@@ -13,6 +13,7 @@ from fmembed.errors import DamagedError
 from fmembed.rows.columns import DUPLICATE, ROW_ID
 from fmembed.rows.ids import Keys, RowIds, keys_of
 from fmembed.storage import Storage, tell
+from fmembed.table.deleted import DeletedIds
 from fmembed.table.files import REJECTED, Part, PartFiles
 from fmembed.table.key_rows import KINDS, KeyRows, Kind, bucket_bounds, is_in_bucket
 from fmembed.table.keys import KeyFile, KeyFiles, KeySet
@@ -32,7 +33,7 @@ class KnownRows:
     which of the sets tells of each, by its path, `missing` are the paths of those that none tells
     of, `damaged` the files that cannot be opened; `num_rows` are embedded and rejected rows of the
     source. `staged` are parts that a refresh has written and not committed, of which `sets` tell
-    too.
+    too. `num_deleted` ids are on the list of those that were deleted and stay out.
     """
 
     uri: str
@@ -43,6 +44,7 @@ class KnownRows:
     num_rows: int = 0
     told_by: Mapping[str, str] = field(default_factory=dict)
     staged: Mapping[str, Part] = field(default_factory=dict)
+    num_deleted: int = 0
 
     @property
     def without_counts(self) -> KnownRows:
@@ -109,7 +111,8 @@ class KnownRows:
         return every[np.argsort(every.places, kind="stable")]
 
     def load(self) -> RowIds:
-        """Ids of all rows, committed or rejected, with what is known of the committed ones.
+        """Ids of all rows, committed or rejected, with what is known of the committed ones; and of
+        those that were deleted, of which nothing is known.
 
         Of an id that several rows have, the contents of all of them. 40 bytes a row.
 
@@ -127,8 +130,16 @@ class KnownRows:
             twins = twins[~np.isin(twins.ids, many)]
             ids.add(np.array(many, dtype="S16"))
         ids.add(twins.ids, twins.contents, twins.carried)
-        ids.add(np.unique(np.concatenate([rejected.ids, rest.ids])))
+        ids.add(np.unique(np.concatenate([rejected.ids, rest.ids, self.deleted()])))
         return ids
+
+    def deleted(self) -> Keys:
+        """Ids that were deleted, and stay out; sorted.
+
+        Raises:
+            TableError: Their list is not as it was written.
+        """
+        return DeletedIds(Storage(self.uri)).read() if self.num_deleted else keys_of([])
 
     def which_are_embedded(self, keys: Keys) -> Keys:
         """Of some ids those of embedded rows; memory is that of one file."""
@@ -285,7 +296,8 @@ def know(
     tellers = set(told_by.values())
     chosen = tuple(keys for keys in sets if keys.path in tellers)
     missing = tuple(path for path in parts if path not in told)
-    known = KnownRows(uri, chosen, parts, missing, tuple(damaged), 0, told_by, staged)
+    num_deleted = len(DeletedIds(Storage(uri)).read())
+    known = KnownRows(uri, chosen, parts, missing, tuple(damaged), 0, told_by, staged, num_deleted)
     num_missing = sum(
         len(known.read_part(path)) if pieces_are_rows else parts[path].num_rows for path in missing
     )

@@ -6,6 +6,7 @@
     <table>/_keys/                   ids and contents of the rows, as keys (keys.py)
     <table>/_runs/, _shards/         records of runs (records.py)
     <table>/_lock/                   who writes (lock.py)
+    <table>/_deleted/                ids that were deleted, and stay out (deleted.py)
     <table>/_probes/, _report.html   what the probes found
     <table>/_quarantine/             what `verify --repair` could not read
 
@@ -36,6 +37,7 @@ from fmembed.rows.columns import DUPLICATE, REJECTED_SCHEMA, ROW_ID
 from fmembed.rows.ids import RowIds, keys_of
 from fmembed.storage import HALF_WRITTEN, Storage, tell
 from fmembed.table.card import FINGERPRINT, TABLE, Card, fingerprint
+from fmembed.table.deleted import DeletedIds
 from fmembed.table.files import PART, REJECTED, RUN, WRITE, Part
 from fmembed.table.keys import KeyFiles, KeySet
 from fmembed.table.known import KnownRows, know
@@ -69,6 +71,7 @@ class Table:
         self.storage = self.rows.storage
         self.rejected = Log(f"{self.uri}/_rejected")
         self.key_files = KeyFiles(self.storage)
+        self.deleted = DeletedIds(self.storage)
 
     @classmethod
     def open(cls, uri: str) -> Table:

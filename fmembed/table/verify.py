@@ -74,7 +74,7 @@ def verify(uri: str) -> VerifyResult:
         problems.append(f"{num_both} rows are both embedded and rejected")
     problems += embedded.problems()
     problems += _list_strays(table)
-    problems += _list_wrong_keys(table)
+    problems += [*_list_wrong_keys(table), *_list_deleted(table, known)]
     problems += [*_list_cut(table.rows, ""), *_list_cut(table.rejected, REJECTED)]
     problems += [
         f"the log no longer holds what run {run} has committed; --repair takes its parts back"
@@ -190,12 +190,23 @@ def _list_strays(table: Table) -> list[str]:
     ]
 
 
+def _list_deleted(table: Table, known: RowIds) -> list[str]:
+    try:
+        num_back = int(known.contains(table.deleted.read()).sum())
+    except TableError as e:
+        return [str(e)]
+    return [
+        f"{num_back:,} rows are on the list of those that were deleted; fmembed refresh, or the "
+        "same fmembed delete, takes them out"
+    ] if num_back else []  # fmt: skip
+
+
 def _list_wrong_keys(table: Table) -> list[str]:
     """Rows are known by their keys: where those are wrong, a run leaves out what is not done."""
     try:
         wrong = table.known().find_wrong()
-    except DamagedError:
-        return []  # said of the part already
+    except (DamagedError, TableError):
+        return []  # said of the part, or the list, already
     return [
         f"{path}: not the keys of its parts' rows; --repair has them made anew" for path in wrong
     ]

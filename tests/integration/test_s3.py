@@ -100,6 +100,11 @@ def test_a_table_is_refreshed_from_week_to_week(s3: str, tmp_path: Path, minilm:
     named = {p.path for p in Table(year.table).rows.parts()}
     assert {p for p in Storage(year.table).sizes("") if p.startswith("part-")} == named
     year.check(year.kept)
+    ids = sorted(fmembed.read(year.table, columns=["row_id"])["row_id"].to_pylist())
+    done = fmembed.delete(year.table, f"row_id = '{ids[0]}'")
+    assert (done.rows, done.rows_left) == (1, len(ids) - 1)
+    assert fmembed.verify(year.table).problems == []
+    assert fmembed.undelete(year.table) == 1
 
 
 def test_create_is_conditional(s3: str) -> None:

@@ -47,10 +47,11 @@ ALLOWED = {
     "encoding": _STATIONS,
     "evaluate": _STATIONS,
     "run": _STATIONS | {"evaluate", "inputs"},
+    "deletion": _STATIONS | {"run"},
     "pipeline": _STATIONS | {"evaluate", "inputs", "run"},
     "bench": _STATIONS | {"inputs", "pipeline", "run"},
-    "cli": _STATIONS | {"bench", "embeddings", "pipeline"},
-    "__init__": _STATIONS | {"api", "embeddings", "encoding", "pipeline"},
+    "cli": _STATIONS | {"bench", "deletion", "embeddings", "pipeline"},
+    "__init__": _STATIONS | {"api", "deletion", "embeddings", "encoding", "pipeline"},
 }
 # Of those that take seconds to import; within a function in the files that are named.
 HEAVY = {
