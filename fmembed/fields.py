@@ -76,6 +76,8 @@ MEANINGS = {
     "preprocess.window_overlap_s": "seconds that a window shares with the one before",
     "preprocess.pieces": "each chunk or window a row, or their mean; auto: rows of chunks, the "
     "mean of windows",
+    "preprocess.keep_text": "each chunk's text as the column piece_text; yes where chunks are "
+    "rows, if none",
     "compute.actors": "processes with the model: a number, or [min, max]",
     "compute.gpus_per_actor": "auto: 1 where there are GPUs, else 0",
     "compute.batch_tokens": "tokens of a batch; auto measures texts",

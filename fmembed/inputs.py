@@ -21,8 +21,8 @@ from fmembed.checkpoint.files import check_processor
 from fmembed.checkpoint.opening import Checkpoint, list_modalities, open_checkpoint
 from fmembed.devices import cpu_has_bfloat16, has_cuda
 from fmembed.errors import ModelError, NoFilesError, SourceError, SpecError, TableError
-from fmembed.redaction import split_chain
-from fmembed.rows.columns import table_schema
+from fmembed.redaction import redact, split_chain
+from fmembed.rows.columns import PIECE, PIECE_TEXT, table_schema
 from fmembed.rows.precision import Ranges, delta_field, ranges_to_lists
 from fmembed.sources.formats.folder import LABEL, has_class_folders
 from fmembed.sources.opening import open_source
@@ -65,8 +65,9 @@ class Inputs:
     def schema(self) -> pa.Schema:
         """The columns of its log, before a vector is made."""
         vectors = [delta_field(o) for o in self.checkpoint.outputs]
-        pieces_are_rows = self.spec.preprocess.pieces_are_rows(self.checkpoint.modality)
-        return table_schema(self.source.carried, vectors, pieces_are_rows)
+        spec, modality = self.spec.preprocess, self.checkpoint.modality
+        in_pieces, keeps_text = spec.pieces_are_rows(modality), spec.keeps_text(modality)
+        return table_schema(self.source.carried, vectors, in_pieces, keeps_text)
 
 
 def open_inputs(spec: RunSpec, may_be_empty: bool = False) -> Inputs:
@@ -102,14 +103,24 @@ def open_inputs(spec: RunSpec, may_be_empty: bool = False) -> Inputs:
         check_processor(checkpoint.folder() / checkpoint.weights, checkpoint.modality)
     _check_preprocess(spec, checkpoint)
     identity = {**checkpoint.identity, **spec.preprocess.identity(checkpoint.modality)}
-    table = Table.open_output(spec.output.uri, identity)
+    table = Table.open_output(spec.output.uri, identity, redact(spec.model.id))
     if not source.file_is_row:  # there the column has whatever name it is given
         table.check_columns(spec.source.input, spec.source.id)
-    spec, source = _with_folders_as_labels(spec, source, table)
+    spec, source = _with_folders_as_labels(_with_choice_of_text(spec, table), source, table)
     source = replace(source, carried=table.carried_types(source.carried))
     inputs = Inputs(spec, source, checkpoint, identity, table)
     table.check_schema(inputs.schema())
     return inputs
+
+
+def _with_choice_of_text(spec: RunSpec, table: Table) -> RunSpec:
+    """A table of chunks that was begun without their texts stays so, unless the config says how."""
+    if spec.preprocess.keep_text is not None or not (names := table.schema().names):
+        return spec
+    update = {"keep_text": False}
+    if PIECE in names and PIECE_TEXT not in names:
+        return spec.model_copy(update={"preprocess": spec.preprocess.model_copy(update=update)})
+    return spec
 
 
 def _with_folders_as_labels(spec: RunSpec, source: Source, table: Table) -> tuple[RunSpec, Source]:

@@ -68,6 +68,9 @@ class RunResult:
     nothing was to be done. None of these is counted by an embedding run. A deletion counts only
     `rows_removed`.
 
+    `pieces_embedded` are the chunks or windows that came of the embedded rows, where each is a row
+    of the table; else 0.
+
     `passed_over` counts what lies among the source's files and is not read, by reason.
     `spent` is what the run has cost, `device_hours` and, where the config names a price, `cost`;
     `table_spent` what all runs on record have.
@@ -95,6 +98,7 @@ class RunResult:
     rows_withheld: int = 0
     rows_copied: int = 0
     contents_embedded: int = 0
+    pieces_embedded: int = 0
     parts_written: int = 0
     parts_rewritten: int = 0
     withheld: str = ""

@@ -65,9 +65,10 @@ ProbeName = Literal["knn", "linear", "clustering", "zeroshot", "crossmodal"]
 # may be called: those of the table, and those that rows have on their way to the model. All the
 # others begin with an underscore.
 OWN_COLUMNS = (
-    "row_id", "content_hash", "parent_id", "piece", "piece_start", "piece_stop", "num_units",
-    "truncated",
+    "row_id", "content_hash", "parent_id", "piece", "piece_start", "piece_stop", "piece_text",
+    "num_units", "truncated",
     "model_input", "input_dtype", "input_shapes", "piece_units", "piece_spans",
+    "piece_texts",
 )  # fmt: skip
 
 
@@ -258,7 +259,8 @@ class PreprocessSpec(_Part):
     million). What a row's bytes may be before they are decoded is in `source`. `chunk_tokens` cuts
     texts, and `window_s` sounds, into pieces that overlap; `pieces: rows` gives each its own row in
     the table (the default for texts), `mean` their average, each weighted by its tokens or samples
-    (the default for sounds, whose model may take no more than a few seconds).
+    (the default for sounds, whose model may take no more than a few seconds). `keep_text` keeps the
+    text of each chunk that is a row, as it is by default; a table that was begun without stays so.
     """
 
     max_image_px: int = Field(default=100_000_000, ge=1)
@@ -269,6 +271,12 @@ class PreprocessSpec(_Part):
     window_s: float | None = Field(default=None, gt=0)
     window_overlap_s: float = Field(default=0.0, ge=0)
     pieces: Literal["auto", "rows", "mean"] = "auto"
+    keep_text: bool | None = None
+
+    def keeps_text(self, modality: Modality) -> bool:
+        """Whether the table has the text of each row's chunk."""
+        is_chunked = self.chunk_tokens is not None and self.pieces_are_rows(modality)
+        return modality == "text" and is_chunked and self.keep_text is not False
 
     def pieces_are_rows(self, modality: Modality) -> bool:
         """Whether each piece gets a row in the table."""
@@ -287,6 +295,11 @@ class PreprocessSpec(_Part):
 
     @model_validator(mode="after")
     def _check_overlaps(self) -> PreprocessSpec:
+        if self.keep_text and (self.chunk_tokens is None or self.pieces == "mean"):
+            raise ValueError(
+                "keep_text is for chunks that are rows: give chunk_tokens; a whole text is kept by "
+                "source.carry"
+            )
         if self.chunk_tokens is not None and self.chunk_overlap * 2 > self.chunk_tokens:
             raise ValueError("chunk_overlap takes at most half of chunk_tokens")
         if self.window_s is not None and self.window_overlap_s * 2 > self.window_s:

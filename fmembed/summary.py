@@ -19,6 +19,9 @@ def lines(result: dict[str, Any], verbose: bool = False) -> Iterator[str]:
         verbose: Where the time went, too, and what was spent; and of scores all that was compared.
     """
     yield from _refreshed(result) if result["kind"] == "refresh" else _embedded(result)
+    if num_pieces := result["pieces_embedded"]:
+        num_rows = result["rows_embedded"]
+        yield f"pieces    {num_pieces:,} of {num_rows:,} rows, each with a vector of its own"
     for name, found in result["probes"].items():
         yield describe_probe(name, found, verbose)
     if unlabelled := max((p.get("unlabelled", 0) for p in result["probes"].values()), default=0):

@@ -13,7 +13,7 @@ from fmembed import probes
 from fmembed.arrays import Floats
 from fmembed.errors import SpecError, TableError, reason
 from fmembed.evaluate.source_again import cut_inputs, fetch_inputs
-from fmembed.rows.columns import PARENT_ID, PIECE_START, PIECE_STOP
+from fmembed.rows.columns import PARENT_ID, PIECE_START, PIECE_STOP, PIECE_TEXT
 from fmembed.rows.ids import keys_of
 from fmembed.rows.precision import PRECISIONS, dequantize, ranges_from_lists
 from fmembed.spec import RunSpec, SourceSpec
@@ -128,6 +128,8 @@ def read_sample(
     named = [spec.source.label, spec.source.split, spec.source.caption, text if has_texts else None]
     columns = [column for column in named if column]
     columns += [PARENT_ID, PIECE_START, PIECE_STOP] if by_piece else []
+    keeps_text = PIECE_TEXT in schema.names and pa.types.is_string(schema.field(PIECE_TEXT).type)
+    columns += [PIECE_TEXT] if keeps_text else []
     columns += card.pooled
     rows, num_unlabelled = ray.get(
         ray.remote(num_cpus=1)(sample).remote(
@@ -136,7 +138,9 @@ def read_sample(
     )
     check_rows(table, rows, card)
     texts, cheap, missing = None, None, None
-    if has_texts:
+    if keeps_text:
+        texts = rows[PIECE_TEXT].to_pylist()
+    elif has_texts:
         texts = rows[text].to_pylist()
         texts = cut_inputs(texts, rows) if by_piece else texts
     elif source is None:

@@ -62,7 +62,8 @@ class Preprocess:
             else:
                 prepared[i] = result
         rows = reject(rows.drop_columns([INPUT]), "preprocess", causes)
-        return pack_pieces(rows, prepared)
+        keeps_text = self._spec.keeps_text(self._checkpoint.modality)
+        return pack_pieces(rows, prepared, keeps_text)
 
 
 _SLICE_ROWS = {"text": 4096, "image": 32, "audio": 32}

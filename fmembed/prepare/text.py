@@ -31,18 +31,25 @@ def tokenize(
         if len(texts) == 1:
             return [Refused("not tokenizable", f"{type(e).__name__}: {e}")]
         return [row for text in texts for row in tokenize(checkpoint, spec, [text])]
-    return [_to_prepared(pieces, cut) for pieces, cut in encoded]
+    if spec.keeps_text("text"):
+        whole = [_as_counted(checkpoint, text) for text in texts]
+        return [_to_prepared(t, *found) for t, found in zip(whole, encoded, strict=True)]
+    return [_to_prepared("", *found) for found in encoded]
 
 
 # A text's pieces, each with its span; and whether the model does not see all of it.
 _Encoded = tuple[list[tuple[Values, tuple[int, int]]], bool]
 
 
-def _to_prepared(pieces: list[tuple[Values, tuple[int, int]]], is_cut: bool) -> Prepared | Refused:
+def _to_prepared(
+    text: str, pieces: list[tuple[Values, tuple[int, int]]], is_cut: bool
+) -> Prepared | Refused:
     arrays = [np.array(values, dtype=np.int32) for values, _ in pieces]
     if not arrays or not arrays[0].size:
         return Refused("empty input", "the tokenizer makes no token of it")
-    return Prepared(arrays, [a.shape[-1] for a in arrays], [span for _, span in pieces], is_cut)
+    spans = [span for _, span in pieces]
+    units = [a.shape[-1] for a in arrays]
+    return Prepared(arrays, units, spans, is_cut, [text[start:stop] for start, stop in spans])
 
 
 def _encode(checkpoint: Checkpoint, spec: PreprocessSpec, texts: list[str]) -> list[_Encoded]:
@@ -56,6 +63,12 @@ def _encode(checkpoint: Checkpoint, spec: PreprocessSpec, texts: list[str]) -> l
         ([(values, (0, len(text)))], is_cut)
         for (values, is_cut), text in zip(tokenizer.encode(prepared), texts, strict=True)
     ]
+
+
+def _as_counted(checkpoint: Checkpoint, text: str) -> str:
+    """The text whose characters spans count: the small letters of some take two."""
+    small = text.lower() if checkpoint.lower_case else text
+    return text if len(small) == len(text) else small
 
 
 def _prepare(checkpoint: Checkpoint, text: str) -> str:

@@ -51,6 +51,8 @@ SHARD, TOTAL, SKIPPED, CHANGED = "_shard", "_total", "_skipped", "_changed"
 # Where a text's chunks or a sound's windows are rows of their own: whose, which, and from where to
 # where (characters of the text, samples at the model's rate).
 PARENT_ID, PIECE, PIECE_START, PIECE_STOP = "parent_id", "piece", "piece_start", "piece_stop"
+# The text of a chunk.
+PIECE_TEXT = "piece_text"
 # The cause of a row whose id another row has: the one rejection whose id is also embedded.
 DUPLICATE = "duplicate id"
 TWIN = "another row of the source has the same id"
@@ -90,7 +92,10 @@ def row_schema(carried: pa.Schema, modality: Modality = "text") -> pa.Schema:
 
 
 def table_schema(
-    carried: pa.Schema, vectors: Iterable[pa.Field], pieces_are_rows: bool = False
+    carried: pa.Schema,
+    vectors: Iterable[pa.Field],
+    pieces_are_rows: bool = False,
+    keeps_text: bool = False,
 ) -> pa.Schema:
     """The schema of the committed table: ids, columns of vectors, counts, then the carried."""
     pieces = [
@@ -98,6 +103,7 @@ def table_schema(
         pa.field(PIECE, pa.int32(), nullable=False),
         pa.field(PIECE_START, pa.int64(), nullable=False),
         pa.field(PIECE_STOP, pa.int64(), nullable=False),
+        *([pa.field(PIECE_TEXT, pa.string(), nullable=False)] if keeps_text else []),
     ]
     return pa.schema(
         [

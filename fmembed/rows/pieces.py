@@ -11,11 +11,12 @@
     piece_units    list<int32>        what the model sees of each piece: tokens (special ones
                                       included), patches, samples, or characters for a server
     piece_spans    list<list<int64>>  from where to where of the input each piece goes
+    piece_texts    list<string>       the text of each, only where the table is to keep that
     num_units      int32              the sum of `piece_units`; 0 for a rejected row
     truncated      bool               whether the model does not see all of the input
 
 The embed stage replaces the first three by vectors, and drops the next two unless the pieces are to
-be rows of the table; num_units and truncated go into the table.
+be rows of the table, as they are where there are texts; num_units and truncated go into the table.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fmembed.arrays import Ints
 from fmembed.rows.columns import NUM_UNITS, TRUNCATED, accepted
 
 MODEL_INPUT, INPUT_DTYPE, INPUT_SHAPES = "model_input", "input_dtype", "input_shapes"
-PIECE_UNITS, PIECE_SPANS = "piece_units", "piece_spans"
+PIECE_UNITS, PIECE_SPANS, PIECE_TEXTS = "piece_units", "piece_spans", "piece_texts"
 INPUT_COLUMNS = (MODEL_INPUT, INPUT_DTYPE, INPUT_SHAPES)
 PIECE_COLUMNS = (PIECE_UNITS, PIECE_SPANS)
 
@@ -44,12 +45,15 @@ _ITEMSIZES = {name: dtype.itemsize for dtype, name in _DTYPE_NAMES.items()}
 
 @dataclass(frozen=True)
 class Prepared:
-    """What prepare makes of one row: of each piece the values, the units and the span."""
+    """What prepare makes of one row: of each piece the values, the units and the span; and of a
+    chunk its text.
+    """
 
     pieces: list[npt.NDArray[Any]]
     units: list[int]
     spans: list[tuple[int, int]]
     truncated: bool = False
+    texts: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,15 @@ class Pieces:
         return {"input_bytes": self.num_bytes, "input_rows": len(self.positions)}
 
 
-def pack_pieces(rows: pa.Table, prepared: Sequence[Prepared | None]) -> pa.Table:
+def pack_pieces(
+    rows: pa.Table, prepared: Sequence[Prepared | None], with_texts: bool = False
+) -> pa.Table:
     """Append the columns above.
 
     Args:
         rows: Rows of any columns.
         prepared: What was made of each row; None for those that have no pieces.
+        with_texts: Whether the text of each piece goes along.
     """
 
     def column(take: Callable[[Prepared], Any], type_: pa.DataType) -> pa.Array:
@@ -115,6 +122,8 @@ def pack_pieces(rows: pa.Table, prepared: Sequence[Prepared | None]) -> pa.Table
         NUM_UNITS: column(lambda p: sum(p.units), pa.int32()).fill_null(0),
         TRUNCATED: column(lambda p: p.truncated, pa.bool_()).fill_null(False),
     }
+    if with_texts:
+        columns[PIECE_TEXTS] = column(lambda p: p.texts, pa.list_(pa.string()))
     for name, values in columns.items():
         rows = rows.append_column(name, values)
     return rows

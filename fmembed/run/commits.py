@@ -81,6 +81,7 @@ class Commits:
         self._commit_s = 0.0
         self._num_rejected_before = table.num_rejected()
         self.num_embedded = self.num_rejected = self.num_skipped = self.num_changed = 0
+        self.num_pieces = 0
         self.num_written = self.num_units = self.num_truncated = 0
         self.counts: dict[str, float] = defaultdict(float)
         self.busy_s = 0.0
@@ -217,6 +218,7 @@ class Commits:
     def _count(self, written: list[Written]) -> None:
         for w in written:
             self.num_embedded += w.num_rows
+            self.num_pieces += w.part.num_rows if w.part else 0
             self.num_rejected += w.rejected.num_rows if w.rejected else 0
             self.num_units += w.num_units
             self.num_truncated += w.num_truncated

@@ -205,6 +205,8 @@ class Run:
         elif self.work is not None:
             num_known += self.work.known.num_rows
         counts = dict(commits.counts) if commits else {}
+        spec, modality = self._inputs.spec.preprocess, self._inputs.checkpoint.modality
+        in_pieces = spec.pieces_are_rows(modality)
         steady = None
         if self._num_warm and num_embedded > self._warm_rows:
             rows = num_embedded - self._warm_rows
@@ -225,6 +227,7 @@ class Run:
             seconds=round(seconds, 2),
             table_rows=sum(p.num_rows for p in table.rows.parts()),
             table_rejected=table.num_rejected(),
+            pieces_embedded=commits.num_pieces if commits and in_pieces else 0,
             num_units=commits.num_units if commits else 0,
             num_truncated=commits.num_truncated if commits else 0,
             counts={k: int(n) for k, n in counts.items() if not k.startswith(PREFIXES)},

@@ -24,6 +24,7 @@ from fmembed.rows.columns import (
     PIECE,
     PIECE_START,
     PIECE_STOP,
+    PIECE_TEXT,
     REJECTED_SCHEMA,
     ROW_ID,
     SHARD,
@@ -38,7 +39,7 @@ from fmembed.table.table import Table
 # Counts rows that take their vectors from what is not committed, as it was embedded just now.
 FANNED_OUT = "rows_fanned_out"
 _OF_VECTOR = (NUM_UNITS, TRUNCATED)
-_OF_PIECE = (PIECE, PIECE_START, PIECE_STOP)
+_OF_PIECE = (PIECE, PIECE_START, PIECE_STOP, PIECE_TEXT)
 
 
 def take_copies(blocks: Sequence[pa.Table]) -> pa.Table:

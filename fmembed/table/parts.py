@@ -29,6 +29,7 @@ from fmembed.rows.columns import (
     PIECE,
     PIECE_START,
     PIECE_STOP,
+    PIECE_TEXT,
     REJECTED_SCHEMA,
     ROW_ID,
     SHARD,
@@ -43,7 +44,7 @@ from fmembed.rows.columns import (
 )
 from fmembed.rows.counts import sum_counts
 from fmembed.rows.ids import RowIds, contents_of, keys_of
-from fmembed.rows.pieces import PIECE_SPANS, PIECE_UNITS
+from fmembed.rows.pieces import PIECE_SPANS, PIECE_TEXTS, PIECE_UNITS
 from fmembed.rows.precision import PRECISIONS
 from fmembed.storage import Storage
 from fmembed.table.card import Card
@@ -138,10 +139,11 @@ def write_part(
     if pieces_are_rows:
         good = _explode(good, vectors)
     own = (ROW_ID, CONTENT_HASH, *vectors, NUM_UNITS, TRUNCATED)
-    own += (PARENT_ID, PIECE, PIECE_START, PIECE_STOP, PIECE_UNITS, PIECE_SPANS)
+    own += (PARENT_ID, PIECE, PIECE_START, PIECE_STOP, PIECE_TEXT, PIECE_UNITS, PIECE_SPANS)
     carried = [f for f in good.schema if f.name not in own and not f.name.startswith("_")]
     fields = [good.schema.field(name) for name in vectors]
-    schema = table_schema(pa.schema(carried), fields, pieces_are_rows)
+    keeps_text = PIECE_TEXT in good.schema.names
+    schema = table_schema(pa.schema(carried), fields, pieces_are_rows, keeps_text)
     good = good.select(schema.names).cast(schema)
     part = rejected = None
     if good.num_rows:
@@ -266,8 +268,10 @@ def _explode(rows: pa.Table, vectors: Sequence[str]) -> pa.Table:
         NUM_UNITS: pc.list_flatten(rows[PIECE_UNITS]),
         **{name: pc.list_flatten(rows[name]) for name in vectors},
     }
-    rest = rows.drop_columns([*(n for n in flat if n in rows.schema.names), PIECE_SPANS])
-    rest = rest.drop_columns([PIECE_UNITS]).take(pa.array(owner))
+    if PIECE_TEXTS in rows.schema.names:
+        flat[PIECE_TEXT] = pc.list_flatten(rows[PIECE_TEXTS])
+    done = {*flat, PIECE_UNITS, PIECE_SPANS, PIECE_TEXTS}.intersection(rows.schema.names)
+    rest = rows.drop_columns(sorted(done)).take(pa.array(owner))
     for name, column in flat.items():
         rest = rest.append_column(name, column)
     return rest

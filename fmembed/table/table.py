@@ -32,6 +32,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fmembed.errors import DamagedError, FmembedError, StorageError, TableError
+from fmembed.redaction import redact
 from fmembed.result import RunResult, check_run
 from fmembed.rows.columns import DUPLICATE, REJECTED_SCHEMA, ROW_ID
 from fmembed.rows.ids import RowIds, keys_of
@@ -58,6 +59,7 @@ from fmembed.table.records import (
 _OWN_LOCK = re.compile(r"_lock/(\d{8,18}\.json|\.probe-[0-9a-f]{32})")
 # Folders that make the one above them somebody's table.
 _OF_TABLES = ("_delta_log", "_versions", ".hoodie", "metadata/version-hint.text")
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 # deltalake decodes these in a local path, and looks for the log in another folder.
 _DECODED = re.compile(r"%[0-9A-Fa-f]{2}|\\")
 
@@ -97,8 +99,13 @@ class Table:
         return table
 
     @classmethod
-    def open_output(cls, uri: str, identity: dict[str, Any]) -> Table:
+    def open_output(cls, uri: str, identity: dict[str, Any], model: str = "") -> Table:
         """Open where a run may write: nothing there yet, or a table of the same fingerprint.
+
+        Args:
+            uri: Where.
+            identity: Of the run.
+            model: What the run calls its model, for a message.
 
         Raises:
             TableError: It cannot be written, holds something else, or another model's vectors.
@@ -117,7 +124,7 @@ class Table:
         )
         table = cls(uri)
         try:
-            table.check_usable(identity)
+            table.check_usable(identity, model)
             # Learn now, not after an hour, that nothing can be written here.
             tried = f"_lock/.probe-{uuid.uuid4().hex}"
             table.storage.put(tried, b"")
@@ -130,11 +137,15 @@ class Table:
             _remove_empty([table.uri + "/_lock", *absent])
         return table
 
-    def check_usable(self, identity: dict[str, Any]) -> None:
+    def check_usable(self, identity: dict[str, Any], model: str = "") -> None:
         """Make sure that a run with this identity may write here: nothing there, or its own table.
 
         Looked at before Ray starts, and once more when the lock is had: whoever held it may have
         made the table meanwhile.
+
+        Args:
+            identity: Of the run.
+            model: What the run calls its model, for a message.
 
         Raises:
             TableError: It holds something else, another model's vectors, or lies in another table.
@@ -150,15 +161,24 @@ class Table:
                 f"output.uri: {self.uri} lies inside another table; give another folder"
             )
         elif card.fingerprint != fingerprint(identity) and not self._is_bare():
-            differ = [
-                f"{name} was {card.identity.get(name)!r}, is {identity.get(name)!r}"
-                for name in sorted(card.identity.keys() | identity.keys())
-                if card.identity.get(name) != identity.get(name)
-            ]
-            raise TableError(
-                f"output.uri: {self.uri} was made by another model or setting "
-                f"({'; '.join(differ)}); give another output.uri, or the same model and settings"
-            )
+            raise TableError(self._of_another(card, identity, model))
+
+    def _of_another(self, card: Card, identity: dict[str, Any], model: str) -> str:
+        """What a run is told whose vectors would be others than those of the table."""
+        told = card.spec.get("model")
+        by = redact(str(told.get("id", "?")))[:200] if isinstance(told, dict) else "?"
+        num_rows = sum(part.num_rows for part in self.rows.parts())
+        now = f", this run's model is {model}" if model and model != by else ""
+        differ = [
+            _difference(name, card.identity.get(name), identity.get(name))
+            for name in sorted(card.identity.keys() | identity.keys())
+            if card.identity.get(name) != identity.get(name)
+        ]
+        return (
+            f"output.uri: {self.uri} was made by another model or setting: its {num_rows:,} rows "
+            f"by {by}{now}; {'; '.join(differ)}. With what made them all {num_rows:,} are kept; "
+            "else give another output.uri"
+        )
 
     def _check_empty(self) -> None:
         if self.rows.delta() is not None:
@@ -729,6 +749,16 @@ class Table:
         except (ValueError, RecursionError):
             tell(f"{path} in {self.uri} is no JSON; it is passed over")
             return None
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    """How a part of an identity differs, for people: a digest tells them nothing."""
+    if name == "contract":
+        return "another version of fmembed computed them in another way"
+    if any(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (old, new)):
+        what = name.rpartition(".")[2]
+        return f"the {what} {'differs' if what == 'adapter' else 'differ'}"
+    return f"{name} was {old!r}, is {new!r}"
 
 
 def _said(id_column: Any) -> str:

@@ -12,7 +12,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from fmembed.errors import TableError
-from fmembed.rows.columns import CONTENT_HASH, NUM_UNITS, PARENT_ID, PIECE, ROW_ID, TRUNCATED
+from fmembed.rows.columns import (
+    CONTENT_HASH,
+    NUM_UNITS,
+    PARENT_ID,
+    PIECE,
+    PIECE_TEXT,
+    ROW_ID,
+    TRUNCATED,
+)
 from fmembed.spec import OutputSpec
 from fmembed.table.files import REJECTED, Part
 from fmembed.table.lock import Lock
@@ -162,7 +170,16 @@ def _rows_of(table: Table, parts: Sequence[Part]) -> dict[str, tuple[Any, ...]]:
     """By the source's id of each row its content and what it carries."""
     card = table.card()
     assert card is not None
-    left_out = {ROW_ID, PARENT_ID, PIECE, NUM_UNITS, TRUNCATED, "piece_start", "piece_stop"}
+    left_out = {
+        ROW_ID,
+        PARENT_ID,
+        PIECE,
+        NUM_UNITS,
+        TRUNCATED,
+        "piece_start",
+        "piece_stop",
+        PIECE_TEXT,
+    }
     left_out |= card.outputs.keys()
     rows: dict[str, tuple[Any, ...]] = {}
     for part in parts:

@@ -15,7 +15,7 @@ import pytest
 from refreshing import make_stage
 
 import fmembed
-from fmembed.errors import ModelError
+from fmembed.errors import ModelError, SpecError, TableError
 from fmembed.inputs import open_inputs
 from fmembed.sources.reading import read_here
 from fmembed.spec import RunSpec
@@ -119,3 +119,36 @@ def test_a_table_keeps_its_columns_whatever_becomes_of_the_folders(
     inputs = open_inputs(labelled)
     assert inputs.spec.source.label == "label"
     assert inputs.source.carried.names == ["label"]
+
+
+def test_a_table_of_chunks_keeps_their_text_or_goes_on_without(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    """As tables have it that were begun before it was kept."""
+    (tmp_path / "in.jsonl").write_text('{"text": "%s"}\n' % ("many words " * 20))
+    out, log = tmp_path / "out", tmp_path / "seen"
+
+    def spec(**more: Any) -> RunSpec:
+        raw = spec_of(tmp_path / "in.jsonl", tiny_bert, out).model_dump(mode="json")
+        raw["preprocess"] = {"chunk_tokens": 8, **more}
+        return RunSpec.parse(raw)
+
+    def texts() -> list[str]:
+        rows = fmembed.read(str(out)).sort_by("piece")
+        return rows["piece_text"].to_pylist() if "piece_text" in rows.column_names else []
+
+    result = inline.embed(spec(keep_text=False), make_stage(log))
+    assert (result.rows_embedded, result.pieces_embedded) == (1, result.table_rows)
+    assert result.table_rows > 3
+    with (tmp_path / "in.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    assert inline.embed(spec(), make_stage(log)).rows_embedded == 1
+    assert texts() == []
+    with pytest.raises(TableError, match="piece_text"):
+        open_inputs(spec(keep_text=True))
+    shutil.rmtree(out)
+    inline.embed(spec(), make_stage(log))
+    assert all(text in "many words " * 20 or text == "one more" for text in texts())
+    assert len(texts()) == result.table_rows + 1
+    with pytest.raises(SpecError, match=r"preprocess: keep_text is for chunks that are rows"):
+        spec(keep_text=True, pieces="mean")

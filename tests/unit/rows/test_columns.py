@@ -7,14 +7,14 @@ import pytest
 from fmembed.errors import SourceError, SpecError
 from fmembed.rows.columns import RESERVED, table_schema
 from fmembed.rows.ids import RowIds, contents_of, keys_of
-from fmembed.rows.pieces import INPUT_COLUMNS, PIECE_COLUMNS
+from fmembed.rows.pieces import INPUT_COLUMNS, PIECE_COLUMNS, PIECE_TEXTS
 from fmembed.sources.opening import open_source
 from fmembed.spec import OWN_COLUMNS, RunSpec, SourceSpec
 
 
 def test_the_names_that_are_reserved_are_those_that_rows_have() -> None:
-    table = table_schema(pa.schema([]), [], pieces_are_rows=True).names
-    assert set(OWN_COLUMNS) == {*table, *INPUT_COLUMNS, *PIECE_COLUMNS}
+    table = table_schema(pa.schema([]), [], pieces_are_rows=True, keeps_text=True).names
+    assert set(OWN_COLUMNS) == {*table, *INPUT_COLUMNS, *PIECE_COLUMNS, PIECE_TEXTS}
     assert len(OWN_COLUMNS) == len(set(OWN_COLUMNS))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SENTENCES
@@ -167,13 +169,12 @@ def test_chunks_are_rows_that_embed_as_their_own_text(
     options = {"chunk_tokens": 24, "chunk_overlap": overlap}
     block = embed(checkpoint, [LONG, "short", LONG[:300]], **options)
     written, _ = write_part(str(tmp_path), [block], ("embedding",))
-    import pyarrow.parquet as pq
-
     assert written.part is not None
     rows = pq.read_table(tmp_path / written.part.path).to_pylist()
     assert (written.num_rows, len(rows)) == (3, written.part.num_rows)
     parents = {"r0": LONG, "r1": "short", "r2": LONG[:300]}
     texts = [parents[r["parent_id"]][r["piece_start"] : r["piece_stop"]] for r in rows]
+    assert [r["piece_text"] for r in rows] == texts
     alone = embed(checkpoint, texts).to_pylist()
     for row, other in zip(rows, alone, strict=True):
         close(row["embedding"], other["embedding"])
@@ -273,3 +274,28 @@ def test_samples_travel_as_they_were_stored(tiny_wav2vec2: Path) -> None:
     assert ready["input_dtype"].to_pylist() == ["int16", "float32", "float32"]
     assert len(ready["model_input"][0].as_py()) == 2 * 4000
     assert RATE_HZ == 16_000
+
+
+def test_the_text_of_a_chunk_is_the_originals(tiny_bert: Path, tmp_path: Path) -> None:
+    """A model that sees small letters; some of which take two characters."""
+    checkpoint = dataclasses.replace(open_(tiny_bert), lower_case=True)
+    texts = ["SOME Words " * 30, "\u0130stanbul IS Large " * 30]
+    block = embed(checkpoint, texts, chunk_tokens=24)
+    written, _ = write_part(str(tmp_path), [block], ("embedding",))
+    assert written.part is not None
+    rows = pq.read_table(tmp_path / written.part.path).to_pylist()
+    for parent, text in zip(("r0", "r1"), texts, strict=True):
+        own = [r for r in rows if r["parent_id"] == parent]
+        # Of the second one the small letters, which are what the places count.
+        whole = text if parent == "r0" else text.lower()
+        assert len(own) > 2
+        for row in own:
+            assert row["piece_text"] == whole[row["piece_start"] : row["piece_stop"]]
+            assert row["piece_text"].strip()
+
+
+def test_the_text_of_a_chunk_may_be_left_out(tiny_bert: Path, tmp_path: Path) -> None:
+    block = embed(open_(tiny_bert), [LONG], chunk_tokens=24, keep_text=False)
+    written, _ = write_part(str(tmp_path), [block], ("embedding",))
+    assert written.part is not None
+    assert "piece_text" not in pq.read_schema(tmp_path / written.part.path).names

@@ -214,6 +214,32 @@ def test_another_model_is_refused_with_what_differs(table: Table) -> None:
         Table.open_output(table.uri, IDENTITY | {"model.dtype": "bfloat16"})
 
 
+def test_of_another_model_its_name_is_told_and_no_hash(tmp_path: Path) -> None:
+    identity = {**IDENTITY, "model.weights": "a" * 32}
+    card = CARD.model_copy(
+        update={
+            "identity": identity,
+            "fingerprint": fingerprint(identity),
+            "spec": {"model": {"id": "org/old"}},
+        }
+    )
+    table = Table.open_output(str(tmp_path / "t"), identity)
+    table.claim(card, SCHEMA, "run")
+    table.known()
+    written = write(table.uri, block(["a", "b"]))
+    assert written.part is not None
+    configuration = card.to_configuration()
+    table.rows.commit([written.part], written.schema, configuration, ("run", 0))
+    other = {**identity, "model.weights": "b" * 32, "model.prompt": "query: "}
+    with pytest.raises(TableError) as e:
+        Table.open_output(table.uri, other, "org/new")
+    assert str(e.value).endswith(
+        "t was made by another model or setting: its 2 rows by org/old, this run's model is "
+        "org/new; model.prompt was None, is 'query: '; the weights differ. With what made them all "
+        "2 are kept; else give another output.uri"
+    )
+
+
 def test_looking_leaves_nothing(tmp_path: Path) -> None:
     Table.open_output(str(tmp_path / "a" / "b"), IDENTITY)
     assert list(tmp_path.iterdir()) == []
