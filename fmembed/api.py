@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -245,6 +245,40 @@ def _spec_of(
             spec = RunSpec.from_yaml(None, {**given.fields, **told})
             spec.source.call(given.called)
             yield spec, given
+
+
+@contextlib.contextmanager
+def of_stream(spec: RunSpec, stream: IO[bytes]) -> Iterator[RunSpec]:
+    """A spec whose source is what comes on a stream: kept in a file for as long as this lasts.
+
+    Args:
+        spec: `source.format` says what it is; if that is left open, objects or an array where it
+            begins so, else a text a line.
+        stream: As standard input.
+
+    Raises:
+        SpecError: Nothing came, or other machines would have to read it.
+    """
+    if _has_other_nodes():
+        raise SpecError(
+            "source.uri: - is standard input, which the nodes of a cluster do not see: put it into "
+            "a file that all of them read"
+        )
+    with tempfile.TemporaryDirectory(prefix="fmembed-") as folder:
+        path = Path(folder) / "stdin"
+        with path.open("wb") as file:
+            shutil.copyfileobj(stream, file)
+        with path.open("rb") as file:
+            begin = file.read(1024)
+        if not begin:
+            raise SpecError("source.uri: nothing came on standard input")
+        format_ = spec.source.format
+        if format_ == "auto":
+            first = begin.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+            format_ = "jsonl" if first == b"{" else "json" if first == b"[" else "lines"
+        source = spec.source.model_copy(update={"uri": str(path), "format": format_})
+        source.call("standard input")
+        yield spec.model_copy(update={"source": source})
 
 
 def _has_other_nodes() -> bool:

@@ -61,6 +61,7 @@ app = typer.Typer(
 
 # The exit code of a refresh that has left rows in the table which the source has no more.
 _WITHHELD = 3
+_STDIN = "-"
 _INTERRUPTED = "interrupted; what is committed stays, the same command resumes"
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 _Verbose = Annotated[
@@ -111,7 +112,18 @@ def _of_spec(command: Callable[..., None]) -> Callable[..., None]:
     def run(config: str | None, set_: list[str] | None, **given: Any) -> None:
         fields = {field: given.pop(name) for name, (field, _) in _FLAGS.items()}
         fields["source.carry"] = fields["source.carry"] or None  # a list that nothing is in
-        command(RunSpec.from_yaml(config, _overrides(fields, set_)), **given)
+        spec = RunSpec.from_yaml(config, _overrides(fields, set_))
+        if spec.source.uri != _STDIN:
+            command(spec, **given)
+            return
+        from fmembed.api import of_stream
+
+        if sys.stdin is None:
+            raise SpecError("source.uri: - is standard input, and there is none")
+        if sys.stdin.isatty():
+            terminal.say("a text a line; Ctrl-D ends them")
+        with of_stream(spec, sys.stdin.buffer) as spooled:
+            command(spooled, **given)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__annotations__ = {p.name: p.annotation for p in parameters}

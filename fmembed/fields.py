@@ -20,7 +20,7 @@ from fmembed.spec import RunSpec, list_fields
 
 MEANINGS = {
     "source.uri": "file, folder, glob, fsspec URL, package:<python package>[/folder], or a hub id "
-    "with format: hf",
+    "with format: hf; - is standard input",
     "source.format": "how the files are written; auto goes by their names",
     "source.input": "the column to embed",
     "source.id": "the column of ids; without one relative/path#row, or relative/path where a file "

@@ -54,7 +54,7 @@ class _Part(BaseModel):
 
 Format = Literal[
     "auto", "parquet", "jsonl", "csv", "text_folder", "image_folder", "audio_folder",
-    "webdataset", "lines", "hf",
+    "webdataset", "lines", "json", "numpy", "hf",
 ]  # fmt: skip
 Modality = Literal["text", "image", "audio"]
 Pooling = Literal["cls", "mean", "cls+mean", "last", "max", "pooler", "projection", "tokens"]

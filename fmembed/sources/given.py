@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -182,10 +183,17 @@ def _of_objects(data: Iterable[Any], storage: Storage, id_column: str | None) ->
 
 
 def content_of(picture: Any) -> Any:
-    """A picture of Pillow's as a file's bytes, which decode to the same pixels; all else as it is.
+    """A picture of Pillow's, or of uint8 numbers, as a file's bytes, which decode to the same
+    pixels; all else as it is.
 
     Its orientation goes with it, if it has one: it is turned as its file would be.
     """
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim in (2, 3):
+        from PIL import Image
+
+        # One colour is none, for Pillow.
+        is_grey = picture.ndim == 3 and picture.shape[2] == 1
+        picture = Image.fromarray(picture[:, :, 0] if is_grey else picture)
     if not _is_picture(picture):
         return picture
     mode = picture.mode

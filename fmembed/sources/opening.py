@@ -33,7 +33,22 @@ from fmembed.spec import Modality, SourceSpec
 # Of what is passed over as it is not of the format.
 OF_OTHERS = "files with"
 # Formats whose columns are of the types that their values are of.
-_TYPED = ("csv", "hf", "jsonl", "parquet")
+_TYPED = ("csv", "hf", "json", "jsonl", "numpy", "parquet")
+# What is no dataset yet, and how it becomes one.
+_SHEET = "a spreadsheet: save it as CSV (UTF-8), or pandas.read_excel(path).to_parquet(...)"
+_DOCUMENT = (
+    "a document: extract its text first, as pdftotext and pandoc do, into .txt or JSON Lines"
+)
+_PICKLE = "a pickle, which can run code when it is read: pandas.read_pickle(path).to_parquet(...)"
+_DATABASE = "a database: pandas.read_sql(query, connection).to_parquet(...)"
+_ARROW = "an Arrow file: pyarrow.feather.read_table(path), then pyarrow.parquet.write_table(...)"
+_HINTS = {
+    **dict.fromkeys((".xlsx", ".xls", ".xlsm", ".ods"), _SHEET),
+    **dict.fromkeys((".pdf", ".docx", ".doc", ".html", ".epub"), _DOCUMENT),
+    **dict.fromkeys((".pkl", ".pickle"), _PICKLE),
+    **dict.fromkeys((".db", ".sqlite", ".sqlite3", ".duckdb"), _DATABASE),
+    **dict.fromkeys((".arrow", ".feather", ".ipc"), _ARROW),
+}
 _SHOWN_NAMES, _SHOWN_CHARACTERS, _SHOWN_SUFFIXES = 20, 40, 5
 
 
@@ -154,6 +169,10 @@ def _detect_format(spec: SourceSpec, listing: Listing) -> Format:
     # Of as many of both the one that comes first.
     best = max(FORMATS, key=lambda name: counts[name])
     if not counts[best]:
+        found_suffixes = {posixpath.splitext(file.name)[1].lower() for file in listing.files}
+        for suffix, what in _HINTS.items():
+            if suffix in found_suffixes:
+                raise SourceError(f"source.uri: {redact(spec.uri)} is {what}")
         raise SourceError(
             f"source.format: cannot tell the format of {redact(spec.uri)}; "
             f"name one of {', '.join(FORMATS)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,11 @@ import pytest
 from forged import make_table
 
 import fmembed
-from fmembed import RunSpec, SpecError, api, pipeline
+from fmembed import RunSpec, SpecError, api, cli, pipeline
 from fmembed.result import RunResult
 from fmembed.sources.given import Given
 from fmembed.sources.opening import open_source
+from fmembed.sources.reading import read_here
 
 CONFIG = {"source": {"uri": "in"}, "model": {"id": "m"}, "output": {"uri": "out"}}
 
@@ -133,3 +135,68 @@ def test_a_result_leads_to_its_table(tmp_path: Path) -> None:
     assert ordered.to_pandas()["row_id"].tolist() == given.ids
     assert repr(result).splitlines()[0].startswith("rows      60 read, 60 embedded")
     assert "60 read, 60 embedded" in result._repr_html_()
+
+
+def rows_of(spec: RunSpec) -> list[tuple[str, str]]:
+    source = open_source(spec.source)
+    rows = [r for table in read_here(source) for r in table.to_pylist() if r["row_id"]]
+    return [(r["row_id"], r["_input"]) for r in rows]
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "texts"),
+    [
+        (b"one\ntwo, too\n\nlast", {}, ["one", "two, too", "last"]),
+        (b'\xef\xbb\xbf {"text": "one"}\n{"text": "two"}\n', {}, ["one", "two"]),
+        (b'\n[{"text": "one"},\n {"text": "two"}]', {}, ["one", "two"]),
+        (b"text,n\none,1\ntwo,2\n", {"format": "csv"}, ["one", "two"]),
+        (b'{"text": "a line"}\n', {"format": "lines"}, ['{"text": "a line"}']),
+    ],
+)
+def test_what_comes_on_a_stream_is_a_source(
+    content: bytes, fields: dict[str, Any], texts: list[str]
+) -> None:
+    spec = RunSpec.parse(
+        {"source": {"uri": "-", **fields}, "model": {"id": "m"}, "output": {"uri": "o"}}
+    )
+    with api.of_stream(spec, io.BytesIO(content)) as spooled:
+        path = Path(spooled.source.uri)
+        assert [text for _, text in rows_of(spooled)] == texts
+        assert rows_of(spooled)[0][0] == "stdin#0"
+        assert spooled.stored()["source"]["uri"] == "standard input"
+    assert not path.exists()
+
+
+def test_a_stream_without_a_byte_is_told() -> None:
+    spec = RunSpec.parse({"source": {"uri": "-"}, "model": {"id": "m"}, "output": {"uri": "o"}})
+    with (
+        pytest.raises(SpecError, match="nothing came on standard input"),
+        api.of_stream(spec, io.BytesIO()),
+    ):
+        pass
+
+
+def test_nodes_of_a_cluster_do_not_see_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    spec = RunSpec.parse({"source": {"uri": "-"}, "model": {"id": "m"}, "output": {"uri": "o"}})
+    with (
+        pytest.raises(SpecError, match="put it into a file that all of them read"),
+        api.of_stream(spec, io.BytesIO(b"one")),
+    ):
+        pass
+
+
+def test_the_command_takes_standard_input(
+    monkeypatch: pytest.MonkeyPatch, tiny_bert: Path, tmp_path: Path
+) -> None:
+    given: list[list[tuple[str, str]]] = []
+
+    def embed(spec: RunSpec, **_: Any) -> RunResult:
+        given.append(rows_of(spec))
+        raise SpecError("seen")
+
+    monkeypatch.setattr(pipeline, "embed", embed)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
+    named = ["--source", "-", "--model", str(tiny_bert), "--output", str(tmp_path / "out")]
+    assert cli.run(["embed", *named]) == 2
+    assert given == [[("stdin#0", "one"), ("stdin#1", "two")]]

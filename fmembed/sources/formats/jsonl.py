@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +13,7 @@ import pyarrow as pa
 from fmembed.sources.formats.base import MAX_VALUES, Format, looked_at, over_files
 from fmembed.sources.formats.lines import read_lines
 from fmembed.sources.formats.ranges import Ends, count_ends, cut_bytes, locate_lines
-from fmembed.sources.source import File, Mark, RawRow, Rejection, Shard, Source
+from fmembed.sources.source import BadRow, File, Mark, RawRow, Rejection, Shard, Source
 from fmembed.sources.types import is_bounded
 
 # What the columns' types are taken from.
@@ -24,17 +24,43 @@ _SAMPLE_BYTES = 32 * 2**20
 def read_jsonl(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
     wanted = source.spec.wanted
     for i, line in _rows(source, shard, file):
-        row = _parse(line, source)
+        row = parse(line, source)
         if isinstance(row, dict):
             row = {c: row[c] for c in wanted if c in row}
         yield f"{file.name}#{i}", row
 
 
-def jsonl_schema(source: Source, files: Sequence[File]) -> pa.Schema:
-    """The columns of the objects that files begin with; the more files, the fewer of each."""
+# What of a file is known otherwise than by its lines; None where it is not.
+First = Callable[[Source, File], Iterator[dict[str, Any] | Rejection] | None]
+
+
+def jsonl_schema(
+    source: Source, files: Sequence[File], first: First = lambda *_: None
+) -> pa.Schema:
+    """The columns of the objects that files begin with; the more files, the fewer of each.
+
+    Args:
+        source: What they are of.
+        files: Which.
+        first: Gives the rows that a file begins with, if it has no lines.
+    """
     share = len(looked_at(files))
     max_rows, max_bytes = -(-_SAMPLE_ROWS // share), _SAMPLE_BYTES // share
-    return over_files(lambda s, file: _file_schema(s, file, max_rows, max_bytes))(source, files)
+
+    def look(source: Source, file: File) -> pa.Schema:
+        if (rows := first(source, file)) is None:
+            return _file_schema(source, file, max_rows, max_bytes)
+        objects: list[dict[str, Any]] = []
+        try:
+            objects += (row for row in itertools.islice(rows, max_rows) if isinstance(row, dict))
+        except BadRow:  # as below
+            if not objects:
+                raise
+        if not objects:
+            raise ValueError("no object and no text in its array")
+        return _infer_schema(objects, source.spec.wanted)
+
+    return over_files(look)(source, files)
 
 
 def _file_schema(source: Source, file: File, max_rows: int, max_bytes: int) -> pa.Schema:
@@ -44,7 +70,9 @@ def _file_schema(source: Source, file: File, max_rows: int, max_bytes: int) -> p
         for _, line in itertools.islice(_rows(source, Shard(), file), max_rows):
             if isinstance(line, bytes) and line.lstrip().startswith(b"["):
                 hint = "; a line begins an array, where there should be one object a line"
-            row = _parse(line, source)
+            elif isinstance(line, bytes) and line.strip() == b"{":
+                hint = "; its object goes over several lines: write an object a line, or an array"
+            row = parse(line, source)
             if isinstance(row, dict):
                 objects.append(row)
                 num_bytes += len(line) if isinstance(line, bytes) else 0
@@ -65,7 +93,8 @@ def _rows(source: Source, shard: Shard, file: File) -> Iterator[tuple[int, bytes
             yield i, line
 
 
-def _parse(line: bytes | int, source: Source) -> dict[str, Any] | Rejection:
+def parse(line: bytes | int, source: Source) -> dict[str, Any] | Rejection:
+    """An object, or why it is none; of one that is too long only its length is given."""
     most = source.spec.max_text_bytes
     if isinstance(line, int):
         return "row too large", f"{line:,} bytes, more than source.max_text_bytes = {most:,}"

@@ -6,7 +6,9 @@ from fmembed.sources.formats.base import Format
 from fmembed.sources.formats.csv import CSV
 from fmembed.sources.formats.folder import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER
 from fmembed.sources.formats.hf import HF
+from fmembed.sources.formats.json_array import JSON
 from fmembed.sources.formats.jsonl import JSONL
+from fmembed.sources.formats.numpy_file import NUMPY
 from fmembed.sources.formats.parquet import PARQUET
 from fmembed.sources.formats.text_lines import LINES
 from fmembed.sources.formats.webdataset import WEBDATASET
@@ -21,6 +23,8 @@ _FORMATS: tuple[Format, ...] = (
     AUDIO_FOLDER,
     WEBDATASET,
     LINES,
+    JSON,
+    NUMPY,
     HF,
 )
 FORMATS = {format_.name: format_ for format_ in _FORMATS}

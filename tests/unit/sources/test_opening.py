@@ -578,3 +578,21 @@ def test_a_column_of_links_needs_a_root(tmp_path: Path, suffix: str) -> None:
         open_source(SourceSpec(uri=str(folder), input="photo"), ("image",))
     spec = SourceSpec(uri=str(folder), input="photo", root=str(tmp_path))
     assert open_source(spec, ("image",)).modality == "image"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("a.xlsx", r"a spreadsheet: save it as CSV .*read_excel"),
+        ("a.PDF", "a document: extract its text first"),
+        ("a.pkl", "a pickle, which can run code"),
+        ("a.sqlite", "a database"),
+        ("a.feather", "an Arrow file"),
+    ],
+)
+def test_what_is_no_dataset_yet_is_told_how_it_becomes_one(
+    name: str, told: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(SourceError, match=f"^source.uri: .* is {told}"):
+        open_source(SourceSpec(uri=str(tmp_path / name)))
