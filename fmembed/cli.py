@@ -22,6 +22,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import typer
 
 from fmembed import __version__, signals, summary, terminal
+from fmembed import fields as of_config
 from fmembed.config_file import read_yaml
 from fmembed.errors import FmembedError, SpecError
 from fmembed.redaction import scrub
@@ -77,27 +78,36 @@ _AllowRemovals = Annotated[
 ]
 
 
+def _flag(field: str, metavar: str, *names: str, several: bool = False) -> tuple[str, Any]:
+    """A field that is used much, as a flag: what it means, takes and is without it."""
+    (told,) = of_config.describe_fields(field)
+    says = told.meaning[0].upper() + told.meaning[1:]
+    takes = f" One of {told.choices}." if told.choices else ""
+    default = {"required": "", "none": ""}.get(told.default, f" Default: {told.default}.")
+    more = " Once for each." if several else ""
+    kind: Any = list[str] | None if several else str | None
+    option = typer.Option(*names, metavar=metavar, help=f"{says}.{takes}{default}{more}")
+    return field, Annotated[kind, option]
+
+
 # Of the fields that are used most, the flags: their names in a command, and in the config.
 _FLAGS: dict[str, tuple[str, Any]] = {
-    "source": ("source.uri", Annotated[str | None, typer.Option(help="source.uri")]),
-    "format_": (
-        "source.format", Annotated[str | None, typer.Option("--format", help="source.format")]
-    ),
-    "input_": ("source.input", Annotated[str | None, typer.Option("--input", help="source.input")]),
-    "id_": ("source.id", Annotated[str | None, typer.Option("--id", help="source.id")]),
-    "label": ("source.label", Annotated[str | None, typer.Option(help="source.label")]),
-    "split": ("source.split", Annotated[str | None, typer.Option(help="source.split")]),
-    "carry": (
-        "source.carry",
-        Annotated[list[str] | None, typer.Option(help="source.carry, once a column")],
-    ),
-    "model": ("model.id", Annotated[str | None, typer.Option(help="model.id")]),
-    "revision": ("model.revision", Annotated[str | None, typer.Option(help="model.revision")]),
-    "dtype": ("model.dtype", Annotated[str | None, typer.Option(help="model.dtype")]),
-    "prompt": ("model.prompt", Annotated[str | None, typer.Option(help="model.prompt")]),
-    "output": ("output.uri", Annotated[str | None, typer.Option(help="output.uri")]),
-}  # fmt: skip
-_Config = Annotated[str | None, typer.Argument(help="A YAML config.")]
+    "source": _flag("source.uri", "PATH"),
+    "format_": _flag("source.format", "FORMAT", "--format"),
+    "input_": _flag("source.input", "COLUMN", "--input"),
+    "id_": _flag("source.id", "COLUMN", "--id"),
+    "label": _flag("source.label", "COLUMN"),
+    "split": _flag("source.split", "COLUMN"),
+    "carry": _flag("source.carry", "COLUMN", several=True),
+    "model": _flag("model.id", "MODEL"),
+    "revision": _flag("model.revision", "NAME"),
+    "dtype": _flag("model.dtype", "TYPE"),
+    "prompt": _flag("model.prompt", "TEXT"),
+    "output": _flag("output.uri", "FOLDER"),
+}
+_Config = Annotated[
+    str | None, typer.Argument(help="A YAML config; fmembed init writes one. Flags come over it.")
+]
 
 
 def _of_spec(command: Callable[..., None]) -> Callable[..., None]:
@@ -146,7 +156,15 @@ def embed(
     json_: _Json = False,
     verbose: _Verbose = False,
 ) -> None:
-    """Embed a dataset; run the same command again to resume."""
+    """Embed a dataset into a table; the same command again resumes.
+
+    Of a config, or of flags alone; fmembed fields lists all that a config may say.
+
+    \b
+      fmembed embed config.yaml
+      fmembed embed --source articles.csv --input body --label topic \\
+        --model sentence-transformers/all-MiniLM-L6-v2 --output out/articles
+    """
     from fmembed import pipeline
 
     result = pipeline.embed(spec, retry_rejected=retry_rejected, verbose=verbose, quiet=json_)
@@ -162,9 +180,10 @@ def refresh(
     json_: _Json = False,
     verbose: _Verbose = False,
 ) -> None:
-    """Keep a table in step with its source: embed what is new or changed, drop what is gone.
+    """Bring a table in step with its source, as one new version.
 
-    Exit 3 where rows stay in the table that should have left; all else is committed.
+    What is new or has changed is embedded, what is gone leaves; where nothing has changed nothing
+    is read. Exit 3 where rows stay in the table that should have left; all else is committed.
     """
     from fmembed import pipeline
 
@@ -186,7 +205,7 @@ def plan(
     json_: _Json = False,
     verbose: _Verbose = False,
 ) -> None:
-    """Say what a run would do now, how long it would take and what it would cost.
+    """Say what a run would do now, take and cost; write nothing.
 
     Nothing is written, no GPU is taken where runs on record tell how fast the model is, and no
     server is asked.
@@ -291,7 +310,7 @@ def verify(
     ] = False,
     json_: _Json = False,
 ) -> None:
-    """Recount a table from storage; exit 1 when something is off."""
+    """Recount a table from storage; exit 1 if something is off."""
     from fmembed.table.verify import verify as verify_table
 
     repaired = []
@@ -330,9 +349,9 @@ def info(
     version: Annotated[int | None, typer.Option(help="Which; the newest, if none.")] = None,
     json_: _Json = False,
 ) -> None:
-    """Say what a table is: rows, model, source, scores, version, and what of it is missing here.
+    """Say what a table is: rows, model, source, scores, version.
 
-    Nothing but the table is opened, so a copied or mailed folder will do.
+    And what of it is missing here. Nothing but the table is opened, so a copied folder will do.
     """
     from fmembed.embeddings import Embeddings
 
@@ -394,7 +413,7 @@ def files(
     version: Annotated[int | None, typer.Option(help="Which; the newest, if none.")] = None,
     json_: _Json = False,
 ) -> None:
-    """Print where the parts of a version are, a line each, for readers that take a list."""
+    """Print where the parts of a version are, for other readers."""
     from fmembed.table.versions import list_files
 
     found = list_files(table, version)
@@ -420,7 +439,7 @@ def vacuum(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     json_: _Json = False,
 ) -> None:
-    """Delete files that only versions name which are not kept."""
+    """Delete files that only older versions name."""
     from fmembed.table.versions import vacuum as vacuum_table
 
     done = vacuum_table(
@@ -453,7 +472,14 @@ def delete(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which would go.")] = False,
     json_: _Json = False,
 ) -> None:
-    """Take rows out of a table, in one new version, and keep them out of all later runs."""
+    """Take rows out of a table, and keep them out.
+
+    In one new version; no later run brings them back.
+
+    \b
+      fmembed delete out/articles --where "topic = 'spam' and year < 2020" --dry-run
+      fmembed delete out/articles --ids forgotten.txt --purge
+    """
     from fmembed.deletion import delete as delete_rows
 
     given = None if ids is None else _read_lines(ids)
@@ -487,7 +513,7 @@ def _read_lines(path: str) -> list[str]:
 
 @app.command()
 def undelete(table: _Table, json_: _Json = False) -> None:
-    """Let rows come back that fmembed delete has removed: the next run reads them again."""
+    """Let rows come back that delete has removed, by the next run."""
     from fmembed.deletion import undelete as let_come_back
 
     num_rows = let_come_back(table)
@@ -502,9 +528,7 @@ def fields(
     part: Annotated[str | None, typer.Argument(help="As model, source.csv, or one field.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", hidden=True)] = False,
 ) -> None:
-    """List the fields of a config: what each takes, its default, and what it means."""
-    from fmembed import fields as of_config
-
+    """List the fields of a config, their defaults and meaning."""
     for line in of_config.markdown() if markdown else of_config.lines(part):
         _print(line)
 
@@ -522,7 +546,7 @@ def bench(
     images: Annotated[int, typer.Option(help="memory: pictures, then ten times as many")] = 2000,
     clips: Annotated[int, typer.Option(help="memory: sounds; then ten times as many.")] = 200,
 ) -> None:
-    """Measure this machine: fmembed beside other ways, and its cost as the dataset grows."""
+    """Measure this machine: fmembed beside other ways."""
     from fmembed import bench as benchmarks
 
     if device not in ("cpu", "cuda"):

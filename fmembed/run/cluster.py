@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -20,7 +21,7 @@ import ray.data
 import ray.exceptions
 from ray.job_config import JobConfig
 
-from fmembed import signals
+from fmembed import signals, terminal
 from fmembed.errors import FmembedError, SpecError, reason
 from fmembed.redaction import scrub
 from fmembed.run import own_node
@@ -124,7 +125,7 @@ def connect(verbose: bool) -> bool:
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             with signals.kept_from_ray(), _without_log_level():
-                own_node.start(verbose, **options)
+                _start_here(verbose, **options)
     except FmembedError:
         raise
     except Exception as e:  # by what failed: RuntimeError, ConnectionError, Ray's own, Exception
@@ -134,6 +135,19 @@ def connect(verbose: bool) -> bool:
             "command tries again"
         ) from (e if verbose else None)
     return True
+
+
+def _start_here(verbose: bool, **options: Any) -> None:
+    """Start Ray on this machine, on a slow one with a second try: Ray (2.60) gives its processes
+    some seconds to answer each.
+    """
+    try:
+        own_node.start(verbose, **options)
+    except Exception as e:
+        terminal.say(f"Ray did not start ({reason(e)[:200]}); trying once more")
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+        own_node.start(verbose, **options)
 
 
 def _check_address(address: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 
 import pytest
 
 from fmembed.errors import FmembedError, SpecError
+from fmembed.run import cluster
 from fmembed.run.cluster import _check_address, _without_log_level
 
 
@@ -53,3 +55,30 @@ def test_only_the_line_on_the_log_level_is_left_out(capfd: pytest.CaptureFixture
     assert capfd.readouterr().err == "before\nafter"
     os.write(2, b"as ever")
     assert capfd.readouterr().err == "as ever"
+
+
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_a_slow_start_is_tried_once_more_and_then_told(
+    num_failures: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tries = []
+
+    def start(verbose: bool, **_: object) -> None:
+        tries.append(verbose)
+        if len(tries) <= num_failures:
+            raise TimeoutError("the raylet did not answer")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster.own_node, "start", start)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster, "_without_log_level", contextlib.nullcontext)
+    if num_failures == 1:
+        assert cluster.connect(verbose=False)
+    else:
+        with pytest.raises(
+            FmembedError, match=r"Ray could not be started on this machine: .*raylet"
+        ):
+            cluster.connect(verbose=False)
+    assert len(tries) == 2
+    assert "Ray did not start (" in (told := capsys.readouterr().err)
+    assert "the raylet did not answer" in told
