@@ -110,6 +110,11 @@ _Config = Annotated[
 ]
 
 
+def _option_of(name: str) -> Any:
+    """The flag of a field, for a command that takes some of them."""
+    return _FLAGS[name][1].__metadata__[0]
+
+
 def _of_spec(command: Callable[..., None]) -> Callable[..., None]:
     """Make of a command that takes a spec one that takes a config, fields' flags and `--set`."""
     shared = {"config": _Config, **{name: type_ for name, (_, type_) in _FLAGS.items()}}
@@ -521,6 +526,36 @@ def undelete(table: _Table, json_: _Json = False) -> None:
         print(json.dumps({"table": table, "rows": num_rows}))
         return
     _print(f"{num_rows:,} ids are kept out no more: the next run reads the whole source for them")
+
+
+@app.command()
+def init(
+    data: Annotated[str, typer.Argument(help="A dataset, as source.uri.")],
+    to: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The config to write; - prints it.")
+    ] = None,
+    format_: Annotated[str | None, _option_of("format_")] = None,
+    model: Annotated[str | None, _option_of("model")] = None,
+    output: Annotated[str | None, _option_of("output")] = None,
+) -> None:
+    """Write a first config for a dataset, each choice explained.
+
+    Format and columns are as they look like, the model is a small one for what the dataset holds.
+
+    \b
+      fmembed init articles.csv
+      fmembed embed articles.yaml
+    """
+    from fmembed import first_config
+
+    given: Any = format_ or "auto"
+    text = first_config.propose(data, format_=given, model=model or "", output=output or "")
+    path = to or first_config.default_path(data)
+    if path == _STDIN:
+        print(text, end="")
+        return
+    first_config.write(text, path)
+    _print(f"wrote {path}; look at it, then: fmembed embed {path}")
 
 
 @app.command()

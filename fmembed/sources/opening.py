@@ -83,6 +83,22 @@ def open_source(spec: SourceSpec, modalities: Sequence[Modality] = ("text",)) ->
     )
 
 
+def find_columns(spec: SourceSpec) -> tuple[Source, list[str]]:
+    """A dataset of which no column is known yet, and the names of those that it has.
+
+    Raises:
+        SourceError: No such file, or an unknown format.
+    """
+    format_, fs, files, passed_over = _find(spec, ("text", "image", "audio"))
+    source = Source(
+        spec, format_.name, fs, (), pa.schema([]), file_is_row=format_.modality is not None,
+        passed_over=passed_over,
+    )  # fmt: skip
+    opened = _open(format_, source, files)
+    found = replace(source, spec=opened.spec, shards=tuple(opened.shards))
+    return found, list(opened.schema.names)
+
+
 def _check_names(spec: SourceSpec) -> None:
     for column in spec.columns:
         if column in RESERVED or column.startswith("_"):
