@@ -262,7 +262,11 @@ def probe(
     result = pipeline.probe(
         table, names, spec=config, overrides=overrides, verbose=verbose, quiet=json_
     )
-    _print_result(asdict(result), json_, verbose)
+    if json_:
+        print(json.dumps(asdict(result)))
+        return
+    for line in summary.probed(asdict(result), verbose):
+        _print(line)
 
 
 def _overrides(fields: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:

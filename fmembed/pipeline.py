@@ -403,7 +403,12 @@ def evaluate(
             return known
     if spec.probes:
         cluster.connect()
-        teller.say("probing …")
+        is_labelled = probing.runnable(spec)
+        teller.say(
+            "probing …"
+            if is_labelled
+            else "drawing the map; no probe runs, as source.label names no column of labels …"
+        )
     result = probing.evaluate(table, spec, result, spec.source, spec.model)
     return replace(result, probe_s=round(time.monotonic() - began, 2))
 
@@ -459,8 +464,12 @@ def probe(
     last = table.last_run()
     if last is None or not table.rows.parts():
         raise FmembedError(f"table: no run has finished on {uri}; run fmembed embed again first")
-    check_columns(table, spec, read_card(table))  # before Ray starts
+    schema = check_columns(table, spec, read_card(table))  # before Ray starts
     began, teller = time.monotonic(), Teller(quiet)
+    if absent := probing.describe_absent(spec, schema, spec.probes):
+        if names is not None:
+            raise SpecError(f"probe: {absent}")
+        teller.say(f"not run: {absent}")
     with Cluster(verbose, teller) as cluster:
         cluster.connect()
         teller.say("probing …")

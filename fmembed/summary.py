@@ -22,10 +22,7 @@ def lines(result: dict[str, Any], verbose: bool = False) -> Iterator[str]:
     if num_pieces := result["pieces_embedded"]:
         num_rows = result["rows_embedded"]
         yield f"pieces    {num_pieces:,} of {num_rows:,} rows, each with a vector of its own"
-    for name, found in result["probes"].items():
-        yield describe_probe(name, found, verbose)
-    if unlabelled := max((p.get("unlabelled", 0) for p in result["probes"].values()), default=0):
-        yield f"labels    {unlabelled:,} rows have none, and no part in the probes of labels"
+    yield from _scores(result, verbose)
     for cause, count in result["causes"].items():
         yield f"rejected  {count:,} {cause}: fmembed rejected {result['table']}"
     if num_before := result["table_rejected"] - result["rows_rejected"]:
@@ -51,6 +48,26 @@ def lines(result: dict[str, Any], verbose: bool = False) -> Iterator[str]:
         yield f"report    {result['report']}"
     if result["rows_embedded"] or result["probe_s"]:
         yield _time(result)
+
+
+def probed(result: dict[str, Any], verbose: bool = False) -> Iterator[str]:
+    """What probes have found of a table, a line each: nothing of the run that made it.
+
+    Args:
+        result: The fields of a `RunResult`.
+        verbose: Of scores all that was compared.
+    """
+    yield f"table     {result['table']} version {result['version']}, {result['table_rows']:,} rows"
+    yield from _scores(result, verbose)
+    yield f"report    {result['report']}"
+    yield f"time      {duration(result['probe_s'])}"
+
+
+def _scores(result: dict[str, Any], verbose: bool) -> Iterator[str]:
+    for name, found in result["probes"].items():
+        yield describe_probe(name, found, verbose)
+    if unlabelled := max((p.get("unlabelled", 0) for p in result["probes"].values()), default=0):
+        yield f"labels    {unlabelled:,} rows have none, and no part in the probes of labels"
 
 
 def _time(result: dict[str, Any]) -> str:

@@ -17,9 +17,10 @@ from fmembed.evaluate.facts import in_usd, pick_headlines, state_facts, stored_p
 from fmembed.evaluate.page import make_map, render
 from fmembed.evaluate.sample import NO_SOURCE, TableSample, check_columns, read_card, read_sample
 from fmembed.evaluate.text_tower import NO_MODEL, embed_captions, embed_prompts
-from fmembed.result import RunResult
-from fmembed.spec import ModelSpec, RunSpec, SourceSpec
+from fmembed.result import RunResult, check_probe
+from fmembed.spec import OWN_COLUMNS, ModelSpec, RunSpec, SourceSpec
 from fmembed.table.card import Card
+from fmembed.table.files import holds_vectors
 from fmembed.table.table import Table
 
 _DAMAGED = "the record of it is damaged; probe the table again"
@@ -64,7 +65,9 @@ def evaluate(
             if found.get("skipped") == NO_MODEL:
                 left_out.append(found)
             else:
-                table.put_probe(result.version, found)
+                old = table.get_probe(result.version, found["probe"], found["column"])
+                known = check_probe(old, found["probe"], found["column"])
+                table.put_probe(result.version, _with_competitor(found, known))
         map_ = _draw(flat, sample, spec.source.label)
     stored = _stored_probes(table, result.version, card, tuple(probes.PROBES))
     found_by = {(p["probe"], p["column"]): p for p in [*stored, *left_out]}
@@ -75,13 +78,28 @@ def evaluate(
     return result
 
 
+def _with_competitor(found: dict[str, Any], known: dict[str, Any] | None) -> dict[str, Any]:
+    """What a probe found, with the competitor that an earlier one has found of the same rows and
+    labels: it had the source, which this one has not.
+    """
+    if found.get("missing") != NO_SOURCE or known is None or "missing" in known:
+        return found
+    told, before = found["baselines"], known.get("baselines", {})
+    is_same = found.get("headline") == known.get("headline") and all(
+        before.get(name) == value for name, value in told.items() if value is not None
+    )
+    if not is_same or not all(before.get(name) for name in told):
+        return found
+    return {**{k: v for k, v in found.items() if k != "missing"}, "baselines": before}
+
+
 def stored_results(table: Table, spec: RunSpec, result: RunResult) -> RunResult | None:
     """`result` with what earlier probes of this version found; None where some have not been run.
 
     Or not with all that this spec gives them.
     """
     card = read_card(table)
-    names = _runnable(spec)
+    names = runnable(spec)
     results = _stored_probes(table, result.version, card, names)
     if not table.has_report or len(results) < len(names) * len(card.pooled):
         return None
@@ -114,7 +132,28 @@ def check_made_by(table: Table, spec: RunSpec) -> None:
         )
 
 
-def _runnable(spec: RunSpec) -> tuple[str, ...]:
+def describe_absent(spec: RunSpec, schema: pa.Schema, names: Sequence[str]) -> str:
+    """What to name so that some probes run; empty where all have their columns.
+
+    Args:
+        spec: Names the columns.
+        schema: Of the table.
+        names: Of the probes.
+    """
+    able = runnable(spec)
+    left = [name for name in names if name not in able]
+    if not left:
+        return ""
+    needs = sorted({n for name in left for n in probes.PROBES[name].NEEDS if n in _COLUMN_OF})
+    flags = {"labels": "--label COLUMN", "captions": "--set source.caption=COLUMN"}
+    carried = [f.name for f in schema if f.name not in OWN_COLUMNS and not holds_vectors(f.type)]
+    have = ", ".join(name[:80] for name in carried[:20]) or "none to name"
+    asked = " and ".join(flags[need] for need in needs)
+    verb = "needs" if len(left) == 1 else "need"
+    return f"{', '.join(left)} {verb} a column: {asked} (source.label, in a config); it has {have}"
+
+
+def runnable(spec: RunSpec) -> tuple[str, ...]:
     """The named probes that this source has columns for."""
     absent = {n for n, column in _COLUMN_OF.items() if getattr(spec.source, column) is None}
     return tuple(name for name in spec.probes if not probes.PROBES[name].NEEDS & absent)
@@ -124,7 +163,7 @@ def _run_probes(
     sample: TableSample, spec: RunSpec, card: Card, model: ModelSpec | None
 ) -> list[dict[str, Any]]:
     """Run each probe that can run on each column, a task each."""
-    names = _runnable(spec)
+    names = runnable(spec)
     started = []
     for column in card.pooled:
         given = _gather(names, column, sample, spec, card, model)

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pytest
 from forged import NUM_ROWS, OUTPUT, RUN, SPEC, make_table
 
+from fmembed import pipeline
 from fmembed.cli import run
-from fmembed.errors import TableError
-from fmembed.evaluate.probing import stored_results
+from fmembed.errors import SpecError, TableError
+from fmembed.evaluate.probing import _with_competitor, stored_results
 from fmembed.evaluate.sample import NO_SOURCE, check_rows, read_card
 from fmembed.result import check_probe, check_run
 from fmembed.spec import RunSpec
@@ -229,3 +230,35 @@ def test_an_earlier_result_without_the_source_is_not_enough_for_embed(tmp_path: 
     assert stored_results(table, own, made) is None
     table.put_probe(1, {**PROBE, "num_test": "x"})
     assert stored_results(table, own, made) is None
+
+
+def test_a_competitor_that_was_found_of_the_same_rows_stays() -> None:
+    """As of a table that was copied to where its source is not."""
+    tfidf = {"value": 0.8, "low": 0.7, "high": 0.9}
+    known = {**PROBE, "baselines": {**PROBE["baselines"], "TF-IDF": tfidf}}  # type: ignore[dict-item]
+    found = {**PROBE, "missing": NO_SOURCE}
+    assert _with_competitor(found, known) == known
+    assert _with_competitor(found, None) == found
+    # Of other labels, or where it was not found either.
+    other = {**known, "headline": {**SCORE, "value": 0.7}}
+    assert _with_competitor(found, other) == found
+    rarer = {**known, "baselines": {**known["baselines"], "majority": tfidf}}
+    assert _with_competitor(found, rarer) == found
+    assert _with_competitor(found, found) == found
+    assert _with_competitor(PROBE, known) == PROBE
+
+
+def test_what_probes_need_is_told_before_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = make_table(tmp_path / "out", spec={**SPEC, "source": {"uri": "x"}}, run=RUN)
+    monkeypatch.setattr("fmembed.run.cluster.connect", lambda _: pytest.fail("Ray would start"))
+    with pytest.raises(
+        SpecError, match=r"^probe: knn needs a column: --label COLUMN .*; it has topic"
+    ):
+        pipeline.probe(table.uri, ("knn",))
+    with pytest.raises(SpecError, match=r"crossmodal needs a column: --set source.caption=COLUMN"):
+        pipeline.probe(table.uri, ("crossmodal",))
+    with pytest.raises(pytest.fail.Exception):  # it goes on, to draw the map
+        pipeline.probe(table.uri)
+    assert "not run: knn needs a column" in capsys.readouterr().err
