@@ -534,7 +534,10 @@ def undelete(table: _Table, json_: _Json = False) -> None:
 
 @app.command()
 def init(
-    data: Annotated[str, typer.Argument(help="A dataset, as source.uri.")],
+    data: Annotated[str | None, typer.Argument(help="A dataset, as source.uri.")] = None,
+    example: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Or one of the configs that come with it.")
+    ] = None,
     to: Annotated[
         str | None, typer.Option(metavar="FILE", help="The config to write; - prints it.")
     ] = None,
@@ -552,9 +555,14 @@ def init(
     """
     from fmembed import first_config
 
+    if (data is None) == (example is None):
+        raise SpecError("init: takes a dataset, or --example NAME; either")
     given: Any = format_ or "auto"
-    text = first_config.propose(data, format_=given, model=model or "", output=output or "")
-    path = to or first_config.default_path(data)
+    if data is None:
+        text = first_config.example(str(example))
+    else:
+        text = first_config.propose(data, format_=given, model=model or "", output=output or "")
+    path = to or first_config.default_path(data or str(example))
     if path == _STDIN:
         print(text, end="")
         return

@@ -236,6 +236,21 @@ def _stem(uri: str) -> str:
     return stem or "table"
 
 
+def example(name: str) -> str:
+    """One of the configs that come with the project, as it is.
+
+    Raises:
+        SpecError: There is none of that name.
+    """
+    package = Path(__file__).parent
+    # In a wheel, or beside the package in its checkout.
+    folders = [package / "configs", package.parent / "jobs" / "configs"]
+    known = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    if name not in known:
+        raise SpecError(f"init: no example {name!a:.80}; there are {', '.join(known) or 'none'}")
+    return known[name].read_text(encoding="utf-8")
+
+
 def write(text: str, path: str) -> None:
     """Write a config where there is none yet.
 

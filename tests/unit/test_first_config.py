@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from conftest import ROOT
 from media import picture, sound
 
 from fmembed import RunSpec, cli
@@ -153,6 +154,17 @@ def test_what_is_no_dataset_is_told(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text("nothing\nof the kind\n")
     with pytest.raises(SourceError):
         propose(str(tmp_path / "b.jsonl"))
+
+
+def test_the_configs_of_the_project_come_with_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.run(["init", "--example", "text", "--to", "-"]) == 0
+    assert capsys.readouterr().out == (ROOT / "jobs/configs/text.yaml").read_text()
+    assert cli.run(["init", "--example", "nope"]) == 2
+    assert "there are audio, clap, clip" in capsys.readouterr().err
+    assert cli.run(["init"]) == 2
+    assert cli.run(["init", str(tmp_path), "--example", "text"]) == 2
 
 
 def test_the_command_writes_where_nothing_is(
