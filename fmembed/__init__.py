@@ -7,8 +7,10 @@ table = fmembed.read("out/bbc")
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 
 # `python -m fmembed.cli` puts the current folder first on the path: data lies there, and a numpy.py
 # among it would be run. While -m looks for the module it stands in for its name.
@@ -54,6 +56,10 @@ from fmembed.spec import (
     RunSpec,
     SourceSpec,
 )
+
+# In a notebook without ipywidgets both say so when they are imported; bars and tables are ours.
+warnings.filterwarnings("ignore", message="IProgress not found")  # of tqdm
+logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
 
 if TYPE_CHECKING:
     from fmembed.api import Result, embed, plan, refresh

@@ -71,8 +71,8 @@ class Result(RunResult):
     def _repr_html_(self) -> str:
         from fmembed.embeddings import as_html
 
-        table = self.open()._repr_html_() if self.table_rows else ""
-        return as_html(summary.lines(asdict(self))) + table
+        report = self.open().report_html() if self.table_rows else ""
+        return as_html(summary.lines(asdict(self))) + report
 
 
 def embed(

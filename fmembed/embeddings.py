@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import polars
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Info:
     """What a table tells of itself, without a row of it being read.
 
@@ -91,6 +91,12 @@ class Info:
             yield f"report    {self.report}"
         for what in self.missing:
             yield f"missing   {what}"
+
+    def __repr__(self) -> str:
+        return "\n".join(map(printable, self.lines()))
+
+    def _repr_html_(self) -> str:
+        return as_html(self.lines())
 
 
 class Embeddings:
@@ -311,11 +317,11 @@ class Embeddings:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: what is known, and the report."""
-        info = self.info()
-        return as_html(info.lines()) + self._frame(info)
+        return as_html(self.info().lines()) + self.report_html()
 
-    def _frame(self, info: Info) -> str:
-        if info.report is None:
+    def report_html(self) -> str:
+        """The report, folded, for a notebook; empty without one."""
+        if not self._table.has_report:
             return ""
         # In a frame without rights: the report is a file that anybody may have made.
         page = html.escape(self._table.storage.get("_report.html").decode(errors="replace"))
