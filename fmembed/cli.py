@@ -501,7 +501,7 @@ def delete(
         more = f": {', '.join(done.samples)}{', ...' if num_rows > len(done.samples) else ''}"
     would = "would delete" if dry_run else "deleted"
     rejected_too = f" and {done.rows_rejected:,} rejected ones" if done.rows_rejected else ""
-    _print(f"{would} {done.rows:,} rows{rejected_too}{more}")
+    _print(f"{would} {done.rows:,} row{'' if done.rows == 1 else 's'}{rejected_too}{more}")
     if done.num_absent:
         _print(f"{done.num_absent:,} of the given ids are not in the table")
     if not dry_run:

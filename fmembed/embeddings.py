@@ -84,7 +84,7 @@ class Info:
         if self.rows_rejected:
             yield f"rejected  {self.rows_rejected:,}: fmembed rejected {self.table}"
         if self.rows_deleted:
-            yield f"deleted   {self.rows_deleted:,} rows stay out, until fmembed undelete"
+            yield f"deleted   {self.rows_deleted:,} stay out, until fmembed undelete"
         if self.last_run:
             yield f"last run  {self.last_kind}, {_when(self.last_run)}"
         if self.report:

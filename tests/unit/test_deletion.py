@@ -253,13 +253,13 @@ def test_the_command(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "ids").write_text("a1\nnobody\n")
     assert cli.run(["delete", uri, "--ids", str(tmp_path / "ids")]) == 0
     first, second, third, *_ = capsys.readouterr().out.splitlines()
-    assert (first, second) == ("deleted 1 rows: a1", "1 of the given ids are not in the table")
+    assert (first, second) == ("deleted 1 row: a1", "1 of the given ids are not in the table")
     assert third == "version 2 has 9 rows; no run brings these back"
     assert cli.run(["delete", uri, "--where", "row_id = 'a2'", "--json", "--purge"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["rows"], told["rows_left"], told["purged"]) == (1, 8, True)
     assert cli.run(["info", uri]) == 0
-    assert "deleted   2 rows stay out" in capsys.readouterr().out
+    assert "deleted   2 stay out" in capsys.readouterr().out
     assert cli.run(["delete", uri]) == 2
     assert cli.run(["delete", uri, "--ids", str(tmp_path / "none")]) == 2
     capsys.readouterr()
