@@ -21,10 +21,10 @@ from fmembed.evaluate.facts import pick_headlines, stored_probes
 from fmembed.redaction import redact
 from fmembed.rows.columns import PARENT_ID, PIECE, ROW_ID
 from fmembed.rows.precision import PRECISIONS, dequantize, ranges_from_lists
+from fmembed.rows.vectors import vector_type
 from fmembed.spec import OWN_COLUMNS, ProbeName
 from fmembed.summary import describe_probe
 from fmembed.table.card import Card
-from fmembed.table.files import holds_vectors
 from fmembed.table.reading import read
 from fmembed.table.table import Table
 from fmembed.table.versions import list_versions
@@ -253,7 +253,7 @@ class Embeddings:
         gone = [part.path for part in parts if part.path not in there]
         left = next((part for part in parts if part.path not in gone), None)
         schema = table.rows.schema() if left is None else table.schema_of(left)
-        own = [f.name for f in schema if not holds_vectors(f.type)]
+        own = [f.name for f in schema if vector_type(f.type) is None]
         last, probes, missing = table.last_run() if self._is_newest else None, self.probes, []
         if gone:
             missing.append(f"{len(gone):,} of {len(parts):,} parts, as {gone[0]}")
@@ -342,11 +342,10 @@ def as_html(lines: Iterable[str]) -> str:
 
 
 def _dim(type_: pa.DataType, card: Card, column: str) -> int:
-    while not pa.types.is_fixed_size_list(type_):
-        if not (pa.types.is_list(type_) or pa.types.is_large_list(type_)):
-            return 0
-        type_ = type_.value_type
-    return int(type_.list_size) * PRECISIONS[card.outputs[column].precision].dims_each
+    found = vector_type(type_)
+    if found is None:
+        return 0
+    return int(found.list_size) * PRECISIONS[card.outputs[column].precision].dims_each
 
 
 def _said(card: Card, part: str, name: str) -> str:

@@ -22,6 +22,7 @@ from fmembed.errors import ModelError, RejectedError, SpecError, reason
 from fmembed.rows.columns import ERROR, MESSAGE, TRUNCATED, row_schema
 from fmembed.rows.outputs import DEFAULT, Output
 from fmembed.rows.precision import PRECISIONS
+from fmembed.rows.vectors import vector_type
 from fmembed.sources.canonical import canonical
 from fmembed.sources.given import content_of, is_file_name
 from fmembed.sources.source import RawRow, Source
@@ -250,7 +251,9 @@ def _tell(checkpoint: Checkpoint, rows: pa.Table, on_rejected: str) -> None:
 
 def _vectors(output: Output, column: pa.ChunkedArray) -> Any:
     """A column of vectors as numpy has them; an input without one has NaN, or no token."""
-    precision, dim = PRECISIONS[output.precision], _vector_type(column.type).list_size
+    precision, type_ = PRECISIONS[output.precision], vector_type(column.type)
+    assert type_ is not None
+    dim = type_.list_size
     dtype = precision.arrow.to_pandas_dtype()
     if output.pooling == "tokens":
         none = np.empty((0, dim), dtype)
@@ -261,12 +264,6 @@ def _vectors(output: Output, column: pa.ChunkedArray) -> Any:
     vectors = np.full((len(column), dim), np.nan, dtype)
     vectors[np.asarray(column.is_valid(), dtype=np.bool_)] = found
     return vectors
-
-
-def _vector_type(type_: pa.DataType) -> pa.FixedSizeListType:
-    while not pa.types.is_fixed_size_list(type_):
-        type_ = type_.value_type
-    return type_
 
 
 def _matrix(vectors: pa.FixedSizeListArray, dim: int) -> npt.NDArray[Any]:

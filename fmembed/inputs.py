@@ -30,6 +30,7 @@ from fmembed.sources.source import Source
 from fmembed.spec import RunSpec
 from fmembed.storage import resolve_package
 from fmembed.table.card import Card, StoredOutput, fingerprint
+from fmembed.table.output import carried_types, check_columns, check_schema
 from fmembed.table.table import Table
 
 # One name of each kind of file in a table: a source's pattern that matches one holds the table.
@@ -105,11 +106,11 @@ def open_inputs(spec: RunSpec, may_be_empty: bool = False) -> Inputs:
     identity = {**checkpoint.identity, **spec.preprocess.identity(checkpoint.modality)}
     table = Table.open_output(spec.output.uri, identity, redact(spec.model.id))
     if not source.file_is_row:  # there the column has whatever name it is given
-        table.check_columns(spec.source.input, spec.source.id)
+        check_columns(table, spec.source.input, spec.source.id)
     spec, source = _with_folders_as_labels(_with_choice_of_text(spec, table), source, table)
-    source = replace(source, carried=table.carried_types(source.carried))
+    source = replace(source, carried=carried_types(table, source.carried))
     inputs = Inputs(spec, source, checkpoint, identity, table)
-    table.check_schema(inputs.schema())
+    check_schema(table, inputs.schema())
     return inputs
 
 

@@ -18,9 +18,9 @@ from fmembed.evaluate.page import make_map, render
 from fmembed.evaluate.sample import NO_SOURCE, TableSample, check_columns, read_card, read_sample
 from fmembed.evaluate.text_tower import NO_MODEL, embed_captions, embed_prompts
 from fmembed.result import RunResult, check_probe
+from fmembed.rows.vectors import vector_type
 from fmembed.spec import OWN_COLUMNS, ModelSpec, RunSpec, SourceSpec
 from fmembed.table.card import Card
-from fmembed.table.files import holds_vectors
 from fmembed.table.table import Table
 
 _DAMAGED = "the record of it is damaged; probe the table again"
@@ -146,7 +146,8 @@ def describe_absent(spec: RunSpec, schema: pa.Schema, names: Sequence[str]) -> s
         return ""
     needs = sorted({n for name in left for n in probes.PROBES[name].NEEDS if n in _COLUMN_OF})
     flags = {"labels": "--label COLUMN", "captions": "--set source.caption=COLUMN"}
-    carried = [f.name for f in schema if f.name not in OWN_COLUMNS and not holds_vectors(f.type)]
+    named = (f.name for f in schema if vector_type(f.type) is None)
+    carried = [name for name in named if name not in OWN_COLUMNS]
     have = ", ".join(name[:80] for name in carried[:20]) or "none to name"
     asked = " and ".join(flags[need] for need in needs)
     verb = "needs" if len(left) == 1 else "need"

@@ -170,6 +170,15 @@ class _Column:
         return column
 
 
+def vector_type(type_: pa.DataType) -> pa.FixedSizeListType | None:
+    """The type of the vectors in a column of them, one a row or in lists (of pieces, of tokens);
+    None where it holds none.
+    """
+    while pa.types.is_list(type_) or pa.types.is_large_list(type_):
+        type_ = type_.value_type
+    return type_ if pa.types.is_fixed_size_list(type_) else None
+
+
 def average(vectors_PD: Floats, weights_P: Floats, counts_R: npt.NDArray[np.int64]) -> Floats:
     """Average the vectors of each row's pieces, weighted; shape (rows, dim).
 

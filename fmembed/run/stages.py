@@ -20,6 +20,7 @@ from fmembed.model.embed import Embed
 from fmembed.prepare.stage import Preprocess
 from fmembed.rows.outputs import Output
 from fmembed.rows.precision import PRECISIONS, Ranges
+from fmembed.rows.vectors import vector_type
 from fmembed.run.apart import PreprocessApart, read_apart
 from fmembed.run.faults import MAX_ACTOR_RESTARTS, MAX_TASK_RETRIES, explain, explain_model_death
 from fmembed.run.placement import Plan
@@ -249,8 +250,7 @@ def stored_dims(outputs: Sequence[Output], schema: pa.Schema) -> dict[str, int]:
     """
     dims = {}
     for output in outputs:
-        type_ = schema.field(output.column).type
-        while not pa.types.is_fixed_size_list(type_):  # of pieces, and of tokens
-            type_ = type_.value_type
+        type_ = vector_type(schema.field(output.column).type)
+        assert type_ is not None
         dims[output.column] = type_.list_size * PRECISIONS[output.precision].dims_each
     return dims

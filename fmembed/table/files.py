@@ -21,6 +21,7 @@ from fmembed.errors import DamagedError, reason
 from fmembed.rows.carried import hash_carried
 from fmembed.rows.columns import CONTENT_HASH, PARENT_ID, ROW_ID
 from fmembed.rows.ids import Hashes, Keys, contents_of, keys_of
+from fmembed.rows.vectors import vector_type
 from fmembed.spec import OWN_COLUMNS
 from fmembed.storage import Draft, Storage
 from fmembed.table.card import PREFIX
@@ -45,13 +46,6 @@ class Part:
     path: str
     size_bytes: int
     num_rows: int
-
-
-def holds_vectors(type_: pa.DataType) -> bool:
-    """Whether a part's column of a type holds vectors: one a row, or lists of them."""
-    while pa.types.is_list(type_):
-        type_ = type_.value_type
-    return bool(pa.types.is_fixed_size_list(type_))
 
 
 class PartFiles:
@@ -178,7 +172,7 @@ class PartFiles:
         is_own = PART.fullmatch(part.path)
         carried = [
             f.name for f in schema
-            if is_own and f.name not in OWN_COLUMNS and not holds_vectors(f.type)
+            if is_own and f.name not in OWN_COLUMNS and vector_type(f.type) is None
         ]  # fmt: skip
         # By ranges, however small the part is: every run reads the ids of all and no vector.
         try:

@@ -17,7 +17,6 @@ touched.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -31,18 +30,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fmembed.errors import DamagedError, FmembedError, StorageError, TableError
-from fmembed.redaction import redact
+from fmembed.errors import DamagedError, FmembedError, TableError
 from fmembed.result import RunResult, check_run
 from fmembed.rows.columns import DUPLICATE, REJECTED_SCHEMA, ROW_ID
 from fmembed.rows.ids import RowIds, keys_of
-from fmembed.storage import HALF_WRITTEN, Storage, tell
-from fmembed.table.card import FINGERPRINT, TABLE, Card, fingerprint
+from fmembed.storage import tell
+from fmembed.table.card import FINGERPRINT, TABLE, Card
 from fmembed.table.deleted import DeletedIds
 from fmembed.table.files import PART, REJECTED, RUN, WRITE, Part
 from fmembed.table.keys import KeyFiles, KeySet
 from fmembed.table.known import KnownRows, know
 from fmembed.table.log import Log
+from fmembed.table.output import check_usable
 from fmembed.table.parts import as_written
 from fmembed.table.records import (
     Commit,
@@ -55,11 +54,6 @@ from fmembed.table.records import (
     read_shards,
 )
 
-# Where a run has died before its log was made, only these are left of it.
-_OWN_LOCK = re.compile(r"_lock/(\d{8,18}\.json|\.probe-[0-9a-f]{32})")
-# Folders that make the one above them somebody's table.
-_OF_TABLES = ("_delta_log", "_versions", ".hoodie", "metadata/version-hint.text")
-_DIGEST = re.compile(r"[0-9a-f]{32}")
 # deltalake decodes these in a local path, and looks for the log in another folder.
 _DECODED = re.compile(r"%[0-9A-Fa-f]{2}|\\")
 
@@ -124,7 +118,7 @@ class Table:
         )
         table = cls(uri)
         try:
-            table.check_usable(identity, model)
+            check_usable(table, identity, model)
             # Learn now, not after an hour, that nothing can be written here.
             tried = f"_lock/.probe-{uuid.uuid4().hex}"
             table.storage.put(tried, b"")
@@ -136,81 +130,6 @@ class Table:
         finally:
             _remove_empty([table.uri + "/_lock", *absent])
         return table
-
-    def check_usable(self, identity: dict[str, Any], model: str = "") -> None:
-        """Make sure that a run with this identity may write here: nothing there, or its own table.
-
-        Looked at before Ray starts, and once more when the lock is had: whoever held it may have
-        made the table meanwhile.
-
-        Args:
-            identity: Of the run.
-            model: What the run calls its model, for a message.
-
-        Raises:
-            TableError: It holds something else, another model's vectors, or lies in another table.
-        """
-        card = self.card()
-        if card is None:
-            self._check_empty()
-        elif (
-            self.uri.endswith("/_rejected")
-            and Log(self.uri.removesuffix("/_rejected")).configuration().get(TABLE) == card.table
-        ):
-            raise TableError(
-                f"output.uri: {self.uri} lies inside another table; give another folder"
-            )
-        elif card.fingerprint != fingerprint(identity) and not self._is_bare():
-            raise TableError(self._of_another(card, identity, model))
-
-    def _of_another(self, card: Card, identity: dict[str, Any], model: str) -> str:
-        """What a run is told whose vectors would be others than those of the table."""
-        told = card.spec.get("model")
-        by = redact(str(told.get("id", "?")))[:200] if isinstance(told, dict) else "?"
-        num_rows = sum(part.num_rows for part in self.rows.parts())
-        now = f", this run's model is {model}" if model and model != by else ""
-        differ = [
-            _difference(name, card.identity.get(name), identity.get(name))
-            for name in sorted(card.identity.keys() | identity.keys())
-            if card.identity.get(name) != identity.get(name)
-        ]
-        return (
-            f"output.uri: {self.uri} was made by another model or setting: its {num_rows:,} rows "
-            f"by {by}{now}; {'; '.join(differ)}. With what made them all {num_rows:,} are kept; "
-            "else give another output.uri"
-        )
-
-    def _check_empty(self) -> None:
-        if self.rows.delta() is not None:
-            raise TableError(
-                f"output.uri: {self.uri} is another Delta table, no fmembed table; give another "
-                "folder"
-            )
-        if self.has_own_files():
-            raise TableError(
-                f"output.uri: {self.uri} holds parts of a table whose log is gone; nothing was "
-                "changed: fmembed verify --repair makes it a log, or give another folder"
-            )
-        for path in self.storage.paths():
-            within = [path] if not path.endswith("/") else self.storage.paths(path)
-            if path == "_delta_log/" and not any(p.endswith("/") for p in within):
-                continue  # `Log.delta` has found nothing in it
-            if path == "_lock/" and self._is_own_lock(within):
-                continue
-            raise TableError(
-                f"output.uri: {self.uri} is not empty (there is {path[:80]}) and no fmembed table; "
-                "give another folder"
-            )
-        if table := self._around():
-            raise TableError(
-                f"output.uri: {self.uri} lies inside another table ({table}); give another folder"
-            )
-
-    def _is_own_lock(self, within: Sequence[str]) -> bool:
-        """Whether `_lock` holds what a killed run has left there: nothing yet, or half a lock."""
-        files = [HALF_WRITTEN.sub("", path) for path in self.storage.sizes("_lock/")]
-        has_folder = any(path.endswith("/") for path in within)
-        return not has_folder and all(map(_OWN_LOCK.fullmatch, files))
 
     def is_own(self) -> bool:
         """Whether this project has made what lies here, even if its log cannot be read any more."""
@@ -226,23 +145,7 @@ class Table:
         parts = [p for p in paths if PART.fullmatch(p.removeprefix(REJECTED))]
         return any(TABLE in self.rows.files.read_stamp(p) for p in parts)
 
-    def _around(self) -> str | None:
-        """The table that this folder is inside of, if any."""
-        if self.storage.local:
-            parents = Path(os.path.realpath(self.storage.local)).parents
-            return next(
-                (str(p) for p in parents if any((p / s).exists() for s in _OF_TABLES)), None
-            )
-        scheme, _, path = self.uri.partition("://")
-        names = path.strip("/").split("/")
-        for i in range(len(names) - 1, 0, -1):
-            parent = Storage(f"{scheme}://{'/'.join(names[:i])}")
-            with contextlib.suppress(StorageError):  # not this user's to look at
-                if parent.sizes("_delta_log/"):  # its first entries may have been tidied away
-                    return parent.uri
-        return None
-
-    def _is_bare(self) -> bool:
+    def is_bare(self) -> bool:
         """Whether no row was ever committed, so that another model may have the table."""
         rejected = self.rejected.delta()
         return self.rows.is_bare() and (rejected is None or self.rejected.is_bare())
@@ -269,7 +172,7 @@ class Table:
         if known is not None and is_same:
             card = known
         configuration = card.to_configuration()
-        if delta is not None and is_same and not self._is_bare():
+        if delta is not None and is_same and not self.is_bare():
             self.rows.check_columns(delta, schema)
         elif delta is None or not is_same or not self.rows.has_columns(schema):
             self.rows.create(schema, configuration, run_id)
@@ -321,60 +224,6 @@ class Table:
         # Of what another tool has written, its lists have to be looked at.
         return self.read_part(part, None).schema
 
-    def check_columns(self, column: str, id_column: str | None) -> None:
-        """Make sure that a run embeds the column that the table was filled from, with the same ids.
-
-        With another column all rows would be taken for done, with other ids all would come twice.
-
-        Args:
-            column: What the run embeds.
-            id_column: Where it has its ids from; None for files' names and rows' numbers.
-
-        Raises:
-            TableError: It embeds another one, or has ids from another one.
-        """
-        card = self.card()
-        if card is None or self._is_bare():
-            return
-        source = card.spec.get("source")
-        source = source if isinstance(source, dict) else {}
-        known = source.get("input")
-        if isinstance(known, str) and known != column:
-            raise TableError(
-                f"source.input: {self.uri} was filled from the column {known[:200]!r}, this run "
-                f"embeds {column!r}; name that column or another output.uri"
-            )
-        known = source.get("id", id_column)
-        if known != id_column:
-            raise TableError(
-                f"source.id: the ids of {self.uri} are from {_said(known)}, those of this run from "
-                f"{_said(id_column)}, so that all rows would come twice; give the same, or another "
-                "output.uri"
-            )
-
-    def check_schema(self, schema: pa.Schema) -> None:
-        """Make sure that a table which has rows has the columns that a run would write.
-
-        Raises:
-            TableError: It has others.
-        """
-        delta = self.rows.delta()
-        if delta is not None and self.card() is not None and not self._is_bare():
-            self.rows.check_columns(delta, schema)
-
-    def carried_types(self, carried: pa.Schema) -> pa.Schema:
-        """The types of carried columns: what the table has them as, where it has rows by now.
-
-        What another week's files would have is no reason to begin a new table: a value that does
-        not fit is its own row's fate.
-        """
-        if self.card() is None or self._is_bare():
-            return carried
-        known = self.rows.schema()
-        return pa.schema(
-            [known.field(f.name) if f.name in known.names else f for f in carried]
-        ).remove_metadata()
-
     def known(self, with_staged: bool = False) -> KnownRows:
         """What the newest version knows of the source's rows: by its files of keys, unread.
 
@@ -421,7 +270,7 @@ class Table:
         Raises:
             TableError: It is another model's by now.
         """
-        self.check_usable(identity)
+        check_usable(self, identity)
         # By what was looked at before the lock: what follows looks anew.
         has_moved = self.has_moved
         self.remove_strays()
@@ -749,20 +598,6 @@ class Table:
         except (ValueError, RecursionError):
             tell(f"{path} in {self.uri} is no JSON; it is passed over")
             return None
-
-
-def _difference(name: str, old: Any, new: Any) -> str:
-    """How a part of an identity differs, for people: a digest tells them nothing."""
-    if name == "contract":
-        return "another version of fmembed computed them in another way"
-    if any(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (old, new)):
-        what = name.rpartition(".")[2]
-        return f"the {what} {'differs' if what == 'adapter' else 'differ'}"
-    return f"{name} was {old!r}, is {new!r}"
-
-
-def _said(id_column: Any) -> str:
-    return "files' names and rows' numbers" if id_column is None else f"column {id_column!a:.200}"
 
 
 def _probe_path(version: int | None, name: str, column: str) -> str:

@@ -14,8 +14,9 @@ from fmembed.errors import DamagedError, TableError
 from fmembed.rows.columns import DUPLICATE, PARENT_ID, ROW_ID
 from fmembed.rows.ids import Keys, RowIds, keys_of
 from fmembed.rows.precision import PRECISIONS
+from fmembed.rows.vectors import vector_type
 from fmembed.table.card import FINGERPRINT, Card
-from fmembed.table.files import PART, REJECTED, Part, holds_vectors
+from fmembed.table.files import PART, REJECTED, Part
 from fmembed.table.log import ENTRY, Log, what_is_cut
 from fmembed.table.table import Table
 
@@ -118,7 +119,8 @@ class _Embedded:
             self._parents.append(keys_of(rows[PARENT_ID].to_pylist()))
         problems = []
         for column, output in self._outputs.items():
-            if column not in rows.schema.names or not holds_vectors(rows.schema.field(column).type):
+            names = rows.schema.names
+            if column not in names or vector_type(rows.schema.field(column).type) is None:
                 problems.append(f"{part.path}: {column} does not hold the vectors it promises")
                 continue
             vectors = _flatten(rows[column])

@@ -16,6 +16,7 @@ from deltalake import write_deltalake
 from tables import CARD, CONFIGURATION, IDENTITY, SCHEMA, block, write
 
 from fmembed.cli import run
+from fmembed.table.output import check_usable
 from fmembed.table.reading import read
 from fmembed.table.repair import repair
 from fmembed.table.table import Table
@@ -172,7 +173,7 @@ def test_what_lies_in_a_table_and_is_not_of_it_stays(tmp_path: Path) -> None:
             (folder / name).write_bytes(b"theirs")
     before = {name: look(folder)[name] for name in theirs}
     table = Table.open_output(str(folder), IDENTITY)
-    table.check_usable(IDENTITY)
+    check_usable(table, IDENTITY)
     table.claim(CARD, SCHEMA, "next")
     table.remove_strays()
     assert not (folder / stray.path).exists()

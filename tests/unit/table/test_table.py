@@ -29,6 +29,7 @@ from fmembed.table import log as log_module
 from fmembed.table.card import fingerprint
 from fmembed.table.files import Part, PartFiles
 from fmembed.table.log import _is_damage
+from fmembed.table.output import check_usable
 from fmembed.table.parts import write_part
 from fmembed.table.reading import read
 from fmembed.table.records import Commit, WholeShard
@@ -632,7 +633,7 @@ def test_of_two_creators_with_other_models_one_has_the_table(tmp_path: Path) -> 
     assert written.part is not None
     first.rows.commit([written.part], written.schema, CONFIGURATION, ("first", 0))
     with pytest.raises(TableError, match=r"model\.dtype was 'float32', is 'bfloat16'"):
-        second.check_usable(other_identity)
+        check_usable(second, other_identity)
     with pytest.raises(ConflictError):
         second.claim(other, SCHEMA, "second")
     # Even on the newest version: the commit itself looks at the fingerprint.

@@ -30,6 +30,7 @@ from fmembed.rows.columns import REJECTED_SCHEMA
 from fmembed.rows.ids import RowIds, keys_of
 from fmembed.table.files import Part
 from fmembed.table.key_rows import KeyRows
+from fmembed.table.output import check_usable
 from fmembed.table.parts import Written
 from fmembed.table.reading import read
 from fmembed.table.records import Commit, WholeShard
@@ -98,7 +99,7 @@ class TableStates(RuleBasedStateMachine):
         run_id = f"run{self.num_runs}"
         table = Table.open_output(self.uri, IDENTITY)
         known = table.known().load()
-        table.check_usable(IDENTITY)
+        check_usable(table, IDENTITY)
         table.claim(CARD, SCHEMA, run_id)
         return Driver(run_id, table, known, Commit(run=run_id))
 
@@ -283,7 +284,10 @@ class TableStates(RuleBasedStateMachine):
         if self.is_damaged:
             return
         if self.embedded or self.rejected:
-            for look in (self.early.check_usable, lambda i: Table.open_output(self.uri, i)):
+            for look in (
+                lambda i: check_usable(self.early, i),
+                lambda i: Table.open_output(self.uri, i),
+            ):
                 try:
                     look(OTHER)
                 except TableError:
@@ -397,7 +401,7 @@ class TableStates(RuleBasedStateMachine):
         with contextlib.suppress(FmembedError):
             table = Table.open_output(self.uri, IDENTITY)
             known = table.known().load()
-            table.check_usable(IDENTITY)
+            check_usable(table, IDENTITY)
             table.remove_strays()
             self.check_what_counts_as_done(table, known)
         assert before == {path for path in self.recorded if Path(self.uri, path).exists()}
