@@ -258,7 +258,9 @@ class Embeddings:
         if gone:
             missing.append(f"{len(gone):,} of {len(parts):,} parts, as {gone[0]}")
         if self._is_newest and last is None:
-            missing.append("a record of its last run (_runs/)")
+            missing.append("a record of its last run (_runs/), which was stopped or is under way")
+        elif self._is_newest and table.is_uncounted():
+            missing.append("the end of its last run, which was stopped or is under way")
         if not probes:
             missing.append("probes: fmembed probe finds scores")
         if self._is_newest and not table.has_report:

@@ -146,6 +146,11 @@ class SourceSpec(_Part):
         self._called = name
 
     @property
+    def is_given(self) -> bool:
+        """Whether a program has given the data, in files that last as long as its run."""
+        return self._called is not None
+
+    @property
     def stored_name(self) -> str:
         """What to call this source in a report's title, and in the table's own record."""
         return self._called or redact(self.uri).rstrip("/")

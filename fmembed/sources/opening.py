@@ -77,7 +77,7 @@ def open_source(spec: SourceSpec, modalities: Sequence[Modality] = ("text",)) ->
     return replace(
         source,
         spec=opened.spec,
-        shards=with_keys(opened.spec, opened.shards, opened.revision),
+        shards=with_keys(opened.spec, opened.shards, opened.revision, source.fs),
         carried=_carried_schema(spec, opened.schema),
         modality=modality,
     )

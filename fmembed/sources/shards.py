@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import zlib
@@ -51,26 +52,38 @@ def uncut(source: Source) -> list[Shard]:
     return [*(s for s in source.shards if s.start is None), *whole.values()]
 
 
-def with_keys(spec: SourceSpec, shards: Iterable[Shard], revision: str = "") -> tuple[Shard, ...]:
+def with_keys(
+    spec: SourceSpec, shards: Iterable[Shard], revision: str = "", fs: Any = None
+) -> tuple[Shard, ...]:
     """Name each shard after all that decides which rows it yields.
 
     Args:
         spec: The source.
         shards: What to name.
         revision: Of a dataset that is no list of files; else each file's own counts.
+        fs: Where the files are of data that a program has given: their bytes count, as they lie
+            elsewhere in each run.
     """
     # Limits stay out of the key: all they do is reject rows, and rejected rows are on record.
     limits = {"max_text_bytes", "max_media_bytes"}
     settings = spec.model_dump(mode="json", exclude={"label", "split", "carry", "caption", *limits})
     if spec.csv == CsvSpec():  # keys are on record that were made before there was such a setting
         del settings["csv"]
-    settings["uri"] = unsigned(spec.uri)
+    settings["uri"] = "" if spec.is_given else unsigned(spec.uri)
     settings["root"] = unsigned(spec.root) if spec.root else None
+
+    @functools.cache
+    def digest(path: str) -> str:
+        with fs.open(path, "rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()
+
+    def revision_of(file: File) -> str:
+        return digest(file.path) if spec.is_given and fs is not None else file.revision
 
     def key(shard: Shard) -> str | None:
         if not all(f.revision for f in shard.files):
             return None
-        files = [] if revision else [(f.name, f.size, f.revision) for f in shard.files]
+        files = [] if revision else [(f.name, f.size, revision_of(f)) for f in shard.files]
         content = json.dumps([settings, revision, files, shard.start, shard.stop])
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import inline
 import numpy as np
 import pandas as pd
 import pytest
 from forged import make_table
+from refreshing import make_stage
 
 import fmembed
 from fmembed import RunSpec, SpecError, api, cli, pipeline
@@ -200,3 +202,25 @@ def test_the_command_takes_standard_input(
     named = ["--source", "-", "--model", str(tiny_bert), "--output", str(tmp_path / "out")]
     assert cli.run(["embed", *named]) == 2
     assert given == [[("stdin#0", "one"), ("stdin#1", "two")]]
+
+
+def test_the_same_data_again_is_known_without_reading_it(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lies in other files each time; what they hold is on record."""
+    frame = pd.DataFrame({"body": ["one", "two", "three"], "key": ["a", "b", "c"]})
+    told = {"source.input": "body", "source.id": "key", "model.id": str(tiny_bert),
+            "output.uri": str(tmp_path / "out"), "probes": []}  # fmt: skip
+    stage = make_stage(tmp_path / "seen")
+
+    def embed(data: Any) -> RunResult:
+        with api._spec_of(data, told, None) as (spec, _):
+            return inline.embed(spec, stage)
+
+    assert embed(frame).rows_embedded == 3
+    read: list[Any] = []
+    monkeypatch.setattr(inline, "read_shard", lambda *given: read.append(given) or iter(()))
+    again = embed(frame.copy())
+    assert (again.rows_skipped, read) == (3, [])
+    embed(frame.assign(body=["one", "two", "other"]))
+    assert len(read) == 1

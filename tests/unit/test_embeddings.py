@@ -17,6 +17,7 @@ import pytest
 from conftest import SENTENCES
 from deltalake import DeltaTable
 from forged import NUM_ROWS, SPEC, make_table
+from refreshing import Corpus, row
 
 import fmembed
 from fmembed.errors import TableError
@@ -204,3 +205,18 @@ def test_a_notebook_shows_the_report_without_rights(tmp_path: Path) -> None:
     assert "sandbox='allow-scripts'" in shown
     assert 'srcdoc="&lt;p class=&quot;x&quot;&gt;it&#x27;s &amp; all&lt;/p&gt;"' in shown
     assert "\x1b" not in repr(opened)
+
+
+def test_info_says_of_a_table_that_its_last_run_was_stopped(
+    tmp_path: Path, tiny_bert: Path
+) -> None:
+    corpus = Corpus(tmp_path, tiny_bert)
+    corpus.write("a.jsonl", [row("a")])
+    corpus.refresh()
+    assert not [m for m in fmembed.open(str(corpus.out)).info().missing if "run" in m]
+    corpus.write("b.jsonl", [row("b")])
+    with pytest.MonkeyPatch.context() as patch:  # killed between its commit and its record
+        patch.setattr("fmembed.table.table.put_run", lambda *_: None)
+        corpus.embed()
+    (told,) = [m for m in fmembed.open(str(corpus.out)).info().missing if "run" in m]
+    assert told == "the end of its last run, which was stopped or is under way"
