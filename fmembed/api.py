@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from fmembed import summary
+from fmembed import summary, terminal
 from fmembed.errors import SpecError
 from fmembed.result import RunResult
 from fmembed.rows.columns import PARENT_ID, PIECE, ROW_ID
@@ -244,6 +244,7 @@ def _spec_of(
         with _laid_out(data, told, spool) as given:
             spec = RunSpec.from_yaml(None, {**given.fields, **told})
             spec.source.call(given.called)
+            _check_twins(spec, given)
             yield spec, given
 
 
@@ -279,6 +280,28 @@ def of_stream(spec: RunSpec, stream: IO[bytes]) -> Iterator[RunSpec]:
         source = spec.source.model_copy(update={"uri": str(path), "format": format_})
         source.call("standard input")
         yield spec.model_copy(update={"source": source})
+
+
+def _check_twins(spec: RunSpec, given: Given) -> None:
+    """Say before the work that rows of data have one id: all but the first are rejected.
+
+    Raises:
+        SpecError: They are more than a run may reject.
+    """
+    if not (twins := given.twins()):
+        return
+    assert given.ids is not None
+    column = spec.source.id
+    told = (
+        f"{len(twins):,} of {len(given.ids):,} rows have the {column} of an earlier row, as "
+        f"{twins[0][:80]!a}"
+    )
+    if not spec.output.allows(len(twins), len(given.ids)):
+        raise SpecError(
+            f"source.id: {told}, and would be rejected: name a column of ids that are there once, "
+            "or none; or allow them by overrides={'output.max_rejected_fraction': ...}"
+        )
+    terminal.say(f"{told}: they are rejected")
 
 
 def _has_other_nodes() -> bool:

@@ -36,6 +36,10 @@ _SHORT = reprlib.Repr()
 _VARIABLE = re.compile(r"_?[A-Z]{1,20}\d{0,2}(?:_(?:[A-Z]{1,20}\d{0,2}|\d{1,2}))*")
 
 
+# Of fewer rows some may be rejected, whatever share that is.
+_FEW_ROWS = 10
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -399,6 +403,14 @@ class OutputSpec(_Part):
     keep_days: float | None = Field(default=30.0, ge=0)
     keep_versions: int = Field(default=5, ge=1)
 
+    def allows(self, num_rejected: int, num_rows: int) -> bool:
+        """Whether so many of so many rows may be rejected."""
+        if num_rejected <= self.max_rejected_fraction * num_rows:
+            return True
+        # One of four is no share of anything, unless somebody has said so.
+        is_said = "max_rejected_fraction" in self.model_fields_set
+        return num_rejected < num_rows < _FEW_ROWS and not is_said
+
     @field_validator("uri")
     @classmethod
     def _check_uri(cls, value: str) -> str:
@@ -512,17 +524,14 @@ def _set(raw: dict[str, Any], keys: list[str], value: Any) -> None:
 
 def _one_line(error: ValidationError) -> str:
     # A mistyped key before the missing one that it was meant to be.
-    errors = error.errors(include_url=False)
+    errors: list[Any] = error.errors(include_url=False)
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    # Union branches ("int", "tuple[int,int]", ...) are pydantic's names, not the user's fields.
-    names: list[str] = []
-    fields = _field_names(RunSpec, names)
-    for key in first["loc"]:
-        if isinstance(key, int) or key in fields or first["type"] == "extra_forbidden":
-            names.append(str(key))
-            fields = _field_names(RunSpec, names)
+    names = _names_of(first)
     field = ".".join(map(_shown_name, names)) or "config"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    # Of what may be one thing or another, each says why it is not that one.
+    same = [e for e in errors if _names_of(e) == names]
+    num_more = len(errors) - len(same)
+    more = f" (and {num_more} more)" if num_more else ""
     if first["type"] == "extra_forbidden":
         return f"{field}: unknown key; {_hint(names)}{more}"
     if first["type"] == "missing":
@@ -530,12 +539,50 @@ def _one_line(error: ValidationError) -> str:
             known = sorted(_field_names(RunSpec, names[:-1]))
             return f"{field}: missing; {'.'.join(names[:-1])} takes {', '.join(known)}{more}"
         return f"{field}: missing; every config names source.uri, model.id and output.uri{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "tuple_type":  # Python's word, and no YAML's
-        message = "takes a list, in brackets"
-    elif first["type"] == "model_type":
-        message = "takes a mapping of fields"
+    own = [e["msg"].removeprefix("Value error, ") for e in same if e["type"] == "value_error"]
+    taken = " or ".join(dict.fromkeys(_what_it_takes(e) for e in same))
+    message = own[0] if own else f"takes {taken}"
     return f"{field}: {message}{_shown(names[-1] if names else '', first['input'])}{more}"
+
+
+def _names_of(error: Any) -> list[str]:
+    """The field of an error: without a union's branches, which are pydantic's names."""
+    names: list[str] = []
+    fields = _field_names(RunSpec, names)
+    for key in error["loc"]:
+        if isinstance(key, int) or key in fields or error["type"] == "extra_forbidden":
+            names.append(str(key))
+            fields = _field_names(RunSpec, names)
+    return names
+
+
+# By the beginning of pydantic's word for an error, in the words of a config.
+_TAKES = {
+    "literal_error": "{expected}",
+    "int_": "a whole number",
+    "float_": "a number",
+    "bool_": "true or false",
+    "string_type": "a text",
+    "string_too_short": "a text that is not empty",
+    "string_too_long": "a text no longer than {max_length}",
+    "greater_than_equal": "a number of at least {ge}",
+    "greater_than": "a number over {gt}",
+    "less_than_equal": "a number of at most {le}",
+    "less_than": "a number below {lt}",
+    "finite_number": "a number that is finite",
+    "tuple_type": "a list, in brackets",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+    "model_type": "a mapping of fields",
+    "dict_type": "a mapping of fields",
+}
+
+
+def _what_it_takes(error: Any) -> str:
+    found = (told for kind, told in _TAKES.items() if error["type"].startswith(kind))
+    if (told := next(found, None)) is None:
+        return f"another value: {error['msg']}"
+    return told.format(**error.get("ctx", {}))
 
 
 def _hint(names: list[str]) -> str:

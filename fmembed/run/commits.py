@@ -31,9 +31,8 @@ from fmembed.table.table import Table
 
 _MAX_WRITES_IN_FLIGHT = 2
 _MAX_WRITE_RETRIES = 3
-# Below these the fraction says little: one bad row of ten is not yet a bad dataset, and of fewer
-# rows none, at the end of a run neither.
-_MIN_ROWS_TO_STOP, _FEW_ROWS = 1000, 10
+# Below these the fraction says little: one bad row of ten is not yet a bad dataset.
+_MIN_ROWS_TO_STOP = 1000
 SETTLE_S = 30.0
 _FIRST_COMMIT_S, _LEAST_COMMIT_S, _COMMIT_SHARE, _SLOW_COMMIT_S = 15.0, 60.0, 1 / 50, 1.0
 
@@ -399,11 +398,7 @@ def check_rejected(table: Table, output: OutputSpec, num_rejected: int, num_rows
     Raises:
         RejectedError: With the causes.
     """
-    if num_rejected <= output.max_rejected_fraction * num_rows:
-        return
-    # One of four is no share of anything, unless somebody has said so.
-    is_said = "max_rejected_fraction" in output.model_fields_set
-    if num_rejected < num_rows < _FEW_ROWS and not is_said:
+    if output.allows(num_rejected, num_rows):
         return
     found = Counter[str]()
     by_cause = table.rejected_by_cause(1)

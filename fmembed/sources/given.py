@@ -47,6 +47,11 @@ class Given:
     ids: Sequence[str] | None = None
     has_order: bool = True
 
+    def twins(self) -> list[str]:
+        """Ids that an earlier row of the data has, one for each row that will be rejected so."""
+        seen: set[str] = set()
+        return [i for i in self.ids or () if i and (i in seen or seen.add(i))]  # type: ignore[func-returns-value]
+
     def positions(self, row_ids: Iterable[str]) -> list[int]:
         """Where in the data the rows of some ids are; behind it those that are not in it."""
         if self.ids is None:
@@ -123,6 +128,9 @@ def _named(
 def _arrow_tables(data: Any, kind: str) -> Iterator[pa.Table] | None:
     """A table as Arrow's; None where it is none."""
     if kind == "pandas DataFrame":
+        if not data.columns.is_unique:
+            twice = data.columns[data.columns.duplicated()][0]
+            raise SourceError(f"data: two columns of the DataFrame are called {str(twice)!a:.80}")
         try:
             return iter([pa.Table.from_pandas(data, preserve_index=False)])
         except (pa.ArrowException, TypeError, ValueError) as e:

@@ -16,7 +16,7 @@ from forged import make_table
 from refreshing import make_stage
 
 import fmembed
-from fmembed import RunSpec, SpecError, api, cli, pipeline
+from fmembed import RunSpec, SourceError, SpecError, api, cli, pipeline
 from fmembed.result import RunResult
 from fmembed.sources.given import Given
 from fmembed.sources.opening import open_source
@@ -224,3 +224,27 @@ def test_the_same_data_again_is_known_without_reading_it(
     assert (again.rows_skipped, read) == (3, [])
     embed(frame.assign(body=["one", "two", "other"]))
     assert len(read) == 1
+
+
+def test_rows_of_one_id_are_told_before_the_work(
+    specs: list[RunSpec], capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = pd.DataFrame({"text": [f"text {i}" for i in range(20)], "key": [*range(18), 3, 3]})
+    given: dict[str, Any] = {"model": "m", "output": "out", "id": "key"}
+    with pytest.raises(
+        SpecError, match=r"source\.id: 2 of 20 rows have the key of an earlier row, as '3', and"
+    ):
+        fmembed.embed(frame, **given)
+    assert specs == []
+    fmembed.embed(frame, **given, overrides={"output.max_rejected_fraction": 0.1})
+    assert (
+        "2 of 20 rows have the key of an earlier row, as '3': they are" in capsys.readouterr().err
+    )
+    fmembed.embed(frame.iloc[[3, 18]], **given)  # so few, of which not all are rejected
+    assert len(specs) == 2
+
+
+def test_columns_of_one_name_are_told(specs: list[RunSpec]) -> None:
+    frame = pd.DataFrame([["a", "b"]], columns=["text", "text"])
+    with pytest.raises(SourceError, match="two columns of the DataFrame are called 'text'"):
+        fmembed.embed(frame, model="m", output="out")
