@@ -62,6 +62,24 @@ def as_jsonl(rows: Rows) -> bytes:
     return "\n".join(lines).encode()
 
 
+def as_json(rows: Rows) -> bytes:
+    return json.dumps(
+        [{"text": t.decode(), "label": label} for t, label in rows], indent=1
+    ).encode()
+
+
+def as_npz(rows: Rows) -> bytes:
+    import numpy as np
+
+    sink = io.BytesIO()
+    np.savez(
+        sink,
+        text=np.array([t.decode() for t, _ in rows]),
+        label=np.array([label for _, label in rows]),
+    )
+    return sink.getvalue()
+
+
 def as_csv(rows: Rows) -> bytes:
     sink = io.StringIO()
     writer = csv.writer(sink, quoting=csv.QUOTE_ALL)
@@ -138,6 +156,8 @@ _MADE: dict[tuple[str, str], Rows] = {}
 _TEXT = {"input": "text", "label": "label"}
 KINDS = {
     "jsonl": Kind(text_rows, as_jsonl, "jsonl", _TEXT),
+    "json": Kind(text_rows, as_json, "json", _TEXT),
+    "npz": Kind(text_rows, as_npz, "npz", _TEXT),
     "csv": Kind(text_rows, as_csv, "csv", _TEXT),
     "tsv": Kind(text_rows, as_tsv, "tsv", _TEXT),
     "parquet": Kind(text_rows, as_parquet, "parquet", _TEXT),
@@ -278,6 +298,14 @@ def _pairs(folder: Path, kind: Kind) -> set[tuple[bytes, str]]:
                 with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
                     row = json.loads(line)
                     pairs.add((row["text"].encode(), row["label"]))
+        elif kind.suffix == "json":
+            text = content.decode(errors="surrogateescape")
+            for at in (i for i, c in enumerate(text) if c == "{"):
+                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                    row, _ = json.JSONDecoder().raw_decode(text, at)
+                    pairs.add((row["text"].encode(), row["label"]))
+        elif kind.suffix == "npz":
+            pairs |= {(text.encode(), label) for text, label in _arrays_of(path)}
         elif kind.suffix == "parquet":
             for row in pq.read_table(path).to_pylist():
                 pairs.add((row["text"].encode(), row["label"]))
@@ -343,6 +371,17 @@ def _lines_of(path: Path) -> list[Any]:
     return found
 
 
+def _array_of(path: Path) -> list[Any]:
+    return [(row["text"], row.get("label")) for row in json.loads(path.read_bytes())]
+
+
+def _arrays_of(path: Path) -> list[Any]:
+    import numpy as np
+
+    with np.load(path) as arrays:
+        return list(zip(arrays["text"].tolist(), arrays["label"].tolist(), strict=True))
+
+
 def _parquet_by_arrow(path: Path) -> list[Any]:
     import pyarrow.parquet as pq
 
@@ -375,6 +414,8 @@ _READERS: dict[str, dict[str, Callable[[Path], list[Any]]]] = {
             path, f"from read_json(?, format = 'newline_delimited', columns = {_TEXTS})"
         ),
     },
+    "json": {"json": _array_of},
+    "npz": {"numpy": _arrays_of},
     "parquet": {
         "pyarrow": _parquet_by_arrow,
         "DuckDB": lambda path: _by_duckdb(path, "select text, label from read_parquet(?)"),

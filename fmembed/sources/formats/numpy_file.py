@@ -85,9 +85,23 @@ def _arrays(
         found = {}
         for name in archive.namelist():
             column = name.removesuffix(".npy")
-            if wanted is None or column in wanted:
+            if wanted is None:
+                found[column] = _open(stack.enter_context(archive.open(name)), column)
+            elif column in wanted:
+                _check_sum(archive, name)
                 found[column] = _open(stack.enter_context(archive.open(name)), column)
         yield found
+
+
+def _check_sum(archive: zipfile.ZipFile, name: str) -> None:
+    """Read a member once for its checksum: it is compared at the end, when rows are handed on.
+
+    Raises:
+        zipfile.BadZipFile: It is another.
+    """
+    with archive.open(name) as handle:
+        while handle.read(READ_BYTES):
+            pass
 
 
 def _open(handle: Any, name: str) -> _Array:
