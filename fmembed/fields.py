@@ -86,7 +86,7 @@ MEANINGS = {
     "compute.budget.cost": "the same, in the currency of the price",
     "compute.price_per_device_hour": "what an hour of an actor's device costs, in any currency",
     "output.uri": "folder or URL of the table",
-    "output.commit_every_s": "auto: a quarter of a minute, then a minute, and in a long run a "
+    "output.commit_every_s": "auto: a quarter of a minute, soon 40 s, and in a long run a "
     "fiftieth of the time it has taken so far; whatever is set, a commit that took seconds is "
     "followed by as much work",
     "output.part_bytes": "bytes of rows that make a part",

@@ -384,8 +384,8 @@ class OutputSpec(_Part):
     """Where the table goes and how often it is committed.
 
     A kill costs what was not committed yet, and each commit makes a file of its own. `auto` commits
-    after a quarter of a minute, then each minute, and in a long run after a fiftieth of the time it
-    has taken so far: a day makes some 200 files, none of them over `part_bytes`, and a kill costs
+    each quarter of a minute, soon each 40 s, and in a long run after a fiftieth of the time it
+    has taken so far: a day makes some 250 files, none of them over `part_bytes`, and a kill costs
     2 % of it.
 
     More than `max_rejected_fraction` of the rows rejected fails a run; where that is left open,

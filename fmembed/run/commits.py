@@ -34,7 +34,9 @@ _MAX_WRITE_RETRIES = 3
 # Below these the fraction says little: one bad row of ten is not yet a bad dataset.
 _MIN_ROWS_TO_STOP = 1000
 SETTLE_S = 30.0
-_FIRST_COMMIT_S, _LEAST_COMMIT_S, _COMMIT_SHARE, _SLOW_COMMIT_S = 15.0, 60.0, 1 / 50, 1.0
+_FIRST_COMMIT_S, _LEAST_COMMIT_S, _COMMIT_SHARE, _SLOW_COMMIT_S = 15.0, 40.0, 1 / 50, 1.0
+# Of the first minutes: nobody waits longer than it has taken, and no bar stands still.
+_EARLY_SHARE = 1 / 4
 
 
 class Commits:
@@ -421,7 +423,8 @@ def interval_s(given: float | Literal["auto"], run_s: float) -> float:
     """Seconds from a commit after so much of a run to the next; see `OutputSpec`."""
     if given != "auto":
         return given
-    return max(_LEAST_COMMIT_S, run_s * _COMMIT_SHARE) if run_s > 0 else _FIRST_COMMIT_S
+    early = min(max(_FIRST_COMMIT_S, run_s * _EARLY_SHARE), _LEAST_COMMIT_S)
+    return max(early, run_s * _COMMIT_SHARE)
 
 
 def _write_blocks(
