@@ -475,6 +475,9 @@ def delete(
     ids: Annotated[
         str | None, typer.Option(metavar="FILE", help="Or a file of their ids, one a line.")
     ] = None,
+    listed_in: Annotated[
+        str | None, typer.Option(metavar="TABLE", help="Or all that was deleted from that table.")
+    ] = None,
     purge: Annotated[
         bool, typer.Option("--purge", help="Leave no byte: older versions and probes go too.")
     ] = False,
@@ -492,7 +495,7 @@ def delete(
     from fmembed.deletion import delete as delete_rows
 
     given = None if ids is None else _read_lines(ids)
-    done = delete_rows(table, where, ids=given, purge=purge, dry_run=dry_run)
+    done = delete_rows(table, where, ids=given, listed_in=listed_in, purge=purge, dry_run=dry_run)
     if json_:
         print(json.dumps({**asdict(done), "dry_run": dry_run}))
         return
@@ -503,17 +506,19 @@ def delete(
     rejected_too = f" and {done.rows_rejected:,} rejected ones" if done.rows_rejected else ""
     _print(f"{would} {done.rows:,} row{'' if done.rows == 1 else 's'}{rejected_too}{more}")
     if done.num_absent:
-        _print(f"{done.num_absent:,} of the given ids are not in the table")
-    if not dry_run:
+        some = f"{', '.join(done.absent)}{', ...' if done.num_absent > len(done.absent) else ''}"
+        kept = "" if dry_run else ", and are kept out from now on"
+        _print(f"{done.num_absent:,} of the given ids are not in the table{kept}: {some}")
+    if not dry_run and num_rows:
         _print(f"version {done.version} has {done.rows_left:,} rows; no run brings these back")
         _print("fmembed probe makes the report anew; fmembed undelete lets rows come back")
-        if not purge and num_rows:
+        if not purge:
             _print("older versions still have them: fmembed vacuum --purge, or --purge here")
 
 
 def _read_lines(path: str) -> list[str]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return [line for raw in file if (line := raw.rstrip("\r\n"))]
     except (OSError, UnicodeDecodeError) as e:
         why = e.strerror if isinstance(e, OSError) else "not UTF-8 text"

@@ -13,20 +13,24 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from deltalake import QueryBuilder
 
 from fmembed.errors import SpecError, TableError, reason
 from fmembed.result import RunResult
 from fmembed.rows.columns import PARENT_ID, ROW_ID
-from fmembed.rows.ids import RowIds, keys_of
+from fmembed.rows.ids import Keys, LeftOut, RowIds, keys_of
 from fmembed.run import buckets, here
 from fmembed.run.new_version import NewVersion
 from fmembed.run.passes import cleaned_up
+from fmembed.sources.given import INDEX
 from fmembed.spec import OutputSpec
-from fmembed.table.key_rows import KeyRows
+from fmembed.table.card import Card
+from fmembed.table.key_rows import KINDS, KeyRows
 from fmembed.table.known import KnownRows
 from fmembed.table.lock import Lock
 from fmembed.table.records import Commit, WholeShard, drop_shards, read_shards
@@ -35,6 +39,9 @@ from fmembed.table.table import Table
 from fmembed.table.versions import tidy
 
 _SAMPLES = 20
+_CHOSEN = "_chosen"
+# An id that a reader gives a row: where it is, or what of it is not known.
+_PLACE = re.compile(r"#\d+(\.\.|/line \d+)?$")
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,8 @@ class Deletion:
     """What was deleted, or would be: rows of the source, of whose pieces none stays.
 
     `rows_rejected` are those among the rejected ones; `samples` are some of the ids, `rows_left`
-    what the table has then; `num_absent` are given ids that the table does not have. `version` is
-    None of a trial.
+    what the table has then; `num_absent` are given ids that the table does not have, and `absent`
+    some of them. `version` is None of a trial.
     """
 
     table: str
@@ -53,6 +60,7 @@ class Deletion:
     rows_left: int
     num_absent: int
     samples: tuple[str, ...]
+    absent: tuple[str, ...] = ()
     purged: bool = False
 
 
@@ -61,6 +69,7 @@ def delete(
     where: str | None = None,
     *,
     ids: Iterable[str] | None = None,
+    listed_in: str | None = None,
     purge: bool = False,
     dry_run: bool = False,
 ) -> Deletion:
@@ -68,30 +77,39 @@ def delete(
 
     A row of the source goes whole: of a text in chunks all of them, where one is meant. Rejected
     rows of these ids go too, the report is deleted, and so is what a killed refresh had finished.
+    Where an id says no more than where a row was (`file#number`, or the number of a row of data in
+    memory), its content is kept out, and with it all rows of the same content.
 
     Args:
         uri: The table.
         where: Which rows, as SQL says it of the table's columns: `topic = 'spam' and year < 2020`.
-        ids: Or their ids in the source, embedded or rejected.
+        ids: Or their ids in the source, embedded, rejected, or not there yet.
+        listed_in: Or another table of the same source: all that was deleted from that one.
         purge: Leave no byte of them: older versions and probes are deleted too. The keys of their
             ids stay, as a list of what is to stay out.
         dry_run: Change nothing, and say what would be.
 
     Raises:
-        SpecError: Neither `where` nor `ids`, or both.
+        SpecError: None of `where`, `ids` and `listed_in`, or several.
         TableError: No table there, or `where` is no condition on its columns.
         LockedError: A run is writing the table.
     """
-    if (where is None) == (ids is None):
-        raise SpecError("delete: takes where, a condition on the table's columns, or ids; either")
+    if sum(given is not None for given in (where, ids, listed_in)) != 1:
+        raise SpecError(
+            "delete: takes where, a condition on the table's columns, or ids, or listed_in, a "
+            "table; one of them"
+        )
     if isinstance(ids, str):
         raise SpecError("ids: takes a list of ids")
     table, given = Table.open(uri), None if ids is None else list(dict.fromkeys(ids))
+    if odd := [i for i in given or () if not isinstance(i, str) or not _is_utf8(i)]:
+        raise SpecError(f"ids: takes texts, got {odd[0]!a:.80}")
+    other = None if listed_in is None else Table.open(listed_in).deleted.read()
     run_id = uuid.uuid4().hex[:12]
     if dry_run:
-        return _delete(table, where, given, purge, run_id, None)
+        return _delete(table, where, given or [], other, purge, run_id, None)
     with Lock(table.storage, run_id) as lock:
-        return _delete(table, where, given, purge, run_id, lock)
+        return _delete(table, where, given or [], other, purge, run_id, lock)
 
 
 def undelete(uri: str) -> int:
@@ -118,38 +136,48 @@ def undelete(uri: str) -> int:
 def _delete(
     table: Table,
     where: str | None,
-    ids: Sequence[str] | None,
+    ids: Sequence[str],
+    other: LeftOut | None,
     purge: bool,
     run_id: str,
     lock: Lock | None,
 ) -> Deletion:
     began, card = time.monotonic(), table.card()
     assert card is not None
+    if purge and (lost := table.lost_runs()):
+        raise TableError(
+            f"table: the log of {table.uri} no longer holds what run {lost[0]} has committed; "
+            "nothing was deleted: fmembed verify --repair takes its parts back, then purge"
+        )
     if lock is not None:
         table.clean_up(card.identity, run_id, retry_rejected=False)
-    known = table.known()
-    chosen = _find(table, where) if where is not None else list(ids or ())
-    wanted = RowIds(keys_of(chosen))
-    keys = _Keys(known, wanted)
-    names = {bytes(key): name for key, name in zip(keys_of(chosen), chosen, strict=True)}
+        table.drop_staged()  # in which they may be too
+    chosen = _find(table, where) if where is not None else ids
+    keys = _Keys(table.known(), chosen, other, card)
     gone = KeyRows.join(keys.dead)
     is_embedded = gone.kinds == 0
-    found = set(gone.ids.tolist())
+    found = [name for name in keys.chosen if keys.is_found(name)]
     deletion = Deletion(
         table=table.uri,
         version=None,
         rows=int(is_embedded.sum()),
         rows_rejected=len(gone) - int(is_embedded.sum()),
-        rows_left=sum(part.num_rows for part in table.rows.parts()),
-        num_absent=len(names.keys() - found) if ids is not None else 0,
-        samples=tuple(sorted(names[key] for key in found)[:_SAMPLES]),
+        rows_left=_count(table),
+        num_absent=len(chosen) - len(found),
+        samples=tuple(sorted(found)[:_SAMPLES]),
+        absent=tuple(sorted(set(chosen).difference(found))[:_SAMPLES]),
     )
     if lock is None:
         return deletion
+    table.deleted.begin(keys.out)
+    commit = Commit(
+        run=run_id, rows_version=table.rows.version(), rejected_version=table.rejected.version()
+    )
     if len(gone):
         commit = _commit(table, keys, lock, run_id)
-        num_rows = sum(part.num_rows for part in table.rows.parts())
-        deletion = replace(deletion, rows_left=num_rows, version=table.version())
+    table.deleted.finish()
+    if len(gone) or table.is_uncounted():
+        table.drop_report()  # which may show them
         result = RunResult(
             run_id=run_id,
             started=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -159,33 +187,66 @@ def _delete(
             rows_removed=deletion.rows,
             kind="delete",
             seconds=round(time.monotonic() - began, 2),
-            table_rows=num_rows,
+            table_rows=_count(table),
             table_rejected=table.num_rejected(),
         )
         table.put_run(commit, result)
     if purge:
         tidy(table, None, 1, purge=True)
-    return replace(deletion, version=table.version(), purged=purge)
+    return replace(deletion, rows_left=_count(table), version=table.version(), purged=purge)
+
+
+def _count(table: Table) -> int:
+    return sum(part.num_rows for part in table.rows.parts())
 
 
 class _Keys:
-    """The keys of a table's rows, a bucket at a time: which go, and how many stay in each part."""
+    """The keys of a table's rows, a bucket at a time: which go, and how many stay in each part.
 
-    def __init__(self, known: KnownRows, wanted: RowIds) -> None:
-        self.known, self._wanted = known, wanted
+    `out` is what is to stay out: what was chosen, and what was listed before.
+    """
+
+    def __init__(
+        self, known: KnownRows, chosen: Sequence[str], other: LeftOut | None, card: Card
+    ) -> None:
+        self.known, self.chosen = known, chosen
         self.shards = sorted({key for keys in known.sets for key in keys.shards})
         self._numbers = {key: i for i, key in enumerate(self.shards)}
         self.num_buckets = buckets.count_buckets(known.num_rows)
+        source = card.spec.get("source")
+        id_column = source.get("id") if isinstance(source, dict) else None
+        places = [name for name in chosen if _is_place(name, id_column)]
+        # What is on record in place of a row whose id nobody knows is not its id.
+        self._stand_ins = RowIds(keys_of(n for n in chosen if id_column and _PLACE.search(n)))
+        named = keys_of(set(chosen).difference(places))
+        self._found = _Found(known, self.num_buckets, keys_of(chosen), keys_of(places))
+        before = known.deleted() if other is None else known.deleted().join(other)
+        is_stand_in = self._stand_ins.contains(named)
+        self.out = LeftOut(
+            np.concatenate([before.ids, named[~is_stand_in]]),
+            np.concatenate([before.contents, self._found.contents]),
+        )
+        self._also = RowIds(named[is_stand_in])
         self.rows = np.zeros(len(known.paths), dtype=np.int64)
         self.dead: list[KeyRows] = []
         for bucket in range(self.num_buckets):
             rows, is_dead = self._look(bucket)
             self.rows += np.bincount(rows.places, minlength=len(known.paths))
             self.dead.append(rows[is_dead])
+        embedded = KeyRows.join(self.dead).embedded
+        self.out = replace(self.out, ids=np.concatenate([
+            self.out.ids, embedded[self._also.contains(embedded)]
+        ]))  # fmt: skip
+
+    def is_found(self, name: str) -> bool:
+        """Whether the table has a row of this id, embedded or rejected."""
+        return bytes(keys_of([name])[0]) in self._found.ids
 
     def _look(self, bucket: int) -> tuple[KeyRows, npt.NDArray[np.bool_]]:
         rows = self.known.read_bucket(bucket, self.num_buckets, self._numbers)
-        return rows, self._wanted.contains(rows.ids)
+        is_listed = self.out.covers(rows.ids, rows.contents)
+        is_also = self._also.contains(rows.ids) & (rows.kinds == 0)
+        return rows, (is_listed | is_also) & (rows.kinds != KINDS.index("rest"))
 
     def live(self, bucket: int) -> KeyRows:
         """The rows of a bucket that stay."""
@@ -213,6 +274,32 @@ class _Keys:
         ]
 
 
+class _Found:
+    """Of some ids those that a table has, and the contents of those that are places."""
+
+    def __init__(self, known: KnownRows, num_buckets: int, chosen: Keys, places: Keys) -> None:
+        ids, contents = [keys_of([])], [keys_of([])]
+        wanted, by_place = RowIds(chosen), RowIds(places)
+        for bucket in range(num_buckets):
+            rows = known.read_bucket(bucket, num_buckets, {})
+            ids.append(rows.ids[wanted.contains(rows.ids)])
+            contents.append(rows.contents[by_place.contains(rows.ids) & (rows.contents != b"")])
+        self.ids = set(np.concatenate(ids).tolist())
+        self.contents: Keys = np.unique(np.concatenate(contents))
+
+
+def _is_place(row_id: str, id_column: Any) -> bool:
+    """Whether an id says where a row was, which another one may be by the next run."""
+    return id_column == INDEX or (not id_column and bool(_PLACE.search(row_id)))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        return bool(text.encode()) or not text
+    except UnicodeEncodeError:
+        return False
+
+
 def _commit(table: Table, keys: _Keys, lock: Lock, run_id: str) -> Commit:
     whole = keys.whole(table)
     new = NewVersion(table, keys.known, keys.held(), run_id, lock, tasks=here)
@@ -220,10 +307,8 @@ def _commit(table: Table, keys: _Keys, lock: Lock, run_id: str) -> Commit:
         new.rewrite(keys.dead, _part_bytes(table))
         task = here.remote()(keys.live)
         new.write_keys([task.remote(i) for i in range(keys.num_buckets)], keys.shards)
-        table.deleted.add(KeyRows.join(keys.dead).ids)
         commit = new.commit()
     new.clean_up(commit, whole)
-    table.drop_report()  # which may show them
     return commit
 
 
@@ -243,13 +328,19 @@ def _find(table: Table, where: str) -> list[str]:
         return []
     column = PARENT_ID if PARENT_ID in names else ROW_ID
     try:
-        # In brackets: a condition, and nothing that comes after one.
-        query = f'select distinct "{column}" from rows where ({where})'  # noqa: S608
-        found = QueryBuilder().register("rows", delta).execute(query).read_all()
+        # As a column: of one that fails wherever it is looked at, a filter would be left out.
+        query = f'select "{column}", ({where}) as "{_CHOSEN}" from rows'  # noqa: S608
+        found: list[Any] = []
+        for batch in QueryBuilder().register("rows", delta).execute(query):
+            rows = pa.table(batch)
+            if not pa.types.is_boolean(rows[_CHOSEN].type):
+                raise TypeError(f"it is {rows[_CHOSEN].type}, and not true or false")
+            ids = rows[column].cast(pa.large_string())
+            found += ids.filter(rows[_CHOSEN].fill_null(False)).to_pylist()
     except Exception as e:  # its parser's, planner's and engine's own
         told = re.sub(r"^.*?(Schema|SQL|Arrow) error: ", "", reason(e))
         raise TableError(
             f"where: {where!a:.200} is no condition on the columns of {table.uri} "
-            f"({', '.join(names)}): {told[:300]}"
+            f"({', '.join(names)}): {told[:300]} (a text stands in quotes: \"topic = 'spam'\")"
         ) from None
-    return [str(each) for each in found.column(0).to_pylist()]
+    return list(dict.fromkeys(map(str, found)))

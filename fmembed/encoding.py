@@ -24,8 +24,8 @@ from fmembed.rows.outputs import DEFAULT, Output
 from fmembed.rows.precision import PRECISIONS
 from fmembed.rows.vectors import vector_type
 from fmembed.sources.canonical import canonical
-from fmembed.sources.given import content_of, is_file_name
-from fmembed.sources.source import RawRow, Source
+from fmembed.sources.given import content_of, is_file_name, is_picture
+from fmembed.sources.source import BadRow, RawRow, Source
 from fmembed.spec import Modality, ModelSpec, PreprocessSpec, RunSpec, SourceSpec
 
 # Inputs that are read, prepared and embedded together: of texts many, to be sorted by length; of
@@ -72,17 +72,17 @@ def encode(
         SpecError: An argument is wrong.
         ModelError: The model cannot be loaded, or is none for these inputs.
     """
-    inputs = content_of(inputs)
+    is_one = isinstance(inputs, str | bytes | Path) or is_picture(inputs)
     is_table = isinstance(inputs, Mapping) or hasattr(inputs, "columns")
-    if is_table or not isinstance(inputs, Iterable) or hasattr(inputs, "column_names"):
+    if is_table or not (is_one or isinstance(inputs, Iterable)) or hasattr(inputs, "column_names"):
         hint = "; give one of its columns" if is_table or hasattr(inputs, "column_names") else ""
         raise SpecError(
             f"inputs: takes a list of texts, paths or bytes, got {type(inputs).__name__}{hint}"
         )
     if isinstance(inputs, pa.Array | pa.ChunkedArray):
         inputs = inputs.to_pylist()
-    is_one = isinstance(inputs, str | bytes | Path)
-    given: list[Any] = [inputs] if isinstance(inputs, str | bytes | Path) else list(inputs)
+    several: Any = [inputs] if is_one else inputs
+    given: list[Any] = list(several)
     _check_choice("device", device, ("auto", "cpu", "cuda"))
     _check_choice("on_rejected", on_rejected, ("raise", "nan"))
     if device == "auto":
@@ -199,7 +199,10 @@ def _read(given: Any, source: Source) -> Any:
             given = Path(given).read_bytes() if size <= source.most_bytes else size
         except (OSError, ValueError) as e:  # a NUL in it
             return "cannot be read", f"{str(given)!a:.200}: {reason(e)}"
-    given = content_of(given)
+    try:
+        given = content_of(given)
+    except BadRow as e:
+        return e.error, e.message
     size = given if isinstance(given, int) else len(given) if hasattr(given, "__len__") else 0
     if size > source.most_bytes:
         return "too large", f"{size:,} bytes, more than {source.limit} = {source.most_bytes:,}"

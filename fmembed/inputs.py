@@ -116,7 +116,7 @@ def open_inputs(spec: RunSpec, may_be_empty: bool = False) -> Inputs:
 
 def _with_choice_of_text(spec: RunSpec, table: Table) -> RunSpec:
     """A table of chunks that was begun without their texts stays so, unless the config says how."""
-    if spec.preprocess.keep_text is not None or not (names := table.schema().names):
+    if spec.preprocess.keep_text is not None or not (names := table.rows.schema().names):
         return spec
     update = {"keep_text": False}
     if PIECE in names and PIECE_TEXT not in names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +52,30 @@ def halves(keys: Keys) -> tuple[_Halves, _Halves]:
     """Both halves of each key as numbers."""
     both = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2).astype(np.uint64)
     return np.ascontiguousarray(both[:, 0]), np.ascontiguousarray(both[:, 1])
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Rows that were deleted and stay out: by their ids; or by their contents, where an id says no
+    more than where a row was.
+    """
+
+    ids: Keys
+    contents: Keys
+
+    def __len__(self) -> int:
+        return len(self.ids) + len(self.contents)
+
+    def join(self, other: LeftOut) -> LeftOut:
+        """Both."""
+        return LeftOut(
+            np.concatenate([self.ids, other.ids]), np.concatenate([self.contents, other.contents])
+        )
+
+    def covers(self, ids: Keys, contents: Keys) -> _Bools:
+        """Which of some rows are among them, shape (rows,)."""
+        by_content = RowIds(self.contents).contains(contents) & (contents != b"")
+        return np.asarray(RowIds(self.ids).contains(ids) | by_content, dtype=np.bool_)
 
 
 class RowIds:

@@ -143,12 +143,16 @@ def _compare(
     is_old = stored.places < len(given.known.parts)
     is_unread = is_old & np.isin(stored.shards, np.array(sorted(given.unread), dtype=np.int32))
     rows = FoundRows.join([_as_found(stored[is_unread]), *found])
-    if given.known.num_deleted:  # as if the source had them no more
-        rows = rows[~RowIds(given.known.deleted()).contains(rows.ids)]
+    # As if neither had what was deleted; but what stands for rows that nobody knows is a warning.
+    out = given.known.deleted()
+    is_out = out.covers(rows.ids, rows.contents) & np.isin(rows.states, (GOOD, BAD))
+    rows = rows[~is_out]
     rows = rows[np.lexsort((rows.places, rows.shards))]
-    compared = compare(rows, stored, is_old, given.rules)
-    live = compared.live
-    stored = _as_now(stored, rows, compared.stands_for)
+    stays = ~(out.covers(stored.ids, stored.contents) & (stored.kinds != _REST))
+    compared = compare(rows, stored[stays], is_old[stays], given.rules)
+    live, stands_for = np.zeros(len(stored), dtype=np.bool_), np.full(len(stored), -1)
+    live[stays], stands_for[stays] = compared.live, compared.stands_for
+    stored = _as_now(stored, rows, stands_for)
     is_left = (rows.places < 0) & ~np.isin(compared.fates, (DONE, KEPT))
     is_again = np.isin(compared.fates, (EMBED, COPY, REJECT))
     is_replaced = is_old & live & RowIds(rows.ids[is_again]).contains(stored.ids)

@@ -360,6 +360,7 @@ class Refresh:
             if shard.key
         ]
         new.clean_up(commit, whole)
+        self._table.deleted.finish()
         num_leaving = counts["gone"] + counts["gone_wrong"]
         return Settled(
             counts=counts,

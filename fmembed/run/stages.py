@@ -49,7 +49,8 @@ def not_known(known: KnownRows) -> Picks | None:
         return None
     # Not by the driver, which holds no row's key.
     ids = ray.remote(num_cpus=0)(KnownRows.load).remote(known)
-    return lambda _: NotKnown(ray.get(ids))
+    out = ray.put(known.deleted())
+    return lambda _: NotKnown(ray.get(ids), ray.get(out))
 
 
 def read(

@@ -89,7 +89,7 @@ def is_in_step(inputs: Inputs) -> int | None:
     cannot be seen without reading.
     """
     table, source = inputs.table, inputs.source
-    if table.card() is None or table.staged():
+    if table.card() is None or table.staged() or table.deleted.is_pending:
         return None
     known, recorded = table.known(), table.recorded_shards()
     if known.missing or len(unread_shards(source, known, recorded)) < len(source.shards):

@@ -164,7 +164,7 @@ def _of_hub(data: Any, storage: Storage, kind: str, id_column: str | None) -> Gi
 
 def _of_objects(data: Iterable[Any], storage: Storage, id_column: str | None) -> Given:
     """Python's own objects, of the kind that the first one is of."""
-    numbered = ((i, content_of(given)) for i, given in enumerate(data))
+    numbered = ((i, _content_or_why(given)) for i, given in enumerate(data))
     first = next(numbered, None)
     if first is None:
         raise SourceError("data: there is nothing in it")
@@ -195,28 +195,61 @@ def content_of(picture: Any) -> Any:
     pixels; all else as it is.
 
     Its orientation goes with it, if it has one: it is turned as its file would be.
+
+    Raises:
+        BadRow: It is none.
     """
-    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim in (2, 3):
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or not is_picture(picture) or not picture.size:
+            raise BadRow(
+                "wrong type",
+                "an array is a picture as uint8 of shape (height, width) or (height, width, 1, 3 "
+                f"or 4), got {picture.dtype} of shape {picture.shape}",
+            )
         from PIL import Image
 
         # One colour is none, for Pillow.
         is_grey = picture.ndim == 3 and picture.shape[2] == 1
         picture = Image.fromarray(picture[:, :, 0] if is_grey else picture)
-    if not _is_picture(picture):
+    if not is_picture(picture):
         return picture
+    try:
+        return _to_file(picture)
+    except Exception as e:  # what it was opened from is damaged, mostly
+        raise BadRow("corrupt image", f"Pillow cannot read it: {reason(e)}") from None
+
+
+def _to_file(picture: Any) -> bytes:
     mode = picture.mode
     file, exif = io.BytesIO(), picture.getexif()
     if mode in _TIFF_MODES:
-        picture.save(file, "TIFF", exif=exif)
+        # Not as what it was opened from is compressed, which may be with loss.
+        picture.save(file, "TIFF", exif=exif, compression="raw")
     else:
-        kept = picture if mode in _PNG_MODES else picture.convert("RGBA" if "A" in mode else "RGB")
+        with_alpha = "LA" if mode == "La" else "RGBA" if "a" in mode.lower() else "RGB"
+        kept = picture if mode in _PNG_MODES else picture.convert(with_alpha)
         kept.save(file, "PNG", compress_level=1, exif=exif)
     return file.getvalue()
 
 
-def _is_picture(given: Any) -> bool:
+def is_picture(given: Any) -> bool:
+    """Whether something is one picture: of Pillow's, or an array that has the shape of one."""
+    if isinstance(given, np.ndarray) and given.dtype.kind in "biuf":
+        return given.ndim == 2 or (given.ndim == 3 and given.shape[2] in (1, 3, 4))
     # Pillow is not imported for it: who has a picture has done so.
     return any(c.__module__ == "PIL.Image" and c.__name__ == "Image" for c in type(given).__mro__)
+
+
+def _content_or_why(given: Any) -> Any:
+    """A picture's file; of one that cannot be read what its row is rejected for, as if it were
+    that.
+    """
+    try:
+        return content_of(given)
+    except BadRow as e:
+        if e.error == "wrong type":
+            raise SourceError(f"data: {e.message}") from None
+        return f"no picture: {e.message}".encode()
 
 
 def is_file_name(text: str) -> bool:

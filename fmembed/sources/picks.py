@@ -22,7 +22,7 @@ from fmembed.rows.columns import (
 )
 from fmembed.rows.found import COPY, FoundRows, Places
 from fmembed.rows.found import TWIN as IS_TWIN
-from fmembed.rows.ids import Hashes, Keys, RowIds, contents_of, keys_of
+from fmembed.rows.ids import Hashes, Keys, LeftOut, RowIds, contents_of, keys_of
 
 
 class Pick(Protocol):
@@ -44,8 +44,14 @@ class NotKnown:
 
     places = None
 
-    def __init__(self, known: RowIds) -> None:
-        self._known = known
+    def __init__(self, known: RowIds, out: LeftOut | None = None) -> None:
+        """Prepare.
+
+        Args:
+            known: The rows that the table knows, and ids of what was deleted.
+            out: What was deleted.
+        """
+        self._known, self._out = known, out
         self._num_skipped = 0
         # Known ids whose content here is that of the table, and those where it is another: of rows
         # that have one id, of which the first is in the table, neither has changed.
@@ -55,6 +61,8 @@ class NotKnown:
         """As for `Pick`."""
         keys, contents, carried = _keys_of(rows)
         done = self._known.contains(keys)
+        if self._out is not None and len(self._out.contents):
+            done |= self._out.covers(keys, contents)
         is_other = self._known.changed(keys, contents, carried)
         self._num_skipped += int(done.sum())
         self._other.append(keys[is_other])

@@ -1,9 +1,11 @@
-"""The ids of rows that were deleted, and that no later run may bring back.
+"""What was deleted by hand, and no later run may bring back.
 
-    <table>/_deleted/<blake2b>.keys    16 bytes an id (rows/ids.py), sorted; named after its bytes
+    <table>/_deleted/<blake2b>.ids         keys of ids, 16 bytes each (rows/ids.py), sorted
+    <table>/_deleted/<blake2b>.contents    keys of contents, of rows whose ids are places
+    <table>/_deleted/pending               that the table still has some of them
 
-Ids are there as keys alone: of somebody who has asked to be forgotten no name is kept. All files
-count, so that a new one may be written before an old one goes.
+They are there as keys alone: of somebody who has asked to be forgotten no name is kept. Files are
+named after their bytes, and all of them count, so that a new one is written before an old one goes.
 """
 
 from __future__ import annotations
@@ -14,54 +16,70 @@ import re
 import numpy as np
 
 from fmembed.errors import TableError
-from fmembed.rows.ids import Keys, keys_of
+from fmembed.rows.ids import Keys, LeftOut, keys_of
 from fmembed.storage import Storage
 
-_FOLDER = "_deleted/"
-_NAME = re.compile(rf"{_FOLDER}[0-9a-f]{{32}}\.keys")
+_FOLDER, _PENDING = "_deleted/", "_deleted/pending"
+_NAME = re.compile(rf"{_FOLDER}[0-9a-f]{{32}}\.(ids|contents)")
 
 
-class DeletedIds:
-    """The list of one table."""
+class Deleted:
+    """The lists of one table."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
-    def read(self) -> Keys:
-        """All keys, sorted, shape (ids,).
+    def read(self) -> LeftOut:
+        """All keys, sorted.
 
         Raises:
             TableError: A file is not as it was written: it is not known what has to stay out.
         """
-        found = [keys_of([])]
+        found: dict[str, list[Keys]] = {"ids": [keys_of([])], "contents": [keys_of([])]}
         for path in self._paths():
-            content = self._storage.get(path)
-            if path != _path_of(content):
+            content, kind = self._storage.get(path), path.rpartition(".")[2]
+            if path != _path_of(content, kind):
                 raise TableError(
                     f"table: {path} in {self._storage.uri}, which says what was deleted and stays "
                     "out, is not as it was written; nothing was changed: take it from a backup "
                     "(fmembed undelete lets all that was deleted come back)"
                 )
-            found.append(np.frombuffer(content, dtype="S16"))
-        return np.unique(np.concatenate(found))
+            found[kind].append(np.frombuffer(content, dtype="S16"))
+        return LeftOut(**{kind: np.unique(np.concatenate(some)) for kind, some in found.items()})
 
-    def add(self, ids: Keys) -> None:
-        """Put keys on the list. Only under the lock."""
-        old = self._paths()
-        content = np.unique(np.concatenate([self.read(), ids])).tobytes()
-        self._storage.put(_path_of(content), content)
-        for path in old:
-            if path != _path_of(content):
-                self._storage.delete(path)
+    def begin(self, more: LeftOut) -> None:
+        """Put keys on the lists, of which the table may have rows until `finish`. Only under the
+        lock.
+        """
+        old, known = self._paths(), self.read()
+        self._storage.put(_PENDING, b"")
+        kept = set()
+        for kind in ("ids", "contents"):
+            keys = np.unique(np.concatenate([getattr(known, kind), getattr(more, kind)]))
+            if len(keys):
+                content = keys.tobytes()
+                kept.add(path := _path_of(content, kind))
+                self._storage.put(path, content)
+        for path in set(old) - kept:
+            self._storage.delete(path)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether rows that are listed may be in the table: whoever listed them was killed."""
+        return self._storage.size_bytes(_PENDING) is not None
+
+    def finish(self) -> None:
+        """The table has none of them any more. Only under the lock."""
+        self._storage.delete(_PENDING)
 
     def clear(self) -> None:
-        """Empty it, whatever is in it. Only under the lock."""
-        for path in self._paths():
+        """Empty the lists, whatever is in them. Only under the lock."""
+        for path in [*self._paths(), _PENDING]:
             self._storage.delete(path)
 
     def _paths(self) -> list[str]:
         return [path for path in self._storage.paths(_FOLDER) if _NAME.fullmatch(path)]
 
 
-def _path_of(content: bytes) -> str:
-    return f"{_FOLDER}{hashlib.blake2b(content, digest_size=16).hexdigest()}.keys"
+def _path_of(content: bytes, kind: str) -> str:
+    return f"{_FOLDER}{hashlib.blake2b(content, digest_size=16).hexdigest()}.{kind}"

@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 
 from fmembed.errors import DamagedError
 from fmembed.rows.columns import DUPLICATE, ROW_ID
-from fmembed.rows.ids import Keys, RowIds, keys_of
+from fmembed.rows.ids import Keys, LeftOut, RowIds, keys_of
 from fmembed.storage import Storage, tell
-from fmembed.table.deleted import DeletedIds
+from fmembed.table.deleted import Deleted
 from fmembed.table.files import REJECTED, Part, PartFiles
 from fmembed.table.key_rows import KINDS, KeyRows, Kind, bucket_bounds, is_in_bucket
 from fmembed.table.keys import KeyFile, KeyFiles, KeySet
@@ -33,7 +33,7 @@ class KnownRows:
     which of the sets tells of each, by its path, `missing` are the paths of those that none tells
     of, `damaged` the files that cannot be opened; `num_rows` are embedded and rejected rows of the
     source. `staged` are parts that a refresh has written and not committed, of which `sets` tell
-    too. `num_deleted` ids are on the list of those that were deleted and stay out.
+    too. `num_deleted` rows were deleted and stay out.
     """
 
     uri: str
@@ -130,16 +130,18 @@ class KnownRows:
             twins = twins[~np.isin(twins.ids, many)]
             ids.add(np.array(many, dtype="S16"))
         ids.add(twins.ids, twins.contents, twins.carried)
-        ids.add(np.unique(np.concatenate([rejected.ids, rest.ids, self.deleted()])))
+        ids.add(np.unique(np.concatenate([rejected.ids, rest.ids, self.deleted().ids])))
         return ids
 
-    def deleted(self) -> Keys:
-        """Ids that were deleted, and stay out; sorted.
+    def deleted(self) -> LeftOut:
+        """What was deleted, and stays out.
 
         Raises:
-            TableError: Their list is not as it was written.
+            TableError: Its list is not as it was written.
         """
-        return DeletedIds(Storage(self.uri)).read() if self.num_deleted else keys_of([])
+        if not self.num_deleted:
+            return LeftOut(keys_of([]), keys_of([]))
+        return Deleted(Storage(self.uri)).read()
 
     def which_are_embedded(self, keys: Keys) -> Keys:
         """Of some ids those of embedded rows; memory is that of one file."""
@@ -296,7 +298,7 @@ def know(
     tellers = set(told_by.values())
     chosen = tuple(keys for keys in sets if keys.path in tellers)
     missing = tuple(path for path in parts if path not in told)
-    num_deleted = len(DeletedIds(Storage(uri)).read())
+    num_deleted = len(Deleted(Storage(uri)).read())
     known = KnownRows(uri, chosen, parts, missing, tuple(damaged), 0, told_by, staged, num_deleted)
     num_missing = sum(
         len(known.read_part(path)) if pieces_are_rows else parts[path].num_rows for path in missing

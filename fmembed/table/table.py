@@ -36,7 +36,7 @@ from fmembed.rows.columns import DUPLICATE, REJECTED_SCHEMA, ROW_ID
 from fmembed.rows.ids import RowIds, keys_of
 from fmembed.storage import tell
 from fmembed.table.card import FINGERPRINT, TABLE, Card
-from fmembed.table.deleted import DeletedIds
+from fmembed.table.deleted import Deleted
 from fmembed.table.files import PART, REJECTED, RUN, WRITE, Part
 from fmembed.table.keys import KeyFiles, KeySet
 from fmembed.table.known import KnownRows, know
@@ -67,7 +67,7 @@ class Table:
         self.storage = self.rows.storage
         self.rejected = Log(f"{self.uri}/_rejected")
         self.key_files = KeyFiles(self.storage)
-        self.deleted = DeletedIds(self.storage)
+        self.deleted = Deleted(self.storage)
 
     @classmethod
     def open(cls, uri: str) -> Table:

@@ -194,9 +194,13 @@ def _list_strays(table: Table) -> list[str]:
 
 def _list_deleted(table: Table, known: RowIds) -> list[str]:
     try:
-        num_back = int(known.contains(table.deleted.read()).sum())
+        num_back = int(known.contains(table.deleted.read().ids).sum())
     except TableError as e:
         return [str(e)]
+    if not num_back and table.deleted.is_pending:
+        return [
+            "a delete was stopped before its end; the same one, or fmembed refresh, finishes it"
+        ]
     return [
         f"{num_back:,} rows are on the list of those that were deleted; fmembed refresh, or the "
         "same fmembed delete, takes them out"

@@ -86,7 +86,7 @@ def _embed(inputs: Inputs, stage: type, work: Any, commits: Commits) -> None:
     commits.begin(work.source.shards, work.known)
     ids = None if work.picks else work.known.load()
     for i, shard in enumerate(work.source.shards):
-        pick = work.picks(i) if work.picks else NotKnown(ids)
+        pick = work.picks(i) if work.picks else NotKnown(ids, work.known.deleted())
         for rows in read_shard(work.source, shard, i, pick):
             for some in prepare.stream(rows):
                 commits.add(_bundle(model(some)))

@@ -117,6 +117,11 @@ class Corpus:
         rows = fmembed.read(str(self.out), version).to_pylist()
         return {row.pop("row_id"): row for row in rows}
 
+    def check_kept_out(self, texts: list[str], hashes: set[str]) -> None:
+        """No row of these texts is among those of these contents."""
+        for text in texts:
+            assert hashlib.blake2b(text.encode(), digest_size=16).hexdigest() not in hashes
+
     def check_as_from_scratch(self, folder: Path) -> None:
         """Compare the table with one that is made of the source anew."""
         spec = self.spec.model_copy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ import fmembed
 from fmembed import cli, deletion
 from fmembed.deletion import delete, undelete
 from fmembed.errors import LockedError, SpecError, TableError
+from fmembed.rows.ids import LeftOut, keys_of
 from fmembed.run import buckets
 from fmembed.table.lock import Lock
 from fmembed.table.table import Table
@@ -124,6 +126,10 @@ def test_nothing_to_delete_makes_no_version(corpus: Corpus) -> None:
     done = delete(str(corpus.out), ids=["nobody"])
     assert (done.rows, done.num_absent, done.version) == (0, 1, 1)
     assert corpus.refresh().unchanged
+    # But an id that was to be forgotten does not come in later.
+    corpus.write("c.jsonl", [row("nobody"), row("c0")])
+    assert corpus.refresh().rows_new == 1
+    assert "nobody" not in corpus.rows()
 
 
 def test_of_a_text_in_chunks_all_pieces_go(tiny_bert: Path, tmp_path: Path) -> None:
@@ -170,13 +176,16 @@ def test_a_kill_in_between_brings_no_row_back(
         patch.setattr(deletion.NewVersion, stage, die)
         with pytest.raises(KeyboardInterrupt):
             delete(uri, ids=["a1"])
-    # Before the list is written nothing has happened; from then on the row leaves, if not at once.
-    is_told = len(Table(uri).deleted.read()) == 1
-    assert is_told == (stage in ("commit", "clean_up"))
+    # The list is written first: from then on the row leaves, if not at once.
+    assert (len(Table(uri).deleted.read()), Table(uri).deleted.is_pending) == (1, True)
+    Table(uri).put_report("which every run leaves")
+    with_refresh = corpus.refresh()
+    assert not with_refresh.rows_withheld
+    assert corpus.rows() == rest
+    assert not Table(uri).deleted.is_pending
     delete(uri, ids=["a1"])
     assert corpus.rows() == rest
-    corpus.refresh(allow_removals=1)
-    assert corpus.rows() == rest
+    assert corpus.refresh().unchanged
 
 
 def test_a_list_and_no_version_are_finished_by_a_refresh(
@@ -189,16 +198,17 @@ def test_a_list_and_no_version_are_finished_by_a_refresh(
         with pytest.raises(pytest.fail.Exception):
             delete(uri, ids=["a1"])
     assert "a1" in corpus.rows()
-    corpus.write("c.jsonl", [row("c0")])
-    corpus.refresh(allow_removals=1)
+    Table(uri).put_report("which every run leaves")
+    assert not corpus.refresh().rows_withheld
     assert "a1" not in corpus.rows()
+    assert fmembed.verify(uri).problems == []
 
 
 def test_a_damaged_list_ends_all_that_could_bring_rows_back(corpus: Corpus) -> None:
     corpus.refresh()
     uri = str(corpus.out)
     delete(uri, ids=["a1", "a2"])
-    (path,) = corpus.out.glob("_deleted/*.keys")
+    (path,) = corpus.out.glob("_deleted/*.ids")
     path.write_bytes(path.read_bytes()[16:])
     for run in (corpus.embed, corpus.refresh, lambda: delete(uri, ids=["a3"])):
         with pytest.raises(TableError, match=r"which says what was deleted .* is not as it was"):
@@ -211,7 +221,7 @@ def test_a_damaged_list_ends_all_that_could_bring_rows_back(corpus: Corpus) -> N
 def test_a_row_on_the_list_that_is_in_the_table_is_off(corpus: Corpus) -> None:
     corpus.refresh()
     table = Table(str(corpus.out))
-    table.deleted.add(deletion.keys_of(["a1"]))
+    table.deleted.begin(LeftOut(keys_of(["a1"]), keys_of([])))
     (problem,) = fmembed.verify(str(corpus.out)).problems
     assert problem.startswith("1 rows are on the list of those that were deleted")
 
@@ -222,6 +232,8 @@ def test_a_row_on_the_list_that_is_in_the_table_is_off(corpus: Corpus) -> None:
         ("topik = 'a'", r"is no condition on the columns of .*\(row_id, .*topic.*\): .*topik"),
         ("topic =", "is no condition"),
         ("topic", "is no condition"),
+        ("1/0 = 1", "is no condition .*ivide by zero"),  # which a filter would be without
+        ("topic = b", r"No field named b.*\(a text stands in quotes"),
     ],
 )
 def test_a_wrong_condition_is_told(where: str, told: str, corpus: Corpus) -> None:
@@ -235,10 +247,13 @@ def test_wrong_arguments_are_told(corpus: Corpus, tmp_path: Path) -> None:
     corpus.refresh()
     uri = str(corpus.out)
     for given in ({}, {"where": "true", "ids": ["a"]}):
-        with pytest.raises(SpecError, match=r"takes where, a condition on .*, or ids; either"):
+        with pytest.raises(SpecError, match=r"takes where, a condition on .*; one of them"):
             delete(uri, **given)
     with pytest.raises(SpecError, match="takes a list of ids"):
         delete(uri, ids="a1")
+    for odd in (1, "\ud800"):
+        with pytest.raises(SpecError, match="ids: takes texts, got"):
+            delete(uri, ids=["a1", odd])  # type: ignore[list-item]
     with pytest.raises(TableError, match="no such folder"):
         delete(str(tmp_path / "none"), "true")
     with Lock(Table(uri).storage, "other"), pytest.raises(LockedError):
@@ -253,18 +268,19 @@ def test_the_command(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "ids").write_text("a1\nnobody\n")
     assert cli.run(["delete", uri, "--ids", str(tmp_path / "ids")]) == 0
     first, second, third, *_ = capsys.readouterr().out.splitlines()
-    assert (first, second) == ("deleted 1 row: a1", "1 of the given ids are not in the table")
+    assert first == "deleted 1 row: a1"
+    assert second == "1 of the given ids are not in the table, and are kept out from now on: nobody"
     assert third == "version 2 has 9 rows; no run brings these back"
     assert cli.run(["delete", uri, "--where", "row_id = 'a2'", "--json", "--purge"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["rows"], told["rows_left"], told["purged"]) == (1, 8, True)
     assert cli.run(["info", uri]) == 0
-    assert "deleted   2 stay out" in capsys.readouterr().out
+    assert "deleted   3 stay out" in capsys.readouterr().out
     assert cli.run(["delete", uri]) == 2
     assert cli.run(["delete", uri, "--ids", str(tmp_path / "none")]) == 2
     capsys.readouterr()
     assert cli.run(["undelete", uri]) == 0
-    assert capsys.readouterr().out.startswith("2 ids are kept out no more")
+    assert capsys.readouterr().out.startswith("3 ids are kept out no more")
 
 
 def test_ray_is_not_started(corpus: Corpus) -> None:
@@ -277,3 +293,86 @@ def test_ray_is_not_started(corpus: Corpus) -> None:
     done = subprocess.run(given, env=dict(os.environ), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert len(corpus.rows()) == 9
+
+
+def test_rows_that_are_known_by_their_place_are_kept_out_by_their_content(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    """Another row has that place by the next week, and it was not meant."""
+    corpus = Corpus(tmp_path, tiny_bert, source={"id": None})
+    rows = [row(f"k{i}") for i in range(8)]
+    corpus.write("a.jsonl", [*rows, row("k3")])  # one text twice
+    corpus.refresh()
+    done = delete(str(corpus.out), ids=["a.jsonl#3", "a.jsonl#77"])
+    assert (done.rows, done.num_absent, done.samples) == (2, 1, ("a.jsonl#3",))
+    assert corpus.refresh().unchanged
+    corpus.write("a.jsonl", [row("first"), *rows])
+    corpus.refresh(allow_removals=9)
+    hashes = {v["content_hash"] for v in corpus.rows().values()}
+    corpus.check_kept_out(["about k3"], hashes)
+    assert len(corpus.rows()) == 8  # of nine, all but the one
+    corpus.write("b.jsonl", [row("k3"), row("new")])
+    assert corpus.embed().rows_embedded == 1
+    corpus.check_kept_out(["about k3"], {v["content_hash"] for v in corpus.rows().values()})
+
+
+def test_what_stands_for_rows_that_nobody_knows_is_not_deleted(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    """It is a warning: as long as it is there no row leaves."""
+    corpus = Corpus(tmp_path, tiny_bert)
+    corpus.write("a.jsonl", [row(f"a{i}") for i in range(20)])
+    content = gzip.compress("".join(
+        json.dumps(row(f"b{i}", f"text {i} {i * 7919}")) + "\n" for i in range(40)
+    ).encode())  # fmt: skip
+    (corpus.folder / "b.jsonl.gz").write_bytes(content)
+    corpus.refresh()
+    (corpus.folder / "b.jsonl.gz").write_bytes(content[: len(content) // 2])
+    assert corpus.refresh().rows_withheld
+    (marker,) = Table(str(corpus.out)).read_rejected()["row_id"].to_pylist()
+    delete(str(corpus.out), ids=[marker])
+    again = corpus.refresh()
+    assert again.rows_withheld
+    assert len(corpus.rows()) == 60
+
+
+def test_what_a_killed_refresh_has_finished_is_no_way_in(corpus: Corpus) -> None:
+    corpus.refresh()
+    corpus.write("c.jsonl", [row("late"), row("c0")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fmembed.run.refresh.NewVersion", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            corpus.refresh()
+    assert Table(str(corpus.out)).staged()
+    assert delete(str(corpus.out), ids=["late"]).num_absent == 1
+    corpus.refresh()
+    assert "late" not in corpus.rows()
+    assert "c0" in corpus.rows()
+
+
+def test_another_table_of_the_source_takes_the_list_over(
+    corpus: Corpus, tiny_bert: Path, tmp_path: Path
+) -> None:
+    corpus.refresh()
+    delete(str(corpus.out), ids=["a1", "b2"])
+    (tmp_path / "more").mkdir()
+    other = Corpus(tmp_path / "more", tiny_bert)
+    for name in ("a.jsonl", "b.jsonl"):
+        (other.folder / name).write_bytes((corpus.folder / name).read_bytes())
+    other.refresh()
+    done = delete(str(other.out), listed_in=str(corpus.out))
+    assert (done.rows, done.rows_left) == (2, 8)
+    assert other.refresh().unchanged
+    assert set(other.rows()) == set(corpus.rows())
+
+
+def test_a_kill_after_the_version_leaves_a_table_that_is_right(corpus: Corpus) -> None:
+    corpus.refresh()
+    uri = str(corpus.out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fmembed.table.table.put_run", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            delete(uri, ids=["a1"])
+    assert delete(uri, ids=["a1"]).rows == 0
+    assert fmembed.verify(uri).problems == []
+    assert not Table(uri).has_report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
 import sys
@@ -231,3 +232,27 @@ def test_of_two_towers_a_text_is_a_text_and_a_path_is_a_file(
     np.testing.assert_array_equal(by_name[0], pictures[0])
     with pytest.raises(SpecError, match="texts and files together"):
         fmembed.encode(["a cat", Path("a.png")], model=clip)
+
+
+def test_arrays_are_pictures(tiny_vit: Path, tmp_path: Path) -> None:
+    """One, or several in one array; of other numbers what they would have to be is told."""
+    pixels = np.asarray(Image.open(io.BytesIO(picture())).convert("RGB"))
+    model = str(tiny_vit)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    expected = fmembed.encode(tmp_path / "a.png", model=model)
+    np.testing.assert_array_equal(fmembed.encode(pixels, model=model), expected)
+    stacked = np.stack([pixels, pixels])
+    for several in (stacked, list(stacked)):
+        np.testing.assert_array_equal(
+            fmembed.encode(several, model=model), np.stack([expected, expected])
+        )
+    grey = fmembed.encode(stacked[:, :, :, 0], model=model)
+    assert grey.shape == (2, 32)
+    with pytest.raises(RejectedError, match=r"an array is a picture as uint8 of shape .*float64"):
+        fmembed.encode(pixels / 255, model=model)
+
+
+def test_a_picture_of_pillow_that_is_damaged_is_rejected(tiny_vit: Path) -> None:
+    cut = Image.open(io.BytesIO(picture(64, 64, "JPEG")[:-200]))
+    with pytest.raises(RejectedError, match=r"inputs\[1\]: corrupt image: Pillow cannot read it"):
+        fmembed.encode([picture(), cut], model=str(tiny_vit))

@@ -51,8 +51,12 @@ def _first_rows(source: Source, file: File) -> Iterator[dict[str, Any] | Rejecti
     """The elements that an array begins with; None of another file."""
     if not _is_array(source, file):
         return None
-    content = _read(source, file, _SAMPLE_BYTES)
-    elements = itertools.islice(_elements(content, len(content) == _SAMPLE_BYTES), _SAMPLE_ROWS)
+    for most in (_SAMPLE_BYTES, _MOST_BYTES):  # the first one may be longer than that
+        content = _read(source, file, most)
+        is_cut = len(content) == most
+        if not is_cut or next(_elements(content, is_cut), None) is not None:
+            break
+    elements = itertools.islice(_elements(content, is_cut), _SAMPLE_ROWS)
     return (_parse(element, source) for element in elements)
 
 
@@ -72,7 +76,10 @@ def _parse(element: bytes, source: Source) -> dict[str, Any] | Rejection:
         return parse(len(element), source)
     if element.startswith(b'"'):
         try:
-            return {source.spec.input: json.loads(element.decode(errors="surrogateescape"))}
+            text = element.decode(errors=source.spec.encoding_errors)
+            return {source.spec.input: json.loads(text)}
+        except UnicodeDecodeError as e:
+            return "not UTF-8", f"byte {e.object[e.start]:#04x} at position {e.start} of the text"
         except ValueError as e:
             return "bad JSON", str(e)
     return parse(element, source)

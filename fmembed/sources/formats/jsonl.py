@@ -57,7 +57,7 @@ def jsonl_schema(
             if not objects:
                 raise
         if not objects:
-            raise ValueError("no object and no text in its array")
+            raise ValueError("its array is empty, or begins with neither objects nor texts")
         return _infer_schema(objects, source.spec.wanted)
 
     return over_files(look)(source, files)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from fmembed.sources.formats.base import READ_BYTES, Format, over_files
+from fmembed.sources.formats.base import READ_BYTES, Format, over_files, without_input
 from fmembed.sources.given import content_of
 from fmembed.sources.source import BadRow, File, RawRow, Shard, Source
 
 _TEXTS, _NUMBERS = "US", "biuf"
+
+
+class _Refusal(NamedTuple):
+    """Why a step has no value."""
+
+    error: str
+    message: str
 
 
 @dataclass
@@ -25,13 +33,13 @@ class _Array:
     handle: Any
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    is_input: bool
 
     @property
     def is_picture(self) -> bool:
         """Whether each step is one: height, width, and one, three or four colours, or none."""
-        return self.dtype == np.uint8 and (
-            len(self.shape) == 3 or (len(self.shape) == 4 and self.shape[3] in (1, 3, 4))
-        )
+        has_shape = len(self.shape) == 3 or (len(self.shape) == 4 and self.shape[3] in (1, 3, 4))
+        return self.is_input and self.dtype == np.uint8 and has_shape
 
     def type(self) -> pa.DataType:
         """Of its column."""
@@ -64,10 +72,19 @@ class _Array:
                 raise BadRow("unreadable file", f"it ends {left:,} rows before it should")
 
     def _value(self, given: Any) -> Any:
+        """A step's value, or why it has none."""
         if self.is_picture:
             return content_of(given)
         if self.dtype.kind in "mM":
-            given = given.astype(f"{self.dtype.kind}8[us]")
+            in_us = given.astype(f"{self.dtype.kind}8[us]")
+            if not np.array_equal(in_us.astype(self.dtype), given, equal_nan=True):
+                return _Refusal("wrong type", f"{given} is no whole number of microseconds")
+            given = in_us
+        elif self.dtype.kind == "U":
+            # What is beyond Unicode Python holds, and nothing else does.
+            points = np.ascontiguousarray(given).view(f"{self.dtype.byteorder}u4")
+            if points.size and points.max() > sys.maxunicode:
+                return _Refusal("not UTF-8", f"{points.max():#x} is no character")
         return given.tolist()
 
 
@@ -78,18 +95,27 @@ def _arrays(
     """The arrays of a file that are wanted, by their names; that of `.npy` has any name."""
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(source.fs.open(file.path, "rb"))
-        if not file.name.lower().endswith(".npz"):
-            yield {source.spec.input: _open(opened, file.name)}
+        if opened.read(2) != b"PK":
+            opened.seek(0)
+            yield {source.spec.input: _open(opened, file.name, is_input=True)}
+            if opened.read(1) and wanted is not None:
+                raise BadRow("unreadable file", "something follows its array, as another one")
             return
         archive = stack.enter_context(zipfile.ZipFile(opened))
         found = {}
         for name in archive.namelist():
             column = name.removesuffix(".npy")
-            if wanted is None:
-                found[column] = _open(stack.enter_context(archive.open(name)), column)
-            elif column in wanted:
+            is_input = column == source.spec.input
+            if not name.endswith(".npy") or (wanted is not None and column not in wanted):
+                continue
+            if wanted is not None:
                 _check_sum(archive, name)
-                found[column] = _open(stack.enter_context(archive.open(name)), column)
+            try:
+                handle = stack.enter_context(archive.open(name))
+                found[column] = _open(handle, column, is_input)
+            except ValueError:
+                if wanted is not None or is_input:
+                    raise  # of others nobody asks
         yield found
 
 
@@ -104,7 +130,7 @@ def _check_sum(archive: zipfile.ZipFile, name: str) -> None:
             pass
 
 
-def _open(handle: Any, name: str) -> _Array:
+def _open(handle: Any, name: str, is_input: bool) -> _Array:
     """Read the header of an array.
 
     Raises:
@@ -125,7 +151,7 @@ def _open(handle: Any, name: str) -> _Array:
         raise ValueError(f"{name} is no array of rows: save np.ascontiguousarray(array)")
     if dtype.kind not in f"{_TEXTS}{_NUMBERS}mM" or dtype.itemsize == 0:
         raise ValueError(f"{name} is of {dtype}; a row is a text, a number or a picture")
-    return _Array(handle, shape, dtype)
+    return _Array(handle, shape, dtype, is_input)
 
 
 def read_numpy(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
@@ -139,7 +165,9 @@ def read_numpy(source: Source, shard: Shard, file: File) -> Iterator[RawRow]:
             raise BadRow("unreadable file", f"its arrays have unlike numbers of rows: {told}")
         rows = zip(*(array.rows() for array in arrays.values()), strict=True)
         for i, values in enumerate(rows):
-            yield f"{file.name}#{i}", dict(zip(arrays, values, strict=True))
+            why = next((value for value in values if isinstance(value, _Refusal)), None)
+            row = dict(zip(arrays, values, strict=True))
+            yield f"{file.name}#{i}", row if why is None else without_input(source, row, why)
 
 
 def _file_schema(source: Source, file: File) -> pa.Schema:

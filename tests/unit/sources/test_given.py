@@ -230,3 +230,22 @@ def test_where_rows_are_in_the_data_is_known(tmp_path: Path) -> None:
         SourceError, match=r"data\[0\]: .*a.txt' is a file here; give files as path"
     ):
         laid([str(tmp_path / "a.txt")], "names")
+
+
+def test_a_damaged_picture_of_pillow_is_its_rows_fate(tmp_path: Path) -> None:
+    cut = Image.open(io.BytesIO(picture(64, 64, "JPEG")[:-200]))
+    good = Image.open(io.BytesIO(picture()))
+    rows = rows_of([good, cut, good], tmp_path / "in", ("image",))
+    assert [r["_error"] for r in rows] == [None, None, None]
+    assert rows[1]["_input"].startswith(b"no picture: Pillow cannot read it")
+    with pytest.raises(SourceError, match="data: an array is a picture as uint8 of shape"):
+        rows_of([np.ones((4, 4))], tmp_path / "floats", ("image",))
+
+
+def test_a_tiff_that_lost_nothing_loses_nothing(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    Image.fromarray(noise, "CMYK").save(file, "TIFF", compression="jpeg")
+    opened = Image.open(file)
+    (row,) = rows_of([opened], tmp_path / "in", ("image",))
+    np.testing.assert_array_equal(decode(row["_input"]), np.asarray(opened.convert("RGB")))

@@ -112,7 +112,24 @@ def test_a_long_array_is_sampled_from_its_beginning(
     assert texts(path) == [f"text {i}" for i in range(1000)]
 
 
+def test_a_first_element_longer_than_the_sample_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SAMPLE_BYTES", 50)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "x" * 500}, {"text": "short"}]))
+    assert texts(path) == ["x" * 500, "short"]
+
+
+def test_texts_that_are_no_utf8_are_as_the_config_says(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b'["ok", "a\xff"]')
+    assert texts(path) == ["ok", "not UTF-8"]
+    assert texts(path, encoding_errors="replace") == ["ok", "a\ufffd"]
+    assert texts(path, encoding_errors="ignore") == ["ok", "a"]
+
+
 def test_an_empty_array_has_no_row(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[]")
-    with pytest.raises(SourceError, match="no object and no text in its array"):
+    with pytest.raises(SourceError, match="its array is empty, or begins with neither"):
         read(tmp_path / "a.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,42 @@ def test_unlike_lengths_and_cut_files_are_rejected(tmp_path: Path) -> None:
     *good, bad = read(tmp_path / "b.npy")
     assert [r["_input"] for r in good] == [f"text {i}" for i in range(7)]
     assert "ends 2 rows before it should" in bad["_message"]
+
+
+def test_what_a_column_cannot_hold_is_its_rows_fate(tmp_path: Path) -> None:
+    """Microseconds hold no nanoseconds, and Unicode no more than its characters."""
+    texts = np.array(["one", "two", "three"])
+    points = np.array([[0x78787878, 66], [97, 98], [99, 0]], "<u4").view("<U2").reshape(3)
+    times = np.array(["2026-01-01T00:00:00.123456789", "2026-01-02", "NaT"], "M8[ns]")
+    np.savez(tmp_path / "a.npz", text=texts, when=times, odd=points)
+    rows = read(tmp_path / "a.npz", id="text", carry=("when",))
+    assert [r["row_id"] for r in rows] == ["one", "two", "three"]
+    assert [r["_error"] for r in rows] == ["wrong type", None, None]
+    rows = read(tmp_path / "a.npz", input="odd")
+    assert [r["_error"] for r in rows] == ["not UTF-8", None, None]
+    rows = read(tmp_path / "a.npz", carry=("odd",))
+    assert [r["odd"] for r in rows if not r["_error"]] == ["ab", "c"]
+    np.savez(tmp_path / "b.npz", text=texts[:1], when=np.array([2**62], "M8[s]"))
+    assert [r["_error"] for r in read(tmp_path / "b.npz", carry=("when",))] == ["wrong type"]
+
+
+def test_what_nobody_asks_for_is_no_harm(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "a.npz", text=np.array(["one", "two"]), more=np.array([{}, None], dtype=object),
+        small=PICTURES[:2, :2, :2, 0],
+    )  # fmt: skip
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr("README", "what this is")
+    rows = read(tmp_path / "a.npz", carry=("small",))
+    assert [r["_input"] for r in rows] == ["one", "two"]
+    assert rows[0]["small"] == PICTURES[0, :2, :2, 0].tolist()  # carried, and no picture
+    (tmp_path / "b.npy").write_bytes((tmp_path / "a.npz").read_bytes())  # by what it is
+    assert len(read(tmp_path / "b.npy")) == 2
+
+
+def test_of_two_arrays_in_a_file_the_second_is_told(tmp_path: Path) -> None:
+    with (tmp_path / "a.npy").open("wb") as file:
+        np.save(file, np.array(["one"]))
+        np.save(file, np.array(["two"]))
+    first, second = read(tmp_path / "a.npy")
+    assert (first["_input"], second["_error"]) == ("one", "unreadable file")
