@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import shutil
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from fmembed import summary, terminal
 from fmembed.errors import SpecError
 from fmembed.result import RunResult
 from fmembed.rows.columns import PARENT_ID, PIECE, ROW_ID
-from fmembed.spec import ModelSpec, RunSpec
+from fmembed.spec import Format, ModelSpec, RunSpec
 from fmembed.startup import joins_cluster
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Result(RunResult):
     _given: ClassVar[Given | None] = None
 
     def open(self) -> Embeddings:
-        """The version that the run left, to read: in the order of the data, if it was held here."""
+        """The version that the run left, to read; of data that was held here, its rows in order."""
         from fmembed.embeddings import Embeddings
 
         table = Embeddings(self.table, self.version)
@@ -49,15 +50,19 @@ class Result(RunResult):
     def _put_in_order(self, rows: pa.Table) -> pa.Table:
         assert self._given is not None
         is_cut = PARENT_ID in rows.column_names
-        at = self._given.positions(rows[PARENT_ID if is_cut else ROW_ID].to_pylist())
+        at = np.array(
+            self._given.positions(rows[PARENT_ID if is_cut else ROW_ID].to_pylist()), dtype=np.int64
+        )
         pieces = rows[PIECE].to_numpy() if is_cut else np.zeros(rows.num_rows)
-        return rows.take(pa.array(np.lexsort((pieces, np.array(at, dtype=np.int64)))))
+        order = np.lexsort((pieces, at))
+        # Without rows of the table that are not of this data.
+        return rows.take(pa.array(order[at[order] < sys.maxsize]))
 
     def numpy(
         self, column: str | None = None, *, label: str | None = None, ids: bool = False
     ) -> Any:
-        """As `Embeddings.numpy`: all rows of the table, not those of this run alone; in the order
-        of the data, if it was held here. A rejected row has none.
+        """As `Embeddings.numpy`: all rows of the table, not those of this run alone; of data that
+        was held here its own rows, in order. A rejected row has none.
         """
         return self.open().numpy(column, label=label, ids=ids)
 
@@ -205,6 +210,14 @@ def _fields(
     """What arguments say, by dotted name of a field."""
     if isinstance(model, ModelSpec):
         model = model.model_dump(mode="json", exclude_unset=True)
+    if output is not None and not isinstance(output, str | Path):
+        raise SpecError(f"output: takes a folder or a URL, got {output!a:.80}")
+    if overrides is not None and not (
+        isinstance(overrides, Mapping) and all(isinstance(name, str) for name in overrides)
+    ):
+        raise SpecError(
+            f"overrides: takes a dict of fields, as {{'compute.actors': 2}}, got {overrides!a:.80}"
+        )
     if isinstance(carry, str):
         raise SpecError(f"carry: takes a list of columns, got {carry!a:.80}")
     parts = {f"model.{name}": value for name, value in model.items()} if (
@@ -275,11 +288,32 @@ def of_stream(spec: RunSpec, stream: IO[bytes]) -> Iterator[RunSpec]:
             raise SpecError("source.uri: nothing came on standard input")
         format_ = spec.source.format
         if format_ == "auto":
-            first = begin.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-            format_ = "jsonl" if first == b"{" else "json" if first == b"[" else "lines"
+            format_ = _format_of(begin)
         source = spec.source.model_copy(update={"uri": str(path), "format": format_})
         source.call("standard input")
         yield spec.model_copy(update={"source": source})
+
+
+def _format_of(begin: bytes) -> Format:
+    """The format of what begins so, if it can only be one.
+
+    Raises:
+        SpecError: It may as well be CSV.
+    """
+    text = begin.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if re.match(rb'\{\s*["}]', text):
+        return "jsonl"
+    if re.match(rb'\[\s*["{\]]', text):
+        return "json"
+    lines = text.split(b"\n")[:-1] or [text]
+    for delimiter in (b",", b"\t", b";"):
+        counts = {line.count(delimiter) for line in lines}
+        if len(lines) > 1 and len(counts) == 1 and counts != {0}:
+            raise SpecError(
+                f"source.format: each line on standard input has {counts.pop()} times "
+                f"{delimiter.decode()!r}, as CSV has: say --format csv, or --format lines"
+            )
+    return "lines"
 
 
 def _check_twins(spec: RunSpec, given: Given) -> None:

@@ -63,8 +63,13 @@ app = typer.Typer(
 # The exit code of a refresh that has left rows in the table which the source has no more.
 _WITHHELD = 3
 _STDIN = "-"
+_DATA = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".npz", ".npy", ".tar", ".gz")
 _INTERRUPTED = "interrupted; what is committed stays, the same command resumes"
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+_Quiet = Annotated[
+    bool,
+    typer.Option("-q", "--quiet", help="Say nothing where all is well: for cron, which mails."),
+]
 _Verbose = Annotated[
     bool, typer.Option("-v", "--verbose", help="Tell where the time went, and show Ray's output.")
 ]
@@ -127,6 +132,11 @@ def _of_spec(command: Callable[..., None]) -> Callable[..., None]:
     def run(config: str | None, set_: list[str] | None, **given: Any) -> None:
         fields = {field: given.pop(name) for name, (field, _) in _FLAGS.items()}
         fields["source.carry"] = fields["source.carry"] or None  # a list that nothing is in
+        if config is not None and config.lower().endswith(_DATA):
+            raise SpecError(
+                f"config {config}: takes a YAML file, and this looks like data: --source {config}, "
+                f"or fmembed init {config}, which writes a config for it"
+            )
         spec = RunSpec.from_yaml(config, _overrides(fields, set_))
         if spec.source.uri != _STDIN:
             command(spec, **given)
@@ -158,6 +168,7 @@ def embed(
     retry_rejected: Annotated[
         bool, typer.Option("--retry-rejected", help="Try rejected rows again.")
     ] = False,
+    quiet: _Quiet = False,
     json_: _Json = False,
     verbose: _Verbose = False,
 ) -> None:
@@ -172,8 +183,10 @@ def embed(
     """
     from fmembed import pipeline
 
-    result = pipeline.embed(spec, retry_rejected=retry_rejected, verbose=verbose, quiet=json_)
-    _print_result(asdict(result), json_, verbose)
+    silent = quiet or json_
+    result = pipeline.embed(spec, retry_rejected=retry_rejected, verbose=verbose, quiet=silent)
+    if not quiet or _needs_a_look(asdict(result)):
+        _print_result(asdict(result), json_, verbose)
 
 
 @app.command()
@@ -182,6 +195,7 @@ def refresh(
     spec: RunSpec,
     *,
     allow_removals: _AllowRemovals = None,
+    quiet: _Quiet = False,
     json_: _Json = False,
     verbose: _Verbose = False,
 ) -> None:
@@ -192,8 +206,10 @@ def refresh(
     """
     from fmembed import pipeline
 
-    result = pipeline.refresh(spec, allow_removals=allow_removals, verbose=verbose, quiet=json_)
-    _print_result(asdict(result), json_, verbose)
+    silent = quiet or json_
+    result = pipeline.refresh(spec, allow_removals=allow_removals, verbose=verbose, quiet=silent)
+    if not quiet or _needs_a_look(asdict(result)):
+        _print_result(asdict(result), json_, verbose)
     if result.rows_withheld:
         raise typer.Exit(_WITHHELD)
 
@@ -621,6 +637,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print it.")] 
     if version:
         print(f"fmembed {__version__}")
         raise typer.Exit
+
+
+def _needs_a_look(result: dict[str, Any]) -> bool:
+    """Whether something was left out by this run that should not have been."""
+    return any(result[name] for name in ("rows_rejected", "rows_withheld", "rows_absent"))
 
 
 def _print_result(result: dict[str, Any], as_json: bool, verbose: bool) -> None:

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,8 @@ class Deletion:
     """What was deleted, or would be: rows of the source, of whose pieces none stays.
 
     `rows_rejected` are those among the rejected ones; `samples` are some of the ids, `rows_left`
-    what the table has then; `num_absent` are given ids that the table does not have, and `absent`
-    some of them. `version` is None of a trial.
+    what the table has then (of a trial on a table of chunks at most that); `num_absent` are given
+    ids that the table does not have, and `absent` some of them. `version` is None of a trial.
     """
 
     table: str
@@ -65,11 +66,11 @@ class Deletion:
 
 
 def delete(
-    uri: str,
+    uri: str | Path,
     where: str | None = None,
     *,
     ids: Iterable[str] | None = None,
-    listed_in: str | None = None,
+    listed_in: str | Path | None = None,
     purge: bool = False,
     dry_run: bool = False,
 ) -> Deletion:
@@ -96,8 +97,8 @@ def delete(
     """
     if sum(given is not None for given in (where, ids, listed_in)) != 1:
         raise SpecError(
-            "delete: takes where, a condition on the table's columns, or ids, or listed_in, a "
-            "table; one of them"
+            "delete: takes where, a condition on the table's columns (--where SQL), or ids (--ids "
+            "FILE), or listed_in, a table (--listed-in TABLE); one of them"
         )
     if isinstance(ids, str):
         raise SpecError("ids: takes a list of ids")
@@ -112,7 +113,7 @@ def delete(
         return _delete(table, where, given or [], other, purge, run_id, lock)
 
 
-def undelete(uri: str) -> int:
+def undelete(uri: str | Path) -> int:
     """Let rows come back that `delete` has removed: the next run reads the whole source for them.
 
     Args:
@@ -162,7 +163,7 @@ def _delete(
         version=None,
         rows=int(is_embedded.sum()),
         rows_rejected=len(gone) - int(is_embedded.sum()),
-        rows_left=_count(table),
+        rows_left=_count(table) - (int(is_embedded.sum()) if lock is None else 0),
         num_absent=len(chosen) - len(found),
         samples=tuple(sorted(found)[:_SAMPLES]),
         absent=tuple(sorted(set(chosen).difference(found))[:_SAMPLES]),

@@ -10,6 +10,7 @@ import html
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -105,7 +106,7 @@ class Embeddings:
     Nothing is read before it is asked for; each call reads from storage, so keep what it gives.
     """
 
-    def __init__(self, uri: str, version: int | None = None) -> None:
+    def __init__(self, uri: str | Path, version: int | None = None) -> None:
         """Open a table.
 
         Args:
@@ -214,6 +215,10 @@ class Embeddings:
         Raises:
             TableError: No such column, or none of vectors.
         """
+        for name, given, kind in (("label", label, str), ("ids", ids, bool)):
+            if given is not None and not isinstance(given, kind):
+                what = "the name of a column" if kind is str else "True or False"
+                raise TableError(f"{name}: takes {what}, got {given!a:.80}")
         column = self.vectors[0] if column is None else column
         if column not in self.vectors:
             raise TableError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import statistics
@@ -55,8 +56,13 @@ def propose(uri: str, *, format_: Format = "auto", model: str = "", output: str 
     """
     seen = glance(uri, format_)
     columns = _Columns(seen, redact(uri))
-    text = "\n".join(_lines(uri, seen, columns, model, output or f"out/{_stem(uri)}")) + "\n"
-    RunSpec.parse(read_yaml(text, "config"))
+    output = output or f"out/{_stem(uri)}"
+    text = "\n".join(_lines(uri, seen, columns, model, output)) + "\n"
+    spec = RunSpec.parse(read_yaml(text, "config"))
+    said = (spec.source.input, spec.source.id, spec.source.split, spec.output.uri)
+    meant = (columns.input or "text", columns.id or None, columns.split or None, output)
+    if said != meant:  # no name of a column may say more than itself
+        raise SpecError(f"init: {redact(uri)} has names that a config cannot hold; rename them")
     return text
 
 
@@ -81,7 +87,7 @@ class _Columns:
         return [v for v in self.values.get(name, ()) if isinstance(v, str)]
 
     def _usable(self) -> Iterator[str]:
-        return (name for name in self.values if name not in RESERVED and name[:1] != "_")
+        return (name for name in self.values if _is_usable(name))
 
     def _find_input(self, shown: str) -> tuple[Modality, str]:
         for name in self.values:
@@ -136,8 +142,12 @@ class _Columns:
     def _is_short(self, name: str) -> bool:
         values = self.values[name]
         is_plain = all(v is None or isinstance(v, str | int | float | bool) for v in values)
-        is_known = name not in RESERVED and name[:1] != "_"
-        return is_known and is_plain and all(len(str(v)) <= 300 for v in values)
+        return _is_usable(name) and is_plain and all(len(str(v)) <= 300 for v in values)
+
+
+def _is_usable(name: str) -> bool:
+    """Whether a table may have a column of this name."""
+    return name not in RESERVED and name[:1] != "_"
 
 
 def _kind_of(content: bytes) -> Modality | None:
@@ -217,15 +227,14 @@ def _field(name: str, value: str, why: str) -> str:
 
 
 def _quoted(value: str) -> str:
-    """A word as YAML has it."""
-    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).split(
-        "\n"
-    )[0]
+    """A word as YAML has it: as it is, or as JSON has it, which is YAML too."""
+    is_plain = re.fullmatch(r"[A-Za-z_./][\w./-]*(:[\w./-]+)*", value, re.ASCII)
+    return value if is_plain and yaml.safe_load(value) == value else json.dumps(value)
 
 
 def _some(values: Sequence[str]) -> str:
     shown = ", ".join(value[:20] for value in values[:4])
-    shown = shown.encode("ascii", "backslashreplace").decode()
+    shown = printable(shown).encode("ascii", "backslashreplace").decode()
     return f"{len(values)} values ({shown}{', ...' if len(values) > 4 else ''})"
 
 

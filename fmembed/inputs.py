@@ -97,6 +97,7 @@ def open_inputs(spec: RunSpec, may_be_empty: bool = False) -> Inputs:
             raise
         source = _open_emptied(spec)
     _check_apart(spec, source)
+    _check_stays(spec)
     checkpoint = open_checkpoint(spec.model, _native_bfloat16(spec), source.modality)
     # Code of a checkpoint's own may keep its words wherever it likes.
     is_ours = checkpoint.endpoint is None and not checkpoint.trust_remote_code
@@ -192,6 +193,19 @@ def _check_apart(spec: RunSpec, source: Source) -> None:
             f"output.uri: source.uri ({spec.source.stored_name}) "
             f"{'holds' if holds else 'lies in'} {spec.output.uri}; a table and its source are kept "
             "apart: give another folder"
+        )
+
+
+def _check_stays(spec: RunSpec) -> None:
+    """Refuse an output in the copy of a folder that a submitted job runs in, which Ray deletes.
+
+    Raises:
+        TableError: It is there.
+    """
+    if "/_ray_pkg_" in _place(spec.output.uri) + "/":
+        raise TableError(
+            f"output.uri: {spec.output.uri} is in the job's copy of its folder, which Ray deletes: "
+            "give a URL, or an absolute path that all nodes share"
         )
 
 

@@ -414,7 +414,7 @@ def evaluate(
 
 
 def probe(
-    uri: str,
+    uri: str | Path,
     names: tuple[str, ...] | None = None,
     *,
     spec: RunSpec | str | Path | None = None,

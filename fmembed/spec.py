@@ -542,7 +542,10 @@ def _one_line(error: ValidationError) -> str:
     own = [e["msg"].removeprefix("Value error, ") for e in same if e["type"] == "value_error"]
     taken = " or ".join(dict.fromkeys(_what_it_takes(e) for e in same))
     message = own[0] if own else f"takes {taken}"
-    return f"{field}: {message}{_shown(names[-1] if names else '', first['input'])}{more}"
+    # Of a whole part nothing is shown: its own words say which field of it is wrong.
+    is_part = bool(own) and isinstance(first["input"], dict)
+    shown = "" if is_part else _shown(names[-1] if names else "", first["input"])
+    return f"{field}: {message}{shown}{more}"
 
 
 def _names_of(error: Any) -> list[str]:

@@ -6,6 +6,7 @@ parts, and commits the parts.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -409,13 +410,14 @@ def check_rejected(table: Table, output: OutputSpec, num_rejected: int, num_rows
     causes = ", ".join(f"{n:,} {cause}" for cause, n in found.most_common(5))
     # Of the most frequent one an example: its message says what may help.
     example = by_cause[0]["samples"][0]
+    enough = math.ceil(100 * num_rejected / num_rows) / 100
     raise RejectedError(
         f"{num_rejected:,} of {num_rows:,} rows were rejected, more than "
         f"output.max_rejected_fraction = {output.max_rejected_fraction} allows ({causes}; as "
         f"{example['row_id'][:200]}: {example['message']}); the "
-        f"embedded rows are committed, the rejected ones are in {table.rejected.uri}; more are "
-        "allowed by --set output.max_rejected_fraction=0.5, or in Python by "
-        'overrides={"output.max_rejected_fraction": 0.5}'
+        f"embedded rows are committed, the rejected ones are in {table.rejected.uri}; so many are "
+        f"allowed by --set output.max_rejected_fraction={enough}, or in Python by "
+        f'overrides={{"output.max_rejected_fraction": {enough}}}'
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -76,7 +78,8 @@ def list_files(spec: SourceSpec) -> Listing:
     except FileNotFoundError as e:
         status = getattr(e.__cause__, "status", None)
         why = f" (the server answers {status})" if status is not None else ""
-        raise SourceError(f"source.uri: no such file or folder: {shown}{why}") from None
+        where = f" (below {os.getcwd()})" if not re.match(r"/|~|[a-z]+:", uri) else ""
+        raise SourceError(f"source.uri: no such file or folder: {shown}{where}{why}") from None
     except ImportError as e:
         raise SourceError(f"source.uri: {shown}: {e}") from None
     except Exception as e:  # by filesystem: OSError, obstore's own, aiohttp's own

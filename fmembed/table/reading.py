@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import pyarrow as pa
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
 
 
 @overload
-def read(uri: str, version: int | None = ..., *, columns: list[str] | None = ...) -> pa.Table: ...
+def read(
+    uri: str | Path, version: int | None = ..., *, columns: list[str] | None = ...
+) -> pa.Table: ...
 @overload
 def read(
-    uri: str,
+    uri: str | Path,
     version: int | None = ...,
     *,
     engine: Literal["arrow"],
@@ -28,12 +31,16 @@ def read(
 ) -> pa.Table: ...
 @overload
 def read(
-    uri: str, version: int | None = ..., *, engine: Literal["ray"], columns: list[str] | None = ...
+    uri: str | Path,
+    version: int | None = ...,
+    *,
+    engine: Literal["ray"],
+    columns: list[str] | None = ...,
 ) -> ray.data.Dataset: ...
 
 
 def read(
-    uri: str,
+    uri: str | Path,
     version: int | None = None,
     *,
     engine: Literal["arrow", "ray"] = "arrow",
@@ -51,6 +58,10 @@ def read(
         TableError: No table there, or no such version.
     """
     table = Table.open(uri)
+    if engine not in ("arrow", "ray"):
+        raise TableError(f"engine: takes arrow or ray, got {engine!a:.80}")
+    if isinstance(columns, str):
+        raise TableError(f"columns: takes a list of names, got {columns!a:.80}")
     newest = table.version()
     if version is not None:
         table.check_version(version)
@@ -101,7 +112,9 @@ def _read_by_ray(table: Table, parts: list[Part], columns: list[str] | None) -> 
     return numbers.map_batches(read_one, batch_size=1)
 
 
-def sample(uri: str, columns: list[str], max_rows: int, label: str | None) -> tuple[pa.Table, int]:
+def sample(
+    uri: str | Path, columns: list[str], max_rows: int, label: str | None
+) -> tuple[pa.Table, int]:
     """Read a fixed sample: the rows with the smallest content hashes.
 
     Memory is bounded by one part and the sample, whatever the table's size.

@@ -70,13 +70,15 @@ class Table:
         self.deleted = Deleted(self.storage)
 
     @classmethod
-    def open(cls, uri: str) -> Table:
+    def open(cls, uri: str | Path) -> Table:
         """Open a table that exists, if only with rejected rows.
 
         Raises:
-            TableError: There is none.
+            TableError: There is none, or it is not the name of one.
         """
-        uri = uri.removeprefix("file://")
+        if not isinstance(uri, str | Path):
+            raise TableError(f"table: takes a folder or a URL, got {uri!a:.80}")
+        uri = str(uri).removeprefix("file://")
         if "://" not in uri and not os.path.isdir(Path(uri).expanduser()):
             if os.path.isfile(Path(uri).expanduser()):
                 raise TableError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ class VerifyResult:
     notes: list[str] = field(default_factory=list)
 
 
-def verify(uri: str) -> VerifyResult:
+def verify(uri: str | Path) -> VerifyResult:
     """Recount a table from storage.
 
     Checked: every part's checksum, size and row count against the log; ids unique and none both

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -81,7 +82,7 @@ class Vacuumed:
     num_bytes: int
 
 
-def list_versions(uri: str, limit: int | None = None) -> list[Version]:
+def list_versions(uri: str | Path, limit: int | None = None) -> list[Version]:
     """The versions that the table's log tells of, the newest first.
 
     Args:
@@ -114,7 +115,7 @@ def list_versions(uri: str, limit: int | None = None) -> list[Version]:
     return found[::-1][:limit]
 
 
-def list_files(uri: str, version: int | None = None) -> list[str]:
+def list_files(uri: str | Path, version: int | None = None) -> list[str]:
     """Where the parts of a version are: what to give to a reader that takes a list of files.
 
     Args:
@@ -129,7 +130,7 @@ def list_files(uri: str, version: int | None = None) -> list[str]:
     return [f"{table.uri}/{part.path}" for part in table.rows.parts(version)]
 
 
-def diff_versions(uri: str, old: int, new: int | None = None) -> Difference:
+def diff_versions(uri: str | Path, old: int, new: int | None = None) -> Difference:
     """How two versions differ, by the rows of the parts that only one of them has.
 
     Args:
@@ -199,7 +200,7 @@ def _rows_of(table: Table, parts: Sequence[Part]) -> dict[str, tuple[Any, ...]]:
 
 
 def vacuum(
-    uri: str,
+    uri: str | Path,
     *,
     keep_days: float | None = None,
     keep_versions: int | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -248,3 +249,49 @@ def test_columns_of_one_name_are_told(specs: list[RunSpec]) -> None:
     frame = pd.DataFrame([["a", "b"]], columns=["text", "text"])
     with pytest.raises(SourceError, match="two columns of the DataFrame are called 'text'"):
         fmembed.embed(frame, model="m", output="out")
+
+
+@pytest.mark.parametrize(
+    ("content", "refused"),
+    [
+        (b"text,n\none,1\ntwo,2\n", True),
+        (b"a\tb\nc\td\n", True),
+        (b"one, two\nthree\n", False),
+        (b"[Music] plays, and stops\n[Applause] begins\n", False),
+        (b"{x} is no JSON\n", False),
+        (b"only, one line", False),
+    ],
+)
+def test_what_may_be_csv_is_asked_for(content: bytes, refused: bool) -> None:
+    spec = RunSpec.parse({"source": {"uri": "-"}, "model": {"id": "m"}, "output": {"uri": "o"}})
+    with contextlib.ExitStack() as stack:
+        if refused:
+            with pytest.raises(SpecError, match="say --format csv, or --format lines"):
+                stack.enter_context(api.of_stream(spec, io.BytesIO(content)))
+        else:
+            spooled = stack.enter_context(api.of_stream(spec, io.BytesIO(content)))
+            assert spooled.source.format == "lines"
+
+
+def test_of_a_table_with_more_rows_those_of_the_data_come_back(tmp_path: Path) -> None:
+    ids = ["r7", "r2", "other", "r50"]
+    found = api._with_table(
+        RunResult(run_id="r", started="2026-01-01T00:00:00", version=1, fingerprint="f",
+                  table=make_table(tmp_path / "t").uri),
+        Given({}, "a list", ids),
+    )  # fmt: skip
+    _, names = found.numpy(ids=True)
+    assert names.tolist() == ["r7", "r2", "r50"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"output": 5}, "output: takes a folder or a URL, got 5"),
+        ({"overrides": 5}, "overrides: takes a dict of fields"),
+        ({"overrides": {5: 1}}, "overrides: takes a dict of fields"),
+    ],
+)
+def test_arguments_of_other_types_are_told(given: Any, told: str, specs: list[RunSpec]) -> None:
+    with pytest.raises(SpecError, match=told):
+        fmembed.embed(["a"], **{"model": "m", "output": "o", **given})

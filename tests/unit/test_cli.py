@@ -16,6 +16,7 @@ import yaml
 from conftest import run_cli, write_jsonl
 from tables import CARD, SCHEMA, block, write
 
+from fmembed import pipeline
 from fmembed.cli import _print_result, run
 from fmembed.errors import FmembedError
 from fmembed.evaluate.facts import pick_headlines
@@ -367,3 +368,26 @@ def test_a_flag_that_unfolds_is_one_line() -> None:
     assert run.returncode == 2
     assert run.stderr.endswith("--set x: not valid YAML: it is nested too deeply\n")
     assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.CSV", "a.parquet"])
+def test_data_in_the_place_of_a_config_is_told(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text('{"text": "one"}\n')
+    assert run(["embed", str(tmp_path / name)]) == 2
+    assert "looks like data: --source" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rejected", [0, 2])
+def test_quiet_is_quiet_unless_something_needs_a_look(
+    rejected: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = RunResult(
+        run_id="r", started="2026-01-01T00:00:00", table="/out", version=1, fingerprint="f",
+        rows_read=9, rows_embedded=9 - rejected, rows_rejected=rejected, table_rejected=rejected,
+    )  # fmt: skip
+    monkeypatch.setattr(pipeline, "refresh", lambda *_, **given: made if given["quiet"] else None)
+    named = ["--source", "x", "--model", "m", "--output", "o"]
+    assert run(["refresh", *named, "-q"]) == 0
+    assert bool(capsys.readouterr().out) == bool(rejected)

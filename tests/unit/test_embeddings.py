@@ -220,3 +220,21 @@ def test_info_says_of_a_table_that_its_last_run_was_stopped(
         corpus.embed()
     (told,) = [m for m in fmembed.open(str(corpus.out)).info().missing if "run" in m]
     assert told == "the end of its last run, which was stopped or is under way"
+
+
+def test_a_table_is_named_by_text_or_path_and_by_nothing_else(tmp_path: Path) -> None:
+    path = Path(make_table(tmp_path / "t").uri)
+    assert len(fmembed.open(path)) == fmembed.read(path).num_rows == NUM_ROWS
+    fmembed.versions(path)
+    fmembed.verify(path)
+    assert fmembed.delete(path, ids=["nobody"], dry_run=True).rows == 0
+    for odd in (None, 5, [], {}, b"t"):
+        with pytest.raises(TableError, match="table: takes a folder or a URL, got"):
+            fmembed.open(odd)  # type: ignore[arg-type]
+    with pytest.raises(TableError, match="engine: takes arrow or ray, got 'zz'"):
+        fmembed.read(path, engine="zz")  # type: ignore[call-overload]
+    with pytest.raises(TableError, match="columns: takes a list of names, got 'topic'"):
+        fmembed.read(path, columns="topic")  # type: ignore[call-overload]
+    for given in ({"label": ["topic"]}, {"ids": "x"}):
+        with pytest.raises(TableError, match="takes"):
+            fmembed.open(path).numpy(**given)

@@ -180,3 +180,37 @@ def test_the_command_writes_where_nothing_is(
     assert cli.run(["init", "a.parquet", "--to", "-", "--output", "out/x"]) == 0
     assert check(io.StringIO(capsys.readouterr().out).read())["output"] == {"uri": "out/x"}
     assert cli.run(["init", "a.parquet", "--to", "no/such/a.yaml"]) == 2
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        "z\nsource: {uri: /e}#",
+        "\nprobes: [] #",
+        "a\rb",
+        "\x1b[31m",
+        "x\x85y",
+        "'",
+        '"',
+        "#",
+        "{",
+        "%",
+    ],
+)
+def test_no_value_or_name_says_more_than_itself(evil: str, tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {"text": ["some words"] * 6, "topic": [evil, "b"] * 3, evil: ["c", "d"] * 3}
+    )
+    frame.to_parquet(tmp_path / "a.parquet")
+    text = propose(str(tmp_path / "a.parquet"), model=f"m{evil}", output=f"o{evil}")
+    found = check(text)
+    assert found["source"]["uri"] == str(tmp_path / "a.parquet")
+    assert (found["source"]["label"], found["source"]["carry"]) == ("topic", [evil])
+    assert (found["model"]["id"], found["output"]["uri"]) == (f"m{evil}", f"o{evil}")
+    assert set(found) == {"source", "model", "output"}
+
+
+def test_of_a_header_that_is_no_utf8_the_encoding_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text,na\xefve\nsome words,x\nmore words,y\n")
+    with pytest.raises(SourceError, match=r"header is not utf-8: .*source\.csv\.encoding"):
+        propose(str(tmp_path / "a.csv"))

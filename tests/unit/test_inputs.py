@@ -37,7 +37,8 @@ def test_a_mistake_is_said_before_ray_and_torch_are_imported() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines() == ["source.uri: no such file or folder: nope", "[]"]
+    told = f"source.uri: no such file or folder: nope (below {Path.cwd()})"
+    assert done.stdout.splitlines() == [told, "[]"]
 
 
 @pytest.mark.parametrize("file", ["a.png", "a.wav"])
@@ -152,3 +153,10 @@ def test_a_table_of_chunks_keeps_their_text_or_goes_on_without(
     assert len(texts()) == result.table_rows + 1
     with pytest.raises(SpecError, match=r"preprocess: keep_text is for chunks that are rows"):
         spec(keep_text=True, pieces="mean")
+
+
+def test_an_output_in_a_jobs_copy_of_its_folder_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "one"}\n')
+    out = tmp_path / "working_dir_files" / "_ray_pkg_0123" / "out"
+    with pytest.raises(TableError, match=r"in the job's copy of its folder, which Ray deletes"):
+        open_inputs(spec_of(tmp_path / "in.jsonl", tiny_bert, out))

@@ -150,6 +150,11 @@ def _file_schema(source: Source, file: File) -> pa.Schema:
             f"its only column is {header[0][:80]!r}; are its fields set apart by {other!r}? Name "
             "it as source.csv.delimiter"
         )
+    if any("\ud800" <= c <= "\udfff" for c in "".join(header)):
+        raise ValueError(
+            f"its header is not {source.spec.csv.encoding}: name the encoding as "
+            "source.csv.encoding (latin-1, cp1252, utf-16, ...)"
+        )
     return pa.schema([pa.field(c, pa.string()) for c in dict.fromkeys(header)])
 
 

@@ -18,6 +18,8 @@ from fmembed.storage import tell
 # What a folder's name is called where the config leaves that open.
 LABEL = "label"
 _SAMPLED_FILES, _MOST_CLASSES = 10_000, 1000
+# Files of which this was said.
+_told: set[str] = set()
 # Of one text that looks like a list of texts.
 _MANY_LINES, _LOOKED_AT_BYTES = 10, 2**20
 
@@ -60,7 +62,9 @@ def _tell_of_lines(source: Source, file: File) -> None:
         num_lines = read_whole(source.fs, file.path, _LOOKED_AT_BYTES, file.size).count(b"\n")
     except Exception:  # its row is rejected with the cause, or is none of so many bytes
         num_lines = 0
-    if num_lines >= _MANY_LINES or (file.size or 0) > _LOOKED_AT_BYTES:
+    is_long = num_lines >= _MANY_LINES or (file.size or 0) > _LOOKED_AT_BYTES
+    if is_long and file.path not in _told:
+        _told.add(file.path)
         tell(
             f"{file.name} is one row, its whole text: with source.format lines (--format lines) "
             "each line is one"

@@ -50,6 +50,7 @@ def json_schema(source: Source, files: Sequence[File]) -> pa.Schema:
 def _first_rows(source: Source, file: File) -> Iterator[dict[str, Any] | Rejection] | None:
     """The elements that an array begins with; None of another file."""
     if not _is_array(source, file):
+        _check_bare(_read(source, file, _SAMPLE_BYTES))
         return None
     for most in (_SAMPLE_BYTES, _MOST_BYTES):  # the first one may be longer than that
         content = _read(source, file, most)
@@ -58,6 +59,24 @@ def _first_rows(source: Source, file: File) -> Iterator[dict[str, Any] | Rejecti
             break
     elements = itertools.islice(_elements(content, is_cut), _SAMPLE_ROWS)
     return (_parse(element, source) for element in elements)
+
+
+def _check_bare(content: bytes) -> None:
+    """Refuse one object that holds the rows.
+
+    Raises:
+        ValueError: With how they are taken out.
+    """
+    try:
+        whole = json.loads(content)
+    except ValueError:  # several lines, or cut
+        return
+    for name, value in whole.items() if isinstance(whole, dict) else ():
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            raise ValueError(
+                f"it is one object, whose rows are in {name[:80]!a}: take them out "
+                f"(jq '.[\"{name[:80]}\"]', or json.load(file)[{name[:80]!a}])"
+            )
 
 
 def _is_array(source: Source, file: File) -> bool:

@@ -62,7 +62,7 @@ def test_lines_under_this_name_are_lines(tmp_path: Path) -> None:
 
 
 def test_one_object_over_many_lines_is_told(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps({"data": ROWS}, indent=1))
+    (tmp_path / "a.json").write_text(json.dumps(ROWS[1], indent=1))
     with pytest.raises(SourceError, match=r"goes over several lines: .* or an array"):
         read(tmp_path / "a.json")
 
@@ -133,3 +133,13 @@ def test_an_empty_array_has_no_row(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(SourceError, match="its array is empty, or begins with neither"):
         read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_inside_of_an_object_are_told(indent: int | None, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"count": 4, "data": ROWS}, indent=indent))
+    with pytest.raises(SourceError, match=r"it is one object, whose rows are in 'data': take them"):
+        read(tmp_path / "a.json")
+    # One that is a row of its own has a list of other things.
+    (tmp_path / "b.json").write_text('{"text": "one", "tags": ["a", "b"]}')
+    assert texts(tmp_path / "b.json") == ["one"]
