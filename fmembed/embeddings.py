@@ -302,7 +302,10 @@ class Embeddings:
     def _settings(self) -> str:
         identity, output = self._card.identity, self._card.outputs[self.vectors[0]]
         said = [output.pooling]
-        if self._card.modality == "text" and identity.get("model.max_tokens"):
+        if (chunk := identity.get("preprocess.chunk_tokens")) is not None:
+            shared = identity.get("preprocess.chunk_overlap")
+            said.append(f"chunks of {chunk} tokens" + (f", {shared} shared" if shared else ""))
+        elif self._card.modality == "text" and identity.get("model.max_tokens"):
             said.append(f"{identity['model.max_tokens']} tokens")
         if identity.get("model.prompt"):
             said.append(f"prompt {str(identity['model.prompt'])[:40]!r}")

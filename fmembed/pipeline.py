@@ -382,7 +382,6 @@ def embed_rows(
                         line.fill_copies(commits)
         except BudgetSpentError as e:
             return e
-    commits.check_rejected(at_end=True)
     return None
 
 

@@ -111,12 +111,14 @@ class Run:
             self._metrics.publish(rows, self._judge(commits.counts))
 
     def check_rejected(self) -> None:
-        """Hold a run that had nothing to do, or has replaced the version, to the limit too: a job
-        that is tried again after too many rejections is no success.
+        """Hold a run to the limit once it is on record; one that had nothing to do, or has replaced
+        the version, too: a job that is tried again after too many rejections is no success.
 
         Raises:
             RejectedError: More rows of the table are rejected than the config allows.
         """
+        if self._commits is not None:
+            self._commits.check_rejected(at_end=True)
         if self.work is not None and (self._commits is None or isinstance(self._commits, Staging)):
             table = self._inputs.table
             num_rows = table.known().num_rows

@@ -82,7 +82,7 @@ def verify(uri: str | Path) -> VerifyResult:
         f"the log no longer holds what run {run} has committed; --repair takes its parts back"
         for run in table.lost_runs()
     ]
-    notes = _list_foreign(table, parts)
+    notes = [*_list_foreign(table, parts), *_list_aside(table)]
     wrong, since = _compare_record(table, embedded.num_rows, num_rejected)
     changed = since is not None and bool(table.rows.history(since=since))
     (notes if changed else problems).extend(wrong)
@@ -191,6 +191,15 @@ def _list_strays(table: Table) -> list[str]:
         f"{_prefix(table, log)}{path}: a stray file that no commit names"
         for log, path in table.strays()
     ]
+
+
+def _list_aside(table: Table) -> list[str]:
+    """Parts whose rows are in no version: what is well may be less than there was."""
+    num_parts = sum("/part-" in path for path in table.storage.walk("_quarantine/"))
+    return [
+        f"{num_parts:,} parts lie in _quarantine/; what they held is missing here until the same "
+        "fmembed embed, or a refresh, has embedded it again"
+    ] if num_parts else []  # fmt: skip
 
 
 def _list_deleted(table: Table, known: RowIds) -> list[str]:

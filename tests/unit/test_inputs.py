@@ -151,6 +151,7 @@ def test_a_table_of_chunks_keeps_their_text_or_goes_on_without(
     inline.embed(spec(), make_stage(log))
     assert all(text in "many words " * 20 or text == "one more" for text in texts())
     assert len(texts()) == result.table_rows + 1
+    assert "chunks of 8 tokens" in fmembed.open(str(out)).info().model_settings
     with pytest.raises(SpecError, match=r"preprocess: keep_text is for chunks that are rows"):
         spec(keep_text=True, pieces="mean")
 

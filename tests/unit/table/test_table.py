@@ -439,6 +439,8 @@ def test_a_table_with_a_broken_part_has_a_way_back(
     assert not again.known().load().contains(keys_of(ids)).any()
     # What is broken is kept, if there is anything of it.
     kept = list(Path(table.uri, "_quarantine").rglob("part-*"))
+    notes = [n for n in verify(table.uri).notes if n.startswith("1 parts lie in _quarantine")]
+    assert len(notes) == len(kept)
     assert len(kept) == (0 if damage is damage_gone else 1)
 
 
