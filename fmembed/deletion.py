@@ -217,37 +217,30 @@ class _Keys:
         source = card.spec.get("source")
         id_column = source.get("id") if isinstance(source, dict) else None
         places = [name for name in chosen if _is_place(name, id_column)]
-        # What is on record in place of a row whose id nobody knows is not its id.
-        self._stand_ins = RowIds(keys_of(n for n in chosen if id_column and _PLACE.search(n)))
-        named = keys_of(set(chosen).difference(places))
         self._found = _Found(known, self.num_buckets, keys_of(chosen), keys_of(places))
-        before = known.deleted() if other is None else known.deleted().join(other)
-        is_stand_in = self._stand_ins.contains(named)
-        self.out = LeftOut(
-            np.concatenate([before.ids, named[~is_stand_in]]),
-            np.concatenate([before.contents, self._found.contents]),
-        )
-        self._also = RowIds(named[is_stand_in])
+        # What is on record in place of a row whose id nobody knows looks like a place, and is a
+        # warning: as long as it is there no row leaves (run/removals.py).
+        named = keys_of(
+            name for name in set(chosen).difference(places)
+            if not _PLACE.search(name) or self._found.has(name, is_embedded=True)
+        )  # fmt: skip
+        self.out = known.deleted().join(LeftOut(named, self._found.contents))
+        self.out = self.out if other is None else self.out.join(other)
         self.rows = np.zeros(len(known.paths), dtype=np.int64)
         self.dead: list[KeyRows] = []
         for bucket in range(self.num_buckets):
             rows, is_dead = self._look(bucket)
             self.rows += np.bincount(rows.places, minlength=len(known.paths))
             self.dead.append(rows[is_dead])
-        embedded = KeyRows.join(self.dead).embedded
-        self.out = replace(self.out, ids=np.concatenate([
-            self.out.ids, embedded[self._also.contains(embedded)]
-        ]))  # fmt: skip
 
     def is_found(self, name: str) -> bool:
         """Whether the table has a row of this id, embedded or rejected."""
-        return bytes(keys_of([name])[0]) in self._found.ids
+        return self._found.has(name)
 
     def _look(self, bucket: int) -> tuple[KeyRows, npt.NDArray[np.bool_]]:
         rows = self.known.read_bucket(bucket, self.num_buckets, self._numbers)
         is_listed = self.out.covers(rows.ids, rows.contents)
-        is_also = self._also.contains(rows.ids) & (rows.kinds == 0)
-        return rows, (is_listed | is_also) & (rows.kinds != KINDS.index("rest"))
+        return rows, is_listed & (rows.kinds != KINDS.index("rest"))
 
     def live(self, bucket: int) -> KeyRows:
         """The rows of a bucket that stay."""
@@ -279,14 +272,19 @@ class _Found:
     """Of some ids those that a table has, and the contents of those that are places."""
 
     def __init__(self, known: KnownRows, num_buckets: int, chosen: Keys, places: Keys) -> None:
-        ids, contents = [keys_of([])], [keys_of([])]
+        found, contents = [], [keys_of([])]
         wanted, by_place = RowIds(chosen), RowIds(places)
         for bucket in range(num_buckets):
             rows = known.read_bucket(bucket, num_buckets, {})
-            ids.append(rows.ids[wanted.contains(rows.ids)])
+            found.append(rows[wanted.contains(rows.ids)])
             contents.append(rows.contents[by_place.contains(rows.ids) & (rows.contents != b"")])
-        self.ids = set(np.concatenate(ids).tolist())
+        rows = KeyRows.join(found)
+        self._ids, self._embedded = set(rows.ids.tolist()), set(rows.embedded.tolist())
         self.contents: Keys = np.unique(np.concatenate(contents))
+
+    def has(self, name: str, is_embedded: bool = False) -> bool:
+        """Whether the table has a row of this id; or an embedded one."""
+        return bytes(keys_of([name])[0]) in (self._embedded if is_embedded else self._ids)
 
 
 def _is_place(row_id: str, id_column: Any) -> bool:

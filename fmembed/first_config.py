@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -141,7 +142,8 @@ class _Columns:
 
     def _is_short(self, name: str) -> bool:
         values = self.values[name]
-        is_plain = all(v is None or isinstance(v, str | int | float | bool) for v in values)
+        plain = str | int | float | bool | datetime.date  # a time of a day is a date too
+        is_plain = all(v is None or isinstance(v, plain) for v in values)
         return _is_usable(name) and is_plain and all(len(str(v)) <= 300 for v in values)
 
 

@@ -30,6 +30,7 @@ def rows(n: int = 40) -> list[dict[str, Any]]:
         {
             "sku": f"A-{i}", "title": f"Thing {i}",
             "body": f"{i} {LONG if i % 4 == 0 else 'short'}",
+            "when": pd.Timestamp("2026-01-01", tz="UTC") + pd.Timedelta(i, "h"),
             "topic": ["spam", "ham"][i % 2], "split": ["train", "test"][i % 5 == 0],
             "price": i / 2, "more": {"a": 1}, "truncated": 0,
         }
@@ -56,10 +57,12 @@ def test_columns_are_for_what_they_look_like(name: str, tmp_path: Path) -> None:
     else:
         frame.to_json(path, orient="records", lines=name == "a.jsonl")
     text = propose(str(path))
-    assert check(text) == {
+    found = check(text)
+    assert found["source"]["carry"] == ["title", "when", "price"]
+    assert found == {
         "source": {
             "uri": str(path), "format": name[2:], "input": "body", "id": "sku", "label": "topic",
-            "split": "split", "carry": ["title", "price"],
+            "split": "split", "carry": ["title", "when", "price"],
         },
         "model": {"id": "sentence-transformers/all-MiniLM-L6-v2"},
         "output": {"uri": "out/a"},
