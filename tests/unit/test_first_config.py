@@ -55,7 +55,7 @@ def test_columns_are_for_what_they_look_like(name: str, tmp_path: Path) -> None:
     elif name == "a.parquet":
         frame.to_parquet(path)
     else:
-        frame.to_json(path, orient="records", lines=name == "a.jsonl")
+        frame.to_json(path, orient="records", lines=name == "a.jsonl", date_format="iso")
     text = propose(str(path))
     found = check(text)
     assert found["source"]["carry"] == ["title", "when", "price"]
