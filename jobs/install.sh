@@ -6,11 +6,12 @@ extra=$1
 stamp=.venv/.installed-$extra
 if [ ! -e "$stamp" ] || [ -n "$(find demo.lock test.lock constraints.txt pyproject.toml -newer "$stamp")" ]; then
   [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-  # Python compiles what it imports; to compile all takes longer than the demo and a sixth more disk.
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+  # Compiled, though that takes half a minute and 0.4 GB: where PYTHONDONTWRITEBYTECODE is set, as in
+  # many images, nothing would be later, and each process of Ray's would compile all that it imports.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     --require-hashes --no-deps -r "$extra.lock"
   # The build backend comes from the lock as well.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    --no-compile --no-build-isolation -c constraints.txt -e ".[$extra]"
+    --no-build-isolation -c constraints.txt -e ".[$extra]"
   touch "$stamp"
 fi
