@@ -103,7 +103,7 @@ def test_by_command(corpus: Corpus, tiny_bert: Path) -> None:
     ]  # fmt: skip
     done = run_cli(*args)
     assert done.returncode == 0
-    said = [re.sub(r"^\d\d:\d\d ", "", line) for line in done.stderr.splitlines()]
+    said = [re.sub(r"^([0-9-]{10} )?\d\d:\d\d ", "", line) for line in done.stderr.splitlines()]
     assert [line.split(",")[0] for line in said] == [
         "starting Ray …", "comparing the source with the table …", "loading the model",
         "making the new version …",
