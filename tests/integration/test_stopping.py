@@ -60,7 +60,11 @@ def test_a_run_is_stopped_outside_of_the_embed_stage(
     assert driver.wait(timeout=60) == 128 + signum, errors.read_text()
     said = errors.read_text().splitlines()
     # Not Ray's, nor what was begun.
-    said = [s for s in said if "logging.cc" not in s and not re.match(r"\d\d:\d\d .* …$", s)]
+    said = [
+        s
+        for s in said
+        if "logging.cc" not in s and not re.match(r"([0-9-]{10} )?\d\d:\d\d .* …$", s)
+    ]
     assert said == ["fmembed: interrupted; what is committed stays, the same command resumes"]
     # Nothing of Ray is left behind.
     _, alive = psutil.wait_procs(ray, timeout=30)
