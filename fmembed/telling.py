@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime
+from typing import Any
 
 from fmembed import terminal
 
@@ -15,7 +16,9 @@ _EVERY_S, _IN_NOTEBOOK_S = 30.0, 5.0
 
 def every_s() -> float:
     """Seconds from a line that says how far a run has come to the next."""
-    return _IN_NOTEBOOK_S if "ipykernel" in sys.modules else _EVERY_S
+    ipython: Any = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return _IN_NOTEBOOK_S if hasattr(shell, "kernel") else _EVERY_S
 
 
 class Teller:

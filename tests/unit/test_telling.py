@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from datetime import datetime
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -79,8 +80,12 @@ def test_a_notebook_is_told_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     clock = Clock()
     pulse = Pulse(said.append, clock)
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    shell = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "IPython", Mock(get_ipython=lambda: shell))
     clock.now += 6
+    pulse.beat(0, 0, 0, "", None, is_exact=False)
+    assert said == []  # in a terminal's IPython
+    shell.kernel = object()
     pulse.beat(0, 0, 0, "", None, is_exact=False)
     assert len(said) == 1
 
