@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import csv
+import io
 import re
 import shutil
 import sys
@@ -261,6 +263,10 @@ def _spec_of(
             yield spec, given
 
 
+# By so many the format of a stream is told.
+_LOOKED_AT_BYTES = 2**16
+
+
 @contextlib.contextmanager
 def of_stream(spec: RunSpec, stream: IO[bytes]) -> Iterator[RunSpec]:
     """A spec whose source is what comes on a stream: kept in a file for as long as this lasts.
@@ -283,19 +289,23 @@ def of_stream(spec: RunSpec, stream: IO[bytes]) -> Iterator[RunSpec]:
         with path.open("wb") as file:
             shutil.copyfileobj(stream, file)
         with path.open("rb") as file:
-            begin = file.read(1024)
+            begin = file.read(_LOOKED_AT_BYTES)
         if not begin:
             raise SpecError("source.uri: nothing came on standard input")
         format_ = spec.source.format
         if format_ == "auto":
-            format_ = _format_of(begin)
+            format_ = _format_of(begin, is_cut=len(begin) == _LOOKED_AT_BYTES)
         source = spec.source.model_copy(update={"uri": str(path), "format": format_})
         source.call("standard input")
         yield spec.model_copy(update={"source": source})
 
 
-def _format_of(begin: bytes) -> Format:
+def _format_of(begin: bytes, is_cut: bool) -> Format:
     """The format of what begins so, if it can only be one.
+
+    Args:
+        begin: Its first bytes.
+        is_cut: Whether there are more, so that the last row may be half a one.
 
     Raises:
         SpecError: It may as well be CSV.
@@ -305,13 +315,17 @@ def _format_of(begin: bytes) -> Format:
         return "jsonl"
     if re.match(rb'\[\s*["{\]]', text):
         return "json"
-    lines = text.split(b"\n")[:-1] or [text]
-    for delimiter in (b",", b"\t", b";"):
-        counts = {line.count(delimiter) for line in lines}
-        if len(lines) > 1 and len(counts) == 1 and counts != {0}:
+    for delimiter in ",\t;":
+        lines = io.StringIO(text.decode(errors="replace"), newline="")
+        try:
+            rows = [row for row in csv.reader(lines, delimiter=delimiter) if row]
+        except csv.Error:
+            continue
+        widths = {len(row) for row in (rows[:-1] if is_cut else rows)}
+        if len(rows) > 1 and len(widths) == 1 and widths != {1}:
             raise SpecError(
-                f"source.format: each line on standard input has {counts.pop()} times "
-                f"{delimiter.decode()!r}, as CSV has: say --format csv, or --format lines"
+                f"source.format: what comes on standard input reads as CSV, with {widths.pop()} "
+                f"fields a row between {delimiter!r}: say --format csv, or --format lines"
             )
     return "lines"
 

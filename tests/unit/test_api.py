@@ -256,6 +256,9 @@ def test_columns_of_one_name_are_told(specs: list[RunSpec]) -> None:
     [
         (b"text,n\none,1\ntwo,2\n", True),
         (b"a\tb\nc\td\n", True),
+        (b"text,n\none,1", True),  # without a last line's end
+        (b'text,n\n"one, two",1\n"over\nlines",2\n', True),
+        (b"text,n\n" + b"one,1\n" * 20_000, True),  # of which only the beginning is looked at
         (b"one, two\nthree\n", False),
         (b"[Music] plays, and stops\n[Applause] begins\n", False),
         (b"{x} is no JSON\n", False),
