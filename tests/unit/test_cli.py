@@ -17,7 +17,8 @@ from conftest import run_cli, write_jsonl
 from tables import CARD, SCHEMA, block, write
 
 from fmembed import pipeline
-from fmembed.cli import _print_result, run
+from fmembed.cli import run
+from fmembed.cli.runs import _print_result
 from fmembed.errors import FmembedError
 from fmembed.evaluate.facts import pick_headlines
 from fmembed.result import RunResult
