@@ -35,6 +35,7 @@ from fmembed.errors import (
     ConflictError,
     DamagedError,
     FmembedError,
+    GateRefusedError,
     Interrupted,
     LockedError,
     ModelError,
@@ -49,6 +50,7 @@ from fmembed.errors import (
 from fmembed.spec import (
     BudgetSpec,
     ComputeSpec,
+    GateSpec,
     HubDataset,
     ModelSpec,
     OutputSpec,
@@ -69,8 +71,10 @@ if TYPE_CHECKING:
     from fmembed.encoding import encode
     from fmembed.forecast import Forecast
     from fmembed.pipeline import probe
+    from fmembed.promotion import promote, rollback, status
     from fmembed.result import RunResult
     from fmembed.table.reading import read
+    from fmembed.table.store import Store
     from fmembed.table.verify import verify
     from fmembed.table.versions import diff_versions as diff
     from fmembed.table.versions import list_files as files
@@ -90,6 +94,8 @@ __all__ = [
     "Embeddings",
     "FmembedError",
     "Forecast",
+    "GateRefusedError",
+    "GateSpec",
     "HubDataset",
     "Interrupted",
     "LockedError",
@@ -106,6 +112,7 @@ __all__ = [
     "SourceSpec",
     "SpecError",
     "StorageError",
+    "Store",
     "TableError",
     "UserError",
     "__version__",
@@ -116,8 +123,11 @@ __all__ = [
     "files",
     "plan",
     "probe",
+    "promote",
     "read",
     "refresh",
+    "rollback",
+    "status",
     "undelete",
     "vacuum",
     "verify",
@@ -160,6 +170,14 @@ def __getattr__(name: str) -> Any:
         from fmembed import deletion
 
         return getattr(deletion, name)
+    if name in ("promote", "rollback", "status"):
+        from fmembed import promotion
+
+        return getattr(promotion, name)
+    if name == "Store":
+        from fmembed.table.store import Store
+
+        return Store
     if name == "probe":
         from fmembed.pipeline import probe
 

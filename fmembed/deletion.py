@@ -36,6 +36,7 @@ from fmembed.table.known import KnownRows
 from fmembed.table.lock import Lock
 from fmembed.table.records import Commit, WholeShard, drop_shards, read_shards
 from fmembed.table.rewriting import Held
+from fmembed.table.store import Store, promoted_version
 from fmembed.table.table import Table
 from fmembed.table.versions import tidy
 
@@ -52,6 +53,8 @@ class Deletion:
     `rows_rejected` are those among the rejected ones; `samples` are some of the ids, `rows_left`
     what the table has then (of a trial on a table of chunks at most that); `num_absent` are given
     ids that the table does not have, and `absent` some of them. `version` is None of a trial.
+    `is_behind` says that the readers of the table's store get an older version, which may have the
+    rows.
     """
 
     table: str
@@ -63,6 +66,7 @@ class Deletion:
     samples: tuple[str, ...]
     absent: tuple[str, ...] = ()
     purged: bool = False
+    is_behind: bool = False
 
 
 def delete(
@@ -171,6 +175,7 @@ def _delete(
     if lock is None:
         return deletion
     table.deleted.begin(keys.out)
+    old = table.rows.version()
     commit = Commit(
         run=run_id, rows_version=table.rows.version(), rejected_version=table.rejected.version()
     )
@@ -192,8 +197,13 @@ def _delete(
             table_rejected=table.num_rejected(),
         )
         table.put_run(commit, result)
+    if (lies_in := Store.of(table)) is not None:
+        store, name = lies_in
+        store.follow(name, old, table.rows.version(), "rows were deleted")
+    promoted = promoted_version(table)
     if purge:
         tidy(table, None, 1, purge=True)
+    deletion = replace(deletion, is_behind=promoted is not None and promoted != table.version())
     return replace(deletion, rows_left=_count(table), version=table.version(), purged=purge)
 
 

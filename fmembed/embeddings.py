@@ -27,7 +27,7 @@ from fmembed.spec import OWN_COLUMNS, ProbeName
 from fmembed.summary import describe_probe
 from fmembed.table.card import Card
 from fmembed.table.reading import read
-from fmembed.table.table import Table
+from fmembed.table.store import find_version
 from fmembed.table.versions import list_versions
 from fmembed.terminal import printable
 
@@ -106,20 +106,25 @@ class Embeddings:
     Nothing is read before it is asked for; each call reads from storage, so keep what it gives.
     """
 
-    def __init__(self, uri: str | Path, version: int | None = None) -> None:
-        """Open a table.
+    def __init__(
+        self, uri: str | Path, version: int | None = None, *, fingerprint: str | None = None
+    ) -> None:
+        """Open a table; or of a store the version that is promoted, and no other one later.
 
         Args:
-            uri: The table's folder or URL.
-            version: Which version; None for the newest.
+            uri: The table's folder or URL, or the store's.
+            version: Of a table, which version; None for the newest.
+            fingerprint: What must have made it, as `Info.fingerprint`, whole or its beginning.
 
         Raises:
-            TableError: No table there, or no such version.
+            TableError: No table there, no such version, nothing promoted, or of another
+                fingerprint.
         """
-        self._table = Table.open(uri)
-        newest = self._table.version() or 0
         if version is not None and (isinstance(version, bool) or not isinstance(version, int)):
             raise TableError(f"version: takes a number, got {version!a:.80}")
+        found = find_version(uri, version, fingerprint)
+        self._table, version = found.table, found.version
+        newest = self._table.version() or 0
         if version is not None:
             self._table.check_version(version)
         self.version = newest if version is None else version

@@ -7,6 +7,7 @@ FmembedError            exit 1: the run failed
 │   └── DamagedError    exit 1: a log or a part is not as it was written
 ├── LockedError         exit 1: another run is writing the table
 ├── ConflictError       exit 1: somebody else has changed the table
+├── GateRefusedError    exit 3: a version is no better, or worse, than what is promoted
 ├── BudgetSpentError    exit 4: the run has cost what it may
 ├── Interrupted         exit 129, 130 or 143: stopped by a signal
 └── UserError           exit 2: the user's input; nothing was written
@@ -61,6 +62,12 @@ class BudgetSpentError(FmembedError):
     """The run has cost what it may; what was finished stays, and the same command goes on."""
 
     exit_code = 4
+
+
+class GateRefusedError(FmembedError):
+    """The gate does not let a version take the place of what is promoted."""
+
+    exit_code = 3
 
 
 class Interrupted(FmembedError):  # noqa: N818 - not an error: the run can be resumed

@@ -21,6 +21,8 @@ from fmembed.spec import RunSpec, list_fields
 MEANINGS = {
     "source.uri": "file, folder, glob, fsspec URL, package:<python package>[/folder], or a hub id "
     "with format: hf; - is standard input",
+    "source.name": "what a store calls the dataset, whose uri may be another one each week; its "
+    "input column, if none",
     "source.format": "how the files are written; auto goes by their names",
     "source.input": "the column to embed",
     "source.id": "the column of ids; without one relative/path#row, or relative/path where a file "
@@ -86,6 +88,8 @@ MEANINGS = {
     "compute.budget.cost": "the same, in the currency of the price",
     "compute.price_per_device_hour": "what an hour of an actor's device costs, in any currency",
     "output.uri": "folder or URL of the table",
+    "output.store": "in its place a store: a table for each dataset and model, one version of them "
+    "promoted",
     "output.commit_every_s": "auto: a quarter of a minute, soon 40 s, and in a long run a "
     "fiftieth of the time it has taken so far; whatever is set, a commit that took seconds is "
     "followed by as much work",
@@ -101,6 +105,17 @@ MEANINGS = {
     "refresh.on_rejected": "a row of the table that cannot be embedded any more stays, or leaves",
     "refresh.max_removed_fraction": "where more rows would leave than this share of the table, "
     "none does",
+    "gate.margin": "how much less a probe may show than of the promoted version, at the lower end "
+    "of a paired bootstrap; of the same model it must be sure that it shows less",
+    "gate.max_rejected_increase": "by how much more of the rows may be rejected, as a share",
+    "gate.max_copies_increase": "by how much more of the inputs may share another one's vector",
+    "gate.max_lost_fraction": "how many rows fewer there may be, as a share",
+    "gate.max_mean_cosine": "of pairs of rows: over it all vectors are one",
+    "gate.min_neighbours": "of another model: what share of the ten nearest rows must be the old "
+    "ones too; noise has none",
+    "gate.same_dim": "whether vectors of another length are refused, which an index cannot take",
+    "gate.max_arrival_auc": "how well what arrived may be told from what was there, 0.5 to 1; "
+    "null: it is only told",
     "probes": "what the vectors are tested by",
     "zeroshot.templates": "texts with {} where the class goes; the modality's own, if none",
     "zeroshot.classes": "words for a label, by label",

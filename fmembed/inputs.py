@@ -31,6 +31,7 @@ from fmembed.spec import RunSpec
 from fmembed.storage import resolve_package
 from fmembed.table.card import Card, StoredOutput, fingerprint
 from fmembed.table.output import carried_types, check_columns, check_schema
+from fmembed.table.store import Store
 from fmembed.table.table import Table
 
 # One name of each kind of file in a table: a source's pattern that matches one holds the table.
@@ -43,13 +44,16 @@ _OWN_NAMES = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """A spec, and what it names. `identity` is all that decides a vector."""
+    """A spec, and what it names. `identity` is all that decides a vector; `store` is what the table
+    lies in, if in any.
+    """
 
     spec: RunSpec
     source: Source
     checkpoint: Checkpoint
     identity: dict[str, Any]
     table: Table
+    store: Store | None = None
 
     def card(self, ranges: Ranges) -> Card:
         """What a table of these says of itself, if it is made now."""
@@ -90,12 +94,13 @@ def open_inputs(spec: RunSpec, may_be_empty: bool = False) -> Inputs:
                 f"not {spec.model.modality}"
             )
         modalities = (spec.model.modality,)
+    store = None if spec.output.store is None else Store(spec.output.store)
     try:
         source = open_source(spec.source, modalities)
     except NoFilesError:
         if not may_be_empty:
             raise
-        source = _open_emptied(spec)
+        source = _open_emptied(spec, store)
     _check_apart(spec, source)
     _check_stays(spec)
     checkpoint = open_checkpoint(spec.model, _native_bfloat16(spec), source.modality)
@@ -105,14 +110,24 @@ def open_inputs(spec: RunSpec, may_be_empty: bool = False) -> Inputs:
         check_processor(checkpoint.folder() / checkpoint.weights, checkpoint.modality)
     _check_preprocess(spec, checkpoint)
     identity = {**checkpoint.identity, **spec.preprocess.identity(checkpoint.modality)}
+    if store is not None:
+        store.check_usable()
+        spec = _in_store(spec, store, identity)
     table = Table.open_output(spec.output.uri, identity, redact(spec.model.id))
     if not source.file_is_row:  # there the column has whatever name it is given
         check_columns(table, spec.source.input, spec.source.id)
     spec, source = _with_folders_as_labels(_with_choice_of_text(spec, table), source, table)
     source = replace(source, carried=carried_types(table, source.carried))
-    inputs = Inputs(spec, source, checkpoint, identity, table)
+    inputs = Inputs(spec, source, checkpoint, identity, table, store)
     check_schema(table, inputs.schema())
     return inputs
+
+
+def _in_store(spec: RunSpec, store: Store, identity: dict[str, Any]) -> RunSpec:
+    """With the table's own place in a store, which is the dataset's and the fingerprint's."""
+    name = store.name(spec.source.name or spec.source.input, fingerprint(identity))
+    update = {"uri": store.uri_of(name), "store": None}
+    return spec.model_copy(update={"output": spec.output.model_copy(update=update)})
 
 
 def _with_choice_of_text(spec: RunSpec, table: Table) -> RunSpec:
@@ -149,13 +164,17 @@ def has_folders_as_labels(table: Table) -> bool:
     return named == LABEL and LABEL in table.rows.schema().names
 
 
-def _open_emptied(spec: RunSpec) -> Source:
-    """A source of which nothing is left, by what the table says of it.
+def _open_emptied(spec: RunSpec, store: Store | None) -> Source:
+    """A source of which nothing is left, by what the table says of it, or what is promoted.
 
     Raises:
         NoFilesError: There is no table, so that nothing was ever in it.
     """
-    table = Table(spec.output.uri)
+    pointer = None if store is None else store.current()
+    if store is not None and pointer is None:
+        raise
+    uri = spec.output.uri if store is None or pointer is None else store.uri_of(pointer.table)
+    table = Table(uri)
     card = table.card()
     if card is None:
         raise
@@ -178,7 +197,7 @@ def _check_apart(spec: RunSpec, source: Source) -> None:
         return
     if uri.startswith("package:"):
         uri = resolve_package(uri, "source.uri", SourceError)
-    output, place = _place(spec.output.uri), _place(uri)
+    output, place = _place(_where(spec)), _place(uri)
     if any(c in uri for c in "*?[") and not Path(uri).exists():
         pattern = re.compile(glob_translate(place))
         holds = any(pattern.fullmatch(f"{output}/{name}") for name in _OWN_NAMES)
@@ -191,7 +210,7 @@ def _check_apart(spec: RunSpec, source: Source) -> None:
     if holds or lies:
         raise TableError(
             f"output.uri: source.uri ({spec.source.stored_name}) "
-            f"{'holds' if holds else 'lies in'} {spec.output.uri}; a table and its source are kept "
+            f"{'holds' if holds else 'lies in'} {_where(spec)}; a table and its source are kept "
             "apart: give another folder"
         )
 
@@ -202,11 +221,16 @@ def _check_stays(spec: RunSpec) -> None:
     Raises:
         TableError: It is there.
     """
-    if "/_ray_pkg_" in _place(spec.output.uri) + "/":
+    if "/_ray_pkg_" in _place(_where(spec)) + "/":
         raise TableError(
-            f"output.uri: {spec.output.uri} is in the job's copy of its folder, which Ray deletes: "
+            f"output.uri: {_where(spec)} is in the job's copy of its folder, which Ray deletes: "
             "give a URL, or an absolute path that all nodes share"
         )
+
+
+def _where(spec: RunSpec) -> str:
+    """The table, or the store that it will lie in."""
+    return spec.output.store or spec.output.uri
 
 
 def _place(uri: str) -> str:

@@ -22,6 +22,7 @@ from fmembed.startup import joins_cluster
 from fmembed.telling import Teller
 
 if TYPE_CHECKING:
+    from fmembed.promotion import GateMode
     from fmembed.run.cluster import Cluster
     from fmembed.run.record import Run
     from fmembed.run.refresh import Refresh
@@ -33,6 +34,7 @@ def embed(
     spec: RunSpec,
     *,
     retry_rejected: bool = False,
+    waits: bool = False,
     verbose: bool = False,
     quiet: bool = False,
     stage: type | None = None,
@@ -42,6 +44,7 @@ def embed(
     Args:
         spec: What to do.
         retry_rejected: Try the rows again that earlier runs have rejected.
+        waits: Where another run is writing the table, wait for its end.
         verbose: Show Ray's own output.
         quiet: Draw no progress.
         stage: What stands in for the model, as `model.embed.Embed` is made and called.
@@ -76,7 +79,9 @@ def embed(
         if not run.find_work() and not table.has_leftovers(retry_rejected):
             result = run.finish()  # no lock is taken, no file changed
         else:
-            with Lock(table.storage, run.id) as lock:
+            with Lock(table.storage, run.id, waits=waits) as lock:
+                if inputs.store is not None:
+                    inputs.store.make()
                 # Whoever had the lock may have made the table since it was looked at.
                 if table.clean_up(inputs.identity, run.id, retry_rejected):
                     run.find_work()
@@ -89,13 +94,15 @@ def embed(
         run.check_rejected()
         result = evaluate(table, inputs.spec, result, cluster, teller)
         run.check_changed()
-        return result
+        return result if inputs.store is None else replace(result, store=inputs.store.uri)
 
 
 def refresh(
     spec: RunSpec,
     *,
     allow_removals: int | None = None,
+    gate: GateMode = "enforce",
+    waits: bool = False,
     verbose: bool = False,
     quiet: bool = False,
     stage: type | None = None,
@@ -106,16 +113,23 @@ def refresh(
     vector of is copied. Rows that the source has no more leave, unless they are many, or it cannot
     be read whole. Where nothing has changed nothing is read, and Ray is not started.
 
+    In a store the new version becomes what its readers get, unless the gate refuses it. A table
+    that another one has taken the place of stays beside it.
+
     Args:
-        spec: What to do; `spec.refresh` says what may leave.
+        spec: What to do; `spec.refresh` says what may leave, `spec.gate` what may be promoted.
         allow_removals: So many rows may leave, in place of `refresh.max_removed_fraction`.
+        gate: In a store: where it is "off", the gate is not asked. Where it refuses, the version
+            that is promoted stays; "report" makes no difference here, but to the exit code.
+        waits: Where another run is writing the table, wait for its end.
         verbose: Show Ray's own output.
         quiet: Draw no progress.
         stage: What stands in for the model, as `model.embed.Embed` is made and called.
 
     Returns:
         What was counted, and where the table and the report are. `rows_withheld` says how many rows
-        stay that should have left, and `withheld` why.
+        stay that should have left, and `withheld` why; `promotion` what has become of it in a
+        store.
 
     Raises:
         UserError: The spec, the source, the checkpoint or the output is wrong; nothing was written.
@@ -129,9 +143,10 @@ def refresh(
     """
     _check_allowed(allow_removals)
     inputs = None if joins_cluster() else open_inputs(spec, may_be_empty=True)
-    if inputs is not None and (result := in_step(inputs)) is not None:
+    if inputs is not None and (result := in_step(inputs, gate)) is not None:
         return result
 
+    from fmembed import promotion
     from fmembed.run.cluster import Cluster
     from fmembed.run.passes import cleaned_up
     from fmembed.run.record import Run
@@ -142,11 +157,16 @@ def refresh(
     teller = Teller(quiet)
     with Cluster(verbose, teller) as cluster:
         began = time.monotonic()
-        cluster.connect()
-        inputs = inputs or open_inputs(spec, may_be_empty=True)
+        if inputs is None:
+            cluster.connect()
+            inputs = open_inputs(spec, may_be_empty=True)
         table, line = inputs.table, Refresh(inputs, allow_removals)
         run = Run(inputs, lambda _: line.find_work(), began)
-        with Lock(table.storage, run.id) as lock:
+        # Before Ray is started here: where another run is at work there is nothing to do.
+        with Lock(table.storage, run.id, waits=waits) as lock:
+            cluster.connect()
+            if inputs.store is not None:
+                inputs.store.make()
             table.clean_up(inputs.identity, run.id, retry_rejected=False)
             stopped = None
             teller.say("comparing the source with the table …")
@@ -167,6 +187,8 @@ def refresh(
                 "rows are left: the same command goes on"
             )
         run.check_rejected()
+        if inputs.store is not None:
+            result = promotion.consider(inputs, result, gate, cluster, teller) or result
         result = evaluate(table, inputs.spec, result, cluster, teller)
         if settled.num_left:
             raise FmembedError(
@@ -174,7 +196,7 @@ def refresh(
                 "read, or come in place of another one of their id that cannot be embedded; all "
                 "else is committed: run the same again"
             )
-        return result
+        return promotion.settle(inputs, result)
 
 
 def plan(
@@ -254,7 +276,7 @@ def _check_allowed(allow_removals: int | None) -> None:
         raise SpecError(f"allow_removals: takes a number of rows, got {allow_removals}")
 
 
-def in_step(inputs: Inputs) -> RunResult | None:
+def in_step(inputs: Inputs, gate: GateMode = "enforce") -> RunResult | None:
     """What a refresh returns that has nothing to do, which is seen without reading a row.
 
     Returns:
@@ -289,6 +311,11 @@ def in_step(inputs: Inputs) -> RunResult | None:
     if num_rejected > allowed * num_rows:
         return None  # that is said with its causes
     stored = probing.stored_results(table, inputs.spec, result)
+    if stored is not None and inputs.store is not None:
+        from fmembed import promotion
+
+        considered = promotion.consider(inputs, stored, gate, None, Teller(quiet=True))
+        stored = considered and promotion.settle(inputs, considered)
     return stored and replace(stored, seconds=round(time.monotonic() - began, 2))
 
 

@@ -71,6 +71,12 @@ class RunResult:
     `pieces_embedded` are the chunks or windows that came of the embedded rows, where each is a row
     of the table; else 0.
 
+    `files_broken` are files of the source that could not be read to their ends, by a refresh.
+
+    Of a table in a store, `promotion` says what has become of the new version: `promoted`, the
+    readers get it; `current`, they had it before; `refused` by the gate; or `beside`, as another
+    table has taken this one's place. `gate` is what the gate has said.
+
     `passed_over` counts what lies among the source's files and is not read, by reason.
     `spent` is what the run has cost, `device_hours` and, where the config names a price, `cost`;
     `table_spent` what all runs on record have.
@@ -104,6 +110,7 @@ class RunResult:
     withheld: str = ""
     kind: Literal["embed", "refresh", "delete"] = "embed"
     unchanged: bool = False
+    files_broken: int = 0
     rows_per_s: float = 0.0
     seconds: float = 0.0
     table_rows: int = 0
@@ -120,6 +127,9 @@ class RunResult:
     stages: dict[str, StageTime] = field(default_factory=dict)
     verdict: Verdict | Annotated[dict[str, Any], Field(max_length=0)] = field(default_factory=dict)
     compute: dict[str, Any] = field(default_factory=dict)
+    store: str = ""
+    promotion: Literal["", "promoted", "current", "refused", "beside"] = ""
+    gate: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)
     report: str | None = None
     probe_s: float = 0.0
@@ -211,7 +221,7 @@ def check_run(raw: Any, uri: str) -> RunResult:
         TableError: It is none.
     """
     if isinstance(raw, dict):
-        raw = {**raw, "table": uri, "probes": {}, "report": None, "usd": None}
+        raw = {**raw, "table": uri, "probes": {}, "report": None, "usd": None, "gate": {}}
     try:
         # As JSON once more: there half of a surrogate pair, which is no UTF-8, is no text.
         return _RUN_RESULT.validate_json(json.dumps(raw))

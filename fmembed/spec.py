@@ -125,9 +125,12 @@ class SourceSpec(_Part):
     A small file can unfold to more than memory holds, so a row has limits, and one over them is
     rejected: `max_text_bytes` for a text, a line of JSON, a row of CSV, and what is carried beside;
     `max_media_bytes` for a picture's or sound's file. Both hold wherever the row comes from.
+
+    `name` is what a store calls the dataset, whatever its `uri` is from week to week.
     """
 
     uri: str = Field(min_length=1)
+    name: str | None = Field(default=None, min_length=1, max_length=40)
     format: Format = "auto"
     input: str = "text"
     id: str | None = None
@@ -383,6 +386,9 @@ class ComputeSpec(_Part):
 class OutputSpec(_Part):
     """Where the table goes and how often it is committed.
 
+    `uri` is the table; or `store` a folder of tables, one for each dataset and model, of which one
+    version is promoted: see `table.store`.
+
     A kill costs what was not committed yet, and each commit makes a file of its own. `auto` commits
     each quarter of a minute, soon each 40 s, and in a long run after a fiftieth of the time it
     has taken so far: a day makes some 250 files, none of them over `part_bytes`, and a kill costs
@@ -395,7 +401,8 @@ class OutputSpec(_Part):
     and so are the `keep_versions` newest ones; a refresh deletes what only others name.
     """
 
-    uri: str = Field(min_length=1)
+    uri: str = ""
+    store: str | None = Field(default=None, min_length=1)
     commit_every_s: float | Literal["auto"] = "auto"
     part_bytes: int = Field(default=256 * 2**20, ge=1)
     max_rejected_fraction: float = Field(default=0.01, ge=0, le=1)
@@ -411,9 +418,21 @@ class OutputSpec(_Part):
         is_said = "max_rejected_fraction" in self.model_fields_set
         return num_rejected < num_rows < _FEW_ROWS and not is_said
 
-    @field_validator("uri")
+    @model_validator(mode="after")
+    def _check_place(self) -> OutputSpec:
+        if not self.uri and self.store is None:
+            raise ValueError(
+                "uri is missing; every config names source.uri, model.id and output.uri"
+            )
+        if self.uri and self.store is not None:
+            raise ValueError("takes uri, a table, or store, which holds a table for each model")
+        return self
+
+    @field_validator("uri", "store")
     @classmethod
-    def _check_uri(cls, value: str) -> str:
+    def _check_uri(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
         # file:///a?b is a path, whose every character is the folder's name.
         if "://" in value and not value.startswith("file:///") and redact(value) != value:
             raise ValueError(
@@ -443,6 +462,30 @@ class RefreshSpec(_Part):
     max_removed_fraction: float = Field(default=0.1, ge=0, le=1)
 
 
+class GateSpec(_Part):
+    """When a new version takes the place of the one that a store's readers get.
+
+    It does unless something is worse: a probe by more than `margin` (under the lower bound of
+    new - old are 5 of 100 bootstraps; of the same model, that it is worse at all must be sure as
+    well), the share of rejected rows or of vectors that several
+    inputs share by more than `max_rejected_increase` and `max_copies_increase`, the number of rows
+    by more than the share `max_lost_fraction`. Vectors that lie all in one direction (their mean
+    cosine is over `max_mean_cosine`) are refused, and, of another model, those of which less than
+    `min_neighbours` of the ten nearest rows are the old ones' too, or whose length is another one
+    while `same_dim` is set. `max_arrival_auc` says how well what arrived may be told from what was
+    there (0.5: not at all); null: it is only told.
+    """
+
+    margin: float = Field(default=0.01, ge=0, le=1)
+    max_rejected_increase: float = Field(default=0.01, ge=0, le=1)
+    max_copies_increase: float = Field(default=0.01, ge=0, le=1)
+    max_lost_fraction: float = Field(default=0.1, ge=0, le=1)
+    max_mean_cosine: float = Field(default=0.99, ge=0, le=1)
+    min_neighbours: float = Field(default=0.05, ge=0, le=1)
+    same_dim: bool = True
+    max_arrival_auc: float | None = Field(default=None, ge=0.5, le=1)
+
+
 class RunSpec(_Part):
     """One run: a source, a model, an output, and what to measure afterwards."""
 
@@ -452,6 +495,7 @@ class RunSpec(_Part):
     preprocess: PreprocessSpec = PreprocessSpec()
     compute: ComputeSpec = ComputeSpec()
     refresh: RefreshSpec = RefreshSpec()
+    gate: GateSpec = GateSpec()
     probes: tuple[ProbeName, ...] = ("knn", "linear", "clustering")
     zeroshot: ZeroShotSpec = ZeroShotSpec()
 

@@ -9,6 +9,8 @@ from fmembed.telling import duration
 
 # Labels that were shuffled score as high as these in more than so many cases of one.
 _BY_CHANCE = 0.05
+# The checks of the gate that compare two versions.
+_COMPARED = ("probe", "neighbours", "rows", "rejected")
 
 
 def lines(result: dict[str, Any], verbose: bool = False) -> Iterator[str]:
@@ -43,11 +45,41 @@ def lines(result: dict[str, Any], verbose: bool = False) -> Iterator[str]:
         yield from _spent(result)
     if verbose:
         yield from _verdict(result)
+    yield from _promotion(result)
     yield f"table     {result['table']} version {result['version']}"
     if result["report"]:
         yield f"report    {result['report']}"
     if result["rows_embedded"] or result["probe_s"]:
         yield _time(result)
+
+
+def _promotion(result: dict[str, Any]) -> Iterator[str]:
+    """What has become of the version in a store, and what the gate has said."""
+    store, promotion = result["store"], result["promotion"]
+    if not store:
+        return
+    for words in _said_by_gate(result["gate"]):
+        yield f"gate      {words}"
+    told = {
+        "promoted": "promoted: readers get this version",
+        "current": "readers get this version already",
+        "refused": "refused by the gate: what was promoted stays; fmembed promote --force switches",
+        "beside": "readers were switched to another version, which stays; fmembed promote switches",
+    }
+    what = told.get(promotion, "not promoted: fmembed promote switches to it")
+    yield f"store     {store}: {what}"
+
+
+def _said_by_gate(gate: dict[str, Any]) -> Iterator[str]:
+    """What it refuses for; where it does not, what it has compared."""
+    checks = gate.get("checks", [])
+    refused = [check for check in checks if check["passed"] is False]
+    yield from (f"refused: {check['words']}" for check in refused)
+    if not refused:
+        told = [
+            c["words"] for c in checks if c["passed"] is None or c["name"].startswith(_COMPARED)
+        ]
+        yield from told or [gate["words"]] * ("words" in gate)
 
 
 def probed(result: dict[str, Any], verbose: bool = False) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -28,6 +28,10 @@ Verbose = Annotated[
 SetFields = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Any other field, e.g. compute.actors=2."),
+]
+IfLocked = Annotated[
+    Literal["fail", "wait", "skip"],
+    typer.Option(help="Where another run is writing the table: end with 1, wait, or end with 0."),
 ]
 AllowRemovals = Annotated[
     int | None,
@@ -61,6 +65,7 @@ _FLAGS: dict[str, tuple[str, Any]] = {
     "dtype": _flag("model.dtype", "TYPE"),
     "prompt": _flag("model.prompt", "TEXT"),
     "output": _flag("output.uri", "FOLDER"),
+    "store": _flag("output.store", "FOLDER"),
 }
 _Config = Annotated[
     str | None, typer.Argument(help="A YAML config; fmembed init writes one. Flags come over it.")
@@ -84,12 +89,16 @@ def of_spec(command: Callable[..., None]) -> Callable[..., None]:
     def run(config: str | None, set_: list[str] | None, **given: Any) -> None:
         fields = {field: given.pop(name) for name, (field, _) in _FLAGS.items()}
         fields["source.carry"] = fields["source.carry"] or None  # a list that nothing is in
+        overrides = named_fields(fields, set_)
+        for one, other in (("output.uri", "output.store"), ("output.store", "output.uri")):
+            if fields[one] is not None:  # over what a config says
+                overrides.setdefault(other, "" if other == "output.uri" else None)
         if config is not None and config.lower().endswith(_DATA):
             raise SpecError(
                 f"config {config}: takes a YAML file, and this looks like data: --source {config}, "
                 f"or fmembed init {config}, which writes a config for it"
             )
-        spec = RunSpec.from_yaml(config, named_fields(fields, set_))
+        spec = RunSpec.from_yaml(config, overrides)
         if spec.source.uri != STDIN:
             command(spec, **given)
             return

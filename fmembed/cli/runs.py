@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from fmembed import summary
+from fmembed import summary, terminal
 from fmembed.cli.app import app
 from fmembed.cli.options import (
     AllowRemovals,
+    IfLocked,
     Json,
     Quiet,
     SetFields,
@@ -20,11 +23,12 @@ from fmembed.cli.options import (
     of_spec,
     say_line,
 )
-from fmembed.errors import SpecError
+from fmembed.errors import LockedError, SpecError
 from fmembed.spec import RunSpec
 
-# The exit code of a refresh that has left rows in the table which the source has no more.
-_WITHHELD = 3
+# The exit code of a refresh that has left rows in the table which the source has no more, or whose
+# version the gate has refused.
+_NOT_ALL = 3
 
 
 @app.command()
@@ -35,6 +39,7 @@ def embed(
     retry_rejected: Annotated[
         bool, typer.Option("--retry-rejected", help="Try rejected rows again.")
     ] = False,
+    if_locked: IfLocked = "fail",
     quiet: Quiet = False,
     json_: Json = False,
     verbose: Verbose = False,
@@ -50,8 +55,11 @@ def embed(
     """
     from fmembed import pipeline
 
-    silent = quiet or json_
-    result = pipeline.embed(spec, retry_rejected=retry_rejected, verbose=verbose, quiet=silent)
+    silent, waits = quiet or json_, if_locked == "wait"
+    with _skipped(if_locked == "skip", json_):
+        result = pipeline.embed(
+            spec, retry_rejected=retry_rejected, waits=waits, verbose=verbose, quiet=silent
+        )
     if not quiet or _needs_a_look(asdict(result)):
         _print_result(asdict(result), json_, verbose)
 
@@ -62,6 +70,14 @@ def refresh(
     spec: RunSpec,
     *,
     allow_removals: AllowRemovals = None,
+    gate: Annotated[
+        Literal["enforce", "report", "off"],
+        typer.Option(
+            help="In a store, where the gate refuses the new version: end with 3, or with 0; off: "
+            "it is not asked."
+        ),
+    ] = "enforce",
+    if_locked: IfLocked = "fail",
     quiet: Quiet = False,
     json_: Json = False,
     verbose: Verbose = False,
@@ -69,16 +85,39 @@ def refresh(
     """Bring a table in step with its source, as one new version.
 
     What is new or has changed is embedded, what is gone leaves; where nothing has changed nothing
-    is read. Exit 3 where rows stay in the table that should have left; all else is committed.
+    is read. With --store the gate decides whether readers get the new version. Exit 3 where it
+    refuses, or rows stay in the table that should have left; all else is committed.
+
+    \b
+      fmembed refresh config.yaml
+      fmembed refresh --store s3://bucket/articles config.yaml --if-locked skip
     """
     from fmembed import pipeline
 
-    silent = quiet or json_
-    result = pipeline.refresh(spec, allow_removals=allow_removals, verbose=verbose, quiet=silent)
+    silent, waits = quiet or json_, if_locked == "wait"
+    with _skipped(if_locked == "skip", json_):
+        result = pipeline.refresh(
+            spec, allow_removals=allow_removals, gate=gate, waits=waits, verbose=verbose,
+            quiet=silent,
+        )  # fmt: skip
     if not quiet or _needs_a_look(asdict(result)):
         _print_result(asdict(result), json_, verbose)
-    if result.rows_withheld:
-        raise typer.Exit(_WITHHELD)
+    if result.rows_withheld or (result.promotion == "refused" and gate == "enforce"):
+        raise typer.Exit(_NOT_ALL)
+
+
+@contextmanager
+def _skipped(skips: bool, as_json: bool) -> Iterator[None]:
+    """Where another run is at work, say so and end well: what a schedule that ticks wants."""
+    try:
+        yield
+    except LockedError as e:
+        if not skips:
+            raise
+        terminal.say(f"skipped: {' '.join(str(e).split())}")
+        if as_json:
+            print(json.dumps({"skipped": str(e)}))
+        raise typer.Exit from None
 
 
 @app.command()
@@ -185,7 +224,8 @@ def bench(
 
 def _needs_a_look(result: dict[str, Any]) -> bool:
     """Whether something was left out by this run that should not have been."""
-    return any(result[name] for name in ("rows_rejected", "rows_withheld", "rows_absent"))
+    counts = any(result[name] for name in ("rows_rejected", "rows_withheld", "rows_absent"))
+    return counts or result["promotion"] == "refused"
 
 
 def _print_result(result: dict[str, Any], as_json: bool, verbose: bool) -> None:

@@ -103,8 +103,19 @@ def versions(
     limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest.")] = 20,
     json_: Json = False,
 ) -> None:
-    """List a table's versions, the newest first."""
+    """List a table's versions, the newest first; of a store what was promoted."""
+    from fmembed.promotion import describe
+    from fmembed.table.store import Store
     from fmembed.table.versions import list_versions
+
+    if (store := Store.find(table)) is not None:
+        history = store.history(limit)
+        if json_:
+            print(json.dumps({"store": store.uri, "generations": [asdict(p) for p in history]}))
+            return
+        for pointer in history:
+            say_line(f"{pointer.generation:>6}  {describe(pointer)}")
+        return
 
     found = list_versions(table, limit)
     if json_:
@@ -237,6 +248,8 @@ def delete(
     if not dry_run and num_rows:
         say_line(f"version {done.version} has {done.rows_left:,} rows; no run brings these back")
         say_line("fmembed probe makes the report anew; fmembed undelete lets rows come back")
+        if done.is_behind:
+            say_line("the store's readers get an older version, which may have them: promote this")
         if not purge:
             say_line("older versions still have them: fmembed vacuum --purge, or --purge here")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +137,7 @@ def read_sample(
             table.uri, columns, probes.MAX_ROWS, spec.source.label
         )
     )
-    check_rows(table, rows, card)
+    check_rows(table, rows, card.pooled)
     texts, cheap, missing = None, None, None
     if keeps_text:
         texts = rows[PIECE_TEXT].to_pylist()
@@ -147,12 +148,17 @@ def read_sample(
         missing = NO_SOURCE
     else:
         texts, cheap, missing = fetch_inputs(source, card, rows)
-    vectors = {column: _to_floats(rows, column, card) for column in card.pooled}
+    vectors = {column: to_floats(rows, column, card) for column in card.pooled}
     return TableSample(rows, vectors, texts, cheap, missing, num_unlabelled)
 
 
-def check_rows(table: Table, rows: pa.Table, card: Card) -> None:
+def check_rows(table: Table, rows: pa.Table, columns: Sequence[str]) -> None:
     """Refuse rows that no run has written: parts are files, which anybody may have made.
+
+    Args:
+        table: Whose.
+        rows: Read from it.
+        columns: Those of vectors.
 
     Raises:
         TableError: Texts that are no UTF-8, hashes that are none, rows without id or vector.
@@ -161,7 +167,7 @@ def check_rows(table: Table, rows: pa.Table, card: Card) -> None:
         rows.validate(full=True)
         is_hash = pc.match_substring_regex(rows["content_hash"], "^[0-9a-f]{32}$")
         whole = pc.all(is_hash).as_py() is not False and not rows["row_id"].null_count
-        for column in card.pooled:
+        for column in columns:
             values = rows[column].combine_chunks()
             whole &= not values.null_count and not values.flatten().null_count
         keys_of(rows["row_id"].to_pylist())
@@ -173,7 +179,8 @@ def check_rows(table: Table, rows: pa.Table, card: Card) -> None:
         )
 
 
-def _to_floats(rows: pa.Table, column: str, card: Card) -> Floats:
+def to_floats(rows: pa.Table, column: str, card: Card) -> Floats:
+    """A column's vectors as numbers, shape (rows, dim), float32 whatever they are stored in."""
     dim = rows.schema.field(column).type.list_size
     flat = rows[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     precision = card.outputs[column].precision

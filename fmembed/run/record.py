@@ -187,6 +187,7 @@ class Run:
                 COMPARE: {"rows": settled.rows_read, "busy_s": round(settled.look_s, 4)},
                 SETTLE: {"rows": settled.rows_read, "busy_s": round(settled.settle_s, 4)},
             },
+            files_broken=counts["broken_off"],
             kind="refresh",
             unchanged=not (has_committed or settled.rows_withheld),
         )

@@ -44,7 +44,12 @@ class Lock:
     """Hold a table from `with` to its end."""
 
     def __init__(
-        self, storage: Storage, run_id: str, beat_s: float = BEAT_S, expire_s: float = EXPIRE_S
+        self,
+        storage: Storage,
+        run_id: str,
+        beat_s: float = BEAT_S,
+        expire_s: float = EXPIRE_S,
+        waits: bool = False,
     ) -> None:
         """Prepare; nothing is written yet.
 
@@ -53,9 +58,10 @@ class Lock:
             run_id: Whose lock.
             beat_s: Seconds between heartbeats.
             expire_s: Seconds without one after which a lock counts as left by a dead run.
+            waits: Wait for the end of whoever holds it.
         """
         self._storage = storage
-        self._beat_s, self._expire_s = beat_s, expire_s
+        self._beat_s, self._expire_s, self._waits = beat_s, expire_s, waits
         self._generation = 0
         self._beats = 0
         self._last_beat = 0.0
@@ -77,7 +83,7 @@ class Lock:
             LockedError: Another run is alive; the message names its host, pid and start.
         """
         for _ in range(_MAX_TRIES):
-            if self._try():
+            if self._try_for_long():
                 break
         else:
             raise StorageError(
@@ -111,6 +117,20 @@ class Lock:
                 f"output.uri: {self._storage.uri} was taken over by {_name(other)} while this run "
                 "was out of reach; what was committed stays, run the same command again later"
             )
+
+    def _try_for_long(self) -> bool:
+        told = ""
+        while True:
+            try:
+                return self._try()
+            except LockedError as e:
+                if not self._waits:
+                    raise
+                who = str(e).partition("; ")[0]
+                if who != told:
+                    terminal.say(f"{who}; waiting for its end")
+                told = who
+                time.sleep(self._beat_s)
 
     def _try(self) -> bool:
         generation, owner = self._newest()
@@ -190,6 +210,24 @@ class Lock:
                 self._storage.put(_path(self._generation), self._content())
             except StorageError:
                 continue  # the commit will say what is wrong with storage
+
+
+def holder(storage: Storage) -> str:
+    """Who holds the lock of a table, by what is written of it; empty where that is nobody."""
+    generations = _generations(storage)
+    if not generations:
+        return ""
+    try:
+        owner = _parse_owner(storage.get(_path(generations[-1])))
+    except FileNotFoundError:
+        return ""
+    if owner.get("released"):
+        return ""
+    if owner["machine"] == _machine():
+        started = _started(owner["pid"])
+        if started is None or started != owner.get("process_started"):
+            return ""
+    return _name(owner)
 
 
 def _parse_owner(content: bytes) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from fmembed.errors import TableError, reason
 from fmembed.rows.columns import CONTENT_HASH, ROW_ID
 from fmembed.table.files import Part
+from fmembed.table.store import Found, find_version, read_found
 from fmembed.table.table import Table
 
 if TYPE_CHECKING:
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
 
 @overload
 def read(
-    uri: str | Path, version: int | None = ..., *, columns: list[str] | None = ...
+    uri: str | Path,
+    version: int | None = ...,
+    *,
+    columns: list[str] | None = ...,
+    fingerprint: str | None = ...,
 ) -> pa.Table: ...
 @overload
 def read(
@@ -28,6 +33,7 @@ def read(
     *,
     engine: Literal["arrow"],
     columns: list[str] | None = ...,
+    fingerprint: str | None = ...,
 ) -> pa.Table: ...
 @overload
 def read(
@@ -36,6 +42,7 @@ def read(
     *,
     engine: Literal["ray"],
     columns: list[str] | None = ...,
+    fingerprint: str | None = ...,
 ) -> ray.data.Dataset: ...
 
 
@@ -45,23 +52,31 @@ def read(
     *,
     engine: Literal["arrow", "ray"] = "arrow",
     columns: list[str] | None = None,
+    fingerprint: str | None = None,
 ) -> Any:
-    """Read the committed rows of a table, and nothing else.
+    """Read the committed rows of a table, and nothing else; of a store what is promoted.
 
     Args:
-        uri: The table.
-        version: Which version; None for the newest.
+        uri: The table, or the store.
+        version: Of a table, which version; None for the newest.
         engine: "arrow" for a pyarrow Table, "ray" for a Ray Dataset.
         columns: Only these.
+        fingerprint: What must have made it, as `Info.fingerprint`, whole or its beginning.
 
     Raises:
-        TableError: No table there, or no such version.
+        TableError: No table there, no such version, nothing promoted, or of another fingerprint.
     """
-    table = Table.open(uri)
     if engine not in ("arrow", "ray"):
         raise TableError(f"engine: takes arrow or ray, got {engine!a:.80}")
     if isinstance(columns, str):
         raise TableError(f"columns: takes a list of names, got {columns!a:.80}")
+    return read_found(
+        lambda: find_version(uri, version, fingerprint), lambda found: _read(found, engine, columns)
+    )
+
+
+def _read(found: Found, engine: Literal["arrow", "ray"], columns: list[str] | None) -> Any:
+    table, version, uri = found.table, found.version, found.table.uri
     newest = table.version()
     if version is not None:
         table.check_version(version)
@@ -81,10 +96,10 @@ def read(
         return _read_by_ray(table, parts, columns)
     if not parts:
         return _empty(table, columns)
-    found = [table.read_part(p, columns) for p in parts]
+    rows = [table.read_part(p, columns) for p in parts]
     try:
         # Another tool may have added columns, which the older parts lack.
-        return pa.concat_tables(found, promote_options="default")
+        return pa.concat_tables(rows, promote_options="default")
     except pa.ArrowException as e:
         raise TableError(
             f"table: another tool has changed the columns of {uri}, and its parts do not fit "
@@ -113,7 +128,11 @@ def _read_by_ray(table: Table, parts: list[Part], columns: list[str] | None) -> 
 
 
 def sample(
-    uri: str | Path, columns: list[str], max_rows: int, label: str | None
+    uri: str | Path,
+    columns: list[str],
+    max_rows: int,
+    label: str | None,
+    version: int | None = None,
 ) -> tuple[pa.Table, int]:
     """Read a fixed sample: the rows with the smallest content hashes.
 
@@ -124,6 +143,7 @@ def sample(
         columns: What to read besides row_id and content_hash.
         max_rows: Size of the sample.
         label: Leave out rows without a label in this column: null, blank text, or NaN.
+        version: Of this version; None for the newest.
 
     Returns:
         Rows in the order of their row ids; and how many of the table have no label.
@@ -132,7 +152,7 @@ def sample(
     wanted = list(dict.fromkeys([ROW_ID, CONTENT_HASH, *columns]))
     chosen: pa.Table | None = None
     num_unlabelled = 0
-    for part in table.rows.parts():
+    for part in table.rows.parts(version):
         rows = table.read_part(part, wanted)
         if label is not None:
             labelled = rows.filter(_is_labelled(rows[label]))
@@ -145,8 +165,26 @@ def sample(
             )
             chosen = chosen.take(order[:max_rows])
     if chosen is None:
-        return read(uri, columns=wanted), 0
+        return read(uri, version, columns=wanted), 0
     return chosen.take(pc.sort_indices(chosen, sort_keys=[(ROW_ID, "ascending")])), num_unlabelled
+
+
+def rows_of(uri: str | Path, version: int, columns: list[str], ids: list[str]) -> pa.Table:
+    """The rows of a version with these ids; memory as of `sample`.
+
+    Args:
+        uri: The table.
+        version: Which.
+        columns: What to read besides row_id and content_hash.
+        ids: Which rows; those that the version does not have are passed over.
+    """
+    table = Table.open(uri)
+    wanted = list(dict.fromkeys([ROW_ID, CONTENT_HASH, *columns]))
+    among, found = pa.array(ids, pa.string()), []
+    for part in table.rows.parts(version):
+        rows = table.read_part(part, wanted)
+        found.append(rows.filter(pc.is_in(rows[ROW_ID], value_set=among)))
+    return pa.concat_tables(found) if found else read(uri, version, columns=wanted)
 
 
 def _is_labelled(labels: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -54,6 +54,8 @@ from fmembed.table.records import (
     read_shards,
 )
 
+# What a store of tables has, at its top (store.py).
+STORE_MARK = "_store.json"
 # deltalake decodes these in a local path, and looks for the log in another folder.
 _DECODED = re.compile(r"%[0-9A-Fa-f]{2}|\\")
 
@@ -87,6 +89,11 @@ class Table:
             raise TableError(f"table: no such folder: {uri}")
         table = cls(uri)
         if table.card() is None:
+            if table.storage.size_bytes(STORE_MARK) is not None:
+                paths = table.storage.paths("tables/")
+                names = [p.removeprefix("tables/").rstrip("/") for p in paths]
+                have = ", ".join(names[:5]) or "no table yet"
+                raise TableError(f"table: {uri} is a store of tables; name one of them: {have}")
             lost = "; its parts are there: fmembed verify --repair makes it a log"
             raise TableError(
                 f"table: {uri} is no fmembed table: it has no log of one"
@@ -558,7 +565,7 @@ class Table:
     def put_probe(self, version: int | None, result: dict[str, Any]) -> None:
         """Record what a probe of a version found."""
         path = _probe_path(version, result["probe"], result["column"])
-        self._put_json(path, {**result, "parts": self._digest(version)})
+        self._put_json(path, {**result, "parts": self.digest(version)})
 
     def get_probe(self, version: int | None, name: str, column: str) -> Any:
         """What a probe of a version's column found, None where it has not been run.
@@ -566,11 +573,11 @@ class Table:
         Nor where it was run on other rows: a log that was cut back comes to the same number again.
         """
         result = self._get_json(_probe_path(version, name, column))
-        if not isinstance(result, dict) or result.pop("parts", "") != self._digest(version):
+        if not isinstance(result, dict) or result.pop("parts", "") != self.digest(version):
             return None
         return result
 
-    def _digest(self, version: int | None) -> str:
+    def digest(self, version: int | None) -> str:
         """Of the parts of a version, which are named after their bytes."""
         names = sorted(part.path for part in self.rows.parts(version))
         return hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest()

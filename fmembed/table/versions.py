@@ -26,6 +26,7 @@ from fmembed.spec import OutputSpec
 from fmembed.table.files import REJECTED, Part
 from fmembed.table.lock import Lock
 from fmembed.table.log import Entry
+from fmembed.table.store import find_version, pinned_versions, promoted_version
 from fmembed.table.table import Table
 
 _DAY_S = 86_400.0
@@ -119,13 +120,14 @@ def list_files(uri: str | Path, version: int | None = None) -> list[str]:
     """Where the parts of a version are: what to give to a reader that takes a list of files.
 
     Args:
-        uri: The table.
+        uri: The table; or a store, for what is promoted.
         version: Which; None for the newest.
 
     Raises:
         TableError: No table there, or no such version.
     """
-    table = Table.open(uri)
+    found = find_version(uri, version)
+    table, version = found.table, found.version
     _check_version(table, version)
     return [f"{table.uri}/{part.path}" for part in table.rows.parts(version)]
 
@@ -210,7 +212,7 @@ def vacuum(
     """Delete the files that only versions name which are not kept, and nothing else.
 
     A version is kept that was the newest one at some time of the last `keep_days`, and so are the
-    `keep_versions` newest ones.
+    `keep_versions` newest ones; and in a store what is promoted, and what was before it.
 
     Args:
         uri: The table.
@@ -262,6 +264,14 @@ def tidy(
             f"table: the log of {table.uri} no longer holds what run {lost[0]} has committed; "
             "nothing was deleted: fmembed verify --repair takes its parts back, then purge"
         )
+    pinned = pinned_versions(table)
+    newest = table.version() or 0
+    promoted = promoted_version(table) if purge else None
+    if promoted is not None and promoted != newest:
+        raise TableError(
+            f"table: the store of {table.uri} has version {promoted} promoted, and the newest is "
+            f"{newest}; nothing was deleted: fmembed promote the newest, or roll back, then purge"
+        )
     sizes: dict[str, int] = {}
     oldest = newest = 0
     for log, folder in ((table.rejected, REJECTED), (table.rows, "")):
@@ -270,6 +280,8 @@ def tidy(
             continue
         newest = entries[-1].version
         oldest = newest if purge else _oldest_kept(entries, keep_days, keep_versions)
+        if log is table.rows and not purge:
+            oldest = min(oldest, *pinned, newest)
         there = log.storage.sizes("")
         gone = log.named_before(entries, oldest) & there.keys()
         sizes |= {folder + path: there[path] for path in gone}

@@ -15,6 +15,8 @@ import pyarrow as pa
 import pytest
 import ray.exceptions
 
+from fmembed import promotion
+from fmembed.evaluate import gate as gate_module
 from fmembed.inputs import Inputs, open_inputs
 from fmembed.pipeline import in_step
 from fmembed.prepare.stage import Preprocess
@@ -31,6 +33,7 @@ from fmembed.sources.reading import read_shard
 from fmembed.spec import RunSpec
 from fmembed.table.lock import Lock
 from fmembed.table.versions import tidy
+from fmembed.telling import Teller
 
 
 class _Ref:
@@ -67,7 +70,9 @@ INLINE = SimpleNamespace(
 def inline_ray() -> Iterator[None]:
     """For this long what the driver starts as tasks runs in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (commits_module, locating_module, new_version_module, refresh_module):
+        for module in (
+            commits_module, gate_module, locating_module, new_version_module, refresh_module,
+        ):  # fmt: skip
             patch.setattr(module, "ray", INLINE)
         yield
 
@@ -115,6 +120,18 @@ def foresee(spec: RunSpec, adds_only: bool = False) -> Foreseen:
         return Refresh(inputs, None, adds_only).foresee(1000, 64)
 
 
+def _promoted(inputs: Inputs, result: RunResult) -> RunResult:
+    """What the gate makes of it, where the table lies in a store."""
+    if inputs.store is None:
+        return result
+    cluster: Any = SimpleNamespace(connect=lambda: None)
+    with inline_ray():
+        teller = Teller(quiet=True)
+        asked = promotion.consider(inputs, result, "enforce", cluster, teller)
+    assert asked is not None
+    return promotion.settle(inputs, asked)
+
+
 def refresh(
     spec: RunSpec, stage: type, run_id: str = "", allow_removals: int | None = None
 ) -> RunResult:
@@ -123,6 +140,8 @@ def refresh(
     table = inputs.table
     if (result := in_step(inputs)) is not None:
         return result
+    if inputs.store is not None:
+        inputs.store.make()
     line = Refresh(inputs, allow_removals)
     run = Run(inputs, lambda _: line.find_work())
     run.id = run_id or run.id
@@ -140,4 +159,4 @@ def refresh(
         assert not settled.num_left, f"{settled.num_left} rows are left"
         if not result.unchanged:
             tidy(table, spec.output.keep_days, spec.output.keep_versions)
-        return result
+    return _promoted(inputs, result)

@@ -54,6 +54,33 @@ def make_stage(log: Path) -> type:
     return Recorder
 
 
+def graded_vector(ids: Any, name: str, noise: float) -> Any:
+    """A vector that tells what the first word is, as well as the model of this name does."""
+    told = np.random.default_rng(int(ids[1])).standard_normal(2 * DIM)
+    content = np.ascontiguousarray(ids, dtype=np.int64).tobytes() + name.encode()
+    seed = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    vector = told + noise * np.random.default_rng(seed).standard_normal(2 * DIM)
+    return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
+def make_graded_stage(name: str, noise: float) -> type:
+    """A stand-in for a model that is better or worse than others, in this process only."""
+
+    class Graded:
+        def __init__(self, checkpoint: Any, *, pieces_are_rows: bool, **_: Any) -> None:
+            dims = {"embedding": 2 * DIM}
+            self._columns = VectorColumns(checkpoint.outputs, dims, {}, pieces_are_rows)
+
+        def __call__(self, rows: Any) -> Any:
+            pieces = unpack_pieces(rows)
+            vectors = [graded_vector(np.asarray(p.values), name, noise) for p in pieces.pieces]
+            embedded = {"embedding": np.stack(vectors or [np.zeros(2 * DIM, np.float32)])}
+            embedded["embedding"] = embedded["embedding"][: len(vectors)]
+            return add_counts(self._columns.join(rows, pieces, embedded, {}), pieces.counts)
+
+    return Graded
+
+
 def row(key: str, text: str | None = None, topic: str = "a") -> dict[str, Any]:
     """A row of a corpus."""
     return {"key": key, "text": f"about {key}" if text is None else text, "topic": topic}

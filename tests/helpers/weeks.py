@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import inline
+import numpy as np
 import pytest
+import tokenizers
 from conftest import write_jsonl
-from refreshing import make_stage
+from refreshing import graded_vector, make_graded_stage, make_stage
 
 import fmembed
 from fmembed import RunSpec
@@ -213,3 +215,115 @@ class Year:
         inline.embed(self.spec_of(table), make_stage(self.folder / "seen-anew"), "feed00000000")
         both = [fmembed.read(uri).sort_by("row_id") for uri in (self.table, table)]
         assert both[0].equals(both[1])
+
+
+# What a row is about: the first word of its text, which a model sees more or less well.
+_TOPICS = ("sport", "music", "war", "money", "water")
+
+
+@dataclass
+class StoreYear:
+    """A corpus, a store, and models that are better and worse: who is promoted, by a plain model.
+
+    `noises` is by the name of a model how much of its vectors says nothing; a model is a
+    fingerprint of its own. `promoted` is what readers have to get.
+    """
+
+    folder: Path
+    store: str
+    model: str
+    num_rows: int
+    noises: dict[str, float]
+    seed: int = 0
+    rows: dict[str, tuple[str, str]] = field(default_factory=dict)
+    promoted: tuple[str, dict[str, tuple[str, str]]] | None = None
+    next_id: int = 0
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)  # noqa: S311
+        self._tokenizer = tokenizers.Tokenizer.from_file(f"{self.model}/tokenizer.json")
+        self._tokenizer.no_padding()
+        self.source = self.folder / "in"
+        self.source.mkdir(parents=True)
+        for _ in range(self.num_rows):
+            self.add()
+        self.write()
+
+    def add(self) -> None:
+        self.rows[f"id{self.next_id}"] = self.row()
+        self.next_id += 1
+
+    def row(self) -> tuple[str, str]:
+        topic = self.random.choice(_TOPICS)
+        return f"{topic} {self.random.random():.12f}", topic
+
+    def change(self) -> None:
+        """1 % new, 1 % changed, 0.5 % removed."""
+        n = max(self.num_rows // 100, 2)
+        some = self.random.sample(sorted(self.rows), 2 * n)
+        for key in some[: n // 2]:
+            del self.rows[key]
+        for key in some[n:]:
+            self.rows[key] = self.row()
+        for _ in range(n):
+            self.add()
+        self.write()
+
+    def write(self) -> None:
+        rows = [
+            {"key": key, "text": text, "topic": topic} for key, (text, topic) in self.rows.items()
+        ]
+        for file in range(4):
+            write_jsonl(self.source / f"{file}.jsonl", rows[file::4])
+
+    def spec(self, name: str) -> RunSpec:
+        # A setting that decides a vector, and makes no other one of texts so short.
+        max_tokens = 40 + sorted(self.noises).index(name)
+        source = {"uri": str(self.source), "id": "key", "label": "topic", "name": "corpus"}
+        return RunSpec.parse(
+            {
+                "source": source,
+                "model": {"id": self.model, "dtype": "float32", "max_tokens": max_tokens},
+                "output": {"store": self.store, "keep_days": 0, "keep_versions": 2},
+                "probes": ["knn"],
+            }
+        )  # fmt: skip
+
+    def refresh(self, name: str, kill_at: int = 0) -> RunResult:
+        """By one of the models; be killed first, if at a write."""
+        stage = make_graded_stage(name, self.noises[name])
+        run = lambda: inline.refresh(self.spec(name), stage)  # noqa: E731
+        if kill_at:
+            with killed_at(kill_at, self.store), contextlib.suppress(Killed):
+                run()
+            self.check(is_killed=True)
+        result = run()
+        if result.promotion in ("promoted", "current"):
+            self.promoted = name, dict(self.rows)
+        self.check()
+        return result
+
+    def check(self, is_killed: bool = False) -> None:
+        """Readers get what is promoted: whole, of one model, and verified."""
+        pointer = fmembed.Store.open(self.store).current()
+        if self.promoted is None:
+            assert pointer is None
+            return
+        assert pointer is not None
+        name, wanted = self.promoted
+        rows = fmembed.read(self.store, fingerprint=pointer.fingerprint).to_pylist()
+        found = {r["row_id"]: r for r in rows}
+        if found.keys() != wanted.keys():
+            # A kill after the switch, and before this was told of it.
+            self.promoted = name, dict(self.rows)
+            wanted = self.promoted[1]
+        assert len(found) == len(rows)
+        assert found.keys() == wanted.keys()
+        for key, (text, topic) in wanted.items():
+            assert found[key]["topic"] == topic
+            ids = np.array(self._tokenizer.encode(text).ids)
+            vector = graded_vector(ids, name, self.noises[name])
+            # To rounding: a sum goes another way by where in memory it lies.
+            assert np.allclose(found[key]["embedding"], vector, atol=1e-6)
+        if not is_killed:  # else what it had not come to is told
+            assert fmembed.verify(f"{self.store}/tables/{pointer.table}").problems == []

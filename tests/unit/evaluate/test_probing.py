@@ -167,7 +167,7 @@ def test_rows_that_no_run_has_written(case: str, tmp_path: Path) -> None:
     for name, column in ROWS[case].items():
         rows = rows.set_column(rows.schema.get_field_index(name), name, column)
     with pytest.raises(TableError, match="its rows are damaged"):
-        check_rows(table, rows, read_card(table))
+        check_rows(table, rows, read_card(table).pooled)
 
 
 def test_text_that_is_no_utf8(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_text_that_is_no_utf8(tmp_path: Path) -> None:
     )
     rows = rows.set_column(rows.schema.get_field_index("topic"), "topic", bad)
     with pytest.raises(TableError, match="its rows are damaged"):
-        check_rows(table, rows, read_card(table))
+        check_rows(table, rows, read_card(table).pooled)
 
 
 def test_records_as_they_are_written_pass() -> None:

@@ -1,0 +1,513 @@
+"""A store: tables side by side, and the one version of one of them that its readers get.
+
+    <store>/_store.json                  that it is one
+    <store>/tables/<name>-<fingerprint>/   a table for each dataset and fingerprint
+    <store>/CURRENT/<generation>.json    what is promoted; the highest generation counts
+    <store>/_gates/<table>-<version>.json  what the gate has said of a version
+
+The pointer is switched by one conditional write: its next generation is created unless there is
+one, which local disks and all clouds do atomically. The generations before it are its history.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import re
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from fmembed.errors import ConflictError, FmembedError, StorageError, TableError
+from fmembed.storage import Storage
+from fmembed.table.table import STORE_MARK, Table
+
+_TABLES = "tables"
+_GENERATION = re.compile(r"CURRENT/(\d{8,18})\.json")
+# Of a table's name, what is no letter, number, dash or dot; and how much of a fingerprint is in it.
+_ODD = re.compile(r"[^A-Za-z0-9.-]+")
+_SHORT = 12
+# Generations that are kept: one listing on a cloud. An hourly refresh makes so many in six weeks.
+_KEPT = 1000
+# A reader that comes upon a version which is taken away looks again at what is promoted by then.
+_MAX_LOOKS = 5
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What is promoted, and how it came to it.
+
+    `table` is a folder of the store, `parts` a digest of the version's parts: a log that was made
+    anew counts anew. `rows_deleted` are on the table's list of what stays out. `before` is the
+    generation that a rollback goes to, 0 for none. `kind` is `promote`, `rollback` or `delete`,
+    which takes readers to the version without the rows.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    generation: int
+    table: str
+    version: int
+    fingerprint: str
+    parts: str
+    rows: int
+    rows_rejected: int
+    rows_deleted: int
+    kind: str
+    time: str
+    by: str
+    why: str
+    before: int = 0
+    gate: dict[str, Any] | None = None
+
+    def leads_to(self, other: Pointer | None) -> bool:
+        """Whether both lead to the same version."""
+        return other is not None and (self.table, self.version) == (other.table, other.version)
+
+
+_POINTER = TypeAdapter(Pointer)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A table of a store: its newest version, and which of its versions the pointer needs.
+
+    `gate` is what the gate has said of the newest version, None where it was not asked.
+    """
+
+    name: str
+    version: int | None
+    fingerprint: str
+    model: str
+    rows: int
+    rows_rejected: int
+    pinned: tuple[int, ...]
+    gate: dict[str, Any] | None
+
+
+class Store:
+    """A store at a folder or URL."""
+
+    def __init__(self, uri: str) -> None:
+        self.storage = Storage(uri)
+        self.uri = self.storage.uri
+
+    @classmethod
+    def find(cls, uri: str | Path) -> Store | None:
+        """The store that lies here; None where none does."""
+        if not isinstance(uri, str | Path):
+            return None
+        path = str(uri).removeprefix("file://")
+        if "://" not in path and not os.path.isdir(Path(path).expanduser()):
+            return None
+        store = cls(path)
+        return store if store.storage.size_bytes(STORE_MARK) is not None else None
+
+    @classmethod
+    def open(cls, uri: str | Path) -> Store:
+        """Open a store that exists.
+
+        Raises:
+            TableError: There is none.
+        """
+        if (store := cls.find(uri)) is None:
+            raise TableError(
+                f"store: {uri} is no store; fmembed refresh --store makes one, with a table in it"
+            )
+        return store
+
+    @classmethod
+    def of(cls, table: Table) -> tuple[Store, str] | None:
+        """The store that a table lies in, and its name there."""
+        outer, _, name = table.uri.rpartition(f"/{_TABLES}/")
+        if not outer or "/" in name or (store := cls.find(outer)) is None:
+            return None
+        return store, name
+
+    def check_usable(self) -> None:
+        """Make sure that here is a store, or nothing yet.
+
+        Raises:
+            TableError: Something else lies here.
+        """
+        if self.storage.local is not None and self.storage.local.is_file():
+            raise TableError(f"output.store: {self.uri} is a file; give a folder or a URL")
+        if self.storage.size_bytes(STORE_MARK) is not None:
+            return
+        if there := [p for p in self.storage.paths() if p not in ("CURRENT/", f"{_TABLES}/")]:
+            raise TableError(
+                f"output.store: {self.uri} is not empty (there is {there[0][:80]}) and no store; "
+                "give another folder"
+            )
+
+    def make(self) -> None:
+        """Make it a store, if it is none yet."""
+        self.storage.create(STORE_MARK, json.dumps({"store": 1}).encode())
+
+    def name(self, dataset: str, fingerprint: str) -> str:
+        """What the table of a dataset and a fingerprint is called."""
+        said = _ODD.sub("-", dataset).strip("-.")[:40] or "rows"
+        return f"{said}-{fingerprint[:_SHORT]}"
+
+    def uri_of(self, name: str) -> str:
+        """Where a table lies."""
+        return f"{self.uri}/{_TABLES}/{name}"
+
+    def names(self) -> list[str]:
+        """The tables."""
+        prefix = f"{_TABLES}/"
+        found = self.storage.paths(prefix)
+        return [path.removeprefix(prefix).rstrip("/") for path in found if path.endswith("/")]
+
+    def tables(self) -> list[Kept]:
+        """The tables, and what stands for each."""
+        pinned, found = self.pinned(), []
+        for name in self.names():
+            table = Table(self.uri_of(name))
+            if (card := table.card()) is None:
+                continue
+            told = card.spec.get("model")
+            version = table.version()
+            found.append(
+                Kept(
+                    name=name,
+                    version=version,
+                    fingerprint=card.fingerprint,
+                    model=str(told.get("id", "?")) if isinstance(told, dict) else "?",
+                    rows=sum(part.num_rows for part in table.rows.parts()),
+                    rows_rejected=table.num_rejected(),
+                    pinned=tuple(sorted({p.version for p in pinned if p.table == name})),
+                    gate=None if version is None else self.gate_record(name, version),
+                )
+            )
+        return found
+
+    def current(self) -> Pointer | None:
+        """What is promoted; None where nothing was."""
+        for _ in range(_MAX_LOOKS):
+            generations = self._generations()
+            if not generations:
+                return None
+            try:
+                return self._read(generations[-1])
+            except FileNotFoundError:
+                continue  # a thousand promotions have come between the two calls
+        raise StorageError(
+            f"store: storage lists a pointer in {self.uri} that it does not have; try again"
+        )
+
+    def history(self, limit: int) -> list[Pointer]:
+        """What was promoted, the newest first; at most so many."""
+        found = []
+        for generation in self._generations()[::-1][:limit]:
+            try:
+                found.append(self._read(generation))
+            except FileNotFoundError:
+                break  # they go from the oldest on
+        return found
+
+    def pinned(self) -> list[Pointer]:
+        """What no retention may take away: what is promoted, and what a rollback would go to."""
+        current = self.current()
+        if current is None:
+            return []
+        try:
+            return [current, self._read(current.before)] if current.before else [current]
+        except FileNotFoundError:
+            return [current]
+
+    def was_left(self, name: str, version: int) -> bool:
+        """Whether readers were switched away from a table, or from this version of it: by another
+        table that took its place, or by a rollback. As far as the history goes.
+        """
+        history = self.history(_KEPT)
+        if not history:
+            return False
+        current, *before = history
+        if current.table == name:
+            return any((p.table, p.version) == (name, version) for p in before)
+        return any(p.table == name for p in before)
+
+    def promote(
+        self,
+        name: str,
+        version: int,
+        why: str,
+        *,
+        over: Pointer | None,
+        gate: dict[str, Any] | None = None,
+        kind: str = "promote",
+    ) -> Pointer:
+        """Switch the pointer to a version of a table.
+
+        Args:
+            name: The table.
+            version: Which of its versions.
+            why: For people.
+            over: What is promoted now, as it was looked at before the decision.
+            gate: What the gate has said.
+            kind: See `Pointer`.
+
+        Raises:
+            TableError: No such table or version, or parts of it are gone.
+            ConflictError: Something else was promoted meanwhile.
+        """
+        table = self._open(name)
+        card = table.card()
+        assert card is not None
+        table.check_version(version)
+        pointer = Pointer(
+            generation=(over.generation if over else 0) + 1,
+            table=name,
+            version=version,
+            fingerprint=card.fingerprint,
+            parts=table.digest(version),
+            rows=sum(part.num_rows for part in table.rows.parts(version)),
+            rows_rejected=table.num_rejected(),
+            rows_deleted=len(table.deleted.read()),
+            kind=kind,
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            by=_who(),
+            why=why,
+            before=0 if over is None else over.before if kind == "delete" else over.generation,
+            gate=gate,
+        )
+        if not pointer.rows:
+            raise TableError(f"store: version {version} of {name} has no row; it is not promoted")
+        self._check_whole(table, version)
+        return self._switch(pointer)
+
+    def rollback(self, why: str, to: int | None = None) -> Pointer:
+        """Switch the pointer back.
+
+        Args:
+            why: For people.
+            to: A generation; None for the one that what is promoted now came after.
+
+        Raises:
+            TableError: There is none, or what it led to is gone.
+            ConflictError: Something else was promoted meanwhile.
+        """
+        current = self.current()
+        if current is None:
+            raise TableError(f"store: nothing was promoted yet in {self.uri}")
+        if to is None and not current.before:
+            raise TableError(f"store: nothing was promoted in {self.uri} before what is now")
+        generation = current.before if to is None else to
+        try:
+            target = self._read(generation)
+        except FileNotFoundError:
+            raise TableError(
+                f"store: {self.uri} has no generation {generation} on record; fmembed versions "
+                "lists them"
+            ) from None
+        table = self._open(target.table)
+        table.check_version(target.version)
+        if table.digest(target.version) != target.parts:
+            raise TableError(f"store: {self._other(target)}")
+        if (num := len(table.deleted.read()) - target.rows_deleted) > 0:
+            raise TableError(
+                f"store: {num:,} rows were deleted from {target.table} since, and version "
+                f"{target.version} has them still; refresh it and promote what comes of it"
+            )
+        self._check_whole(table, target.version)
+        switched = replace(
+            target,
+            generation=current.generation + 1,
+            kind="rollback",
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            by=_who(),
+            why=why,
+            gate=None,
+        )
+        return self._switch(switched)
+
+    def follow(self, name: str, old: int, new: int, why: str) -> Pointer | None:
+        """Take readers from a version to the one without the rows that were deleted from it.
+
+        Returns:
+            None where something else is promoted.
+        """
+        current = self.current()
+        if current is None or (current.table, current.version) != (name, old) or old == new:
+            return None
+        return self.promote(name, new, why, over=current, kind="delete")
+
+    def put_gate(self, name: str, version: int, record: dict[str, Any]) -> None:
+        """Record what the gate has said of a version."""
+        content = json.dumps({**record, "parts": self._open(name).digest(version)}, indent=1)
+        self.storage.put(_gate_path(name, version), content.encode())
+
+    def gate_record(self, name: str, version: int) -> dict[str, Any] | None:
+        """What the gate has said of a version; None where it was not asked."""
+        try:
+            record = json.loads(self.storage.get(_gate_path(name, version)))
+        except (FileNotFoundError, ValueError, RecursionError):
+            return None
+        whole = isinstance(record, dict) and isinstance(record.get("passed"), bool)
+        # A log that was cut back comes to the same number again.
+        if not whole or record.pop("parts", "") != self._open(name).digest(version):
+            return None
+        return dict(record)
+
+    def _open(self, name: str) -> Table:
+        if name not in self.names():
+            have = ", ".join(self.names()) or "none"
+            raise TableError(f"store: {self.uri} has no table {name[:80]!a}; it has {have}")
+        return Table.open(self.uri_of(name))
+
+    def _check_whole(self, table: Table, version: int) -> None:
+        there = table.storage.sizes("")
+        if any(part.path not in there for part in table.rows.parts(version)):
+            raise TableError(
+                f"store: parts of version {version} of {table.uri} are gone, as after a vacuum; it "
+                "cannot be promoted"
+            )
+
+    def _switch(self, pointer: Pointer) -> Pointer:
+        content = json.dumps(asdict(pointer), indent=1).encode()
+        if not self.storage.create(_path(pointer.generation), content):
+            raise ConflictError(
+                f"store: something else was promoted in {self.uri} meanwhile; look at fmembed "
+                "status, then do the same again"
+            )
+        generations = self._generations()
+        if pointer.generation < generations[-1] - _KEPT // 2:
+            # A slow one, whose number had been used and tidied away meanwhile.
+            self.storage.delete(_path(pointer.generation))
+            raise ConflictError(f"store: {self.uri} has moved on meanwhile; do the same again")
+        for old in generations[:-_KEPT]:
+            self.storage.delete(_path(old))
+        return pointer
+
+    def _generations(self) -> list[int]:
+        found = (_GENERATION.fullmatch(path) for path in self.storage.paths("CURRENT/"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def _read(self, generation: int) -> Pointer:
+        try:
+            return _POINTER.validate_json(self.storage.get(_path(generation)))
+        except ValidationError:
+            raise StorageError(
+                f"store: {_path(generation)} in {self.uri} is not as it was written; delete it, "
+                "and the one before it is promoted again"
+            ) from None
+
+    def _other(self, pointer: Pointer) -> str:
+        return (
+            f"version {pointer.version} of {self.uri_of(pointer.table)} is another one than was "
+            "promoted, as after its log was made anew; promote it again"
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """A version of a table that a reader asked for, maybe by its store."""
+
+    table: Table
+    version: int | None
+    store: Store | None = None
+    pointer: Pointer | None = None
+
+
+def find_version(
+    uri: str | Path, version: int | None = None, fingerprint: str | None = None
+) -> Found:
+    """What a reader gets: the table of this name, or of a store what is promoted.
+
+    Args:
+        uri: The table, or the store.
+        version: Of a table, which; None for the newest.
+        fingerprint: What it must have been made by, whole or its beginning; None for any.
+
+    Raises:
+        TableError: No such table or version, nothing promoted, or made by something else.
+    """
+    store = Store.find(uri)
+    if store is None:
+        table = Table.open(uri)
+        card = table.card()
+        assert card is not None
+        _check_made_by(table.uri, card.fingerprint, fingerprint)
+        return Found(table, version)
+    if version is not None:
+        raise TableError(
+            f"version: {store.uri} is a store, which is read at what is promoted; for another "
+            f"version give one of its tables, as {store.uri}/{_TABLES}/..."
+        )
+    pointer = store.current()
+    if pointer is None:
+        have = ", ".join(store.names()) or "none"
+        raise TableError(
+            f"store: nothing is promoted yet in {store.uri}; its tables: {have}; fmembed promote "
+            "switches to one"
+        )
+    _check_made_by(store.uri, pointer.fingerprint, fingerprint)
+    table = Table.open(store.uri_of(pointer.table))
+    table.check_version(pointer.version)
+    if table.digest(pointer.version) != pointer.parts:
+        raise TableError(f"store: {store._other(pointer)}")
+    return Found(table, pointer.version, store, pointer)
+
+
+def read_found(found: Callable[[], Found], read: Callable[[Found], _T]) -> _T:
+    """Read what is promoted; once more where it is taken away meanwhile for another one."""
+    looked = found()
+    for _ in range(_MAX_LOOKS):
+        try:
+            return read(looked)
+        except (FmembedError, OSError):
+            if looked.store is None or looked.pointer is None:
+                raise
+            again = found()
+            if again.pointer is None or again.pointer.generation == looked.pointer.generation:
+                raise
+            looked = again
+    return read(looked)
+
+
+def pinned_versions(table: Table) -> list[int]:
+    """The versions that the store of a table needs, if it lies in one."""
+    found = Store.of(table)
+    if found is None:
+        return []
+    store, name = found
+    return [pointer.version for pointer in store.pinned() if pointer.table == name]
+
+
+def promoted_version(table: Table) -> int | None:
+    """The version of a table that its store has promoted, if it lies in one that has."""
+    if (found := Store.of(table)) is None:
+        return None
+    store, name = found
+    current = store.current()
+    return current.version if current is not None and current.table == name else None
+
+
+def _check_made_by(uri: str, made: str, asked: str | None) -> None:
+    if asked is not None and (len(asked) < _SHORT or not made.startswith(asked)):
+        raise TableError(f"fingerprint: {uri} was made by {made}, not by {asked!a:.80}")
+
+
+def _gate_path(name: str, version: int) -> str:
+    return f"_gates/{name}-{version:08d}.json"
+
+
+def _path(generation: int) -> str:
+    return f"CURRENT/{generation:08d}.json"
+
+
+def _who() -> str:
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a user without a name, as in many containers
+        user = "?"
+    return f"{user}@{socket.gethostname()}"

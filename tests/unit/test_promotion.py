@@ -1,0 +1,170 @@
+"""Which version the readers of a store get, week after week."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import gated
+import pytest
+from weeks import StoreYear
+
+import fmembed
+from fmembed import cli, promotion
+from fmembed.errors import GateRefusedError, TableError
+from fmembed.table.lock import Lock
+from fmembed.table.store import Store
+from fmembed.table.table import Table
+
+NOISES = {"first": 1.1, "better": 0.8, "best": 0.5, "worse": 2.2}
+
+
+@pytest.fixture
+def year(tmp_path: Path, minilm: Path) -> StoreYear:
+    return StoreYear(tmp_path / "year", str(tmp_path / "store"), str(minilm), 400, NOISES)
+
+
+@pytest.mark.slow
+def test_the_right_rows_are_promoted_every_week(year: StoreYear) -> None:
+    """As `tools/year.py --store`, of nine weeks: upgrades, a worse model, a rollback, kills."""
+    assert year.refresh("first").promotion == "promoted"
+    year.change()
+    assert year.refresh("first", kill_at=7).promotion == "promoted"
+    year.change()
+    result = year.refresh("worse")
+    assert result.promotion == "refused"
+    assert "knn" in result.gate["words"]
+    assert year.refresh("worse").promotion == "refused"  # from the record
+    assert year.refresh("first").promotion == "promoted"
+    before = year.promoted
+    year.change()
+    assert year.refresh("better", kill_at=11).promotion == "promoted"
+    # The one it took the place of is kept in step, and stays beside it.
+    assert year.refresh("first").promotion == "beside"
+    year.change()
+    assert year.refresh("better").promotion == "promoted"
+    last, year.promoted = year.promoted, None
+    promotion.rollback(year.store)
+    promotion.rollback(year.store)
+    year.promoted = before
+    year.check()
+    # What readers were switched away from does not come back by itself.
+    assert year.refresh("better").promotion == "beside"
+    year.change()
+    assert year.refresh("first").promotion == "promoted"
+    assert promotion.promote(year.store, why="after all", force=True).table != before
+    assert last is not None
+    year.promoted = "better", last[1]
+    year.check()
+    year.change()
+    assert year.refresh("best").promotion == "promoted"
+
+
+def test_a_refresh_that_has_nothing_to_do_asks_nobody_again(year: StoreYear) -> None:
+    year.refresh("first")
+    assert year.refresh("first").promotion == "current"
+    found = promotion.status(year.store)
+    assert found.current is not None
+    assert found.current.gate == {"passed": True, "words": found.tables[0].gate["words"]}  # type: ignore[index]
+    assert len(Store.open(year.store).history(9)) == 1
+
+
+def test_what_the_gate_was_told_to_let_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gated.run_inline(monkeypatch)
+    store = Store(str(tmp_path / "s"))
+    store.make()
+    gated.add_version(Path(store.uri_of("one")), gated.rows(noise=0.1))
+    assert promotion.promote(store.uri, quiet=True).table == "one"
+    with pytest.raises(TableError, match="has no version that is newer"):
+        promotion.promote(store.uri, quiet=True)
+    with pytest.raises(TableError, match="is what is promoted"):
+        promotion.promote(store.uri, "one", quiet=True)
+    gated.add_version(Path(store.uri_of("two")), gated.rows(noise=0.9), model="w2")
+    with pytest.raises(GateRefusedError, match="the gate refuses version 1 of two: knn") as refused:
+        promotion.promote(store.uri, "two", quiet=True)
+    assert refused.value.exit_code == 3
+    lines = promotion.status(store.uri).lines()
+    assert [line for line in lines if "two" in line and "refused" in line]
+    assert promotion.promote(store.uri, "two", why="I know", force=True).why == "I know"
+    with pytest.raises(TableError, match="has no table 'three'; it has one, two"):
+        promotion.promote(store.uri, "three")
+
+
+def test_rows_that_are_deleted_are_gone_for_readers_at_once(year: StoreYear) -> None:
+    year.refresh("first")
+    year.change()
+    year.refresh("first")
+    key = next(iter(year.rows))
+    pointer = Store.open(year.store).current()
+    assert pointer is not None
+    done = fmembed.delete(Store.open(year.store).uri_of(pointer.table), ids=[key])
+    assert (done.rows, done.is_behind) == (1, False)
+    assert key not in fmembed.read(year.store)["row_id"].to_pylist()
+    with pytest.raises(TableError, match="1 rows were deleted from"):
+        promotion.rollback(year.store)
+
+
+def test_the_commands(year: StoreYear, capsys: pytest.CaptureFixture[str]) -> None:
+    year.refresh("first")
+    year.change()
+    year.refresh("first")
+    assert cli.run(["status", year.store]) == 0
+    out = capsys.readouterr().out
+    assert "promoted  corpus-" in out
+    assert "before    corpus-" in out
+    assert cli.run(["versions", year.store]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert cli.run(["rollback", year.store, "--why", "a test"]) == 0
+    assert "a test" in capsys.readouterr().out
+    assert cli.run(["rollback", year.store]) == 2
+    assert cli.run(["promote", year.store, "--force", "--json"]) == 0
+    assert '"kind": "promote"' in capsys.readouterr().out
+    assert cli.run(["status", str(year.folder)]) == 2
+    assert "is no store" in capsys.readouterr().err
+    assert cli.run(["info", year.store]) == 0
+    assert "400 vectors" in capsys.readouterr().out.replace("402", "400")
+
+
+def test_while_another_run_writes_a_run_fails_waits_or_is_skipped(
+    year: StoreYear, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    year.refresh("first")
+    year.change()
+    config = tmp_path / "c.yaml"
+    spec = year.spec("first")
+    config.write_text(
+        f"source: {{uri: {spec.source.uri}, id: key, label: topic, name: corpus}}\n"
+        f"model: {{id: {year.model}, dtype: float32, max_tokens: {spec.model.max_tokens}}}\n"
+        f"output: {{store: {year.store}}}\n"
+    )
+    table = Table(Store.open(year.store).uri_of(Store.open(year.store).names()[0]))
+    with Lock(table.storage, "other"):
+        assert cli.run(["refresh", str(config)]) == 1
+        assert "is being written by run other" in capsys.readouterr().err
+        assert cli.run(["refresh", str(config), "--if-locked", "skip", "--json"]) == 0
+        said = capsys.readouterr()
+        assert "skipped: output.uri" in said.err
+        assert '"skipped"' in said.out
+        assert "starting Ray" not in said.err
+        assert [line for line in promotion.status(year.store).lines() if line.startswith("writing")]
+    assert not promotion.status(year.store).writers
+
+
+def test_a_lock_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage = Table(str(tmp_path)).storage
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with Lock(storage, "first"):
+            held.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(30)
+    threading.Timer(0.3, done.set).start()
+    with Lock(storage, "second", beat_s=0.1, waits=True):
+        thread.join()
+    assert "written by run first" in capsys.readouterr().err
