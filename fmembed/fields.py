@@ -105,8 +105,8 @@ MEANINGS = {
     "refresh.on_rejected": "a row of the table that cannot be embedded any more stays, or leaves",
     "refresh.max_removed_fraction": "where more rows would leave than this share of the table, "
     "none does",
-    "gate.margin": "how much less a probe may show than of the promoted version, at the lower end "
-    "of a paired bootstrap; of the same model it must be sure that it shows less",
+    "gate.margin": "how much less a probe may show than of the promoted version: of the same model "
+    "it must be sure that it is less, of another one ruled out, by a paired bootstrap",
     "gate.max_rejected_increase": "by how much more of the rows may be rejected, as a share",
     "gate.max_copies_increase": "by how much more of the inputs may share another one's vector",
     "gate.max_lost_fraction": "how many rows fewer there may be, as a share",

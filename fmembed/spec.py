@@ -465,11 +465,11 @@ class RefreshSpec(_Part):
 class GateSpec(_Part):
     """When a new version takes the place of the one that a store's readers get.
 
-    It does unless something is worse: a probe by more than `margin` (under the lower bound of
-    new - old are 5 of 100 bootstraps; of the same model, that it is worse at all must be sure as
-    well), the share of rejected rows or of vectors that several
-    inputs share by more than `max_rejected_increase` and `max_copies_increase`, the number of rows
-    by more than the share `max_lost_fraction`. Vectors that lie all in one direction (their mean
+    It does unless something is worse: a probe by more than `margin`, which must be sure of the same
+    model (the difference is below it in 95 of 100 bootstraps), and must be ruled out of another one
+    (in 5 of 100); the share of rejected rows or of unlike inputs that share a vector, by more than
+    `max_rejected_increase` and `max_copies_increase`; the number of rows, by more than the share
+    `max_lost_fraction`. Vectors that lie all in one direction (their mean
     cosine is over `max_mean_cosine`) are refused, and, of another model, those of which less than
     `min_neighbours` of the ten nearest rows are the old ones' too, or whose length is another one
     while `same_dim` is set. `max_arrival_auc` says how well what arrived may be told from what was

@@ -29,6 +29,7 @@ def render(
     probes: Sequence[dict[str, Any]],
     why_no_probes: str,
     map_: dict[str, Any] | None,
+    gate: dict[str, Any] | None = None,
 ) -> str:
     """Render the report.
 
@@ -40,6 +41,7 @@ def render(
         probes: Results of `probes.run_probe`.
         why_no_probes: What to say where there are none.
         map_: What `make_map` gave, or None.
+        gate: What `gate.run_gate` has said, if it was asked.
 
     Returns:
         A complete HTML document.
@@ -55,6 +57,7 @@ def render(
         probes=probes,
         why_no_probes=why_no_probes,
         map=map_,
+        gate=gate,
         # At most one of each, whichever probe has it: they are long.
         confused=next((p for p in probes if p.get("confusion")), None),
         suspicious=next((p["suspicious"] for p in probes if p.get("suspicious")), None),

@@ -21,6 +21,7 @@ from fmembed.result import RunResult, check_probe
 from fmembed.rows.vectors import vector_type
 from fmembed.spec import OWN_COLUMNS, ModelSpec, RunSpec, SourceSpec
 from fmembed.table.card import Card
+from fmembed.table.store import Store
 from fmembed.table.table import Table
 
 _DAMAGED = "the record of it is damaged; probe the table again"
@@ -288,4 +289,9 @@ def _write_report(
         why = "no column holds one vector a row"
     facts = state_facts(spec, card, dims, result)
     dim = next(iter(dims.values()), 0)
-    table.put_report(render(spec.source.stored_name, result, facts, dim, results, why, map_))
+    lies_in, gate = Store.of(table), None
+    if lies_in is not None and result.version is not None:
+        store, name = lies_in
+        gate = store.gate_record(name, result.version)
+    title = spec.source.stored_name
+    table.put_report(render(title, result, facts, dim, results, why, map_, gate))

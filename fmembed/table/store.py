@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from fmembed.errors import ConflictError, FmembedError, StorageError, TableError
 from fmembed.storage import Storage
@@ -74,6 +74,27 @@ class Pointer:
 
 
 _POINTER = TypeAdapter(Pointer)
+
+
+class _Check(BaseModel):
+    name: str
+    passed: bool | None
+    words: str
+    figures: dict[str, float] = {}
+
+
+class _Gate(BaseModel):
+    """What `evaluate.gate.run_gate` gives, and of which parts it is."""
+
+    passed: bool
+    words: str
+    parts: str = ""
+    over: dict[str, str | int] | None = None
+    checks: list[_Check] = []
+    seconds: float = 0.0
+
+
+_GATE = TypeAdapter(_Gate)
 
 
 @dataclass(frozen=True)
@@ -350,13 +371,11 @@ class Store:
         """What the gate has said of a version; None where it was not asked."""
         try:
             record = json.loads(self.storage.get(_gate_path(name, version)))
+            told = _GATE.validate_python(record).model_dump()
         except (FileNotFoundError, ValueError, RecursionError):
             return None
-        whole = isinstance(record, dict) and isinstance(record.get("passed"), bool)
         # A log that was cut back comes to the same number again.
-        if not whole or record.pop("parts", "") != self._open(name).digest(version):
-            return None
-        return dict(record)
+        return told if told.pop("parts") == self._open(name).digest(version) else None
 
     def _open(self, name: str) -> Table:
         if name not in self.names():

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
+import json
+import multiprocessing
 import random
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,6 +242,7 @@ class StoreYear:
     seed: int = 0
     rows: dict[str, tuple[str, str]] = field(default_factory=dict)
     promoted: tuple[str, dict[str, tuple[str, str]]] | None = None
+    previous: tuple[str, dict[str, tuple[str, str]]] | None = None
     next_id: int = 0
 
     def __post_init__(self) -> None:
@@ -296,14 +302,16 @@ class StoreYear:
         if kill_at:
             with killed_at(kill_at, self.store), contextlib.suppress(Killed):
                 run()
-            self.check(is_killed=True)
+            self.check(killed=name)
         result = run()
         if result.promotion in ("promoted", "current"):
+            if self.promoted != (name, self.rows):
+                self.previous = self.promoted
             self.promoted = name, dict(self.rows)
         self.check()
         return result
 
-    def check(self, is_killed: bool = False) -> None:
+    def check(self, killed: str | None = None) -> None:
         """Readers get what is promoted: whole, of one model, and verified."""
         pointer = fmembed.Store.open(self.store).current()
         if self.promoted is None:
@@ -313,10 +321,9 @@ class StoreYear:
         name, wanted = self.promoted
         rows = fmembed.read(self.store, fingerprint=pointer.fingerprint).to_pylist()
         found = {r["row_id"]: r for r in rows}
-        if found.keys() != wanted.keys():
-            # A kill after the switch, and before this was told of it.
-            self.promoted = name, dict(self.rows)
-            wanted = self.promoted[1]
+        if killed is not None and found.keys() != wanted.keys():
+            # After the switch, and before this was told of it.
+            name, wanted = killed, self.rows
         assert len(found) == len(rows)
         assert found.keys() == wanted.keys()
         for key, (text, topic) in wanted.items():
@@ -325,5 +332,91 @@ class StoreYear:
             vector = graded_vector(ids, name, self.noises[name])
             # To rounding: a sum goes another way by where in memory it lies.
             assert np.allclose(found[key]["embedding"], vector, atol=1e-6)
-        if not is_killed:  # else what it had not come to is told
+        if killed is None:  # else what it had not come to is told
             assert fmembed.verify(f"{self.store}/tables/{pointer.table}").problems == []
+
+
+class Reader:
+    """Somebody in a process of its own who reads a store without end, a hundred times a second.
+
+    What is read must be one of the versions that may have been promoted, whole, and none that came
+    before one that was read, unless readers were switched back.
+    """
+
+    def __init__(self, year: StoreYear) -> None:
+        self._year = year
+        self._allowed: list[int] = []
+        self._seen = year.folder / "seen"
+
+    def allow(self) -> None:
+        """From now on the rows as they are may be promoted."""
+        self._allowed.append(_digest((key, topic) for key, (_, topic) in self._year.rows.items()))
+
+    def __enter__(self) -> Reader:
+        (self._year.folder / "reader.log").touch()
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=_read_on, args=(self._year.store, str(self._seen)), daemon=True
+        )
+        self._process.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.join()
+
+    def wait(self) -> None:
+        """Until what is promoted now has been read."""
+        before = self._num_reads()
+        deadline = time.monotonic() + 60
+        while self._num_reads() < before + 2:
+            assert time.monotonic() < deadline, self._seen.read_text()[-500:]
+            time.sleep(0.01)
+
+    def _num_reads(self) -> int:
+        return self._seen.read_text().count("\n") if self._seen.exists() else 0
+
+    def told(self, num_back: int = 0) -> str:
+        """How much was read; all of it was looked at.
+
+        Args:
+            num_back: How often readers were switched back.
+
+        Raises:
+            AssertionError: Something was read that was never promoted, or an error came.
+        """
+        reads = [line.split(maxsplit=2) for line in self._seen.read_text().splitlines()]
+        whole = [line for line in reads if len(line) > 1]
+        errors = [line for line in whole if line[0] == "error" and "nothing is promoted" not in
+                  " ".join(line) and "is no store" not in " ".join(line)]  # fmt: skip
+        assert not errors, errors[:3]
+        digests = [int(line[0]) for line in whole if line[0] != "error"]
+        assert digests
+        assert set(digests) <= set(self._allowed), set(digests) - set(self._allowed)
+        order = [self._allowed.index(digest) for digest in digests]
+        back = sum(b < a for a, b in itertools.pairwise(order))
+        assert back == num_back, f"readers went back {back} times"
+        times = [float(line[1]) for line in whole if line[0] != "error"]
+        rate = len(times) / max(times[-1] - times[0], 1e-9)
+        return f"{len(digests):,} reads of {len(set(digests))} versions, {rate:.0f} a second"
+
+
+def _digest(rows: Iterable[tuple[str, str]]) -> int:
+    told = json.dumps(sorted(rows)).encode()
+    return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "little")
+
+
+def _read_on(uri: str, seen: str) -> None:
+    with open(seen, "w") as file:
+        while True:
+            began = time.monotonic()
+            try:
+                rows = fmembed.read(uri, columns=["row_id", "topic"])
+                both = zip(rows["row_id"].to_pylist(), rows["topic"].to_pylist(), strict=True)
+                told = str(_digest(both))
+            except Exception as e:  # told, and looked at in the end
+                told = "error"
+                file.write(f"error {began} {type(e).__name__} {e}\n")
+            else:
+                file.write(f"{told} {began}\n")
+            file.flush()
+            time.sleep(max(0.01 - (time.monotonic() - began), 0))

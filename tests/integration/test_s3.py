@@ -20,9 +20,10 @@ import pytest
 from conftest import SENTENCES, run_cli
 from soak import Bench, Tally, wait_for
 from tables import CONFIGURATION
-from weeks import Year
+from weeks import Reader, StoreYear, Year
 
 import fmembed
+from fmembed import promotion
 from fmembed.errors import ConflictError, LockedError, StorageError
 from fmembed.sources.formats import ranges
 from fmembed.sources.locating import count_part, list_unlocated, locate
@@ -317,3 +318,26 @@ def test_a_large_file_is_read_in_parts(s3: str, monkeypatch: pytest.MonkeyPatch)
 def _rows_of(source: Source, shard: Shard, index: int) -> list[tuple[str, str]]:
     rows = pa.concat_tables(read_shard(source, shard, index)).to_pylist()
     return [(row["row_id"], row["_input"]) for row in rows if row["row_id"] is not None]
+
+
+def test_a_reader_of_a_store_sees_whole_versions_and_no_others(
+    tmp_path: Path, minilm: Path, s3: str
+) -> None:
+    """Through refreshes, a kill, a better model, a rollback and a vacuum."""
+    noises = {"first": 1.1, "better": 0.7}
+    year = StoreYear(tmp_path / "year", f"{s3}/store", str(minilm), 200, noises)
+    with Reader(year) as reader:
+        for name, kill_at in (("first", 0), ("first", 9), ("better", 14)):
+            reader.allow()
+            assert year.refresh(name, kill_at).promotion in ("promoted", "current")
+            reader.wait()
+            year.change()
+        year.promoted = year.previous
+        promotion.rollback(year.store)
+        reader.wait()
+        for table in fmembed.Store.open(year.store).tables():
+            fmembed.vacuum(f"{year.store}/tables/{table.name}", keep_days=0, keep_versions=1)
+        year.check()
+        reader.wait()
+    told = reader.told(num_back=1)
+    assert "of 3 versions" in told

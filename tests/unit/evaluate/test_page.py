@@ -62,7 +62,9 @@ def make(text: str) -> str:
         causes={text: 1}, verdict=verdict,
     )  # fmt: skip
     map_ = make_map(text, np.array([[0.0, 1.0], [2.0, 3.0]]), [text, "y"], [text, None], [text, ""])
-    return render(text, run, [(text, text)], 3, [probe, skipped], text, map_)
+    checks = [{"name": text, "passed": passed, "words": text} for passed in (True, False, None)]
+    gate = {"passed": False, "over": {"table": text, "version": text}, "checks": checks}
+    return render(text, run, [(text, text)], 3, [probe, skipped], text, map_, gate)
 
 
 class Shape(HTMLParser):
