@@ -120,6 +120,8 @@ def delete(
 def undelete(uri: str | Path) -> int:
     """Let rows come back that `delete` has removed: the next run reads the whole source for them.
 
+    Of a table in a store to all of its tables, which go by one another's lists.
+
     Args:
         uri: The table.
 
@@ -135,6 +137,8 @@ def undelete(uri: str | Path) -> int:
         # First, so that a kill in between costs reading, and no row.
         drop_shards(table.storage, Commit(run=f"{run_id}-undelete"))
         table.deleted.clear()
+        for other in table.deleted.beside:  # whose lists this table goes by too
+            other.clear()
         return num_deleted
 
 

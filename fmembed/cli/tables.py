@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fmembed.cli.app import app
 from fmembed.cli.options import Json, TableName, say_line
 from fmembed.errors import SpecError
+
+if TYPE_CHECKING:
+    from fmembed.deletion import Deletion
 
 
 @app.command()
@@ -220,7 +223,7 @@ def delete(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which would go.")] = False,
     json_: Json = False,
 ) -> None:
-    """Take rows out of a table, and keep them out.
+    """Take rows out of a table, or of all tables of a store, and keep them out.
 
     In one new version; no later run brings them back.
 
@@ -229,12 +232,21 @@ def delete(
       fmembed delete out/articles --ids forgotten.txt --purge
     """
     from fmembed.deletion import delete as delete_rows
+    from fmembed.table.store import Store
 
     given = None if ids is None else _read_lines(ids)
-    done = delete_rows(table, where, ids=given, listed_in=listed_in, purge=purge, dry_run=dry_run)
-    if json_:
-        print(json.dumps({**asdict(done), "dry_run": dry_run}))
-        return
+    store = Store.find(table)
+    for one in [table] if store is None else map(store.uri_of, store.names()):
+        if store is not None and not json_:
+            say_line(f"in {one}:")
+        done = delete_rows(one, where, ids=given, listed_in=listed_in, purge=purge, dry_run=dry_run)
+        if json_:
+            print(json.dumps({**asdict(done), "dry_run": dry_run}))
+        else:
+            _tell(done, purge, dry_run)
+
+
+def _tell(done: Deletion, purge: bool, dry_run: bool) -> None:
     num_rows, more = done.rows + done.rows_rejected, ""
     if done.samples:
         more = f": {', '.join(done.samples)}{', ...' if num_rows > len(done.samples) else ''}"

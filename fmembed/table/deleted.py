@@ -6,6 +6,9 @@
 
 They are there as keys alone: of somebody who has asked to be forgotten no name is kept. Files are
 named after their bytes, and all of them count, so that a new one is written before an old one goes.
+
+Of tables side by side in a store (store.py) each goes by the lists of all: what was deleted from
+one model's table does not come back in another's.
 """
 
 from __future__ import annotations
@@ -19,15 +22,29 @@ from fmembed.errors import TableError
 from fmembed.rows.ids import Keys, LeftOut, keys_of
 from fmembed.storage import Storage
 
+# What a store of tables has, at its top.
+STORE_MARK = "_store.json"
 _FOLDER, _PENDING = "_deleted/", "_deleted/pending"
 _NAME = re.compile(rf"{_FOLDER}[0-9a-f]{{32}}\.(ids|contents)")
 
 
 class Deleted:
-    """The lists of one table."""
+    """The lists of one table; `beside` are those of the others in its store."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
+
+    @property
+    def beside(self) -> list[Deleted]:
+        """The lists of the tables in the same store; of a table that is in none, none."""
+        outer, _, name = self._storage.uri.rpartition("/tables/")
+        if not outer or "/" in name:
+            return []
+        store = Storage(outer)
+        if store.size_bytes(STORE_MARK) is None:
+            return []
+        names = [p for p in store.paths("tables/") if p.endswith("/") and p != f"tables/{name}/"]
+        return [Deleted(Storage(f"{outer}/{path.rstrip('/')}")) for path in names]
 
     def read(self) -> LeftOut:
         """All keys, sorted.
@@ -35,6 +52,11 @@ class Deleted:
         Raises:
             TableError: A file is not as it was written: it is not known what has to stay out.
         """
+        every = [self._read(), *(other._read() for other in self.beside)]
+        ids, contents = ([getattr(o, kind) for o in every] for kind in ("ids", "contents"))
+        return LeftOut(np.unique(np.concatenate(ids)), np.unique(np.concatenate(contents)))
+
+    def _read(self) -> LeftOut:
         found: dict[str, list[Keys]] = {"ids": [keys_of([])], "contents": [keys_of([])]}
         for path in self._paths():
             content, kind = self._storage.get(path), path.rpartition(".")[2]
@@ -51,7 +73,7 @@ class Deleted:
         """Put keys on the lists, of which the table may have rows until `finish`. Only under the
         lock.
         """
-        old, known = self._paths(), self.read()
+        old, known = self._paths(), self._read()
         self._storage.put(_PENDING, b"")
         kept = set()
         for kind in ("ids", "contents"):
@@ -64,12 +86,21 @@ class Deleted:
             self._storage.delete(path)
 
     @property
-    def is_pending(self) -> bool:
-        """Whether rows that are listed may be in the table: whoever listed them was killed."""
+    def was_stopped(self) -> bool:
+        """Whether whoever listed rows was killed before they were out."""
         return self._storage.size_bytes(_PENDING) is not None
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether rows that are listed may be in the table: whoever listed them was killed, or has
+        listed them for another table of the store.
+        """
+        return self.was_stopped or len(self.read()) > len(self._read())
 
     def finish(self) -> None:
         """The table has none of them any more. Only under the lock."""
+        if self.beside and self.is_pending:
+            self.begin(self.read())
         self._storage.delete(_PENDING)
 
     def clear(self) -> None:

@@ -26,7 +26,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from fmembed.errors import ConflictError, FmembedError, StorageError, TableError
 from fmembed.storage import Storage
-from fmembed.table.table import STORE_MARK, Table
+from fmembed.table.deleted import STORE_MARK
+from fmembed.table.table import Table
 
 _TABLES = "tables"
 _GENERATION = re.compile(r"CURRENT/(\d{8,18})\.json")

@@ -36,7 +36,7 @@ from fmembed.rows.columns import DUPLICATE, REJECTED_SCHEMA, ROW_ID
 from fmembed.rows.ids import RowIds, keys_of
 from fmembed.storage import tell
 from fmembed.table.card import FINGERPRINT, TABLE, Card
-from fmembed.table.deleted import Deleted
+from fmembed.table.deleted import STORE_MARK, Deleted
 from fmembed.table.files import PART, REJECTED, RUN, WRITE, Part
 from fmembed.table.keys import KeyFiles, KeySet
 from fmembed.table.known import KnownRows, know
@@ -54,8 +54,6 @@ from fmembed.table.records import (
     read_shards,
 )
 
-# What a store of tables has, at its top (store.py).
-STORE_MARK = "_store.json"
 # deltalake decodes these in a local path, and looks for the log in another folder.
 _DECODED = re.compile(r"%[0-9A-Fa-f]{2}|\\")
 

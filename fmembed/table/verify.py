@@ -207,7 +207,7 @@ def _list_deleted(table: Table, known: RowIds) -> list[str]:
         num_back = int(known.contains(table.deleted.read().ids).sum())
     except TableError as e:
         return [str(e)]
-    if not num_back and table.deleted.is_pending:
+    if not num_back and table.deleted.was_stopped:
         return [
             "a delete was stopped before its end; the same one, or fmembed refresh, finishes it"
         ]

@@ -106,6 +106,39 @@ def test_rows_that_are_deleted_are_gone_for_readers_at_once(year: StoreYear) -> 
         promotion.rollback(year.store)
 
 
+def test_what_was_deleted_from_one_table_comes_back_in_no_other(year: StoreYear) -> None:
+    year.refresh("first")
+    year.refresh("better")
+    store = Store.open(year.store)
+    (key, *_), (one, other) = list(year.rows), store.names()
+    assert fmembed.delete(store.uri_of(one), ids=[key]).rows == 1
+    assert key in fmembed.read(store.uri_of(other))["row_id"].to_pylist()
+    del year.rows[key]  # of the plain model: the source has it still
+    for name in ("better", "first", "best"):
+        year.refresh(name)
+    for name in store.names():
+        assert key not in fmembed.read(store.uri_of(name))["row_id"].to_pylist()
+    assert len(store.names()) == 3
+    assert year.refresh("best").promotion == "current"
+    # All lists are emptied at once.
+    assert fmembed.undelete(store.uri_of(one)) == 1
+    for name in store.names():
+        assert not len(Table(store.uri_of(name)).deleted.read())
+
+
+def test_rows_are_deleted_from_a_whole_store(
+    year: StoreYear, capsys: pytest.CaptureFixture[str]
+) -> None:
+    year.refresh("first")
+    year.refresh("better")
+    assert cli.run(["delete", year.store, "--where", "topic = 'war'"]) == 0
+    assert capsys.readouterr().out.count("deleted") >= 2
+    for table in Store.open(year.store).tables():
+        topics = fmembed.read(f"{year.store}/tables/{table.name}")["topic"].to_pylist()
+        assert "war" not in topics
+    assert "war" not in fmembed.read(year.store)["topic"].to_pylist()
+
+
 def test_the_commands(year: StoreYear, capsys: pytest.CaptureFixture[str]) -> None:
     year.refresh("first")
     year.change()
