@@ -84,8 +84,16 @@ def _checksum(value: Any) -> str:
 
 
 def _path(name: str, key: Mapping[str, Any]) -> Path:
-    """Raises RuntimeError where the user has no home."""
+    return folder() / f"{name}-{_checksum(key)}.json"
+
+
+def folder() -> Path:
+    """Where it is kept.
+
+    Raises:
+        RuntimeError: The user has no home.
+    """
     named = os.environ.get("XDG_CACHE_HOME", "")
     # A relative one is to be passed over, says the standard that it is of.
     cache = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
-    return cache / "fmembed" / f"{name}-{_checksum(key)}.json"
+    return cache / "fmembed"

@@ -24,8 +24,13 @@ def cpu_has_bfloat16() -> bool:
 _CUDA_SIGNS = (Path("/proc/driver/nvidia"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
 
 
+def sees_cuda_driver() -> bool:
+    """Whether NVIDIA's driver is here, whatever torch can do with it."""
+    return any(sign.exists() for sign in _CUDA_SIGNS)
+
+
 def has_cuda() -> bool:
-    if not any(sign.exists() for sign in _CUDA_SIGNS):
+    if not sees_cuda_driver():
         return False
     import torch
 

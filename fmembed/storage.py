@@ -19,6 +19,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -187,6 +188,20 @@ class Storage:
             return int(obstore.head(self._store, path)["size"])
         except FileNotFoundError:
             return None
+        except (BaseError, OSError) as e:
+            raise self._error("read", path, e) from None
+
+    def modified(self, path: str) -> datetime:
+        """When an object was written, by the storage's own clock.
+
+        Raises:
+            FileNotFoundError: There is none.
+            StorageError: Forbidden or out of reach.
+        """
+        try:
+            return obstore.head(self._store, path)["last_modified"]
+        except FileNotFoundError:
+            raise
         except (BaseError, OSError) as e:
             raise self._error("read", path, e) from None
 

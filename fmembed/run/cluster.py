@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,15 +21,12 @@ import ray.exceptions
 from ray.job_config import JobConfig
 
 from fmembed import signals, terminal
-from fmembed.errors import FmembedError, SpecError, reason
+from fmembed.errors import FmembedError, reason
 from fmembed.redaction import scrub
 from fmembed.run import own_node
 from fmembed.run.faults import explain
-from fmembed.startup import joins_cluster
+from fmembed.startup import check_address, joins_cluster
 from fmembed.telling import Teller
-
-_ANSWER_S = 10.0
-
 
 # Held by the one run that uses Ray in this process: what a run sets of Ray Data, it sets for all.
 _busy = threading.Lock()
@@ -119,7 +115,7 @@ def connect(verbose: bool) -> bool:
     }
     try:
         if joins_cluster():
-            _check_address(os.environ["RAY_ADDRESS"])
+            check_address(os.environ["RAY_ADDRESS"])
             with signals.kept_from_ray(), _without_log_level():
                 ray.init(**options)
         else:
@@ -148,30 +144,6 @@ def _start_here(verbose: bool, **options: Any) -> None:
         with contextlib.suppress(Exception):
             ray.shutdown()
         own_node.start(verbose, **options)
-
-
-def _check_address(address: str) -> None:
-    """Make sure that somebody listens at host:port; Ray (2.60) tries for minutes.
-
-    Raises:
-        SpecError: It is a dashboard's, which `ray job submit` goes by.
-        FmembedError: Nobody does.
-    """
-    if address.lower().startswith(("http://", "https://")):
-        raise SpecError(
-            f"RAY_ADDRESS: {address} is a dashboard's, for ray job submit; a run joins a cluster "
-            "by host:port (6379, if it was not chosen), and starts Ray here where it is unset"
-        )
-    host, _, port = address.rpartition(":")
-    if "://" in address or not host or not port.isdecimal():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
-    except (OSError, OverflowError) as e:
-        raise FmembedError(
-            f"RAY_ADDRESS: no Ray cluster answers at {address} ({reason(e)}); start it, name "
-            "another, or unset RAY_ADDRESS to run on this machine"
-        ) from None
 
 
 @contextmanager

@@ -230,6 +230,16 @@ def holder(storage: Storage) -> str:
     return _name(owner)
 
 
+def held_for(storage: Storage) -> float | None:
+    """Seconds since the lock's last heartbeat, by two clocks; None where there is no lock."""
+    generations = _generations(storage)
+    try:
+        written = storage.modified(_path(generations[-1])) if generations else None
+    except FileNotFoundError:
+        return None
+    return None if written is None else (datetime.now(UTC) - written).total_seconds()
+
+
 def _parse_owner(content: bytes) -> dict[str, Any]:
     try:
         owner = json.loads(content)

@@ -13,7 +13,7 @@ GROUND = {
     "arrays": set(),
     "cache": set(),
     "redaction": set(),
-    "startup": set(),
+    "startup": {"errors"},
     "telling": {"terminal"},
     "terminal": set(),
     "devices": set(),
@@ -49,11 +49,12 @@ ALLOWED = {
     "run": _STATIONS | {"evaluate", "inputs"},
     "deletion": _STATIONS | {"run"},
     "first_config": _ALL | {"rows", "sources"},
+    "doctor": _STATIONS | {"inputs"},
     "promotion": _STATIONS | {"evaluate", "inputs", "run"},
     "pipeline": _STATIONS | {"evaluate", "inputs", "promotion", "run"},
     "bench": _STATIONS | {"inputs", "pipeline", "run"},
     "cli": _STATIONS
-    | {"api", "bench", "deletion", "embeddings", "first_config", "pipeline", "promotion"},
+    | {"api", "bench", "deletion", "embeddings", "doctor", "first_config", "pipeline", "promotion"},
     "__init__": _STATIONS | {"api", "deletion", "embeddings", "encoding", "pipeline", "promotion"},
 }
 # Of those that take seconds to import; within a function in the files that are named.

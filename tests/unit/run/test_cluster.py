@@ -10,7 +10,8 @@ import pytest
 
 from fmembed.errors import FmembedError, SpecError
 from fmembed.run import cluster
-from fmembed.run.cluster import _check_address, _without_log_level
+from fmembed.run.cluster import _without_log_level
+from fmembed.startup import check_address
 
 
 def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:
@@ -18,25 +19,25 @@ def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(FmembedError, match=rf"^RAY_ADDRESS: no Ray cluster answers at {address} "):
-        _check_address(address)
+        check_address(address)
     with pytest.raises(FmembedError, match=r"answers at x:70000 "):
-        _check_address("x:70000")
+        check_address("x:70000")
 
 
 @pytest.mark.parametrize("address", ["auto", "ray://127.0.0.1:1", "", "localhost"])
 def test_what_is_no_host_and_port_is_left_to_ray(address: str) -> None:
-    _check_address(address)
+    check_address(address)
 
 
 def test_the_address_of_a_dashboard_is_told() -> None:
     """As it is set for `ray job submit`, which many have in their shell."""
     with pytest.raises(SpecError, match=r"^RAY_ADDRESS: http://head:8265 is a dashboard's, .*6379"):
-        _check_address("http://head:8265")
+        check_address("http://head:8265")
 
 
 def test_one_that_answers_passes() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        _check_address(f"127.0.0.1:{server.getsockname()[1]}")
+        check_address(f"127.0.0.1:{server.getsockname()[1]}")
 
 
 def test_only_the_line_on_the_log_level_is_left_out(capfd: pytest.CaptureFixture[str]) -> None:
