@@ -61,15 +61,22 @@ def explain_adapter(folder: Path) -> None:
         )
 
 
-def digest_adapter(uri: str) -> str:
-    """The digest of a LoRA adapter's files, as `digest_files` makes it.
+def check_can_adapt() -> None:
+    """Make sure that LoRA adapters can be loaded.
 
     Raises:
-        ModelError: peft is not installed, or the folder holds no LoRA adapter that it loads safely.
+        ModelError: peft is not installed.
     """
     if importlib.util.find_spec("peft") is None:
         raise ModelError("model.adapter: needs the package peft: pip install 'fmembed[lora]'")
-    folder = locate(uri, None, "model.adapter")
+
+
+def digest_adapter(folder: Path) -> str:
+    """The digest of a LoRA adapter's files, as `digest_files` makes it.
+
+    Raises:
+        ModelError: The folder holds no LoRA adapter that peft loads safely.
+    """
     config = read_object(folder / "adapter_config.json", "model.adapter")
     if config is None:
         raise ModelError(f"model.adapter: no adapter_config.json in {folder}; give a LoRA adapter")
@@ -104,16 +111,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def locate(uri: str, revision: str | None, field: str = "model.id") -> Path:
+def locate(uri: str, revision: str | None, field: str = "model.id", hub: str | None = None) -> Path:
     """The folder on this machine; a checkpoint of the hub is fetched where it is not cached.
+
+    By a commit the hub is asked for nothing that is here; several processes wait for the one that
+    fetches a file. One that is not as long as the hub says is fetched anew.
 
     Args:
         uri: A folder, `package:` and a path in an installed package, or a hub id.
         revision: Of a hub id.
         field: What a message names.
+        hub: Where a mirror of the hub is; None as the environment says (HF_ENDPOINT).
 
     Raises:
-        ModelError: There is no such folder, and the hub does not give one.
+        ModelError: There is no such folder, and the hub does not give one, or not whole.
     """
     if uri.startswith("package:"):
         path = Path(resolve_package(uri, field, ModelError))
@@ -130,18 +141,46 @@ def locate(uri: str, revision: str | None, field: str = "model.id") -> Path:
         )
     import huggingface_hub
 
-    try:
+    def fetch() -> Path:
         return Path(
             huggingface_hub.snapshot_download(
-                uri, revision=revision, allow_patterns=list(_DOWNLOADED)
+                uri, revision=revision, allow_patterns=list(_DOWNLOADED), endpoint=hub
             )
         )
+
+    try:
+        folder = fetch()
+        if cut := _list_cut(uri, folder):
+            for path in cut:  # the link, and what it leads to: else it is taken for whole
+                Path(os.path.realpath(path)).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+            folder = fetch()
+            if cut := _list_cut(uri, folder):
+                raise ModelError(
+                    f"{field}: {cut[0].name} of {uri} is not as long as the hub says, as of a "
+                    "download that broke off; fetch the checkpoint again"
+                )
+        return folder
+    except ModelError:
+        raise
     # The hub client raises OSError, ValueError and its own HTTP errors, by version.
     except Exception as e:
         raise ModelError(
             f"{field}: {uri} is no folder here and cannot be fetched from the hub "
             f"({type(e).__name__}); check the id, the revision and the network"
         ) from None
+
+
+def _list_cut(uri: str, folder: Path) -> list[Path]:
+    """The files of a hub's checkpoint that have another size than it says."""
+    import huggingface_hub
+
+    try:
+        tree = huggingface_hub.get_cached_repo_tree(uri, revision=folder.name)
+    except (OSError, ValueError):  # put there by an earlier version, or by hand
+        return []
+    sizes = {folder / file.path: file.size for file in tree}
+    return [p for p, size in sizes.items() if p.is_file() and p.stat().st_size != size]
 
 
 def list_weight_files(

@@ -8,6 +8,7 @@ driver decides, and refuses, within a second.
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from fmembed.checkpoint.families import (
 )
 from fmembed.checkpoint.files import (
     absolute_uri,
+    check_can_adapt,
     check_loads,
     digest_adapter,
     digest_files,
@@ -47,6 +49,7 @@ from fmembed.checkpoint.shapes import (
     read_shapes,
 )
 from fmembed.errors import ModelError
+from fmembed.redaction import redact
 from fmembed.rows.outputs import DEFAULT, Output
 from fmembed.rows.precision import PRECISIONS
 from fmembed.spec import EndpointSpec, Modality, ModelSpec, VectorSpec
@@ -68,7 +71,8 @@ class Checkpoint:
 
     `model_type` is config.json's, by which the family is known.
     `dense` are the folders of sentence-transformers Dense modules, applied in order after pooling.
-    `revision` is the hub's commit, null for a local folder. `digest` is a blake2b-128 over the
+    `revision` is the hub's commit, null for a local folder, and `hub` a mirror of it that this
+    process was told of. `digest` is a blake2b-128 over the
     names and contents of all files that decide a vector, `words_digest` over those of them that are
     no weights. `unit_size` is how many numbers of the
     model's input make one unit of its sequence: 1 for token ids, the values of a patch for pixels,
@@ -93,6 +97,7 @@ class Checkpoint:
     unit_size: int = 1
     towers: tuple[Modality, ...] = ()
     adapter: str | None = None
+    adapter_revision: str | None = None
     adapter_digest: str | None = None
     attn_implementation: str | None = None
     compile: bool = False
@@ -101,6 +106,7 @@ class Checkpoint:
     endpoint: EndpointSpec | None = None
     contract: int = _CONTRACT
     words_digest: str = ""
+    hub: str | None = None
 
     @property
     def family(self) -> Family:
@@ -136,7 +142,7 @@ class Checkpoint:
 
     def folder(self) -> Path:
         """The folder on this machine; a hub checkpoint is fetched once per node, at its commit."""
-        return locate(self.uri, self.revision)
+        return locate(self.uri, self.revision, hub=self.hub)
 
     def num_bytes(self) -> int:
         """What the weights take in memory; 0 for a server's."""
@@ -164,7 +170,7 @@ def check_unchanged(checkpoint: Checkpoint, with_weights: bool = False) -> None:
     found = _digest(checkpoint.folder(), checkpoint, with_weights)
     is_same = found == (checkpoint.digest if with_weights else checkpoint.words_digest)
     if is_same and with_weights and checkpoint.adapter is not None:
-        is_same = digest_adapter(checkpoint.adapter) == checkpoint.adapter_digest
+        is_same = digest_adapter(adapter_folder(checkpoint)) == checkpoint.adapter_digest
     if not is_same:
         raise ModelError(
             f"model.id: the files of {checkpoint.id} have changed since this run began, or are "
@@ -181,6 +187,17 @@ def _digest(folder: Path, checkpoint: Checkpoint, with_weights: bool) -> str:
     if checkpoint.trust_remote_code:  # code may lie deeper than what is its own to name
         files += sorted(folder.rglob("*.py"))
     return digest_files(folder, [weights, *dense], files, with_weights)
+
+
+def _commit_of(folder: Path) -> str | None:
+    """Of a hub's snapshot, whose folder is named after it; None of any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def _mirror() -> str | None:
+    """Where the hub is by this process's environment, which workers do not have."""
+    told = os.environ.get("HF_ENDPOINT")
+    return told if told and redact(told) == told else None
 
 
 def list_modalities(spec: ModelSpec) -> tuple[Modality, ...]:
@@ -226,6 +243,8 @@ def open_checkpoint(
         return _describe_endpoint(spec, spec.endpoint)
     uri = absolute_uri(spec.id)
     folder = locate(uri, spec.revision)
+    if (commit := _commit_of(folder)) is not None:  # from here on what the hub has now
+        spec = spec.model_copy(update={"revision": commit})
     modules = read_modules(folder)
     weights = folder / modules.transformer
     if not (weights / "config.json").is_file():
@@ -267,14 +286,17 @@ def open_checkpoint(
     )
     _check_layers(outputs, num_layers)
     adapter = absolute_uri(spec.adapter) if spec.adapter else None
+    if adapter is not None:
+        check_can_adapt()
+    found = locate(adapter, None, "model.adapter") if adapter else None
     rate_hz, window_samples = (
         read_sound_limits(weights, family) if modality == "audio" else (0, None)
     )
     checkpoint = Checkpoint(
         id=spec.id,
         uri=uri,
-        # A hub snapshot's folder is named after its commit.
-        revision=folder.name if folder.parent.name == "snapshots" else None,
+        revision=_commit_of(folder),
+        hub=_mirror(),
         digest="",
         model_type=model_type,
         weights=modules.transformer,
@@ -289,7 +311,8 @@ def open_checkpoint(
         unit_size=unit_size_of(modality, family, inner),
         towers=towers,
         adapter=adapter,
-        adapter_digest=digest_adapter(adapter) if adapter else None,
+        adapter_revision=_commit_of(found) if found else None,
+        adapter_digest=digest_adapter(found) if found else None,
         attn_implementation=spec.attn_implementation,
         compile=spec.compile,
         rate_hz=rate_hz,
@@ -406,7 +429,8 @@ def _check_layers(outputs: tuple[Output, ...], num_layers: int | None) -> None:
 def adapter_folder(checkpoint: Checkpoint) -> Path:
     """The adapter's folder on this machine."""
     assert checkpoint.adapter is not None
-    return locate(checkpoint.adapter, None, "model.adapter")
+    revision = checkpoint.adapter_revision
+    return locate(checkpoint.adapter, revision, "model.adapter", checkpoint.hub)
 
 
 def _check_packages(modality: Modality) -> None:
