@@ -111,8 +111,8 @@ MEANINGS = {
     "gate.max_copies_increase": "by how much more of the inputs may share another one's vector",
     "gate.max_lost_fraction": "how many rows fewer there may be, as a share",
     "gate.max_mean_cosine": "of pairs of rows: over it all vectors are one",
-    "gate.min_neighbours": "of another model: what share of the ten nearest rows must be the old "
-    "ones too; noise has none",
+    "gate.min_neighbours": "of another model, where no probe judges both: what share of the ten "
+    "nearest rows must be the old ones too; noise has none",
     "gate.same_dim": "whether vectors of another length are refused, which an index cannot take",
     "gate.max_arrival_auc": "how well what arrived may be told from what was there, 0.5 to 1; "
     "null: it is only told",

@@ -259,7 +259,8 @@ def _measure(given: dict[str, Any]) -> list[dict[str, Any]]:
             both = before[at_old], vectors[at_new]
             if all(np.isfinite(v).all() for v in both):
                 checks += _judge(given, new, old, at_new, at_old, both)
-                checks += _drifts(given, vectors, new, old, at_new, at_old, both)
+                is_judged = any(check.name.startswith("probe ") for check in checks)
+                checks += _drifts(given, vectors, new, old, at_new, at_old, both, is_judged)
         elif before is not None:
             checks.append(
                 Check("same rows", None, f"both have {len(at_new):,} rows of the same ids, too few "
@@ -384,6 +385,7 @@ def _drifts(
     at_new: list[int],
     at_old: list[int],
     both: tuple[Floats, Floats],
+    is_judged: bool,
 ) -> Iterator[Check]:
     """How the vectors differ without a label: by what arrived, or across models."""
     gate: GateSpec = given["gate"]
@@ -393,12 +395,15 @@ def _drifts(
         cka, kept = drift.linear_cka(*both), drift.kept_by_a_map(*both)
         least = max(gate.min_neighbours, 2 * shared["by_chance"])
         is_like = bool(shared["value"] >= least or gate.min_neighbours == 0)
+        # A better model may have other neighbours: where probes judge both, it is only told.
+        like = None if is_judged else is_like
         worth = (
             "embedding all anew changes little" if kept >= _MAP_IS_ENOUGH
             else "which no map of the old ones gives"
         )  # fmt: skip
         yield Check(
-            "neighbours", is_like,
+            "neighbours",
+            like,
             f"of the ten nearest rows {shared['value']:.0%} are the old ones' too (by chance "
             f"{shared['by_chance']:.1%}); linear CKA {cka:.2f}; a map from the old vectors keeps "
             f"{kept:.0%} of the new ten nearest: {worth}",
