@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
@@ -31,15 +33,39 @@ def read_yaml(text: str, what: str) -> Any:
     Raises:
         SpecError: It is no YAML, or unfolds to more than a config holds.
     """
-    if len(text) > MAX_CONFIG_BYTES:
-        raise SpecError(f"{what}: takes at most {MAX_CONFIG_BYTES:,} bytes")
-    try:
+    with _told(text, what):
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
         _count_nodes(node, {})
         return loader.construct_document(node)
+
+
+def read_documents(text: str, what: str) -> list[Any]:
+    """The same of a file with several documents, as Kubernetes' are.
+
+    Raises:
+        SpecError: As `read_yaml`.
+    """
+    documents = []
+    with _told(text, what):
+        loader = _Loader(text)
+        while loader.check_node():
+            node = loader.get_node()
+            assert node is not None
+            _count_nodes(node, {})
+            documents.append(loader.construct_document(node))
+    return documents
+
+
+@contextmanager
+def _told(text: str, what: str) -> Iterator[None]:
+    """Say in one line why a text is no YAML."""
+    if len(text) > MAX_CONFIG_BYTES:
+        raise SpecError(f"{what}: takes at most {MAX_CONFIG_BYTES:,} bytes")
+    try:
+        yield
     except _Unfolded as e:
         raise SpecError(f"{what}: {e}") from None
     except yaml.YAMLError as e:

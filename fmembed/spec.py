@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import reprlib
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     ValidationError,
@@ -21,39 +19,20 @@ from pydantic import (
     model_validator,
 )
 
+from fmembed.cluster_spec import ClusterSpec
 from fmembed.config_file import MAX_CONFIG_BYTES, read_yaml
 from fmembed.errors import SpecError
 from fmembed.redaction import conceal, is_url, looks_like_key, without_secrets
 from fmembed.redaction import redact as redact
 from fmembed.redaction import scrub as scrub
+from fmembed.spec_part import Part as _Part
+from fmembed.spec_part import is_variable, names_secret
 
-_SECRET_FIELD = re.compile(
-    r"(?i)(?:^|[_-])(?:key|token|secret|passw(?:or)?d|credentials?|auth)(?:$|[_-])"
-)
 # What a message quotes of a value.
 _SHORT = reprlib.Repr()
-# A name that the environment need not hold yet: words of letters, a small number after each.
-_VARIABLE = re.compile(r"_?[A-Z]{1,20}\d{0,2}(?:_(?:[A-Z]{1,20}\d{0,2}|\d{1,2}))*")
-
 
 # Of fewer rows some may be rejected, whatever share that is.
 _FEW_ROWS = 10
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_texts(cls, value: Any) -> Any:
-        for name, text in value.items() if isinstance(value, dict) else ():
-            if isinstance(text, str) and "\0" in text:
-                raise ValueError(f"{str(name)[:80]!a} holds a NUL character")
-        return value
-
-    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        # Ray and others log what they are given; a URL may hold secrets.
-        return ((name, without_secrets(value)) for name, value in super().__repr_args__())
 
 
 Format = Literal[
@@ -224,9 +203,7 @@ class EndpointSpec(_Part):
     @field_validator("api_key_env")
     @classmethod
     def _check_name(cls, value: str) -> str:
-        # A key may have the form of a name; but a name is set, or reads like one.
-        is_set = value in os.environ and value.isidentifier()
-        if not is_set and (not _VARIABLE.fullmatch(value) or looks_like_key(value)):
+        if not is_variable(value):
             raise ValueError(
                 "takes the name of an environment variable, and no key; what is given is not set "
                 "here and does not read like OPENAI_API_KEY; put the key into one and give its name"
@@ -248,7 +225,7 @@ class ModelSpec(VectorSpec):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_tokens: int | None = Field(default=None, ge=4)
     prompt: str | None = None
-    outputs: dict[str, VectorSpec] = {}
+    outputs: dict[str, VectorSpec] = Field(default={})
     endpoint: EndpointSpec | None = None
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     compile: bool = False
@@ -326,7 +303,7 @@ class ZeroShotSpec(_Part):
     """
 
     templates: tuple[str, ...] | None = None
-    classes: dict[str, str] = {}
+    classes: dict[str, str] = Field(default={})
 
     @field_validator("templates")
     @classmethod
@@ -487,7 +464,11 @@ class GateSpec(_Part):
 
 
 class RunSpec(_Part):
-    """One run: a source, a model, an output, and what to measure afterwards."""
+    """One run: a source, a model, an output, and what to measure afterwards.
+
+    `cluster` says what machines it runs on, for `fmembed manifest`; a run itself takes those it
+    finds.
+    """
 
     source: SourceSpec
     model: ModelSpec
@@ -498,6 +479,7 @@ class RunSpec(_Part):
     gate: GateSpec = GateSpec()
     probes: tuple[ProbeName, ...] = ("knn", "linear", "clustering")
     zeroshot: ZeroShotSpec = ZeroShotSpec()
+    cluster: ClusterSpec | None = None
 
     @model_validator(mode="after")
     def _check_priced(self) -> RunSpec:
@@ -542,8 +524,11 @@ class RunSpec(_Part):
         return cls.parse(raw)
 
     def stored(self) -> dict[str, Any]:
-        """The spec as JSON, without what a URL may hold of secrets: user, password and query."""
-        raw: dict[str, Any] = without_secrets(self.model_dump(mode="json"))
+        """The spec as JSON, without what a URL may hold of secrets: user, password and query.
+
+        Without `cluster` too, which says nothing of a table.
+        """
+        raw: dict[str, Any] = without_secrets(self.model_dump(mode="json", exclude={"cluster"}))
         if self.source._called is not None:
             raw["source"]["uri"] = self.source._called
         return raw
@@ -579,7 +564,7 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"{field}: unknown key; {_hint(names)}{more}"
     if first["type"] == "missing":
-        if len(names) > 2:
+        if len(names) > 2 or not RunSpec.model_fields[names[0]].is_required():
             known = sorted(_field_names(RunSpec, names[:-1]))
             return f"{field}: missing; {'.'.join(names[:-1])} takes {', '.join(known)}{more}"
         return f"{field}: missing; every config names source.uri, model.id and output.uri{more}"
@@ -666,7 +651,7 @@ def _shown(field: str, value: Any) -> str:
     if isinstance(value, dict | list | tuple):
         return f", got {'a mapping' if isinstance(value, dict) else 'a list'}"
     if isinstance(value, str):
-        if _SECRET_FIELD.search(field) or any(looks_like_key(word) for word in value.split()):
+        if names_secret(field) or any(looks_like_key(word) for word in value.split()):
             return ""
         value = redact(value) if is_url(value) else scrub(value)
     return f", got {_SHORT.repr(value)}"

@@ -10,7 +10,7 @@ import traceback
 from typing import NoReturn
 
 from fmembed import signals, terminal
-from fmembed.cli import configs, doctor, runs, store, tables  # noqa: F401 - each adds its commands
+from fmembed.cli import configs, doctor, fleet, runs, store, tables  # noqa: F401 - add commands
 from fmembed.cli.app import app
 from fmembed.errors import FmembedError
 from fmembed.redaction import scrub

@@ -23,7 +23,9 @@ GROUND = {
     "forecast": set(),
     "summary": {"telling"},
     "config_file": {"errors", "redaction"},
-    "spec": {"config_file", "errors", "redaction"},
+    "spec_part": {"redaction"},
+    "cluster_spec": {"redaction", "spec_part"},
+    "spec": {"cluster_spec", "config_file", "errors", "redaction", "spec_part"},
     "fields": {"errors", "spec"},
     "storage": {"errors", "redaction", "terminal"},
 }
@@ -50,11 +52,13 @@ ALLOWED = {
     "deletion": _STATIONS | {"run"},
     "first_config": _ALL | {"rows", "sources"},
     "doctor": _STATIONS | {"inputs"},
+    "manifest": _ALL,
     "promotion": _STATIONS | {"evaluate", "inputs", "run"},
     "pipeline": _STATIONS | {"evaluate", "inputs", "promotion", "run"},
     "bench": _STATIONS | {"inputs", "pipeline", "run"},
     "cli": _STATIONS
-    | {"api", "bench", "deletion", "embeddings", "doctor", "first_config", "pipeline", "promotion"},
+    | {"api", "bench", "deletion", "embeddings", "doctor", "first_config", "manifest", "pipeline"}
+    | {"promotion"},
     "__init__": _STATIONS | {"api", "deletion", "embeddings", "encoding", "pipeline", "promotion"},
 }
 # Of those that take seconds to import; within a function in the files that are named.

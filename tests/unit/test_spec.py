@@ -38,7 +38,7 @@ def test_short_config_is_enough() -> None:
             {"compute": {"max-tokens": 9}},
             "compute.max-tokens: unknown key; did you mean model.max_tokens?",
         ),
-        ({"foo": 1}, "foo: unknown key; it takes compute, gate, model,"),
+        ({"foo": 1}, "foo: unknown key; it takes cluster, compute, gate, model,"),
         ({"model": {}}, "model.id: missing"),
         ({"compute": {"actors": [3, 1]}}, "compute.actors: takes a number"),
         ({"compute": {"actors": "many"}}, "compute.actors: "),
