@@ -87,7 +87,13 @@ def _check_document(doc: Any, documents: list[Any]) -> Iterator[Finding]:
     if "cluster_name" in doc:
         yield from _check_launcher(doc)
         return
-    kind = str(doc.get("kind"))
+    if "kind" not in doc:
+        yield Finding(
+            "", "neither an object of Kubernetes, which has a kind, nor a file of Ray's launcher, "
+            "which has a cluster_name: give what fmembed manifest writes"
+        )  # fmt: skip
+        return
+    kind = str(doc["kind"])
     name = str(_at(doc, "metadata", "name") or "")
     label = f"{kind[:40]} {name[:60]}".strip()
     yield from (
@@ -406,6 +412,9 @@ def _check_config(data: dict[str, Any], documents: list[Any]) -> Iterator[Findin
             told = spec.model_dump(mode="json")
             if without_secrets(told) != told:
                 yield Finding(where, "a URL in it holds a login or a query: give it without")
+    for name, value in data.items():
+        if name not in (CONFIG_NAME, RAYJOB_NAME) and _is_secret(name, str(value)):
+            yield Finding(f"data.{name:.60}", "its value is in the file: put it into a Secret")
     if RAYJOB_NAME in data:
         where = f"data.{RAYJOB_NAME}"
         try:

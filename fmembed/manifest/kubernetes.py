@@ -303,6 +303,7 @@ def _cron(cluster: ClusterSpec, account: str) -> dict[str, Any]:
     pod = {
         "restartPolicy": "Never",
         "serviceAccountName": account,
+        **_on_demand(cluster),
         "containers": [container],
         "volumes": [_config_volume(cluster)],
     }

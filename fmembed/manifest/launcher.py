@@ -23,8 +23,8 @@ _NOT_COPIED = [".git", ".venv", "out", "**/__pycache__", ".mypy_cache", ".ruff_c
 _PORTS = "--port=6379 --object-manager-port=8076"
 
 
-def cluster(spec: RunSpec) -> dict[str, Any]:
-    """The launcher's file.
+def cluster(spec: RunSpec) -> list[dict[str, Any]]:
+    """The launcher's file, which is one document.
 
     Raises:
         SpecError: `cluster` lacks what the provider needs, or the config cannot run there.
@@ -44,7 +44,7 @@ def cluster(spec: RunSpec) -> dict[str, Any]:
         config["max_workers"] = sum(kind["max_workers"] for kind in types.values())
         config["available_node_types"] = types
         config["head_node_type"] = "head"
-    return {**config, **_install(section), **_start(section)}
+    return [{**config, **_install(section), **_start(section)}]
 
 
 def _check(section: ClusterSpec) -> None:
@@ -230,13 +230,16 @@ def _mount(path: str, volume: str) -> list[str]:
 def _start(section: ClusterSpec) -> dict[str, Any]:
     """How Ray is started: not without the variables that are named, and on the head for no task."""
     # A variable that is missing is found out here, and not by a run that has fetched its GPUs.
-    needed = [f': "${{{name}:?is in cluster.env and not set here}}"' for name in section.env]
+    needed = [
+        f'test -n "${name}" || {{ echo {name} is in cluster.env and not set here >&2; exit 1; }}'
+        for name in section.env
+    ]
     head = (
         f"ulimit -n 65536; ray start --head {_PORTS} --num-cpus=0 --num-gpus=0 "
         "--autoscaling-config=~/ray_bootstrap_config.yaml"
     )
     worker = "ulimit -n 65536; ray start --address=$RAY_HEAD_IP:6379 --object-manager-port=8076"
     return {
-        "head_start_ray_commands": ["ray stop", " && ".join([*needed, head])],
-        "worker_start_ray_commands": ["ray stop", " && ".join([*needed, worker])],
+        "head_start_ray_commands": [*needed, "ray stop", head],
+        "worker_start_ray_commands": [*needed, "ray stop", worker],
     }

@@ -2,37 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from fmembed.errors import SpecError
 from fmembed.manifest import kubernetes, launcher
 from fmembed.manifest.job import dump
 from fmembed.spec import RunSpec
 
-Kind = Literal["rayjob", "raycronjob", "cronjob", "cluster"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
-# What a reader of the file has to know, and cannot see in it.
-_HEADS: dict[Kind, str] = {
-    "rayjob": """\
+@dataclass(frozen=True)
+class _Kind:
+    """`head` tells a reader of the file what he has to know, and cannot see in it."""
+
+    documents: Callable[[RunSpec], list[dict[str, Any]]]
+    head: str
+
+
+_KINDS = {
+    "rayjob": _Kind(
+        kubernetes.rayjob,
+        """\
 # For KubeRay: kubectl apply -f FILE runs it once. An object that is there already is not run again:
 # kubectl delete -f FILE first. What cluster.secret names has to be there.
 """,
-    "raycronjob": """\
+    ),
+    "raycronjob": _Kind(
+        kubernetes.raycronjob,
+        """\
 # For KubeRay 1.7 with its gate RayCronJob on, which is alpha and off by default: where it is off
 # nothing ever starts, and --kind cronjob is for that. It has no concurrencyPolicy, and starts what
 # was missed all at once: that two runs do not write one table is the table's lock's business.
 """,
-    "cronjob": """\
+    ),
+    "cronjob": _Kind(
+        kubernetes.cronjob,
+        """\
 # For KubeRay without its gate RayCronJob: a CronJob whose pod makes a RayJob, waits for it and ends
 # as it has ended. What cluster.secret names has to be there.
 """,
-    "cluster": """\
+    ),
+    "cluster": _Kind(
+        launcher.cluster,
+        """\
 # For Ray's cluster launcher: ray up FILE; ray dashboard FILE, and beside it
 # ray job submit --working-dir . -- python jobs/refresh.py CONFIG --if-locked skip; ray down FILE.
 # Written by fmembed manifest CONFIG --kind cluster.
 """,
+    ),
 }
+KINDS = tuple(_KINDS)
 
 
 def write_manifest(spec: RunSpec, kind: str) -> str:
@@ -46,20 +66,11 @@ def write_manifest(spec: RunSpec, kind: str) -> str:
         SpecError: There is no such kind, no section `cluster`, it lacks what the kind needs, or the
             config cannot run on other machines.
     """
-    if kind not in KINDS:
+    if kind not in _KINDS:
         raise SpecError(f"--kind: takes {', '.join(KINDS)}, got {kind!a:.40}")
     if spec.cluster is None:
         raise SpecError(
             "cluster: missing; give at least cluster.name and cluster.provider "
             "(fmembed fields cluster lists the rest)"
         )
-    match kind:
-        case "cluster":
-            documents = [launcher.cluster(spec)]
-        case "rayjob":
-            documents = kubernetes.rayjob(spec)
-        case "raycronjob":
-            documents = kubernetes.raycronjob(spec)
-        case _:
-            documents = kubernetes.cronjob(spec)
-    return next(head for name, head in _HEADS.items() if name == kind) + dump(*documents)
+    return _KINDS[kind].head + dump(*_KINDS[kind].documents(spec))

@@ -437,6 +437,9 @@ def test_no_value_of_a_secret_is_shown() -> None:
     documents.append({"apiVersion": "v1", "kind": "Secret", "data": {"key": "czNjcjN0"}})
     found = faults(documents)
     assert len(found) == 2
+    documents[0]["data"] |= {"HF_TOKEN": "s3cr3t-value"}
+    found = faults(documents)
+    assert len(found) == 3
     assert not any("s3cr3t" in f or "czNj" in f for f in found)
 
 
@@ -510,6 +513,8 @@ def test_what_is_no_manifest_is_told(tmp_path: Path, text: str, told: str) -> No
         check_file(str(path))
     with pytest.raises(SpecError, match="No such file"):
         check_file(str(tmp_path / "nothing.yaml"))
+    path.write_text("source: {uri: x}")
+    assert "neither an object of Kubernetes" in str(check_file(str(path))[0])
     path.write_text("")
     assert "holds no document" in str(check_file(str(path))[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,12 @@ def test_secrets_are_taken_by_name() -> None:
     ]
     (launched,) = written("cluster", **{"cluster.env": ["AWS_SECRET_ACCESS_KEY"]})
     assert launched["docker"]["run_options"] == ["--env=AWS_SECRET_ACCESS_KEY"]
-    assert '"${AWS_SECRET_ACCESS_KEY:?' in launched["head_start_ray_commands"][1]
+    check = launched["head_start_ray_commands"][0]
+    unset = subprocess.run(["bash", "-c", check], capture_output=True, text=True, env={})
+    assert unset.returncode == 1
+    assert unset.stderr == "AWS_SECRET_ACCESS_KEY is in cluster.env and not set here\n"
+    there = {"AWS_SECRET_ACCESS_KEY": "x"}
+    assert subprocess.run(["bash", "-c", check], env=there).returncode == 0
 
 
 def test_what_all_machines_share_is_mounted_in_all_of_them() -> None:
@@ -180,6 +186,46 @@ def test_the_cronjob_has_the_rayjob_and_may_make_it() -> None:
     assert job["template"]["spec"]["serviceAccountName"] == account["metadata"]["name"]
     # Longer than all attempts of the job for which it waits.
     assert job["activeDeadlineSeconds"] > 3 * (21_600 + 1_800)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_the_commands_of_rays_launcher_are_bash(config: Path) -> None:
+    spec = RunSpec.from_yaml(str(config), FOR_LAUNCHER)
+    found = yaml.safe_load(write_manifest(spec, "cluster"))
+    commands = [c for name, part in found.items() if name.endswith("_commands") for c in part]
+    assert len(commands) > 3
+    for command in commands:
+        assert subprocess.run(["bash", "-n", "-c", command]).returncode == 0, command
+
+
+def test_rays_autoscaler_reads_the_same_of_it() -> None:
+    from ray.autoscaler._private.kuberay.autoscaling_config import (
+        _derive_autoscaling_config_from_ray_cr,
+    )
+
+    cluster = written("rayjob")[1]["spec"]["rayClusterSpec"]
+    resource = {"metadata": {"name": "articles", "namespace": "embeddings"}, "spec": cluster}
+    found = _derive_autoscaling_config_from_ray_cr(resource)
+    types = found["available_node_types"]
+    assert list(types) == ["headgroup", "cpu", "gpu-spot", "gpu-on-demand"]
+    assert types["headgroup"]["resources"]["CPU"] == 0
+    assert [t["min_workers"] for t in types.values()] == [0, 0, 0, 0]
+    assert [t["max_workers"] for t in types.values()] == [0, 8, 8, 2]
+    spot, on_demand = types["gpu-spot"], types["gpu-on-demand"]
+    assert spot["resources"] == on_demand["resources"]
+    assert (spot["resources"]["CPU"], spot["resources"]["GPU"]) == (6, 1)
+    assert spot["priority"] > on_demand["priority"]
+    assert spot["labels"] == {"ray.io/market-type": "spot"}
+    assert found["idle_timeout_minutes"] == 5.0
+
+
+def test_a_store_is_a_place_like_a_table() -> None:
+    stored = {**SHORT, **FOR_KUBERNETES, "output.store": "s3://bucket/store"}
+    del stored["output.uri"]
+    assert write_manifest(RunSpec.from_yaml(None, stored), "rayjob")
+    stored["output.store"] = "out/store"
+    with pytest.raises(SpecError, match=r"output\.store: out/store is a path of this machine"):
+        write_manifest(RunSpec.from_yaml(None, stored), "rayjob")
 
 
 def test_values_are_quoted_wherever_they_go() -> None:
