@@ -31,6 +31,7 @@ from fmembed.checkpoint.opening import list_modalities, open_checkpoint
 from fmembed.devices import cpu_has_bfloat16, cpu_name, sees_cuda_driver
 from fmembed.errors import DamagedError, FmembedError, TableError, reason
 from fmembed.inputs import open_inputs
+from fmembed.manifest.check import check_file, is_manifest
 from fmembed.sources.opening import open_source
 from fmembed.spec import RunSpec
 from fmembed.startup import check_address, joins_cluster
@@ -80,6 +81,7 @@ class _Subject:
     spec: RunSpec | None = None
     table: Table | None = None
     store: Store | None = None
+    manifest: str | None = None
     storages: list[Storage] = field(default_factory=list)
 
 
@@ -92,8 +94,8 @@ def examine(
     """Look at this machine, and at what a config names, or a table or a store.
 
     Args:
-        config: A YAML config or a spec; or the folder or URL of a table or a store; None for the
-            machine alone.
+        config: A YAML config or a spec; or the folder or URL of a table or a store; or a file of
+            `fmembed manifest`; None for the machine alone.
         overrides: Dotted field names to values, laid over a config.
 
     Returns:
@@ -108,7 +110,7 @@ def examine(
             found.append(_refused("config", e))
     if subject.spec is not None:
         checks += [_source, _model, _output]
-    checks += [_storage, _lock, _rows, _retention, _promoted]
+    checks += [_manifest, _storage, _lock, _rows, _retention, _promoted]
     for check in checks:
         try:
             found += check(subject)
@@ -129,6 +131,8 @@ def _open(subject: _Subject, config: str | Path | RunSpec, overrides: dict[str, 
     elif "://" in str(config) or Path(config).expanduser().is_dir():
         subject.table = Table.open(config)
         subject.storages = [subject.table.storage]
+    elif is_manifest(str(config)):
+        subject.manifest = str(config)
     else:
         subject.spec = RunSpec.from_yaml(str(config), overrides)
     if (spec := subject.spec) is not None:
@@ -288,6 +292,16 @@ def _output(subject: _Subject) -> Iterator[Finding]:
     subject.table = inputs.table
     rows = sum(part.num_rows for part in inputs.table.rows.parts())
     yield Finding("output", "ok", f"{inputs.table.uri} has {rows:,} rows of this model")
+
+
+def _manifest(subject: _Subject) -> Iterator[Finding]:
+    if (path := subject.manifest) is None:
+        return
+    found = check_file(path)
+    for each in found:
+        yield Finding("manifest", "wrong" if each.is_fault else "slow", str(each))
+    if not found:
+        yield Finding("manifest", "ok", f"{path} holds")
 
 
 def _storage(subject: _Subject) -> Iterator[Finding]:

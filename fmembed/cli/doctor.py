@@ -16,7 +16,9 @@ from fmembed.cli.options import Json, SetFields, named_fields, say_line
 def doctor(
     config: Annotated[
         str | None,
-        typer.Argument(help="A YAML config, or a table or a store; the machine alone, if none."),
+        typer.Argument(
+            help="A YAML config, a table, a store or a manifest; this machine, if none."
+        ),
     ] = None,
     set_: SetFields = None,
     json_: Json = False,

@@ -54,13 +54,29 @@ def check_file(path: str) -> list[Finding]:
     Raises:
         SpecError: It cannot be read, or is no YAML.
     """
+    return check_documents(_read(path))
+
+
+def _read(path: str) -> Iterable[Any]:
     try:
         with Path(path).open("rb") as file:
             text = file.read(MAX_CONFIG_BYTES + 1).decode()
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
         raise SpecError(f"manifest {path}: {reason}; give the path of a YAML file") from None
-    return check_documents(read_documents(text, f"manifest {path}"))
+    return read_documents(text, f"manifest {path}")
+
+
+def is_manifest(path: str) -> bool:
+    """Whether a file is for Kubernetes or for Ray's launcher, and no config of ours."""
+    try:
+        documents = list(_read(path))
+    except SpecError:
+        return False
+    return any(
+        isinstance(doc, dict) and bool(doc.keys() & {"apiVersion", "available_node_types"})
+        for doc in documents
+    )
 
 
 def check_documents(documents: Iterable[Any]) -> list[Finding]:

@@ -258,3 +258,14 @@ def test_a_promoted_version_that_is_gone_is_found(
     assert "wrong  store" in capsys.readouterr().out
     assert cli.run(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["findings"]
+
+
+def test_the_faults_of_a_manifest_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    config = "jobs/configs/cluster/kuberay.yaml"
+    assert cli.run(["manifest", config, "--kind", "rayjob", "--output", str(path)]) == 0
+    assert not off(examine(path))
+    path.write_text(path.read_text().replace("activeDeadlineSeconds", "activeDeadline"))
+    found = off(examine(path))
+    assert found["manifest"].state == "wrong"
+    assert "activeDeadline" in found["manifest"].words
