@@ -9,6 +9,7 @@ FmembedError            exit 1: the run failed
 ├── ConflictError       exit 1: somebody else has changed the table
 ├── GateRefusedError    exit 3: a version is no better, or worse, than what is promoted
 ├── BudgetSpentError    exit 4: the run has cost what it may
+├── WaitedError         exit 1: no device came for as long as the run may wait
 ├── Interrupted         exit 129, 130 or 143: stopped by a signal
 └── UserError           exit 2: the user's input; nothing was written
     ├── SpecError       a field of the config
@@ -68,6 +69,10 @@ class GateRefusedError(FmembedError):
     """The gate does not let a version take the place of what is promoted."""
 
     exit_code = 3
+
+
+class WaitedError(FmembedError):
+    """No device came for as long as the run may wait; what was finished stays."""
 
 
 class Interrupted(FmembedError):  # noqa: N818 - not an error: the run can be resumed

@@ -80,13 +80,17 @@ MEANINGS = {
     "mean of windows",
     "preprocess.keep_text": "each chunk's text as the column piece_text; yes where chunks are "
     "rows, if none",
-    "compute.actors": "processes with the model: a number, or [min, max]",
-    "compute.gpus_per_actor": "auto: 1 where there are GPUs, else 0",
+    "compute.actors": "processes with the model: a number, or [min, max]; auto: as many as there "
+    "are GPUs, or as the pools of the cluster may come to have, or by the CPUs",
+    "compute.gpus_per_actor": "auto: 1 where there are GPUs, or a pool of the cluster has them, "
+    "else 0",
     "compute.batch_tokens": "tokens of a batch; auto measures texts",
     "compute.window_rows": "rows that an actor is handed at once",
     "compute.budget.device_hours": "a run stops there, and the next one goes on",
     "compute.budget.cost": "the same, in the currency of the price",
     "compute.price_per_device_hour": "what an hour of an actor's device costs, in any currency",
+    "compute.wait_s": "seconds for which a run without a device waits for one; for as long as it "
+    "takes, if none",
     "output.uri": "folder or URL of the table",
     "output.store": "in its place a store: a table for each dataset and model, one version of them "
     "promoted",

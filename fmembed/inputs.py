@@ -75,13 +75,14 @@ class Inputs:
         return table_schema(self.source.carried, vectors, in_pieces, keeps_text)
 
 
-def open_inputs(spec: RunSpec, may_be_empty: bool = False) -> Inputs:
+def open_inputs(spec: RunSpec, may_be_empty: bool = False, gpus_may_come: bool = False) -> Inputs:
     """Find and check the source, the checkpoint and the table.
 
     Args:
         spec: Of the run.
         may_be_empty: Whether it is no mistake that a source has nothing any more that a table was
             made of.
+        gpus_may_come: Whether the cluster may start nodes with GPUs, though none is there.
 
     Raises:
         UserError: One of them is wrong; nothing was written.
@@ -103,7 +104,7 @@ def open_inputs(spec: RunSpec, may_be_empty: bool = False) -> Inputs:
         source = _open_emptied(spec, store)
     _check_apart(spec, source)
     _check_stays(spec)
-    checkpoint = open_checkpoint(spec.model, _native_bfloat16(spec), source.modality)
+    checkpoint = open_checkpoint(spec.model, _native_bfloat16(spec, gpus_may_come), source.modality)
     # Code of a checkpoint's own may keep its words wherever it likes.
     is_ours = checkpoint.endpoint is None and not checkpoint.trust_remote_code
     if is_ours:
@@ -275,15 +276,16 @@ def _check_preprocess(spec: RunSpec, checkpoint: Checkpoint) -> None:
         raise SpecError("source.caption: belongs to pictures or sounds; this run embeds text")
 
 
-def _native_bfloat16(spec: RunSpec) -> bool:
+def _native_bfloat16(spec: RunSpec, gpus_may_come: bool) -> bool:
     """Whether the device that `dtype: auto` will run on computes bfloat16 natively."""
     if spec.model.dtype != "auto":
         return False
-    on_cpu = spec.compute.gpus_per_actor == 0
+    gpus = spec.compute.gpus_per_actor
+    on_cpu = gpus == 0
     ray: Any = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         resources: dict[str, float] = ray.cluster_resources()
-        if not on_cpu and resources.get("GPU", 0):
+        if not on_cpu and (gpus != "auto" or gpus_may_come or resources.get("GPU", 0)):
             return True
         return bool(ray.get(ray.remote(num_cpus=0)(cpu_has_bfloat16).remote()))
     return (not on_cpu and has_cuda()) or cpu_has_bfloat16()

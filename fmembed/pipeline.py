@@ -60,6 +60,8 @@ def embed(
         Interrupted: SIGINT, SIGTERM or SIGHUP; what was finished is committed.
         BudgetSpentError: The run has cost what `compute.budget` allows; what was finished is
             committed.
+        WaitedError: No device came for as long as `compute.wait_s` allows; what was finished is
+            committed.
         LockedError: Another run is writing the table.
         FmembedError: Anything else; what was committed stays.
     """
@@ -74,7 +76,7 @@ def embed(
     with Cluster(verbose, teller) as cluster:
         if inputs is None:
             cluster.connect()
-            inputs = open_inputs(spec)
+            inputs = open_inputs(spec, gpus_may_come=cluster.may_get_gpus())
         table, run, stopped = inputs.table, Run(inputs), None
         if not run.find_work() and not table.has_leftovers(retry_rejected):
             result = run.finish()  # no lock is taken, no file changed
@@ -137,6 +139,8 @@ def refresh(
         Interrupted: SIGINT, SIGTERM or SIGHUP; what was finished is kept for the next refresh.
         BudgetSpentError: The run has cost what `compute.budget` allows; the new version has what
             was finished, and of the rest what was there before.
+        WaitedError: No device came for as long as `compute.wait_s` allows; what was finished is
+            kept for the next refresh.
         LockedError: Another run is writing the table.
         FmembedError: Anything else; the table is as it was, and what was finished is kept, or rows
             have changed while they were read, and come in with the next refresh.
@@ -159,7 +163,9 @@ def refresh(
         began = time.monotonic()
         if inputs is None:
             cluster.connect()
-            inputs = open_inputs(spec, may_be_empty=True)
+            inputs = open_inputs(spec, True, cluster.may_get_gpus())
+            if (result := in_step(inputs, gate)) is not None:
+                return result
         table, line = inputs.table, Refresh(inputs, allow_removals)
         run = Run(inputs, lambda _: line.find_work(), began)
         # Before Ray is started here: where another run is at work there is nothing to do.
@@ -240,8 +246,8 @@ def plan(
         cluster.connect()
         start_s = time.monotonic() - began
         teller.say("reading the source, and trying the model where no run on record tells …")
-        inputs = inputs or open_inputs(spec, may_be_empty=refresh)
-        return make_plan(inputs, refresh, allow_removals, start_s)
+        inputs = inputs or open_inputs(spec, refresh, cluster.may_get_gpus())
+        return make_plan(inputs, refresh, allow_removals, start_s, teller)
 
 
 def plan_of_nothing(inputs: Inputs, refresh: bool) -> Forecast | None:
@@ -339,7 +345,7 @@ def embed_rows(
     from fmembed.run.commits import Commits, Staging
     from fmembed.run.memory import bound_memory, moving_bound
     from fmembed.run.passes import cleaned_up, passes
-    from fmembed.run.placement import describe, place
+    from fmembed.run.placement import describe, is_blind, place
     from fmembed.run.progress import Progress
     from fmembed.run.ranges import find_ranges
     from fmembed.run.signals import Signals
@@ -354,6 +360,7 @@ def embed_rows(
         try_model,
     )
     from fmembed.run.verdict import EMBED, READ
+    from fmembed.run.waiting import Watch, see_node, watched
 
     spec, checkpoint, table = inputs.spec, inputs.checkpoint, inputs.table
     run.locate()
@@ -364,10 +371,16 @@ def embed_rows(
     sees_model = run.work.sees_model or not stored.names
     stage = stage or (Embed if sees_model else WithoutModel)
     plan = place(inputs, left, sees_model)
+    watch = Watch(plan, stage.__name__, teller, spec.compute.wait_s)
+    if is_blind(plan):
+        see_node(plan, watch)
+        plan = place(inputs, left, sees_model)
+        watch = Watch(plan, stage.__name__, teller, spec.compute.wait_s)
     bound_memory(plan)
     if sees_model:
-        try_model(checkpoint, plan)
-    ranges = find_ranges(inputs, left, plan, stage, run.server_dim)
+        try_model(checkpoint, plan, watch.get)
+    with watched(watch):
+        ranges = find_ranges(inputs, left, plan, stage, run.server_dim)
     card = table.claim(inputs.card(ranges), inputs.schema(), run.id)
     kind = Commits if line is None else Staging
     commits = kind(spec.output, table, lock, run.id, card)
@@ -383,8 +396,9 @@ def embed_rows(
         Progress(teller) as progress,
         Signals(commits) as signals,
         moving_bound(plan) as hold,
+        watched(watch),
     ):
-        progress.watch({"Preprocess": READ, stage.__name__: EMBED})
+        progress.watch({"Preprocess": READ, stage.__name__: EMBED}, watch)
         run.begin(plan, commits, progress)
         try:
             for one in passes(run, table, lock, commits, progress, signals):

@@ -331,7 +331,8 @@ class BudgetSpec(_Part):
 class ComputeSpec(_Part):
     """How the work is spread. Never part of the fingerprint: it cannot change a vector.
 
-    `price_per_device_hour` is what an hour of one actor's device costs, in any currency.
+    `price_per_device_hour` is what an hour of one actor's device costs, in any currency. `wait_s`
+    is for how long a run without a device waits for one, null for as long as it takes.
     """
 
     actors: int | tuple[int, int] | Literal["auto"] = "auto"
@@ -340,6 +341,7 @@ class ComputeSpec(_Part):
     window_rows: int | Literal["auto"] = "auto"
     budget: BudgetSpec = BudgetSpec()
     price_per_device_hour: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    wait_s: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
     @field_validator("actors")
     @classmethod

@@ -58,7 +58,14 @@ class Pulse:
         self._first: tuple[float, int] | None = None  # when the first rows had come, and how many
 
     def beat(
-        self, read: int, embedded: int, kept: int, fate: str, total: float | None, is_exact: bool
+        self,
+        read: int,
+        embedded: int,
+        kept: int,
+        fate: str,
+        total: float | None,
+        is_exact: bool,
+        waits: str = "",
     ) -> None:
         """Take note of how far it has come, and say so if it is time.
 
@@ -69,6 +76,7 @@ class Pulse:
             fate: What they are: committed.
             total: Rows there will be; None where nobody knows yet.
             is_exact: Whether that is known, or likely.
+            waits: What it waits for, and how long by now, in words.
         """
         now = self._clock()
         if self._first is None and embedded:
@@ -77,7 +85,7 @@ class Pulse:
             return
         self._last = now
         if not embedded:
-            self._say(f"the model is being loaded · {read:,} rows read")
+            self._say(f"{waits or 'the model is being loaded'} · {read:,} rows read")
             return
         of = share = left = ""
         if total:
@@ -87,6 +95,8 @@ class Pulse:
         if total and rate:
             left = f" · {duration(max(total - embedded, 0) / rate)} left"
         rows_s = f" · {rate:,.0f} rows/s" if rate >= 10 else f" · {rate:,.1f} rows/s"
+        if waits:
+            left = f" · {waits}"
         self._say(f"embedded {embedded:,}{of}{share}{rows_s}{left} · {fate} {kept:,}")
 
     def _rate(self, now: float, embedded: int) -> float:

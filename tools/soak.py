@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,8 @@ import numpy as np
 KINDS = ("driver", "actor", "worker", "node", "local driver")
 COMMIT_EVERY_S = 2.0
 _TIMEOUT_S = 240
+_HELPERS = Path(__file__).parents[1] / "tests" / "helpers"
+_ON_FAKED_GPUS = (str(_HELPERS / "faked_gpu.py"),)
 
 
 @dataclass
@@ -121,22 +123,26 @@ class Bench:
         table: Path | str,
         address: str | None,
         model: Path | None = None,
-        actors: int = 2,
+        actors: int | str = 2,
         verb: str = "embed",
+        on_gpus: bool = False,
+        more: Sequence[str] = (),
     ) -> Run:
-        """Start the command; on a cluster, or with Ray of its own."""
+        """Start the command; on a cluster, or with Ray of its own; on GPUs that are faked."""
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         if address is not None:
             environment["RAY_ADDRESS"] = address
         command = [
-            sys.executable, "-m", "fmembed.cli", verb, "--source", str(self.source),
+            sys.executable, *(_ON_FAKED_GPUS if on_gpus else ("-m", "fmembed.cli")), verb,
+            "--source", str(self.source),
             "--id", "key", "--model", str(model or self.model), "--dtype", "float32",
             "--output", str(table), "--set", "model.trust_remote_code=true",
             "--set", f"compute.actors={actors}", "--set", "compute.window_rows=16",
             # Not `auto`, which would compute rows of its own: they would be counted, and held.
             "--set", "compute.batch_tokens=1024",
-            "--set", "compute.gpus_per_actor=0", "--set", "probes=[]",
+            "--set", f"compute.gpus_per_actor={int(on_gpus)}", "--set", "probes=[]",
             "--set", f"output.commit_every_s={COMMIT_EVERY_S}", "--set", "output.part_bytes=20000",
+            *(part for field in more for part in ("--set", field)),
         ]  # fmt: skip
         self._num_runs += 1
         return Run(command, environment, self.folder / f"stderr-{self._num_runs}.log")
@@ -237,10 +243,7 @@ def make_counted_model(
     BertModel(config).eval().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
         shutil.copy(tokenizer / name, folder / name)
-    shutil.copy(
-        Path(__file__).parents[1] / "tests" / "helpers" / "counted_model.py",
-        folder / "counted_model.py",
-    )
+    shutil.copy(_HELPERS / "counted_model.py", folder / "counted_model.py")
     raw = json.loads((folder / "config.json").read_text())
     # As of a family that is known and not packed: one that nobody has tested is loaded and tried in
     # a process of its own before each run's actors, and its trial would be counted.
@@ -302,6 +305,57 @@ class SimulatedCluster:
         if self._node is None:
             self._node = self._cluster.add_node(**self._args)
             self._cluster.wait_for_nodes()
+
+    def close(self) -> None:
+        """End all nodes."""
+        self._cluster.shutdown()
+
+
+class Fleet:
+    """A head without CPUs, two nodes with one each, and nodes with a GPU that is only said to be
+    there: they come, are drained and are killed.
+    """
+
+    def __init__(self) -> None:
+        from ray._private import services
+        from ray.cluster_utils import Cluster
+
+        address = services.node_ip_address_from_perspective()  # type: ignore[no-untyped-call]
+        self._args: dict[str, Any] = {
+            "object_store_memory": 100 * 2**20, "node_ip_address": address
+        }  # fmt: skip
+        self._cluster: Any = Cluster(  # type: ignore[no-untyped-call]
+            initialize_head=True, head_node_args={"num_cpus": 0, **self._args}
+        )
+        for _ in range(2):
+            self._cluster.add_node(num_cpus=1, **self._args)
+        self.gpus: list[Any] = []
+        self.address: str = self._cluster.address
+
+    def add(self) -> None:
+        """Start a node with a GPU."""
+        self.gpus.append(self._cluster.add_node(num_cpus=1, num_gpus=1, **self._args))
+
+    def kill(self) -> None:
+        """SIGKILL the node with a GPU that has been there for longest."""
+        self._cluster.remove_node(self.gpus.pop(0), allow_graceful=False)
+
+    def drain(self, notice_s: float) -> Any:
+        """Give that node notice, as a cloud does that takes it back."""
+        from ray._raylet import GcsClient
+        from ray.core.generated import autoscaler_pb2
+
+        node, preemption = self.gpus.pop(0), autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION  # type: ignore[attr-defined]
+        deadline_ms = int((time.time() + notice_s) * 1000)
+        accepted, why = GcsClient(address=self.address).drain_node(
+            node.node_id, preemption, "taken back", deadline_ms
+        )
+        assert accepted, why
+        return node
+
+    def end(self, node: Any) -> None:
+        """End a node whose notice is over."""
+        self._cluster.remove_node(node, allow_graceful=False)
 
     def close(self) -> None:
         """End all nodes."""

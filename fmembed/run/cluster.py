@@ -23,7 +23,7 @@ from ray.job_config import JobConfig
 from fmembed import signals, terminal
 from fmembed.errors import FmembedError, reason
 from fmembed.redaction import scrub
-from fmembed.run import own_node
+from fmembed.run import capacity, own_node
 from fmembed.run.faults import explain
 from fmembed.startup import check_address, joins_cluster
 from fmembed.telling import Teller
@@ -64,6 +64,10 @@ class Cluster:
         if not ray.is_initialized():
             self._say("joining Ray …" if joins_cluster() else "starting Ray …")
         self._leaves = connect(self._verbose) or self._leaves
+
+    def may_get_gpus(self) -> bool:
+        """Whether what was joined declares pools of nodes with GPUs."""
+        return any(node.get("GPU", 0) for node in capacity.nodes_to_come())
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Leave.

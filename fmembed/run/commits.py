@@ -73,6 +73,7 @@ class Commits:
         self.num_commits = 0
         self._num_writes = 0
         self.is_committing = False
+        self._deadline: float | None = None
         # Rows that the table had before this run, embedded and rejected.
         self.num_known_before = 0
         self._has_begun = False
@@ -146,12 +147,25 @@ class Commits:
         slow_s = self._commit_s if self._commit_s > _SLOW_COMMIT_S else 0.0
         return self._last_commit + max(every_s, slow_s)
 
-    def commit(self) -> None:
-        """Write what is pending, wait for all parts, and commit them in one transaction."""
+    def commit(self, within_s: float | None = None) -> None:
+        """Write what is pending, wait for all parts, and commit them in one transaction.
+
+        Args:
+            within_s: Wait for so long at most; what is not written by then is not committed. What
+                is on a node that was lost may have to be computed again, for which there may be no
+                device.
+
+        Raises:
+            ray.exceptions.RayError: What was to be committed is lost, or not there in time.
+        """
         self._write_pending()
-        while self._writes:
-            self._collect(num_returns=len(self._writes))
-        self.commit_written()
+        self._deadline = None if within_s is None else time.monotonic() + within_s
+        try:
+            while self._writes and self._collect(num_returns=len(self._writes)):
+                pass
+            self.commit_written()
+        finally:
+            self._deadline = None
 
     def commit_written(self) -> None:
         """Commit the parts that are written by now."""
@@ -162,6 +176,9 @@ class Commits:
             self._finish()
         finally:
             self.is_committing = False
+
+    def _left_s(self) -> float | None:
+        return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
 
     def _finish(self) -> None:
         """Put what is written where nothing takes it away."""
@@ -184,12 +201,12 @@ class Commits:
             shards = {i: self._shard_keys[i] for w in self._written for i in w.result.shards}
             keys = [w.keys for w in self._written]
             args = (self._table.uri, name, self._key_files, written, shards, *keys)
-            twins, path = ray.get(task.remote(*args))
+            twins, path = ray.get(task.remote(*args), timeout=self._left_s())
             if not twins:
                 return path
             anew = {i: self._start(_write_anew, self._written[i], ids) for i, ids in twins.items()}
             for i, (ref, keys_ref) in anew.items():
-                result: Written = ray.get(ref)
+                result: Written = ray.get(ref, timeout=self._left_s())
                 self.num_written += result.num_rows - self._written[i].result.num_rows
                 self._written[i] = _Written(result, keys_ref)
 
@@ -252,10 +269,10 @@ class Commits:
                     self._whole.append(WholeShard(key, num_rows, frozenset(held), end))
         self._table.put_shards(self.last, self._whole)
 
-    def settle(self) -> None:
+    def settle(self, within_s: float = SETTLE_S) -> None:
         """Wait for writes that nobody will commit, so that their parts can be removed after."""
         if self._writes:
-            ray.wait(list(self._writes), num_returns=len(self._writes), timeout=SETTLE_S)
+            ray.wait(list(self._writes), num_returns=len(self._writes), timeout=within_s)
 
     def check_rejected(self, at_end: bool) -> None:
         """Stop when too many rows were rejected.
@@ -287,10 +304,12 @@ class Commits:
         refs: list[Any] = task.remote(self._table.uri, self._vectors, stamp, *given)
         return refs
 
-    def _collect(self, num_returns: int) -> None:
-        done, _ = ray.wait(list(self._writes), num_returns=num_returns)
+    def _collect(self, num_returns: int) -> bool:
+        """Take over what is written; false where there was no time for so many."""
+        done, _ = ray.wait(list(self._writes), num_returns=num_returns, timeout=self._left_s())
         for ref in done:
             self._take(ref, ray.get(ref))
+        return len(done) >= num_returns
 
     def _take(self, ref: Any, result: Written) -> None:
         """Take over what a task has written."""
@@ -349,7 +368,8 @@ class Staging(Commits):
         shards = {i: self._shard_keys[i] for w in written for i in w.shards}
         task = ray.remote(num_cpus=0, max_retries=_MAX_WRITE_RETRIES)(_write_staged_keys)
         fingerprint = self._configuration[FINGERPRINT]
-        ray.get(task.remote(self._table.uri, name, fingerprint, list(written), shards, *keys))
+        args = (self._table.uri, name, fingerprint, list(written), shards, *keys)
+        ray.get(task.remote(*args), timeout=self._left_s())
         self.num_commits += 1
 
     def fill(self, fill: Callable[..., Any], given: Sequence[tuple[Any, ...]]) -> None:

@@ -15,9 +15,12 @@ from fmembed.errors import (
     ModelError,
 )
 
-# Ray's own defaults are endless: a row that kills the process which reads or prepares it, or a
-# model that kills its own, would never fail the run.
+# Ray's own defaults are endless: a row that kills the process which reads or prepares it would
+# never fail the run.
 MAX_TASK_RETRIES = 3
+# So may a model that kills its own. Of a pool of actors Ray is told no bound: it counts lost nodes
+# too, and of a node that was killed without notice it took up three retries of a window in four
+# seconds, while the head took the node for alive still. `waiting.Watch` keeps this one.
 MAX_ACTOR_RESTARTS = 3
 _REST = "committed rows stay, the same command resumes; -v shows Ray's own messages"
 # What Ray Data (2.60) adds to the message of whatever a task has raised.
@@ -32,6 +35,13 @@ _LOSSES = (
     ray.exceptions.ObjectLostError,
     ray.exceptions.RpcError,
 )
+
+
+class ModelDiedError(ray.exceptions.ActorDiedError):
+    """An actor's process has died too often, and nothing was done in between."""
+
+    def __init__(self, how: str) -> None:
+        ray.exceptions.RayActorError.__init__(self, "", how)
 
 
 def is_loss(error: BaseException) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 
 from fmembed.errors import TableError
 from fmembed.forecast import Range
@@ -62,6 +63,7 @@ def find_pace(
     units: Range,
     start_s: float,
     notes: list[str],
+    get: Callable[[Any], Any] = ray.get,
 ) -> Pace | None:
     """How fast the work goes; None where nobody can say, and why is added to the notes.
 
@@ -74,6 +76,7 @@ def find_pace(
         units: What it would see of all.
         start_s: What it took to start Ray.
         notes: For people.
+        get: Waits for what a trial asks for.
     """
     num_rows = seen.num_embed
     like = [
@@ -89,7 +92,7 @@ def find_pace(
         return None
     ranges = find_ranges(inputs, left, plan, Embed, 0)
     options = stage_options(inputs.checkpoint, inputs.spec.preprocess, plan, ranges, 0)
-    tried = try_rows(Embed, inputs.checkpoint, options, sampled.rows, plan)
+    tried = try_rows(Embed, inputs.checkpoint, options, sampled.rows, plan, get)
     seconds = 1 / tried.rates * unit_size(inputs)
     unit_s = Range(float(seconds.mean()), float(seconds.min()), float(seconds.max()))
     unit_s = unit_s.within(MEASURED)

@@ -9,8 +9,8 @@ from types import TracebackType
 
 import ray.exceptions
 
-from fmembed.errors import BudgetSpentError, Interrupted, LockedError, StorageError
-from fmembed.run.commits import Commits
+from fmembed.errors import BudgetSpentError, Interrupted, LockedError, StorageError, WaitedError
+from fmembed.run.commits import SETTLE_S, Commits
 from fmembed.run.faults import TASK_DEATHS, is_loss, root_cause
 from fmembed.run.progress import Progress
 from fmembed.run.record import Run
@@ -21,6 +21,9 @@ from fmembed.table.table import Table
 
 # Passes that may break in a row without a row committed; a pass that commits some starts anew.
 _MAX_BROKEN = 3
+# A cloud's notice may be no longer than 30 s: so long a stopped run writes and commits what has
+# come out of the model, and waits for writes that it will not commit.
+_COMMIT_S, _SETTLE_S = 12.0, 3.0
 
 
 def passes(
@@ -96,21 +99,27 @@ class Pass:
         Raises:
             Interrupted: It was; the message says what is committed.
             BudgetSpentError: The run has cost what it may; so does this one's.
+            WaitedError: It has waited as long as it may; the same.
         """
-        commits = self._commits
+        commits, settle_s = self._commits, SETTLE_S
         try:
             if (interrupted := self._signals.behind(error)) is not None:
                 self._signals.heard()
+                settle_s = _SETTLE_S
                 with contextlib.suppress(ray.exceptions.RayError):
-                    commits.commit()
+                    commits.commit(_COMMIT_S)
                 raise Interrupted(
                     f"{interrupted}; {commits.num_embedded:,} rows of this run are {commits.fate}, "
                     "the same command resumes",
                     interrupted.exit_code - 128,
                 ) from None
-            if isinstance(error, BudgetSpentError):
+            if isinstance(error, WaitedError):  # and what was lost there is no device for
+                with contextlib.suppress(ray.exceptions.RayError):
+                    commits.commit(_COMMIT_S)
+            elif isinstance(error, BudgetSpentError):
                 commits.commit()
-                raise BudgetSpentError(
+            if isinstance(error, BudgetSpentError | WaitedError):
+                raise type(error)(
                     f"{error}; {commits.num_embedded:,} rows of this run are {commits.fate}, the "
                     "same command goes on"
                 ) from None
@@ -120,7 +129,7 @@ class Pass:
                 with contextlib.suppress(ray.exceptions.RayError):
                     commits.commit_written()
         finally:
-            commits.settle()
+            commits.settle(settle_s)
         return self.lost is not None
 
 

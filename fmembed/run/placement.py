@@ -1,13 +1,15 @@
 """How a run is spread over a cluster: actors, their threads, the windows they are given.
 
-Decided before the run, from what the cluster has, what the model takes and what is to be done.
+Decided before the run, from what the cluster has or may come to have, what the model takes and what
+is to be done.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import ray
@@ -17,6 +19,7 @@ from fmembed.devices import cpu_name
 from fmembed.errors import SpecError
 from fmembed.inputs import Inputs
 from fmembed.rows.columns import INPUT
+from fmembed.run import capacity
 from fmembed.sources.reading import read_here
 from fmembed.sources.shards import sample
 from fmembed.sources.source import Source
@@ -124,8 +127,8 @@ def _name_device(device: str) -> str:
     if device == "cpu":
         name: str = ray.get(ray.remote(num_cpus=0)(cpu_name).remote())
         return name
-    nodes: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
-    resources, prefix = {r for n in nodes for r in n["Resources"]}, "accelerator_type:"
+    nodes = [*capacity.nodes(), *capacity.nodes_to_come()]
+    resources, prefix = {r for n in nodes for r in n}, "accelerator_type:"
     return ", ".join(sorted(r.removeprefix(prefix) for r in resources if r.startswith(prefix)))
 
 
@@ -151,6 +154,11 @@ def plan_compute(
     articles/s by two actors of one thread, 12.2 by one actor of two (medians of 3). But no actor is
     started for less work than starting it takes.
 
+    Of GPUs those count that may come, too. All actors are asked for at once: Ray Data begins with
+    the first one that has its GPU, and what the others wait for is what an autoscaler goes by. It
+    is not asked for more nodes than keep busy for some windows each. Where an autoscaler does not
+    say what it may start, there will be as many GPUs as the config asks for.
+
     Args:
         spec: What the config says.
         modality: Of the source.
@@ -158,25 +166,26 @@ def plan_compute(
         work: What is to be done; None for much.
 
     Raises:
-        SpecError: More GPUs are asked for than there are.
+        SpecError: More GPUs are asked for than there are, or may come.
     """
     work = work or Estimate()
-    alive: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
-    nodes = [n["Resources"] for n in alive if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
+    alive, coming = capacity.nodes(), capacity.nodes_to_come()
+    nodes: list[capacity.Resources] = [n for n in alive if n.get("CPU", 0) > 0]
+    gpus_per_actor = spec.gpus_per_actor
+    if gpus_per_actor == "auto":
+        gpus_per_actor = float(any(n.get("GPU", 0) for n in [*nodes, *coming]))
+    if gpus_per_actor:
+        is_bounded = bool(coming) or not capacity.grows()
+        nodes += coming if is_bounded else _like(nodes, gpus_per_actor, spec)
+        fit = _count_gpu_actors(nodes, gpus_per_actor)
+        num_gpus = sum(n.get("GPU", 0) for n in nodes)
+        if is_bounded:
+            _check_gpus(spec, gpus_per_actor, num_gpus, fit)
+        here = _count_gpu_actors(alive, gpus_per_actor)
+        fit = max(min(fit, _count_busy(modality, work)), here, 1)
     num_nodes = max(len(nodes), 1)
     cpus = max(min((int(n["CPU"]) for n in nodes), default=1), 1)
-    num_gpus = sum(n.get("GPU", 0) for n in nodes)
-    gpus_per_actor = (
-        spec.gpus_per_actor if spec.gpus_per_actor != "auto" else (1.0 if num_gpus else 0.0)
-    )
-    if gpus_per_actor > num_gpus:
-        raise SpecError(
-            f"compute.gpus_per_actor: {gpus_per_actor:g} asked, the cluster has {num_gpus:g}; "
-            "set it to 0 for CPUs, or start the GPU nodes first"
-        )
-    if gpus_per_actor:
-        fit = max(int(num_gpus / gpus_per_actor), 1)
-    else:
+    if not gpus_per_actor:
         memory_bytes = min((n.get("memory", 0) for n in nodes), default=0)
         fit = num_nodes * _count_cpu_actors(cpus, memory_bytes, model_bytes)
         # Two operations a parameter and token; a stored parameter has four bytes at most.
@@ -186,13 +195,8 @@ def plan_compute(
         low = high = fit
     else:
         low, high = (spec.actors, spec.actors) if isinstance(spec.actors, int) else spec.actors
-    if gpus_per_actor and low > fit:
-        raise SpecError(
-            f"compute.actors: {low} asked with {gpus_per_actor:g} GPU each, the cluster's "
-            f"{num_gpus:g} GPUs are enough for {fit}"
-        )
     per_node = math.ceil(high / num_nodes)
-    has_bare_node = any(n["Alive"] and not n["Resources"].get("CPU", 0) for n in alive)
+    has_bare_node = any(not n.get("CPU", 0) for n in alive)
     num_tasks = 1 if cpus < 3 and has_bare_node else 2
     spare = max(cpus - num_tasks, 0)
     # Ray counts CPUs in steps of 1/10,000.
@@ -221,11 +225,63 @@ def plan_compute(
     )
 
 
+def is_blind(plan: Plan) -> bool:
+    """Whether no node is there yet of the kind that a plan needs, nor declared."""
+    kind = "GPU" if plan.gpus_per_actor else "CPU"
+    known = [*capacity.nodes(), *capacity.nodes_to_come()]
+    return not any(n.get(kind, 0) for n in known) and capacity.grows()
+
+
 def describe(plan: Plan) -> str:
     """Who runs the model, in words."""
     kind = "GPU" if plan.device == "cuda" else "CPU"
     how_many = f"{plan.min_actors:,} to " if plan.min_actors < plan.max_actors else ""
     return f"{how_many}{plan.max_actors:,} {kind} {'actors' if plan.max_actors > 1 else 'actor'}"
+
+
+def _check_gpus(spec: ComputeSpec, gpus_per_actor: float, num_gpus: float, fit: int) -> None:
+    if gpus_per_actor > num_gpus:
+        raise SpecError(
+            f"compute.gpus_per_actor: {gpus_per_actor:g} asked, the cluster has {num_gpus:g}; "
+            "set it to 0 for CPUs, or start the GPU nodes first"
+        )
+    if not fit:
+        raise SpecError(
+            f"compute.gpus_per_actor: {gpus_per_actor:g} asked, no node of the cluster has so "
+            "many; name fewer, or 0 for CPUs"
+        )
+    low = spec.actors if not isinstance(spec.actors, tuple) else spec.actors[0]
+    if low != "auto" and low > fit:
+        raise SpecError(
+            f"compute.actors: {low} asked with {gpus_per_actor:g} GPU each, the cluster's "
+            f"{num_gpus:g} GPUs are enough for {fit}"
+        )
+
+
+def _like(
+    nodes: Sequence[capacity.Resources], gpus_per_actor: float, spec: ComputeSpec
+) -> list[capacity.Resources]:
+    """Nodes that may come for as many actors as the config asks for, like one that has come."""
+    like = next((n for n in nodes if n.get("GPU", 0) >= gpus_per_actor), None)
+    if like is None or spec.actors == "auto":
+        return []
+    high = spec.actors if isinstance(spec.actors, int) else spec.actors[1]
+    left = high - _count_gpu_actors(nodes, gpus_per_actor)
+    return [like] * math.ceil(max(left, 0) / _count_gpu_actors([like], gpus_per_actor))
+
+
+def _count_gpu_actors(nodes: Sequence[capacity.Resources], gpus_per_actor: float) -> int:
+    """Actors that find their GPUs, each on one node."""
+    return sum(int(n.get("GPU", 0) / gpus_per_actor + 1e-9) for n in nodes)
+
+
+def _count_busy(modality: Modality, work: Estimate) -> int:
+    """How many GPUs have some windows each to do, as far as that is known."""
+    rows = _choose_window("cuda", modality, 1, replace(work, num_rows=None))
+    num_rows: float = math.inf if work.num_rows is None else work.num_rows
+    if work.row_tokens is not None:
+        num_rows = min(num_rows, work.num_tokens / work.row_tokens)
+    return math.ceil(min(num_rows / rows / _MIN_WINDOWS, 1e9))
 
 
 def _count_cpu_actors(cpus: int, memory_bytes: float, model_bytes: int) -> int:

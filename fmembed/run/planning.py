@@ -16,6 +16,7 @@ import numpy as np
 from fmembed.errors import SpecError
 from fmembed.forecast import Forecast, Range
 from fmembed.inputs import Inputs
+from fmembed.model.embed import Embed
 from fmembed.run import sampling
 from fmembed.run.commits import interval_s
 from fmembed.run.pace import (
@@ -30,9 +31,11 @@ from fmembed.run.pace import (
 from fmembed.run.placement import Plan, place
 from fmembed.run.refresh import Foreseen, Refresh
 from fmembed.run.sampling import Sampled
+from fmembed.run.waiting import Watch, watched
 from fmembed.sources.source import Source
 from fmembed.table.files import REJECTED, Part
 from fmembed.table.rewriting import Held, plan_rewriting
+from fmembed.telling import Teller
 
 # Of the rows that the model would see so many are drawn, from so many shards.
 _SAMPLE_ROWS, _SAMPLE_SHARDS = 1000, 250
@@ -51,7 +54,11 @@ _REWRITE_BYTES_PER_S, _COPY_BYTES_PER_S = 1.1e8, 5e7
 
 
 def make_plan(
-    inputs: Inputs, refreshes: bool, allow_removals: int | None, start_s: float
+    inputs: Inputs,
+    refreshes: bool,
+    allow_removals: int | None,
+    start_s: float,
+    teller: Teller | None = None,
 ) -> Forecast:
     """Look at the source and the table, and say what a run would do now; nothing is written.
 
@@ -60,6 +67,7 @@ def make_plan(
         refreshes: Whether it is a refresh.
         allow_removals: As for `Refresh`.
         start_s: What it took to start Ray, which the run will do too.
+        teller: Says what a trial of the model waits for.
 
     Raises:
         SpecError: More GPUs are asked for than there are, and no run on record had one.
@@ -76,7 +84,11 @@ def make_plan(
     plan = pace = None
     if seen.num_embed:
         plan = _place(inputs, left)
-        pace = find_pace(inputs, plan, left, seen, sampled, units, start_s, notes)
+        watch = Watch(
+            plan, Embed.__name__, teller or Teller(quiet=True), inputs.spec.compute.wait_s
+        )
+        with watched(watch):
+            pace = find_pace(inputs, plan, left, seen, sampled, units, start_s, notes, watch.get)
     row_bytes = _row_bytes(inputs, seen, sampled, pace)
     stages = _stages(seen, pace, row_bytes, start_s)
     written = _written(inputs, seen, row_bytes, stages)

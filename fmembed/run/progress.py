@@ -23,6 +23,7 @@ from rich.text import Text
 from fmembed import terminal
 from fmembed.run.stages import READER
 from fmembed.run.verdict import EMBED, READ, WRITE
+from fmembed.run.waiting import Watch
 from fmembed.sources.source import Source
 from fmembed.telling import Pulse, Teller
 
@@ -67,6 +68,7 @@ class Progress:
         self._tasks = {name: self._bars.add_task(name, total=None) for name in self.stages}
         self._pulse = None if teller.quiet or stream.isatty() else Pulse(teller.say)
         self._kept, self._fate = 0, ""
+        self._watch: Watch | None = None
 
     def __enter__(self) -> Progress:
         self._print, self._teller.print = self._teller.print, self._print_above
@@ -118,14 +120,17 @@ class Progress:
         if self._pulse is not None:
             read, embedded = self.stages[READ].rows, self.stages[EMBED].rows
             is_exact = is_read or self._num_rows is not None
-            self._pulse.beat(read, embedded, self._kept, self._fate, total, is_exact)
+            waits = self._watch.text if self._watch is not None else ""
+            self._pulse.beat(read, embedded, self._kept, self._fate, total, is_exact, waits)
 
-    def watch(self, operators: Mapping[str, str]) -> None:
+    def watch(self, operators: Mapping[str, str], watch: Watch | None = None) -> None:
         """Follow the datasets that run from now on.
 
         Args:
             operators: What stands in the name of a Ray Data operator, to the stage that it is.
+            watch: Knows what is waited for.
         """
+        self._watch = watch
         _Counter.progress, _Counter.operators = self, dict(operators)
         context = ray.data.DataContext.get_current()
         others = [c for c in context.custom_execution_callback_classes if c is not _Counter]

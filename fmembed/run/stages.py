@@ -178,8 +178,9 @@ def apply(
             num_cpus=plan.cpus_per_actor,
             num_gpus=plan.gpus_per_actor or None,
             scheduling_strategy="SPREAD",
-            max_restarts=MAX_ACTOR_RESTARTS,
-            max_task_retries=MAX_ACTOR_RESTARTS,
+            # Bounded by what is done in between: see `waiting.Watch`.
+            max_restarts=-1,
+            max_task_retries=-1,
         )
 
 
@@ -191,10 +192,15 @@ def _bounded() -> Iterator[None]:
         yield
 
 
-def try_model(checkpoint: Checkpoint, plan: Plan) -> None:
+def try_model(checkpoint: Checkpoint, plan: Plan, get: Callable[[Any], Any] = ray.get) -> None:
     """Load a model once, before a pool of actors does, where its family is not one of the usual.
 
     In a process of its own that ends with it, on the device of the actors.
+
+    Args:
+        checkpoint: The model.
+        plan: What an actor is given.
+        get: Waits for it.
 
     Raises:
         ModelError: It cannot be run, or not so that a row's vector is its own.
@@ -211,7 +217,7 @@ def try_model(checkpoint: Checkpoint, plan: Plan) -> None:
         Embed(checkpoint, device=plan.device, num_threads=plan.num_threads)
 
     try:
-        ray.get(load.remote())
+        get(load.remote())
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as e:
         raise explain_model_death(reason(e)) from None
     except ray.exceptions.RayError as e:

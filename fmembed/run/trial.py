@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,12 @@ class Tried:
 
 
 def try_rows(
-    stage: type, checkpoint: Checkpoint, options: dict[str, Any], rows: pa.Table, plan: Plan
+    stage: type,
+    checkpoint: Checkpoint,
+    options: dict[str, Any],
+    rows: pa.Table,
+    plan: Plan,
+    get: Callable[[Any], Any] = ray.get,
 ) -> Tried:
     """Give rows to the model, for some seconds, in the actors of one node.
 
@@ -52,6 +57,7 @@ def try_rows(
         options: As `stages.stage_options` says them.
         rows: As preparing yields them; at least one.
         plan: Who gets what.
+        get: Waits for the first actor.
     """
     alive: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
     num_nodes = max(sum(n["Alive"] and n["Resources"].get("CPU", 0) > 0 for n in alive), 1)
@@ -67,7 +73,9 @@ def try_rows(
     )(_Actor)
     began = time.perf_counter()
     actors = [actor.remote(stage, checkpoint, options) for _ in range(num_actors)]
-    load_s: list[float] = ray.get([a.load_s.remote() for a in actors])
+    loads = [a.load_s.remote() for a in actors]
+    get(loads[0])
+    load_s: list[float] = ray.get(loads)
     start_s = time.perf_counter() - began
     columns = [o.column for o in checkpoint.outputs]
     what = (given, window_rows, columns, _TRIAL_S)

@@ -9,7 +9,9 @@ import pytest
 import ray
 
 from fmembed.errors import SpecError
-from fmembed.run.placement import Estimate, plan_compute
+from fmembed.run import capacity
+from fmembed.run.capacity import Pool
+from fmembed.run.placement import Estimate, is_blind, plan_compute
 from fmembed.spec import ComputeSpec
 
 GIB = 2.0**30
@@ -110,6 +112,64 @@ def test_a_gpu_has_one_actor(monkeypatch: pytest.MonkeyPatch) -> None:
         plan_compute(ComputeSpec(actors=3))
     with pytest.raises(SpecError, match=r"compute\.gpus_per_actor: 4 asked, the cluster has 2"):
         plan_compute(ComputeSpec(gpus_per_actor=4))
+
+
+GPU_NODE = {"CPU": 8.0, "memory": 64 * GIB, "GPU": 2.0}
+HEAD = {"CPU": 0.0, "memory": 8 * GIB}
+
+
+def test_gpus_that_may_come_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    _cluster(monkeypatch, [HEAD, {"CPU": 4, "memory": GIB}])
+    _declare(monkeypatch, [Pool({"CPU": 4.0}, 2), Pool(GPU_NODE, 3)])
+    plan = plan_compute(ComputeSpec())
+    assert (plan.device, plan.min_actors, plan.max_actors, plan.gpus_per_actor) == ("cuda", 6, 6, 1)
+    # Six actors on as many GPUs; CPUs read and prepare on all nodes that there may be.
+    assert plan.num_workers == 4 + 4 + 3 * 8 - 1
+    assert not is_blind(plan)
+    assert plan_compute(ComputeSpec(actors=4)).max_actors == 4
+    with pytest.raises(SpecError, match=r"compute\.actors: 7 asked with 1 GPU each, .* for 6"):
+        plan_compute(ComputeSpec(actors=7))
+    with pytest.raises(SpecError, match=r"compute\.gpus_per_actor: 4 asked, no node of"):
+        plan_compute(ComputeSpec(gpus_per_actor=4))
+    # A node that has come already is none that comes.
+    _cluster(monkeypatch, [HEAD, {"CPU": 4, "memory": GIB}, GPU_NODE])
+    assert plan_compute(ComputeSpec()).max_actors == 6
+    assert plan_compute(ComputeSpec(gpus_per_actor=0)).device == "cpu"
+
+
+def test_no_more_gpus_are_asked_for_than_there_is_work_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    _cluster(monkeypatch, [HEAD, {"CPU": 4, "memory": GIB}])
+    _declare(monkeypatch, [Pool(GPU_NODE, 50), Pool(GPU_NODE, None)])
+    assert plan_compute(ComputeSpec(), "text", 0, Estimate(1e4, 100.0, 100)).max_actors == 1
+    assert plan_compute(ComputeSpec(), "text", 0, Estimate(5e7, 100.0)).max_actors == 16
+    assert plan_compute(ComputeSpec(), "image", 0, Estimate(196e5, 196.0, 10**5)).max_actors == 25
+    # 50 nodes and, of a pool without a bound, one.
+    assert plan_compute(ComputeSpec()).max_actors == 102
+    # Those that are there are taken.
+    _cluster(monkeypatch, [HEAD, *[GPU_NODE] * 4])
+    assert plan_compute(ComputeSpec(), "text", 0, Estimate(1e4, 100.0, 100)).max_actors == 8
+
+
+def test_where_an_autoscaler_does_not_say_what_may_come_the_config_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(capacity, "grows", lambda: True)
+    _cluster(monkeypatch, [HEAD, {"CPU": 4, "memory": GIB}])
+    assert plan_compute(ComputeSpec()).device == "cpu"
+    plan = plan_compute(ComputeSpec(gpus_per_actor=1, actors=4))
+    assert (plan.device, plan.min_actors) == ("cuda", 4)
+    assert is_blind(plan)
+    _cluster(monkeypatch, [HEAD, {"CPU": 4, "memory": GIB}, GPU_NODE])
+    plan = plan_compute(ComputeSpec(gpus_per_actor=1, actors=4))
+    assert (plan.min_actors, plan.num_workers) == (4, 4 + 8 + 8 - 1)
+    assert not is_blind(plan)
+    monkeypatch.setattr(capacity, "grows", lambda: False)
+    with pytest.raises(SpecError, match=r"compute\.actors: 4 asked"):
+        plan_compute(ComputeSpec(gpus_per_actor=1, actors=4))
+
+
+def _declare(monkeypatch: pytest.MonkeyPatch, pools: list[Pool]) -> None:
+    monkeypatch.setattr(capacity, "declared_pools", lambda: pools)
 
 
 def _cluster(monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, Any]]) -> None:

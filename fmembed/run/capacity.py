@@ -1,0 +1,183 @@
+"""What a cluster has, what it may have and what waits for it.
+
+All that is asked of Ray's own state (2.60), which has no public door, is asked here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray._private.state
+import ray._private.worker
+import ray.core.generated.autoscaler_pb2
+import ray.core.generated.gcs_pb2
+import yaml
+
+Resources = Mapping[str, float]
+
+# Messages whose classes are made when they are imported.
+_AUTOSCALER: Any = ray.core.generated.autoscaler_pb2
+_GCS: Any = ray.core.generated.gcs_pb2
+# Where `ray up` leaves the config of a cluster on its head.
+_BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
+# Of what a pool may hold so many nodes are reckoned with at most.
+_MOST_NODES = 1000
+# The head, as Ray marks it.
+_HEAD = "node:__internal_head__"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Nodes of one kind that an autoscaler starts and ends; `max_nodes` is None without a bound."""
+
+    resources: Resources
+    max_nodes: int | None
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Requests of one shape that no node has room for; none of this cluster ever has, where it is
+    `impossible`.
+    """
+
+    num_waiting: int
+    impossible: bool
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that an actor has or had: `deaths` are the ids of those that ended on nodes that
+    live. A node that goes takes its processes with it, and that says nothing of them.
+    """
+
+    actor: str
+    is_alive: bool
+    deaths: frozenset[bytes]
+    num_rebuilt: int
+
+
+def nodes() -> list[dict[str, float]]:
+    """The resources of the nodes that are alive."""
+    alive: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [n["Resources"] for n in alive if n["Alive"]]
+
+
+def nodes_to_come() -> list[Resources]:
+    """The resources of the nodes that the declared pools may add to those that are alive.
+
+    A pool without a bound has declared no number: it counts for one node.
+    """
+    pools = declared_pools()
+    here = Counter(_shape(n) for n in nodes()) if pools else Counter[Any]()
+    coming: list[Resources] = []
+    for pool in pools:
+        most = 1 if pool.max_nodes is None else min(pool.max_nodes, _MOST_NODES)
+        shape = _shape(pool.resources)
+        num_here = min(here[shape], most)
+        here[shape] -= num_here
+        coming += [pool.resources] * (most - num_here)
+    return coming
+
+
+def declared_pools() -> list[Pool]:
+    """The pools of this cluster, as far as it says: by Ray's own record, which some platforms fill,
+    else by the config that `ray up` has left on the head, for a driver that runs there.
+
+    KubeRay (1.7) tells neither: there what may come is known by what the config asks for.
+    """
+    if not ray.is_initialized():
+        return []
+    config = ray._private.state.state.get_cluster_config()
+    if config is not None and config.node_group_configs:
+        return [
+            Pool(dict(g.resources), None if g.max_count < 0 else g.max_count)
+            for g in config.node_group_configs
+            if g.resources and g.max_count != 0
+        ]
+    return list(_pools_of_bootstrap()) if grows() and _is_on_head() else []
+
+
+def _pools_of_bootstrap() -> Iterator[Pool]:
+    try:
+        config = yaml.safe_load(_BOOTSTRAP.expanduser().read_text(encoding="utf-8"))
+        most = int(config.get("max_workers", 2))
+        head = config.get("head_node_type")
+        kinds = {k: v for k, v in config["available_node_types"].items() if k != head}
+        for kind in kinds.values():
+            found = {str(k): float(v) for k, v in kind["resources"].items()}
+            number = min(int(kind.get("max_workers", most)), most)
+            if number > 0 and all(math.isfinite(v) and v >= 0 for v in found.values()):
+                yield Pool(found, number)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+        return  # it is not for us to say what is wrong with it
+
+
+def _is_on_head() -> bool:
+    here = ray.get_runtime_context().get_node_id()
+    alive: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
+    return any(n["NodeID"] == here and _HEAD in n["Resources"] for n in alive)
+
+
+def _shape(resources: Resources) -> tuple[float, float]:
+    return resources.get("CPU", 0), resources.get("GPU", 0)
+
+
+def grows() -> bool:
+    """Whether an autoscaler (v2) is at work, which adds nodes when they are asked for."""
+    if not ray.is_initialized():
+        return False
+    return bool(_status().autoscaling_state.autoscaler_state_version)
+
+
+def demand(shape: Resources) -> Demand:
+    """What waits for nodes with room for it, of one shape.
+
+    Args:
+        shape: The resources of a request, those that are nothing left out.
+    """
+    status = _status()
+    pending = status.cluster_resource_state.pending_resource_requests
+    num_waiting = sum(p.count for p in pending if dict(p.request.resources_bundle) == shape)
+    never = status.autoscaling_state.infeasible_resource_requests
+    return Demand(num_waiting, any(dict(r.resources_bundle) == shape for r in never))
+
+
+def processes(class_part: str) -> list[Process]:
+    """The actors of this job that have an end before them.
+
+    Args:
+        class_part: Stands in the names of their classes.
+    """
+    job = ray._private.worker.global_worker.current_job_id
+    accessor = ray._private.state.state._connect_and_get_accessor()
+    states = _status().cluster_resource_state.node_states
+    gone = (_AUTOSCALER.NodeStatus.DEAD, _AUTOSCALER.NodeStatus.DRAINING)
+    living = {n.node_id for n in states if n.status not in gone}
+    table: Sequence[bytes] = accessor.get_actor_table(job, None)
+    found = []
+    for raw in table:
+        actor = _GCS.ActorTableData.FromString(raw)
+        if class_part not in actor.class_name or actor.state == _GCS.ActorTableData.DEAD:
+            continue
+        before = actor.previous_incarnations
+        found.append(
+            Process(
+                actor.actor_id.hex(),
+                actor.state == _GCS.ActorTableData.ALIVE,
+                frozenset(p.worker_id for p in before if p.node_id in living),
+                actor.num_restarts_due_to_lineage_reconstruction,
+            )
+        )
+    return found
+
+
+def _status() -> Any:
+    worker: Any = ray._private.worker.global_worker
+    raw = worker.gcs_client.get_cluster_status()
+    return _AUTOSCALER.GetClusterStatusReply.FromString(raw)

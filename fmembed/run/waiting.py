@@ -1,0 +1,220 @@
+"""A run that has not what it has asked for waits and says so; one whose model ends its own process
+each time is given up.
+
+`StreamingExecutor._no_progress_guard` is Ray's internal (2.60): after half an hour in which nothing
+moved it ends an execution, whatever that waits for. Here it is told of waiting, so that what it
+ends is a hang.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import ray
+import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+from fmembed.errors import SpecError, WaitedError
+from fmembed.run import capacity
+from fmembed.run.faults import MAX_ACTOR_RESTARTS, ModelDiedError
+from fmembed.run.placement import Plan
+from fmembed.telling import Teller, duration
+
+# Between two looks at the cluster: one costs the head some milliseconds.
+_LOOK_S = 2.0
+# It is said once it has waited so long, and then as often; where the number is another, sooner.
+_FIRST_S, _EVERY_S, _CHANGED_S = 5.0, 600.0, 60.0
+
+
+class Watch:
+    """Looks at what the actors of a run wait for, and at how often their processes have died."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        stage: str,
+        teller: Teller,
+        wait_s: float | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            plan: What each actor is given.
+            stage: Stands in the names of the actors' classes.
+            teller: Says what is waited for.
+            wait_s: So long a run waits without anybody at work; None for ever.
+            clock: In seconds.
+        """
+        self._gpus = plan.gpus_per_actor
+        self._shape = {
+            name: amount
+            for name, amount in (("CPU", plan.cpus_per_actor), ("GPU", plan.gpus_per_actor))
+            if amount
+        }
+        self._task = {"CPU": plan.cpus_per_task}
+        self._stage, self._teller, self._wait_s, self._clock = stage, teller, wait_s, clock
+        self._looked = -_LOOK_S
+        self._since: float | None = None
+        self._idle_since: float | None = None
+        self._said: tuple[float, str] | None = None
+        self._num_done = -1
+        self._before: dict[str, capacity.Process] = {}
+        self.text = ""
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it has less than it has asked for."""
+        return self._since is not None
+
+    def get(self, ref: Any) -> Any:
+        """`ray.get` of a task that asks for what an actor does.
+
+        Raises:
+            WaitedError: It has waited for longer than it may.
+            SpecError: No node of this cluster will ever have what it asks for.
+            ray.exceptions.RayError: The task's own.
+        """
+        while not ray.wait([ref], timeout=_LOOK_S)[0]:
+            self._take_note(self._demand(), num_alive=0, num_asked=1)
+        self._take_note(capacity.Demand(0, impossible=False), num_alive=1, num_asked=1)
+        return ray.get(ref)
+
+    def look(self, num_done: int) -> None:
+        """Look at the cluster, unless that was just done.
+
+        Args:
+            num_done: Windows that have come out of the model.
+
+        Raises:
+            WaitedError: It has waited for longer than it may.
+            SpecError: No node of this cluster will ever have what it asks for.
+            ModelDiedError: An actor's process has died too often since a window came out of any.
+        """
+        now = self._clock()
+        if now < self._looked + _LOOK_S:
+            return
+        self._looked = now
+        pool = capacity.processes(self._stage)
+        self._check_deaths(pool, num_done)
+        num_alive = sum(process.is_alive for process in pool)
+        self._take_note(self._demand(), num_alive, len(pool))
+
+    def _demand(self) -> capacity.Demand:
+        found = capacity.demand(self._shape) if self._shape else capacity.Demand(0, False)
+        if not found.num_waiting and not any(n.get("CPU", 0) for n in capacity.nodes()):
+            tasks = capacity.demand(self._task)
+            return capacity.Demand(tasks.num_waiting, tasks.impossible)
+        return found
+
+    def _check_deaths(self, pool: list[capacity.Process], num_done: int) -> None:
+        """Bound deaths by what is done in between, and not by their number: a pool that loses nodes
+        all day goes on as long as windows come out of it.
+        """
+        if num_done != self._num_done:
+            self._num_done, self._before = num_done, {p.actor: p for p in pool}
+        for process in pool:
+            before = self._before.get(process.actor)
+            deaths, num_rebuilt = process.deaths, process.num_rebuilt
+            if before is not None:
+                deaths, num_rebuilt = deaths - before.deaths, num_rebuilt - before.num_rebuilt
+            # Ray starts an actor once more, too, to compute again what was lost with a node.
+            if len(deaths) - num_rebuilt > MAX_ACTOR_RESTARTS:
+                raise ModelDiedError("each time on a node that lives")
+
+    def _take_note(self, demand: capacity.Demand, num_alive: int, num_asked: int) -> None:
+        now = self._clock()
+        num_waiting = min(demand.num_waiting, max(num_asked - num_alive, 0))
+        if demand.impossible and num_waiting:
+            raise SpecError(
+                f"compute.gpus_per_actor: {self._gpus:g} asked, and no node that this cluster's "
+                "autoscaler may start has so many; name fewer, 0 for CPUs, or give it such nodes"
+            )
+        if not num_waiting:
+            if self._said is not None and self._since is not None:
+                self._teller.say(f"all are there, after {duration(now - self._since)} …")
+            self._since = self._idle_since = self._said = None
+            self.text = ""
+            return
+        self._since = now if self._since is None else self._since
+        what = self._name(num_waiting)
+        self.text = f"waiting for {what}, for {duration(now - self._since)}"
+        if num_alive:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = now
+        if self._wait_s is not None and self._idle_since is not None \
+                and now - self._idle_since >= self._wait_s:  # fmt: skip
+            raise WaitedError(
+                f"compute.wait_s: no device for {self._wait_s:g} s, waiting for {what}"
+            )
+        at_work = f"; {num_alive:,} at work" if num_alive else ""
+        self._say(now, what, f"waiting for {what}{at_work}")
+
+    def _name(self, num_waiting: int) -> str:
+        number = num_waiting * self._gpus
+        if self._gpus:
+            return f"{number:g} {'GPU' if number == 1 else 'GPUs'}"
+        return "CPUs" if not self._shape else f"room for {num_waiting:,} of the actors"
+
+    def _say(self, now: float, what: str, text: str) -> None:
+        """At first, where the number is another one, and now and then."""
+        assert self._since is not None
+        if self._said is None:
+            if now - self._since < _FIRST_S:
+                return
+        else:
+            at, before = self._said
+            if now - at < (_EVERY_S if what == before else _CHANGED_S):
+                return
+            text += f", for {duration(now - self._since)} by now"
+        self._said = now, what
+        self._teller.say(f"{text} …")
+
+
+def see_node(plan: Plan, watch: Watch) -> None:
+    """Wait for the first node of the kind that a plan needs."""
+    task = ray.remote(num_cpus=0, num_gpus=plan.gpus_per_actor, max_retries=-1)
+    if not plan.gpus_per_actor:
+        task = ray.remote(num_cpus=plan.cpus_per_task, max_retries=-1)
+    watch.get(task(_nothing).remote())
+
+
+def _nothing() -> None:
+    pass
+
+
+@contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """Have a watch look while the datasets that are run within are executed."""
+    context = ray.data.DataContext.get_current()
+    before = list(context.custom_execution_callback_classes)
+    context.custom_execution_callback_classes = [*before, _Look]
+    _Look.watch = watch
+    try:
+        yield
+    finally:
+        _Look.watch = None
+        left = context.custom_execution_callback_classes
+        context.custom_execution_callback_classes = [c for c in left if c is not _Look]
+
+
+class _Look(ExecutionCallback):
+    """Looks at each step of a running executor, which it takes ten times a second or more."""
+
+    # On the class, because Ray makes the instance itself and pickles the class with its context.
+    watch: ClassVar[Watch | None] = None
+
+    def on_execution_step(self, executor: Any) -> None:
+        watch = self.watch
+        if watch is None:
+            return
+        operators = executor._topology or ()
+        done = (o.metrics.num_tasks_finished or 0 for o in operators if watch._stage in o.name)
+        watch.look(sum(done))
+        if watch.is_waiting:
+            guard = executor._no_progress_guard
+            guard._last_progress_time = guard._clock()

@@ -1,0 +1,146 @@
+"""What a run says and does while it has not what it has asked for, and of what it gives up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fmembed.errors import SpecError, WaitedError
+from fmembed.run import capacity, waiting
+from fmembed.run.capacity import Demand, Process
+from fmembed.run.faults import ModelDiedError, explain, is_loss
+from fmembed.run.waiting import Watch
+from fmembed.telling import Teller
+
+GPUS: Any = SimpleNamespace(gpus_per_actor=1.0, cpus_per_actor=0.0, cpus_per_task=1.0)
+
+
+class Cluster:
+    """A cluster of which each look is told; and a clock, and what was said."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.said = 0.0, list[str]()
+        self.num_waiting, self.impossible, self.cpus = 0, False, 2.0
+        self.pool: list[Process] = []
+        self.asked: list[Any] = []
+        monkeypatch.setattr(capacity, "demand", self.demand)
+        monkeypatch.setattr(capacity, "processes", lambda _: self.pool)
+        monkeypatch.setattr(capacity, "nodes", lambda: [{"CPU": self.cpus}])
+
+    def demand(self, shape: Any) -> Demand:
+        self.asked.append(shape)
+        return Demand(self.num_waiting, self.impossible)
+
+    def watch(self, wait_s: float | None = None, plan: Any = GPUS) -> Watch:
+        teller = Teller()
+        teller.say = self.said.append  # type: ignore[method-assign]
+        return Watch(plan, "Embed", teller, wait_s, lambda: self.now)
+
+    def has(self, num_alive: int, num_waiting: int) -> None:
+        self.num_waiting = num_waiting
+        self.pool = [process(str(i), i < num_alive) for i in range(num_alive + num_waiting)]
+
+
+def process(actor: str, is_alive: bool, deaths: str = "", num_rebuilt: int = 0) -> Process:
+    return Process(actor, is_alive, frozenset(d.encode() for d in deaths), num_rebuilt)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    return Cluster(monkeypatch)
+
+
+def test_a_run_says_for_what_it_waits_and_how_long_now_and_then(cluster: Cluster) -> None:
+    watch = cluster.watch()
+    cluster.has(0, 4)
+    for cluster.now in range(2, 3600):
+        watch.look(0)
+    assert cluster.said[0] == "waiting for 4 GPUs …"
+    assert cluster.said[1:3] == [
+        "waiting for 4 GPUs, for 10 min by now …", "waiting for 4 GPUs, for 20 min by now …"
+    ]  # fmt: skip
+    assert len(cluster.said) == 6
+    assert watch.is_waiting
+    assert watch.text == "waiting for 4 GPUs, for 60 min"
+    cluster.now, _ = 3602, cluster.has(3, 1)
+    watch.look(0)
+    assert cluster.said[-1] == "waiting for 1 GPU; 3 at work, for 60 min by now …"
+    cluster.now, _ = 3604, cluster.has(4, 0)
+    watch.look(0)
+    assert cluster.said[-1] == "all are there, after 60 min …"
+    assert (watch.is_waiting, watch.text) == (False, "")
+
+
+def test_what_others_wait_for_is_not_said_and_a_short_wait_neither(cluster: Cluster) -> None:
+    watch = cluster.watch()
+    cluster.has(4, 0)
+    cluster.num_waiting = 7
+    for cluster.now in range(2, 100):
+        watch.look(0)
+    cluster.has(3, 1)
+    for cluster.now in range(100, 104):
+        watch.look(0)
+    cluster.has(4, 0)
+    cluster.now = 106
+    watch.look(0)
+    assert cluster.said == []
+
+
+def test_a_run_without_a_device_waits_for_as_long_as_it_may(cluster: Cluster) -> None:
+    watch = cluster.watch(wait_s=600)
+    cluster.has(1, 3)
+    for cluster.now in range(2, 5000):  # with one at work it may wait for the others for ever
+        watch.look(0)
+    cluster.has(0, 4)
+    for cluster.now in range(5000, 5600):
+        watch.look(0)
+    cluster.now = 5604
+    with pytest.raises(WaitedError, match=r"compute\.wait_s: no device for 600 s, waiting for 4 G"):
+        watch.look(0)
+
+
+def test_what_no_node_will_ever_have_is_refused(cluster: Cluster) -> None:
+    watch = cluster.watch()
+    cluster.has(0, 1)
+    cluster.impossible = True
+    with pytest.raises(SpecError, match=r"compute\.gpus_per_actor: 1 asked, and no node"):
+        watch.look(0)
+
+
+def test_where_all_nodes_with_cpus_are_gone_it_waits_for_these(cluster: Cluster) -> None:
+    plan: Any = SimpleNamespace(gpus_per_actor=0.0, cpus_per_actor=0.0, cpus_per_task=0.5)
+    watch = cluster.watch(plan=plan)
+    cluster.has(0, 1)
+    watch.look(0)
+    assert not watch.is_waiting
+    cluster.now, cluster.cpus = 2, 0.0
+    watch.look(0)
+    assert cluster.asked == [{"CPU": 0.5}]
+    assert watch.text == "waiting for CPUs, for 0 s"
+
+
+def test_an_actor_that_dies_on_every_try_ends_the_run(cluster: Cluster) -> None:
+    watch = cluster.watch()
+    cluster.pool = [process("a", True, "123"), process("b", True)]
+    watch.look(0)
+    cluster.now, cluster.pool = 2, [process("a", True, "1234"), process("b", True, "567")]
+    watch.look(0)  # the first look knew three of them
+    cluster.now, cluster.pool = 4, [process("a", False, "12"), process("b", False, "5678")]
+    with pytest.raises(ModelDiedError) as died:
+        watch.look(0)
+    assert is_loss(died.value)
+    assert str(explain(died.value)).startswith("the model's process died 4 times and was given up")
+
+
+def test_deaths_are_bounded_by_what_is_done_in_between(cluster: Cluster) -> None:
+    watch = cluster.watch()
+    for n in range(40):
+        cluster.now += waiting._LOOK_S
+        cluster.pool = [process("a", True, "".join(chr(65 + i) for i in range(n)))]
+        watch.look(n)
+    # Nor does one count that Ray has started again to compute once more what was lost.
+    cluster.now += waiting._LOOK_S
+    cluster.pool = [process("a", True, "".join(chr(65 + i) for i in range(44)), num_rebuilt=2)]
+    watch.look(n)
