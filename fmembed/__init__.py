@@ -46,6 +46,7 @@ from fmembed.errors import (
     StorageError,
     TableError,
     UserError,
+    WaitedError,
 )
 from fmembed.spec import (
     BudgetSpec,
@@ -115,6 +116,7 @@ __all__ = [
     "Store",
     "TableError",
     "UserError",
+    "WaitedError",
     "__version__",
     "delete",
     "diff",

@@ -344,6 +344,7 @@ def embed_rows(
     from fmembed.model.embed import Embed, WithoutModel
     from fmembed.run.commits import Commits, Staging
     from fmembed.run.memory import bound_memory, moving_bound
+    from fmembed.run.pace import shorten_windows
     from fmembed.run.passes import cleaned_up, passes
     from fmembed.run.placement import describe, is_blind, place
     from fmembed.run.progress import Progress
@@ -376,6 +377,8 @@ def embed_rows(
         see_node(plan, watch)
         plan = place(inputs, left, sees_model)
         watch = Watch(plan, stage.__name__, teller, spec.compute.wait_s)
+    if sees_model:
+        plan = shorten_windows(plan, inputs)
     bound_memory(plan)
     if sees_model:
         try_model(checkpoint, plan, watch.get)

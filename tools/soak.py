@@ -12,11 +12,20 @@ the source's and its vectors with those of an undisturbed run. The last line is
 where a race is two runs with different models started at once on one new table, of which one must
 have it and the other nothing in it; rows redone are rows that the model computed and the kill threw
 away.
+
+    python tools/soak.py spot --minutes 9
+
+Runs on two nodes with a GPU each that is only said to be there, of which one is lost a minute: with
+notice, without, or, each fifth time, both together for longer than Ray Data lets an execution stand
+still. The last line is
+
+    losses N (N with notice), rows lost N, rows twice N, rows redone N of at most N, runs N
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -39,6 +48,8 @@ import numpy as np
 KINDS = ("driver", "actor", "worker", "node", "local driver")
 COMMIT_EVERY_S = 2.0
 _TIMEOUT_S = 240
+# Of a window, and windows that an actor is handed before it is done with the first.
+_WINDOW_ROWS, _WINDOWS = 16, 2
 _HELPERS = Path(__file__).parents[1] / "tests" / "helpers"
 _ON_FAKED_GPUS = (str(_HELPERS / "faked_gpu.py"),)
 
@@ -99,7 +110,8 @@ class Bench:
             (self.source / f"{n}.jsonl").write_text("\n".join(lines), encoding="utf-8")
         self._rows = rows
         self.ids = set(rows)
-        self.reference = self._embed_undisturbed(self.model)
+        twin = make_counted_model(folder / "twin", folder / "twin.log", 0)  # which takes no time
+        self.reference = self._embed_undisturbed(twin)
 
     def _embed_undisturbed(self, model: Path) -> dict[str, Any]:
         """Row id to vector, by the model alone: no Ray, no table."""
@@ -137,7 +149,7 @@ class Bench:
             "--source", str(self.source),
             "--id", "key", "--model", str(model or self.model), "--dtype", "float32",
             "--output", str(table), "--set", "model.trust_remote_code=true",
-            "--set", f"compute.actors={actors}", "--set", "compute.window_rows=16",
+            "--set", f"compute.actors={actors}", "--set", f"compute.window_rows={_WINDOW_ROWS}",
             # Not `auto`, which would compute rows of its own: they would be counted, and held.
             "--set", "compute.batch_tokens=1024",
             "--set", f"compute.gpus_per_actor={int(on_gpus)}", "--set", "probes=[]",
@@ -152,8 +164,10 @@ class Bench:
         self,
         table: Path | str,
         address: str | None = None,
-        actors: int = 1,
+        actors: int | str = 1,
         verb: str = "embed",
+        on_gpus: bool = False,
+        more: Sequence[str] = (),
     ) -> Iterator[Run]:
         """Start a run whose model stands still after some rows, once some of them are committed, or
         staged.
@@ -163,7 +177,7 @@ class Bench:
         committed = self.num_committed(table)
         gate = Path(f"{self.log}.hold")
         gate.write_text(str(self.num_forwarded() + 64))
-        run = self.start(table, address, actors=actors, verb=verb)
+        run = self.start(table, address, None, actors, verb, on_gpus, more)
         try:
             wait_for(lambda: self.num_committed(table) > committed or run.poll() is not None)
             assert run.poll() is None, run.messages()
@@ -311,6 +325,10 @@ class SimulatedCluster:
         self._cluster.shutdown()
 
 
+# A killed node is taken for dead after 3 s, not 15.
+_SOON_FOUND = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+
+
 class Fleet:
     """A head without CPUs, two nodes with one each, and nodes with a GPU that is only said to be
     there: they come, are drained and are killed.
@@ -325,7 +343,8 @@ class Fleet:
             "object_store_memory": 100 * 2**20, "node_ip_address": address
         }  # fmt: skip
         self._cluster: Any = Cluster(  # type: ignore[no-untyped-call]
-            initialize_head=True, head_node_args={"num_cpus": 0, **self._args}
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "_system_config": _SOON_FOUND, **self._args},
         )
         for _ in range(2):
             self._cluster.add_node(num_cpus=1, **self._args)
@@ -495,14 +514,85 @@ def soak(minutes: float, min_kills: int, seed: int) -> Tally:
     return tally
 
 
+# So long no execution of Ray Data may stand still here, and so long all nodes are gone.
+_GUARD_S, _GONE_S = 30, 45.0
+_LOSS_EVERY_S, _NOTICE_S = 60.0, 15.0
+
+
+def soak_spot(minutes: float, seed: int) -> bool:
+    """Runs from which a node is taken each minute; whether nothing was lost by it.
+
+    Rows that are redone are of windows that an actor held when its node went: two at most.
+    """
+    rng = random.Random(seed)  # noqa: S311
+    os.environ["RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S"] = str(_GUARD_S)
+    tally, num_losses, num_notices, num_redone, num_gone = Tally(), 0, 0, 0, 0
+    deadline = time.monotonic() + minutes * 60
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(Fleet()) as fleet:
+        bench = Bench(Path(folder), num_rows=8000, row_s=0.05)
+        fleet.add()
+        fleet.add()
+        for n in itertools.count(1):
+            table, before = Path(folder) / f"table{n}", bench.num_forwarded()
+            run = bench.start(table, fleet.address, on_gpus=True)
+            while run.poll() is None and time.monotonic() < deadline:
+                next_loss = time.monotonic() + _LOSS_EVERY_S
+                wait_until(next_loss, run)
+                if run.poll() is not None:
+                    break
+                num_losses += 1
+                if num_losses % 5 == 0:
+                    fleet.kill()
+                    fleet.kill()
+                    num_gone += 2
+                    wait_until(time.monotonic() + _GONE_S)
+                    fleet.add()
+                else:
+                    with_notice = num_losses % 2 == 0
+                    num_notices += with_notice
+                    num_gone += 1
+                    if with_notice:
+                        node = fleet.drain(_NOTICE_S)
+                        wait_until(time.monotonic() + _NOTICE_S)
+                        fleet.end(node)
+                    else:
+                        fleet.kill()
+                    wait_until(time.monotonic() + rng.uniform(1, 20))
+                fleet.add()
+                print(f"loss {num_losses}: {bench.num_committed(table)} rows committed", flush=True)
+            assert run.wait(timeout=1200) == 0, run.messages()[-2000:]
+            assert "lost a node, actor or worker" not in run.messages(), run.messages()
+            problems = bench.check(table, tally)
+            assert not problems, problems
+            num_redone += bench.num_forwarded() - before - len(bench.ids)
+            print(run.messages(), flush=True)
+            if time.monotonic() >= deadline:
+                break
+    most = num_gone * _WINDOWS * _WINDOW_ROWS
+    print(
+        f"losses {num_losses} ({num_notices} with notice), rows lost {tally.lost}, rows twice "
+        f"{tally.twice}, rows redone {num_redone} of at most {most}, runs {n}"
+    )
+    return not tally.lost and not tally.twice and num_redone <= most
+
+
+def wait_until(moment: float, run: Run | None = None) -> None:
+    """Wait for a time of `time.monotonic`, or for the end of a run."""
+    while time.monotonic() < moment and (run is None or run.poll() is None):
+        time.sleep(0.05)
+
+
 def main() -> None:
     """Parse, soak, print."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("mode", nargs="?", choices=("kills", "spot"), default="kills")
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--min-kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
+    if arguments.mode == "spot":
+        sys.exit(0 if soak_spot(arguments.minutes, arguments.seed) else 1)
     tally = soak(arguments.minutes, arguments.min_kills, arguments.seed)
     print(", ".join(f"{n} of the {kind}" for kind, n in sorted(tally.kills.items())))
     print(tally)

@@ -19,6 +19,8 @@ import ray.core.generated.autoscaler_pb2
 import ray.core.generated.gcs_pb2
 import yaml
 
+from fmembed.startup import joins_cluster
+
 Resources = Mapping[str, float]
 
 # Messages whose classes are made when they are imported.
@@ -100,7 +102,7 @@ def declared_pools() -> list[Pool]:
             for g in config.node_group_configs
             if g.resources and g.max_count != 0
         ]
-    return list(_pools_of_bootstrap()) if grows() and _is_on_head() else []
+    return list(_pools_of_bootstrap()) if joins_cluster() and _is_on_head() else []
 
 
 def _pools_of_bootstrap() -> Iterator[Pool]:

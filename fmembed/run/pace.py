@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,8 @@ from fmembed.table.records import read_runs
 
 # Runs on record that tell it: the newest ones, in which each actor was at work for so long.
 _RUNS, _LEAST_S = 5, 2.0
+# Rows of the smallest window: batches of fewer are slow.
+_LEAST_WINDOW = 16
 # More than a run has of them.
 _MOST_UNITS, _MOST_S = 2**60, 1e10
 # How far it is off at least: of the same work on a quiet machine, once and once more.
@@ -34,6 +38,9 @@ MEASURED, RECORDED = 0.1, 0.05
 # What a run takes besides Ray's start, the start of its actors and its work: planning, the first
 # window's way, the last commit.
 REST_S = 4.0
+# A cloud takes a spot node back after a notice of 30 s, the shortest there is: a window that takes
+# no longer than this is done by then.
+_WINDOW_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,39 @@ def find_pace(
         work_s = max(model_s, fed_s, key=lambda r: r.value)
     begin_s = start_s + tried.start_s + REST_S
     return Pace(unit_s, work_s, begin_s, tried.load_s, "measured now", tried.row_bytes)
+
+
+def shorten_windows(plan: Plan, inputs: Inputs) -> Plan:
+    """Windows that the slowest actor of the last runs has done before its node could be taken.
+
+    Args:
+        plan: Who gets what.
+        inputs: Of the run; rows of a window that the config names are left as they are.
+    """
+    if inputs.spec.compute.window_rows != "auto":
+        return plan
+    rates = [
+        rate
+        for run in itertools.islice(list_runs(inputs), _RUNS)
+        if run.compute.get("device") == plan.device and (rate := _slowest(run))
+    ]
+    if not rates:
+        return plan
+    most = max(int(min(rates) * _WINDOW_S), _LEAST_WINDOW)
+    return replace(plan, window_rows=min(plan.window_rows, most))
+
+
+def _slowest(run: RunResult) -> float | None:
+    """Rows a second of the slowest actor of a run while it was at work; None where nobody knows."""
+    if not _actors(run) or not run.verdict:
+        return None
+    actors = [a for a in run.verdict["actors"].values() if a["busy_s"] and a.get("tokens", 0) > 0]
+    num_tokens = sum(a["tokens"] for a in actors)
+    if not num_tokens:
+        return None
+    row_tokens = num_tokens / run.rows_embedded if run.rows_embedded else math.inf
+    rate: float = min(a["tokens"] / a["busy_s"] for a in actors) / row_tokens
+    return rate if math.isfinite(rate) and rate > 0 else None
 
 
 def list_runs(inputs: Inputs) -> Iterator[RunResult]:

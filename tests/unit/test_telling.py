@@ -66,6 +66,21 @@ def test_every_half_minute_a_line_says_how_far_it_has_come() -> None:
     ]
 
 
+def test_what_is_waited_for_is_said_in_place_of_what_is_not_true_meanwhile() -> None:
+    said: list[str] = []
+    clock = Clock()
+    pulse = Pulse(said.append, clock)
+    clock.now += 31
+    pulse.beat(9000, 0, 0, "", None, False, "waiting for 4 GPUs, for 31 s")
+    pulse.beat(9000, 100, 0, "committed", 400, True)
+    clock.now += 31
+    pulse.beat(9000, 200, 64, "committed", 400, True, "waiting for 1 GPU, for 62 s")
+    assert said == [
+        "waiting for 4 GPUs, for 31 s · 9,000 rows read",
+        "embedded 200 of 400 (50 %) · 3.2 rows/s · waiting for 1 GPU, for 62 s · committed 64",
+    ]
+
+
 def test_more_rows_than_were_likely_are_no_share_over_all() -> None:
     said: list[str] = []
     clock = Clock()

@@ -26,7 +26,7 @@ def on_head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     state: Any = SimpleNamespace(get_cluster_config=lambda: None)
     monkeypatch.setattr("ray._private.state.state", state)
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(capacity, "grows", lambda: True)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setattr(capacity, "_is_on_head", lambda: True)
     monkeypatch.setattr(capacity, "_BOOTSTRAP", tmp_path / "bootstrap.yaml")
     return tmp_path / "bootstrap.yaml"
@@ -41,6 +41,9 @@ def test_the_pools_of_a_cluster_of_ray_up(on_head: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(capacity, "nodes", lambda: alive)
     assert nodes_to_come() == [{"CPU": 8.0}] * 2 + [gpu] * 2
     monkeypatch.setattr(capacity, "_is_on_head", lambda: False)
+    assert declared_pools() == []
+    monkeypatch.setattr(capacity, "_is_on_head", lambda: True)
+    monkeypatch.delenv("RAY_ADDRESS")  # a Ray of its own, started on that machine
     assert declared_pools() == []
 
 

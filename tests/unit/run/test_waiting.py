@@ -6,12 +6,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray.data
+from ray.data._internal.execution.no_progress_guard import NoProgressGuard
+from ray.data.exceptions import ExecutionTimeoutError
 
 from fmembed.errors import SpecError, WaitedError
 from fmembed.run import capacity, waiting
 from fmembed.run.capacity import Demand, Process
 from fmembed.run.faults import ModelDiedError, explain, is_loss
-from fmembed.run.waiting import Watch
+from fmembed.run.waiting import Watch, watched
 from fmembed.telling import Teller
 
 GPUS: Any = SimpleNamespace(gpus_per_actor=1.0, cpus_per_actor=0.0, cpus_per_task=1.0)
@@ -144,3 +147,40 @@ def test_deaths_are_bounded_by_what_is_done_in_between(cluster: Cluster) -> None
     cluster.now += waiting._LOOK_S
     cluster.pool = [process("a", True, "".join(chr(65 + i) for i in range(44)), num_rebuilt=2)]
     watch.look(n)
+
+
+def test_rays_guard_against_hangs_is_told_of_waiting_and_of_nothing_else(cluster: Cluster) -> None:
+    queues = SimpleNamespace(
+        total_enqueued_input_blocks=lambda: 0, total_enqueued_output_blocks=lambda: 0
+    )
+    topology: Any = dict.fromkeys([Operator("ReadShards"), Operator("MapBatches(Embed)")], queues)
+    guard = NoProgressGuard(topology, 1800.0, clock=lambda: cluster.now)
+    executor = SimpleNamespace(_topology=topology, _no_progress_guard=guard)
+    context = ray.data.DataContext.get_current()
+    cluster.has(0, 2)
+    with watched(cluster.watch()):
+        (look,) = (c() for c in context.custom_execution_callback_classes if c is waiting._Look)
+        for cluster.now in range(2, 5000, 10):
+            guard.check()
+            look.on_execution_step(executor)
+        cluster.has(2, 0)
+        with pytest.raises(ExecutionTimeoutError):  # noqa: PT012 - the one that is due
+            for cluster.now in range(5000, 7000, 10):
+                look.on_execution_step(executor)
+                guard.check()
+        assert cluster.now >= 6790
+    assert waiting._Look not in context.custom_execution_callback_classes
+
+
+class Operator:
+    """What Ray's guard and the watch look at."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.metrics = SimpleNamespace(num_tasks_finished=0, num_outputs_taken=0)
+
+    def has_completed(self) -> bool:
+        return False
+
+    def num_active_tasks(self) -> int:
+        return 0
