@@ -143,10 +143,14 @@ def _place(inputs: Inputs, left: Source) -> Plan:
     A plan need not hold the GPUs that it is for: `compute` says how many there will be.
     """
     spec = inputs.spec.compute
+    before = next((r for r in list_runs(inputs) if r.compute.get("device") == "cuda"), None)
     try:
-        return place(inputs, left)
+        plan = place(inputs, left)
+        # Of GPUs that have yet to come nobody says the kind: it is that of the last ones.
+        if plan.device == "cuda" and not plan.device_name and before is not None:
+            return replace(plan, device_name=str(before.compute.get("device_name", "")))
+        return plan
     except SpecError:
-        before = next((r for r in list_runs(inputs) if r.compute.get("device") == "cuda"), None)
         if before is None or spec.actors == "auto" or spec.gpus_per_actor == "auto":
             raise
         low, high = (spec.actors,) * 2 if isinstance(spec.actors, int) else spec.actors

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from fmembed.forecast import Forecast, Range, lines
 from fmembed.run import planning
-from fmembed.spec import BudgetSpec
+from fmembed.run.placement import Plan
+from fmembed.spec import BudgetSpec, ComputeSpec
 
 
 def test_a_budget_is_enough_for_a_part() -> None:
@@ -30,6 +34,24 @@ def test_a_long_run_commits_less_often() -> None:
     assert 200 < count("auto", Range.exactly(86_400)) < 250
     assert count(10.0, Range.exactly(95)) == 10
     assert count(1e-6, Range.exactly(3600)) == 3_600_000_000
+
+
+def test_gpus_that_have_yet_to_come_are_like_the_last_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    blind = Plan("cuda", 4, 4, 1.0, 0.0, 1, 1.0, 1, 4096, "auto")
+    runs = [{"device": "cpu"}, {"device": "cuda", "device_name": "T4"}, {"device": "cuda"}]
+    monkeypatch.setattr(
+        planning, "list_runs", lambda _: (SimpleNamespace(compute=compute) for compute in runs)
+    )
+    inputs: Any = SimpleNamespace(spec=SimpleNamespace(compute=ComputeSpec()))
+
+    def name(plan: Plan) -> str:
+        monkeypatch.setattr(planning, "place", lambda *_: plan)
+        left: Any = None
+        return planning._place(inputs, left).device_name
+
+    assert name(blind) == "T4"
+    assert name(replace(blind, device_name="L4")) == "L4"
+    assert name(replace(blind, device="cpu")) == ""
 
 
 def test_what_people_read() -> None:

@@ -76,6 +76,16 @@ def test_a_run_says_for_what_it_waits_and_how_long_now_and_then(cluster: Cluster
     assert (watch.is_waiting, watch.text) == (False, "")
 
 
+def test_what_is_given_up_at_the_end_has_not_come(cluster: Cluster) -> None:
+    watch = cluster.watch()
+    cluster.has(2, 2)
+    for cluster.now in range(2, 20):
+        watch.look(0)
+    cluster.now, _ = 22, cluster.has(2, 0)
+    watch.look(0)
+    assert cluster.said == ["waiting for 2 GPUs; 2 at work …"]
+
+
 def test_what_others_wait_for_is_not_said_and_a_short_wait_neither(cluster: Cluster) -> None:
     watch = cluster.watch()
     cluster.has(4, 0)
