@@ -6,6 +6,7 @@ All that is asked of Ray's own state (2.60), which has no public door, is asked 
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ _GCS: Any = ray.core.generated.gcs_pb2
 _BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 # Of what a pool may hold so many nodes are reckoned with at most.
 _MOST_NODES = 1000
+# Between two looks for an autoscaler that is about to begin.
+_LOOK_S = 0.5
 # The head, as Ray marks it.
 _HEAD = "node:__internal_head__"
 
@@ -130,11 +133,22 @@ def _shape(resources: Resources) -> tuple[float, float]:
     return resources.get("CPU", 0), resources.get("GPU", 0)
 
 
-def grows() -> bool:
-    """Whether an autoscaler (v2) is at work, which adds nodes when they are asked for."""
+def grows(patience_s: float = 0.0) -> bool:
+    """Whether an autoscaler (v2) is at work, which adds nodes when they are asked for.
+
+    Args:
+        patience_s: For so long it may be about to begin, where nodes are of named groups: then
+            somebody manages them, as KubeRay does, who starts it beside the head.
+    """
     if not ray.is_initialized():
         return False
-    return bool(_status().autoscaling_state.autoscaler_state_version)
+    deadline = time.monotonic() + patience_s
+    while not (status := _status()).autoscaling_state.autoscaler_state_version:
+        named = any(n.ray_node_type_name for n in status.cluster_resource_state.node_states)
+        if not named or time.monotonic() >= deadline:
+            return False
+        time.sleep(_LOOK_S)
+    return True
 
 
 def demand(shape: Resources) -> Demand:

@@ -43,6 +43,8 @@ _ROW_TOKENS = {"image": 196, "audio": 500}
 _CORE_FLOP_PER_S, _START_S = 5e10, 15.0
 # Windows for each actor at least: with fewer the last ones leave some of them idle.
 _MIN_WINDOWS = 4
+# An autoscaler begins as long after the head at most: it imports Ray.
+_PATIENCE_S = 20.0
 # The share of a node's memory that the models of its CPU actors may take, and what a process takes
 # besides its model.
 _MODELS_SHARE, _PROCESS_BYTES = 0.25, 2**29
@@ -175,7 +177,8 @@ def plan_compute(
     if gpus_per_actor == "auto":
         gpus_per_actor = float(any(n.get("GPU", 0) for n in [*nodes, *coming]))
     if gpus_per_actor:
-        is_bounded = bool(coming) or not capacity.grows()
+        lacks = _count_gpu_actors(nodes, gpus_per_actor) < _least(spec)
+        is_bounded = bool(coming) or not capacity.grows(_PATIENCE_S if lacks else 0.0)
         nodes += coming if is_bounded else _like(nodes, gpus_per_actor, spec)
         fit = _count_gpu_actors(nodes, gpus_per_actor)
         num_gpus = sum(n.get("GPU", 0) for n in nodes)
@@ -250,12 +253,18 @@ def _check_gpus(spec: ComputeSpec, gpus_per_actor: float, num_gpus: float, fit: 
             f"compute.gpus_per_actor: {gpus_per_actor:g} asked, no node of the cluster has so "
             "many; name fewer, or 0 for CPUs"
         )
-    low = spec.actors if not isinstance(spec.actors, tuple) else spec.actors[0]
-    if low != "auto" and low > fit:
+    if (low := _least(spec)) > fit:
         raise SpecError(
             f"compute.actors: {low} asked with {gpus_per_actor:g} GPU each, the cluster's "
             f"{num_gpus:g} GPUs are enough for {fit}"
         )
+
+
+def _least(spec: ComputeSpec) -> int:
+    """The actors that a run is to have at least."""
+    if spec.actors == "auto":
+        return 1
+    return spec.actors if isinstance(spec.actors, int) else spec.actors[0]
 
 
 def _like(

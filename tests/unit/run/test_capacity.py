@@ -72,3 +72,26 @@ def test_what_a_platform_tells_ray_is_taken(on_head: Path, monkeypatch: pytest.M
 def test_a_machine_of_its_own_declares_nothing() -> None:
     assert declared_pools() == []
     assert not capacity.grows()
+
+
+def test_an_autoscaler_that_is_about_to_begin_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def status(version: int, group: str) -> Any:
+        node = SimpleNamespace(ray_node_type_name=group)
+        return SimpleNamespace(
+            autoscaling_state=SimpleNamespace(autoscaler_state_version=version),
+            cluster_resource_state=SimpleNamespace(node_states=[node]),
+        )
+
+    def grows(patience_s: float, *statuses: Any) -> bool:
+        left = iter(statuses)
+        monkeypatch.setattr(capacity, "_status", lambda: next(left))
+        return capacity.grows(patience_s)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(capacity, "_LOOK_S", 0.0)
+    assert grows(0.0, status(3, ""))
+    assert grows(60.0, status(0, "headgroup"), status(0, "headgroup"), status(1, "headgroup"))
+    assert not grows(0.0, status(0, "headgroup"))
+    assert not grows(60.0, status(0, ""))  # nobody manages its nodes

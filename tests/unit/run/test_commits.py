@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from fmembed.errors import RejectedError
-from fmembed.run.commits import check_rejected, interval_s
+from fmembed.run.commits import Commits, check_rejected, interval_s
 from fmembed.spec import OutputSpec
 
 HOUR_S = 3600.0
@@ -48,3 +49,26 @@ def test_one_bad_row_of_four_fails_no_run_unless_that_was_said() -> None:
     for output, num_rejected, num_rows in ((said, 1, 4), (default, 4, 4), (default, 1, 10)):
         with pytest.raises(RejectedError, match=f"{num_rejected} of {num_rows} rows were rejected"):
             check_rejected(table, output, num_rejected, num_rows)
+
+
+def test_a_stopped_run_waits_for_its_last_writes_no_longer_than_it_may(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A write may wait for what is computed again, on a device that is not there any more."""
+    asked: list[float] = []
+
+    def wait(refs: list[Any], num_returns: int, timeout: float) -> Any:
+        asked.append(timeout)
+        return refs[:1], refs[1:]
+
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "get", lambda ref: ref)
+    commits: Any = Commits.__new__(Commits)
+    taken: list[Any] = []
+    vars(commits).update(_pending=[], _writes=["written", "not"], _written=[], _deadline=None)
+    monkeypatch.setattr(commits, "_take", lambda ref, _: taken.append(ref))
+    commits.commit(12.0)
+    assert taken == ["written"]
+    assert len(asked) == 1
+    assert 11 < asked[0] <= 12
+    assert commits._deadline is None

@@ -153,7 +153,7 @@ def test_no_more_gpus_are_asked_for_than_there_is_work_for(monkeypatch: pytest.M
 def test_where_an_autoscaler_does_not_say_what_may_come_the_config_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(capacity, "grows", lambda: True)
+    monkeypatch.setattr(capacity, "grows", lambda *_: True)
     _cluster(monkeypatch, [HEAD, {"CPU": 4, "memory": GIB}])
     assert plan_compute(ComputeSpec()).device == "cpu"
     plan = plan_compute(ComputeSpec(gpus_per_actor=1, actors=4))
@@ -163,7 +163,7 @@ def test_where_an_autoscaler_does_not_say_what_may_come_the_config_does(
     plan = plan_compute(ComputeSpec(gpus_per_actor=1, actors=4))
     assert (plan.min_actors, plan.num_workers) == (4, 4 + 8 + 8 - 1)
     assert not is_blind(plan)
-    monkeypatch.setattr(capacity, "grows", lambda: False)
+    monkeypatch.setattr(capacity, "grows", lambda *_: False)
     with pytest.raises(SpecError, match=r"compute\.actors: 4 asked"):
         plan_compute(ComputeSpec(gpus_per_actor=1, actors=4))
 
