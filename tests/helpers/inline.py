@@ -53,7 +53,7 @@ class _Task:
         return _Ref(found) if self._num_returns == 1 else [_Ref(each) for each in found]
 
 
-def _get(refs: Any) -> Any:
+def _get(refs: Any, timeout: float | None = None) -> Any:
     return [r.value for r in refs] if isinstance(refs, list) else refs.value
 
 
