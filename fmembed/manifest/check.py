@@ -159,9 +159,9 @@ def _check_schedule(spec: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("spec.schedule", f"{fault}; spec.timeZone says the zone")
     zone = spec.get("timeZone")
     if zone is None:
-        yield Finding("spec.timeZone", "missing: the operator's own would count; as Etc/UTC")
+        yield Finding("spec.timeZone", "missing: the operator's own would count; one is Etc/UTC")
     elif not is_zone(str(zone)):
-        yield Finding("spec.timeZone", f"no time zone is called {str(zone)!a:.60}; as Etc/UTC")
+        yield Finding("spec.timeZone", f"no time zone is called {str(zone)!a:.60}; one is Etc/UTC")
 
 
 def _check_overlap(job: dict[str, Any]) -> Iterator[Finding]:
@@ -334,7 +334,8 @@ def _check_pod(pod: dict[str, Any], where: str) -> Iterator[Finding]:
         named = ray_version_of(str(container.get("image", "")))
         if named is not None and not f"{RAY_VERSION}.".startswith(f"{named}."):
             yield Finding(
-                f"{at}.image", f"has Ray {named}, and fmembed and rayVersion {RAY_VERSION}: as they"
+                f"{at}.image",
+                f"has Ray {named}: takes one with {RAY_VERSION}, as rayVersion and fmembed",
             )
         limits = _mapping(_at(container, "resources", "limits"))
         requests = _mapping(_at(container, "resources", "requests"))

@@ -172,7 +172,7 @@ OF_A_JOB: dict[str, tuple[Change, str, str]] = {
     "an image of another Ray": (
         lambda d: container(d).update(image="rayproject/ray:2.50.0-py311-gpu"),
         "image",
-        "has Ray 2.50.0, and fmembed and rayVersion 2.60.0",
+        "has Ray 2.50.0: takes one with 2.60.0",
     ),
     "another Ray": (
         lambda d: spec(d)["rayClusterSpec"].update(rayVersion="2.9.0"),
@@ -281,7 +281,7 @@ OF_A_CRON: dict[str, tuple[Change, str, str]] = {
         "spec.timeZone",
         "no time zone is called 'Europe/Atlantis'",
     ),
-    "the operator's zone": (lambda d: d["spec"].pop("timeZone"), "spec.timeZone", "as Etc/UTC"),
+    "the operator's zone": (lambda d: d["spec"].pop("timeZone"), "spec.timeZone", "one is Etc/UTC"),
 }
 
 
