@@ -58,7 +58,24 @@ def config_of_job(spec: RunSpec) -> str:
                 "give the URL without, and credentials by cluster.secret or cluster.env"
             )
     check_reachable(spec)
-    return dump(raw)
+    return dump(_with_pools(raw, spec))
+
+
+def _with_pools(raw: dict[str, Any], spec: RunSpec) -> dict[str, Any]:
+    """With the GPUs that may come, where the config leaves that open: KubeRay (1.7) does not tell
+    a run which workers its cluster may have, and none is there yet when it is planned.
+    """
+    cluster, compute = spec.cluster, spec.compute
+    assert cluster is not None
+    given = compute.gpus_per_actor
+    if spec.model.endpoint is not None or not cluster.has_gpus or given == 0:
+        return raw
+    each = 1.0 if given == "auto" else given
+    per_node = int(cluster.gpu.gpus / each + 1e-9)
+    told: dict[str, Any] = {"gpus_per_actor": 1} if given == "auto" else {}
+    if compute.actors == "auto" and per_node:
+        told["actors"] = [1, per_node * (cluster.max_spot + cluster.gpu.max_on_demand)]
+    return {**raw, "compute": {**raw.get("compute", {}), **told}}
 
 
 def check_reachable(spec: RunSpec) -> None:
