@@ -137,9 +137,12 @@ def undelete(uri: str | Path) -> int:
         # First, so that a kill in between costs reading, and no row.
         drop_shards(table.storage, Commit(run=f"{run_id}-undelete"))
         table.deleted.clear()
-        for other in table.deleted.beside:  # whose lists this table goes by too
+    # This table goes by the lists of the others in its store, and they by its own.
+    for other in table.deleted.beside:
+        with Lock(other.storage, run_id):
+            drop_shards(other.storage, Commit(run=f"{run_id}-undelete"))
             other.clear()
-        return num_deleted
+    return num_deleted
 
 
 def _delete(
@@ -157,6 +160,11 @@ def _delete(
         raise TableError(
             f"table: the log of {table.uri} no longer holds what run {lost[0]} has committed; "
             "nothing was deleted: fmembed verify --repair takes its parts back, then purge"
+        )
+    if purge and (promoted := promoted_version(table)) not in (None, table.version()):
+        raise TableError(
+            f"table: the store of {table.uri} has version {promoted} promoted, which is not the "
+            "newest; nothing was deleted: fmembed promote the newest, or delete without --purge"
         )
     if lock is not None:
         table.clean_up(card.identity, run_id, retry_rejected=False)
@@ -185,7 +193,7 @@ def _delete(
     )
     if len(gone):
         commit = _commit(table, keys, lock, run_id)
-    table.deleted.finish()
+    table.deleted.finish(table.rows.version())
     if len(gone) or table.is_uncounted():
         table.drop_report()  # which may show them
         result = RunResult(

@@ -307,7 +307,7 @@ def _manifest(subject: _Subject) -> Iterator[Finding]:
 def _storage(subject: _Subject) -> Iterator[Finding]:
     """Write, write where there is something, list, read, delete; and its clock."""
     for storage in subject.storages:
-        began, path = time.monotonic(), f"_lock/.probe-{uuid.uuid4().hex}"
+        began, path = time.monotonic(), f".probe-{uuid.uuid4().hex}"
         if storage.local is not None and not storage.local.is_dir():
             if not _is_writable(storage.local):
                 yield Finding(
@@ -318,7 +318,7 @@ def _storage(subject: _Subject) -> Iterator[Finding]:
         try:
             is_first = storage.create(path, b"1")
             is_second = storage.create(path, b"2")
-            is_listed = path in storage.paths("_lock/")
+            is_listed = path in storage.paths()
             content, modified = storage.get(path), storage.modified(path)
         finally:
             storage.delete(path)

@@ -6,6 +6,8 @@ hand.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from fmembed.result import RunResult
 from fmembed.run.cluster import Cluster
 from fmembed.spec import RunSpec
 from fmembed.table.lock import holder
-from fmembed.table.store import Kept, Pointer, Store
+from fmembed.table.store import Kept, Pointer, Store, dataset_of
 from fmembed.table.table import Table
 from fmembed.telling import Teller
 
@@ -46,17 +48,19 @@ def consider(
     name, version = _name(table), result.version
     if version is None or not result.table_rows:
         return result
-    current = store.current()
-    if current is not None and (current.table, current.version) == (name, version):
+    current, parts = store.current(), table.digest(version)
+    if current is not None and current.is_of(name, version, parts):
         return replace(result, promotion="current", gate=current.gate or {})
-    if store.was_left(name, version):
+    if store.was_left(name, version, parts):
+        return replace(result, promotion="beside")
+    if current is not None and dataset_of(current.table) != dataset_of(name):
         return replace(result, promotion="beside")
     if mode == "off":
         return replace(
             result, gate={"passed": True, "words": "the gate was not asked", "checks": []}
         )
     record = _known(store, name, version, current)
-    if record is None:
+    if record is None or record["asked"] != _question(inputs.spec):
         if cluster is None:
             return None
         record = _ask(store, table, version, current, inputs.spec, cluster, teller)
@@ -75,7 +79,7 @@ def settle(inputs: Inputs, result: RunResult) -> RunResult:
     if not result.gate["passed"]:
         return replace(result, promotion="refused")
     current, name = store.current(), _name(inputs.table)
-    if _over(current) != result.gate.get("over", _over(current)):
+    if _over(store, current) != result.gate.get("over", _over(store, current)):
         raise TableError(
             f"store: something else was promoted in {store.uri} while the gate was asked; the same "
             "command asks it again"
@@ -127,7 +131,7 @@ def promote(
     if version is None:
         version = opened.version() or 0
     opened.check_version(version)
-    if current is not None and (current.table, current.version) == (name, version):
+    if current is not None and current.is_of(name, version, opened.digest(version)):
         raise TableError(f"store: version {version} of {name} is what is promoted in {found.uri}")
     record = _known(found, name, version, current)
     if record is None and not force:
@@ -238,7 +242,8 @@ def _choose(store: Store, current: Pointer | None) -> str:
     Raises:
         TableError: There is none, or there are several.
     """
-    promoted = None if current is None else (current.table, current.version)
+    is_there = current is not None and store.is_there(current)
+    promoted = (current.table, current.version) if current is not None and is_there else None
     tables = [t for t in store.tables() if t.version is not None and t.rows]
     able = [t.name for t in tables if (t.name, t.version) != promoted]
     passed = [t.name for t in tables if t.name in able and (t.gate or {}).get("passed", True)]
@@ -252,11 +257,20 @@ def _choose(store: Store, current: Pointer | None) -> str:
 def _known(store: Store, name: str, version: int, current: Pointer | None) -> dict[str, Any] | None:
     """What the gate has said, if it was asked with what is promoted now."""
     record = store.gate_record(name, version)
-    return record if record is not None and record.get("over") == _over(current) else None
+    return record if record is not None and record["over"] == _over(store, current) else None
 
 
-def _over(current: Pointer | None) -> dict[str, Any] | None:
-    return None if current is None else {"table": current.table, "version": current.version}
+def _over(store: Store, current: Pointer | None) -> dict[str, Any] | None:
+    """What is compared with: nothing, where what was promoted is not there any more."""
+    if current is None or not store.is_there(current):
+        return None
+    return {"table": current.table, "version": current.version}
+
+
+def _question(spec: RunSpec) -> str:
+    """A digest of what the gate goes by: with other limits or labels it is asked anew."""
+    told = [spec.gate.model_dump(), spec.source.label, spec.source.split, spec.probes]
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
 
 def _ask(
@@ -272,8 +286,11 @@ def _ask(
 
     cluster.connect()
     teller.say("asking the gate …")
-    over = None if current is None else (Table.open(store.uri_of(current.table)), current)
-    record: dict[str, Any] = run_gate(table, version, over, spec)
+    over = None
+    if current is not None and _over(store, current) is not None:
+        over = Table.open(store.uri_of(current.table)), current
+    found: dict[str, Any] = run_gate(table, version, over, spec)
+    record = {**found, "asked": _question(spec)}
     store.put_gate(_name(table), version, record)
     return record
 

@@ -160,6 +160,8 @@ class Storage:
 
     def get_buffer(self, path: str) -> memoryview:
         """As `get`, without a copy."""
+        if self.local and not os.path.isdir(self.local):  # looking makes no folder
+            raise FileNotFoundError(path)
         try:
             self._check(path)
             return memoryview(obstore.get(self._store, path).bytes())
@@ -184,6 +186,8 @@ class Storage:
 
     def size_bytes(self, path: str) -> int | None:
         """An object's size, None where there is none."""
+        if self.local and not os.path.isdir(self.local):
+            return None
         try:
             return int(obstore.head(self._store, path)["size"])
         except FileNotFoundError:

@@ -64,7 +64,7 @@ def _promotion(result: dict[str, Any]) -> Iterator[str]:
         "promoted": "promoted: readers get this version",
         "current": "readers get this version already",
         "refused": "refused by the gate: what was promoted stays; fmembed promote --force switches",
-        "beside": "readers were switched to another version, which stays; fmembed promote switches",
+        "beside": "it stays beside what is promoted; fmembed promote switches to it",
     }
     what = told.get(promotion, "not promoted: fmembed promote switches to it")
     yield f"store     {store}: {what}"

@@ -236,7 +236,10 @@ def delete(
 
     given = None if ids is None else _read_lines(ids)
     store = Store.find(table)
-    for one in [table] if store is None else map(store.uri_of, store.names()):
+    places = [table] if store is None else [store.uri_of(t.name) for t in store.tables()]
+    for one in places if store is not None else ():  # that all of them can be asked this
+        delete_rows(one, where, ids=given, listed_in=listed_in, purge=purge, dry_run=True)
+    for one in places:
         if store is not None and not json_:
             say_line(f"in {one}:")
         done = delete_rows(one, where, ids=given, listed_in=listed_in, purge=purge, dry_run=dry_run)
@@ -279,8 +282,11 @@ def _read_lines(path: str) -> list[str]:
 def undelete(table: TableName, json_: Json = False) -> None:
     """Let rows come back that delete has removed, by the next run."""
     from fmembed.deletion import undelete as let_come_back
+    from fmembed.table.store import Store
 
-    num_rows = let_come_back(table)
+    store = Store.find(table)
+    names = [] if store is None else [t.name for t in store.tables()]
+    num_rows = let_come_back(store.uri_of(names[0]) if store is not None and names else table)
     if json_:
         print(json.dumps({"table": table, "rows": num_rows}))
         return

@@ -41,6 +41,10 @@ _MAP_IS_ENOUGH = 0.95
 _MAX_NORM_FACTOR = 2.0
 # Of a first version, which nothing can be compared with: so many inputs may share a vector.
 _MAX_COPIES = 0.5
+# So many vectors may be of length 0: empty texts, silence.
+_MAX_ZERO = 0.01
+# Of rows that have not changed, by the same model: one in a hundred may be farther off.
+_SAME_COSINE = {"float32": 0.99, "float16": 0.99, "int8": 0.95}
 # What rounding does to the length of a vector that was normalised, in float16 too.
 _NORM_ERROR = 0.01
 
@@ -220,6 +224,7 @@ def _given(
         "probes": [name for name in spec.probes if name in paired.JUDGES],
         "named": list(spec.probes),
         "label": spec.source.label,
+        "precisions": {c: new.card.outputs[c].precision for c in columns},
         "same_model": old is not None and old.card.fingerprint == new.card.fingerprint,
         "normalized": [
             c for c in columns
@@ -260,11 +265,15 @@ def _measure(given: dict[str, Any]) -> list[dict[str, Any]]:
             if all(np.isfinite(v).all() for v in both):
                 checks += _judge(given, new, old, at_new, at_old, both)
                 is_judged = any(check.name.startswith("probe ") for check in checks)
-                checks += _drifts(given, vectors, new, old, at_new, at_old, both, is_judged)
+                checks += _drifts(
+                    given, column, vectors, new, old, at_new, at_old, both, is_judged
+                )  # fmt: skip
         elif before is not None:
             checks.append(
-                Check("same rows", None, f"both have {len(at_new):,} rows of the same ids, too few "
-                      "to compare them by")
+                Check(
+                    "same rows", None if given["same_model"] else False,
+                    f"both have {len(at_new):,} rows of the same ids, too few to compare them by",
+                )
             )  # fmt: skip
         found += [Check(c.name, c.passed, named + c.words, c.figures) for c in checks]
     return [asdict(check) for check in found]
@@ -297,9 +306,11 @@ def _look(
         "finite", now["not_finite"] == 0,
         f"{now['not_finite']:.1%} of the vectors hold a NaN or an infinity",
     ) if now["not_finite"] else Check("finite", True, "all numbers are finite")  # fmt: skip
-    zeros = now["zero"] - (was["zero"] if was else 0)
     if now["zero"]:
-        yield Check("zero", zeros <= 0.01, f"{now['zero']:.1%} of the vectors are of length 0")
+        allowed = max(_MAX_ZERO, was["zero"] if was else 0)
+        yield Check(
+            "zero", now["zero"] <= allowed, f"{now['zero']:.1%} of the vectors are of length 0"
+        )
     is_one = now["mean_cosine"] > gate.max_mean_cosine and len(vectors) > 1
     words = f"pairs of rows have a mean cosine of {now['mean_cosine']:.3f}"
     if was is not None:
@@ -319,7 +330,7 @@ def _look(
     norms = f"lengths are {now['norm_low']:.3f} to {now['norm_high']:.3f}"
     if column in given["normalized"]:
         is_unit = max(abs(now["norm_low"] - 1), abs(now["norm_high"] - 1)) <= _NORM_ERROR
-        yield Check("norms", is_unit or now["zero"] > 0, f"{norms}, of vectors of length 1")
+        yield Check("norms", is_unit, f"{norms}, of vectors of length 1")
     elif was is not None and given["same_model"]:
         factor = now["norm"] / max(was["norm"], 1e-12)
         is_like = 1 / _MAX_NORM_FACTOR <= factor <= _MAX_NORM_FACTOR
@@ -357,8 +368,12 @@ def _judge(
     if any(len(side.classes) < 2 for side in sides):
         yield Check("probes", None, "no probe compares them: there are no two labels")
         return
+    if any(len(side.classes) > len(kept) / 2 for side in sides):
+        yield Check("probes", None, "no probe compares them: most rows have a label of their own")
+        return
     is_judged = paired.judged(sides[1])
     groups = _codes(hashes)[is_judged]
+    most_frequent = float(np.bincount(sides[0].labels[is_judged]).max() / max(is_judged.sum(), 1))
     for name in given["probes"]:
         was, now = (paired.hits(name, side)[is_judged] for side in sides)
         found = paired.difference(was, now, groups)
@@ -372,6 +387,10 @@ def _judge(
             f"{int(is_judged.sum()):,} rows ({found['value']:+.4f}, {found['low']:+.4f} to "
             f"{found['high']:+.4f})"
         )
+        if found["old"] <= most_frequent + gate.margin:
+            words += ", no more than the most frequent label alone: it tells nothing of them"
+            yield Check(f"uninformative {name}", None, words)
+            continue
         if not is_enough and found["high"] >= -gate.margin:
             words += f", too few rows to tell that it is no more than {gate.margin} worse"
         yield Check(f"probe {name}", is_enough, words, found)
@@ -379,6 +398,7 @@ def _judge(
 
 def _drifts(
     given: dict[str, Any],
+    column: str,
     vectors: Floats,
     new: dict[str, Any],
     old: dict[str, Any],
@@ -411,6 +431,15 @@ def _drifts(
         )  # fmt: skip
         return
     is_same = [new["hashes"][i] == old["hashes"][j] for i, j in zip(at_new, at_old, strict=True)]
+    stayed = np.flatnonzero(np.array(is_same, dtype=np.bool_))
+    limit = _SAME_COSINE.get(given["precisions"][column])
+    if len(stayed) and limit is not None:
+        same = float(np.quantile(drift.cosines(both[0][stayed], both[1][stayed]), 0.01))
+        yield Check(
+            "unchanged rows", same >= limit,
+            f"{len(stayed):,} rows have not changed; cosine of old and new at least {same:.3f} for "
+            "99 in 100",
+        )  # fmt: skip
     changed = np.flatnonzero(~np.array(is_same, dtype=np.bool_))
     if len(changed):
         cosines = drift.cosines(both[0][changed], both[1][changed])

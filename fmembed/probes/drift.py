@@ -30,7 +30,7 @@ def health(vectors: Floats, contents: Ints) -> dict[str, float]:
         `mean_cosine` of pairs of rows; `rank`, how many directions the rows spread to (the
         exponential of the entropy of the covariance's spectrum, Roy and Vetterli 2007); `copies`,
         the share of contents whose vector another content has too; `norm_low`, `norm` and
-        `norm_high`, the lengths' 1st, 50th and 99th percentile. Of no row all are 0.
+        `norm_high`, the 1st, 50th and 99th percentile of the lengths but 0. Of no row all are 0.
     """
     names = ("not_finite", "zero", "mean_cosine", "rank", "copies", "norm_low", "norm", "norm_high")
     if not len(vectors):
@@ -51,7 +51,8 @@ def health(vectors: Floats, contents: Ints) -> dict[str, float]:
         rank = float(np.exp(-(share * np.log(share)).sum()))
         _, counts = np.unique(whole, axis=0, return_counts=True)
         copies = float(counts[counts > 1].sum() / len(whole))
-    low, middle, high = np.percentile(lengths, [1, 50, 99])
+    some = lengths[lengths >= 1e-12]
+    low, middle, high = np.percentile(some if len(some) else lengths, [1, 50, 99])
     return {
         "not_finite": float(1 - is_finite.mean()),
         "zero": float((lengths < 1e-12).mean()),

@@ -360,7 +360,7 @@ class Refresh:
             if shard.key
         ]
         new.clean_up(commit, whole)
-        self._table.deleted.finish()
+        self._table.deleted.finish(self._table.rows.version())
         num_leaving = counts["gone"] + counts["gone_wrong"]
         return Settled(
             counts=counts,

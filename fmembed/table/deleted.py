@@ -3,6 +3,7 @@
     <table>/_deleted/<blake2b>.ids         keys of ids, 16 bytes each (rows/ids.py), sorted
     <table>/_deleted/<blake2b>.contents    keys of contents, of rows whose ids are places
     <table>/_deleted/pending               that the table still has some of them
+    <table>/_deleted/since                 the first version that has none of them
 
 They are there as keys alone: of somebody who has asked to be forgotten no name is kept. Files are
 named after their bytes, and all of them count, so that a new one is written before an old one goes.
@@ -24,7 +25,7 @@ from fmembed.storage import Storage
 
 # What a store of tables has, at its top.
 STORE_MARK = "_store.json"
-_FOLDER, _PENDING = "_deleted/", "_deleted/pending"
+_FOLDER, _PENDING, _SINCE = "_deleted/", "_deleted/pending", "_deleted/since"
 _NAME = re.compile(rf"{_FOLDER}[0-9a-f]{{32}}\.(ids|contents)")
 
 
@@ -32,13 +33,13 @@ class Deleted:
     """The lists of one table; `beside` are those of the others in its store."""
 
     def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+        self._storage = self.storage = storage
 
     @property
     def beside(self) -> list[Deleted]:
         """The lists of the tables in the same store; of a table that is in none, none."""
         outer, _, name = self._storage.uri.rpartition("/tables/")
-        if not outer or "/" in name:
+        if not outer or outer.endswith(":/") or "/" in name:
             return []
         store = Storage(outer)
         if store.size_bytes(STORE_MARK) is None:
@@ -97,15 +98,26 @@ class Deleted:
         """
         return self.was_stopped or len(self.read()) > len(self._read())
 
-    def finish(self) -> None:
-        """The table has none of them any more. Only under the lock."""
-        if self.beside and self.is_pending:
+    @property
+    def since(self) -> int:
+        """The first version without them, by what was written last; 0 where nothing was."""
+        try:
+            return int(self._storage.get(_SINCE))
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def finish(self, version: int) -> None:
+        """The table has none of them any more, from a version on. Only under the lock."""
+        is_pending = self.is_pending
+        if is_pending and self.beside:
             self.begin(self.read())
+        if is_pending or self.since > version:  # a log that was made anew counts anew
+            self._storage.put(_SINCE, str(version).encode())
         self._storage.delete(_PENDING)
 
     def clear(self) -> None:
         """Empty the lists, whatever is in them. Only under the lock."""
-        for path in [*self._paths(), _PENDING]:
+        for path in [*self._paths(), _PENDING, _SINCE]:
             self._storage.delete(path)
 
     def _paths(self) -> list[str]:

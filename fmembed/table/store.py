@@ -11,7 +11,9 @@ one, which local disks and all clouds do atomically. The generations before it a
 
 from __future__ import annotations
 
+import contextlib
 import getpass
+import hashlib
 import json
 import os
 import re
@@ -22,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from fmembed.errors import ConflictError, FmembedError, StorageError, TableError
 from fmembed.storage import Storage
@@ -34,6 +36,8 @@ _GENERATION = re.compile(r"CURRENT/(\d{8,18})\.json")
 # Of a table's name, what is no letter, number, dash or dot; and how much of a fingerprint is in it.
 _ODD = re.compile(r"[^A-Za-z0-9.-]+")
 _SHORT = 12
+# What a table may be called: no place outside of the store.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Generations that are kept: one listing on a cloud. An hourly refresh makes so many in six weeks.
 _KEPT = 1000
 # A reader that comes upon a version which is taken away looks again at what is promoted by then.
@@ -47,9 +51,8 @@ class Pointer:
     """What is promoted, and how it came to it.
 
     `table` is a folder of the store, `parts` a digest of the version's parts: a log that was made
-    anew counts anew. `rows_deleted` are on the table's list of what stays out. `before` is the
-    generation that a rollback goes to, 0 for none. `kind` is `promote`, `rollback` or `delete`,
-    which takes readers to the version without the rows.
+    anew counts anew. `before` is the generation that a rollback goes to, 0 for none. `kind` is
+    `promote`, `rollback` or `delete`, which takes readers to the version without the rows.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -61,7 +64,6 @@ class Pointer:
     parts: str
     rows: int
     rows_rejected: int
-    rows_deleted: int
     kind: str
     time: str
     by: str
@@ -71,7 +73,11 @@ class Pointer:
 
     def leads_to(self, other: Pointer | None) -> bool:
         """Whether both lead to the same version."""
-        return other is not None and (self.table, self.version) == (other.table, other.version)
+        return other is not None and self.is_of(other.table, other.version, other.parts)
+
+    def is_of(self, table: str, version: int, parts: str) -> bool:
+        """Whether it leads to this version, and not to one of the same number."""
+        return (self.table, self.version, self.parts) == (table, version, parts)
 
 
 _POINTER = TypeAdapter(Pointer)
@@ -90,6 +96,7 @@ class _Gate(BaseModel):
     passed: bool
     words: str
     parts: str = ""
+    asked: str = ""
     over: dict[str, str | int] | None = None
     checks: list[_Check] = []
     seconds: float = 0.0
@@ -164,7 +171,8 @@ class Store:
             raise TableError(f"output.store: {self.uri} is a file; give a folder or a URL")
         if self.storage.size_bytes(STORE_MARK) is not None:
             return
-        if there := [p for p in self.storage.paths() if p not in ("CURRENT/", f"{_TABLES}/")]:
+        own = ("CURRENT/", f"{_TABLES}/", "_gates/", "_lock/")
+        if there := [p for p in self.storage.paths() if p not in own]:
             raise TableError(
                 f"output.store: {self.uri} is not empty (there is {there[0][:80]}) and no store; "
                 "give another folder"
@@ -175,8 +183,10 @@ class Store:
         self.storage.create(STORE_MARK, json.dumps({"store": 1}).encode())
 
     def name(self, dataset: str, fingerprint: str) -> str:
-        """What the table of a dataset and a fingerprint is called."""
+        """What the table of a dataset and a fingerprint is called: see `dataset_of`."""
         said = _ODD.sub("-", dataset).strip("-.")[:40] or "rows"
+        if said != dataset:  # so are others made
+            said += f"-{hashlib.blake2b(dataset.encode(), digest_size=3).hexdigest()}"
         return f"{said}-{fingerprint[:_SHORT]}"
 
     def uri_of(self, name: str) -> str:
@@ -230,10 +240,9 @@ class Store:
         """What was promoted, the newest first; at most so many."""
         found = []
         for generation in self._generations()[::-1][:limit]:
-            try:
+            # One that is damaged, or was written by a later version, is passed over.
+            with contextlib.suppress(FileNotFoundError, StorageError):
                 found.append(self._read(generation))
-            except FileNotFoundError:
-                break  # they go from the oldest on
         return found
 
     def pinned(self) -> list[Pointer]:
@@ -243,10 +252,18 @@ class Store:
             return []
         try:
             return [current, self._read(current.before)] if current.before else [current]
-        except FileNotFoundError:
+        except (FileNotFoundError, StorageError):
             return [current]
 
-    def was_left(self, name: str, version: int) -> bool:
+    def is_there(self, pointer: Pointer) -> bool:
+        """Whether what a pointer leads to is what was promoted."""
+        table = Table(self.uri_of(pointer.table))
+        newest = table.version()
+        if newest is None or not table.rows.oldest() <= pointer.version <= newest:
+            return False
+        return table.digest(pointer.version) == pointer.parts
+
+    def was_left(self, name: str, version: int, parts: str) -> bool:
         """Whether readers were switched away from a table, or from this version of it: by another
         table that took its place, or by a rollback. As far as the history goes.
         """
@@ -254,8 +271,10 @@ class Store:
         if not history:
             return False
         current, *before = history
+        if current.is_of(name, version, parts):
+            return False
         if current.table == name:
-            return any((p.table, p.version) == (name, version) for p in before)
+            return any(p.is_of(name, version, parts) for p in before)
         return any(p.table == name for p in before)
 
     def promote(
@@ -294,7 +313,6 @@ class Store:
             parts=table.digest(version),
             rows=sum(part.num_rows for part in table.rows.parts(version)),
             rows_rejected=table.num_rejected(),
-            rows_deleted=len(table.deleted.read()),
             kind=kind,
             time=datetime.now(UTC).isoformat(timespec="seconds"),
             by=_who(),
@@ -302,10 +320,10 @@ class Store:
             before=0 if over is None else over.before if kind == "delete" else over.generation,
             gate=gate,
         )
-        if not pointer.rows:
+        if not pointer.rows and kind != "delete":
             raise TableError(f"store: version {version} of {name} has no row; it is not promoted")
-        self._check_whole(table, version)
-        return self._switch(pointer)
+        self._check_usable(table, version)
+        return self._switch(pointer, table, over)
 
     def rollback(self, why: str, to: int | None = None) -> Pointer:
         """Switch the pointer back.
@@ -335,12 +353,7 @@ class Store:
         table.check_version(target.version)
         if table.digest(target.version) != target.parts:
             raise TableError(f"store: {self._other(target)}")
-        if (num := len(table.deleted.read()) - target.rows_deleted) > 0:
-            raise TableError(
-                f"store: {num:,} rows were deleted from {target.table} since, and version "
-                f"{target.version} has them still; refresh it and promote what comes of it"
-            )
-        self._check_whole(table, target.version)
+        self._check_usable(table, target.version)
         switched = replace(
             target,
             generation=current.generation + 1,
@@ -350,7 +363,7 @@ class Store:
             why=why,
             gate=None,
         )
-        return self._switch(switched)
+        return self._switch(switched, table, current)
 
     def follow(self, name: str, old: int, new: int, why: str) -> Pointer | None:
         """Take readers from a version to the one without the rows that were deleted from it.
@@ -384,7 +397,13 @@ class Store:
             raise TableError(f"store: {self.uri} has no table {name[:80]!a}; it has {have}")
         return Table.open(self.uri_of(name))
 
-    def _check_whole(self, table: Table, version: int) -> None:
+    def _check_usable(self, table: Table, version: int) -> None:
+        """Make sure that a version is there, and has no row that was deleted since."""
+        if version < table.deleted.since or table.deleted.is_pending:
+            raise TableError(
+                f"store: rows were deleted since version {version} of {table.uri} was made, which "
+                "has them still; refresh it and promote what comes of it"
+            )
         there = table.storage.sizes("")
         if any(part.path not in there for part in table.rows.parts(version)):
             raise TableError(
@@ -392,9 +411,8 @@ class Store:
                 "cannot be promoted"
             )
 
-    def _switch(self, pointer: Pointer) -> Pointer:
-        content = json.dumps(asdict(pointer), indent=1).encode()
-        if not self.storage.create(_path(pointer.generation), content):
+    def _switch(self, pointer: Pointer, table: Table, over: Pointer | None) -> Pointer:
+        if not self.storage.create(_path(pointer.generation), _written(pointer)):
             raise ConflictError(
                 f"store: something else was promoted in {self.uri} meanwhile; look at fmembed "
                 "status, then do the same again"
@@ -406,6 +424,16 @@ class Store:
             raise ConflictError(f"store: {self.uri} has moved on meanwhile; do the same again")
         for old in generations[:-_KEPT]:
             self.storage.delete(_path(old))
+        try:  # once more: a vacuum or a delete may have looked before it was promoted
+            self._check_usable(table, pointer.version)
+        except TableError:
+            if over is not None and self.is_there(over):
+                back = replace(
+                    over, generation=pointer.generation + 1, kind="rollback",
+                    why="what was promoted over it was taken away meanwhile",
+                )  # fmt: skip
+                self.storage.create(_path(back.generation), _written(back))
+            raise
         return pointer
 
     def _generations(self) -> list[int]:
@@ -414,8 +442,11 @@ class Store:
 
     def _read(self, generation: int) -> Pointer:
         try:
-            return _POINTER.validate_json(self.storage.get(_path(generation)))
-        except ValidationError:
+            pointer = _POINTER.validate_json(self.storage.get(_path(generation)))
+            if pointer.generation != generation or not _NAME.fullmatch(pointer.table):
+                raise ValueError("of another place")
+            return pointer
+        except ValueError:  # pydantic's is one
             raise StorageError(
                 f"store: {_path(generation)} in {self.uri} is not as it was written; delete it, "
                 "and the one before it is promoted again"
@@ -452,18 +483,29 @@ def find_version(
         TableError: No such table or version, nothing promoted, or made by something else.
     """
     store = Store.find(uri)
+    if store is not None and version is None:
+        for _ in range(_MAX_LOOKS):
+            current = store.current()
+            try:
+                return _find_promoted(store, current, fingerprint)
+            except FmembedError:
+                again = store.current()
+                if again is None or (current and again.generation == current.generation):
+                    raise  # nothing has taken its place meanwhile
+        return _find_promoted(store, store.current(), fingerprint)
     if store is None:
         table = Table.open(uri)
         card = table.card()
         assert card is not None
         _check_made_by(table.uri, card.fingerprint, fingerprint)
         return Found(table, version)
-    if version is not None:
-        raise TableError(
-            f"version: {store.uri} is a store, which is read at what is promoted; for another "
-            f"version give one of its tables, as {store.uri}/{_TABLES}/..."
-        )
-    pointer = store.current()
+    raise TableError(
+        f"version: {store.uri} is a store, which is read at what is promoted; for another "
+        f"version give one of its tables, as {store.uri}/{_TABLES}/..."
+    )
+
+
+def _find_promoted(store: Store, pointer: Pointer | None, fingerprint: str | None) -> Found:
     if pointer is None:
         have = ", ".join(store.names()) or "none"
         raise TableError(
@@ -517,8 +559,17 @@ def _check_made_by(uri: str, made: str, asked: str | None) -> None:
         raise TableError(f"fingerprint: {uri} was made by {made}, not by {asked!a:.80}")
 
 
+def dataset_of(name: str) -> str:
+    """What of a table's name is its dataset's."""
+    return name.rpartition("-")[0]
+
+
 def _gate_path(name: str, version: int) -> str:
     return f"_gates/{name}-{version:08d}.json"
+
+
+def _written(pointer: Pointer) -> bytes:
+    return json.dumps(asdict(pointer), indent=1).encode()
 
 
 def _path(generation: int) -> str:

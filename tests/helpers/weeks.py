@@ -295,10 +295,11 @@ class StoreYear:
             }
         )  # fmt: skip
 
-    def refresh(self, name: str, kill_at: int = 0) -> RunResult:
-        """By one of the models; be killed first, if at a write."""
+    def refresh(self, name: str, kill_at: int = 0, spec: dict[str, Any] | None = None) -> RunResult:
+        """By one of the models; be killed first, if at a write; with other parts of a config."""
         stage = make_graded_stage(name, self.noises[name])
-        run = lambda: inline.refresh(self.spec(name), stage)  # noqa: E731
+        config = self.spec(name).model_dump(mode="json", exclude_unset=True) | (spec or {})
+        run = lambda: inline.refresh(RunSpec.parse(config), stage)  # noqa: E731
         if kill_at:
             with killed_at(kill_at, self.store), contextlib.suppress(Killed):
                 run()

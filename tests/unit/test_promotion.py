@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import gated
 import pytest
 from weeks import StoreYear
 
 import fmembed
-from fmembed import cli, promotion
-from fmembed.errors import GateRefusedError, TableError
+from fmembed import cli, doctor, promotion
+from fmembed.errors import GateRefusedError, StorageError, TableError
+from fmembed.evaluate import gate as gate_module
 from fmembed.table.lock import Lock
+from fmembed.table.repair import repair
 from fmembed.table.store import Store
 from fmembed.table.table import Table
 
@@ -102,8 +107,105 @@ def test_rows_that_are_deleted_are_gone_for_readers_at_once(year: StoreYear) -> 
     done = fmembed.delete(Store.open(year.store).uri_of(pointer.table), ids=[key])
     assert (done.rows, done.is_behind) == (1, False)
     assert key not in fmembed.read(year.store)["row_id"].to_pylist()
-    with pytest.raises(TableError, match="1 rows were deleted from"):
+    with pytest.raises(TableError, match="rows were deleted since version 1"):
         promotion.rollback(year.store)
+    with pytest.raises(TableError, match="rows were deleted since version 2"):
+        promotion.promote(year.store, pointer.table, 2, force=True)
+
+
+def test_rows_deleted_while_the_gate_is_asked_do_not_come_back(
+    year: StoreYear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    year.refresh("first")
+    year.change()
+    key, store = next(iter(year.rows)), Store.open(year.store)
+    known = gate_module.run_gate
+
+    def run_gate(*given: Any) -> Any:
+        found = known(*given)
+        fmembed.delete(store.uri_of(store.names()[0]), ids=[key])
+        return found
+
+    monkeypatch.setattr(gate_module, "run_gate", run_gate)
+    with pytest.raises(TableError, match="rows were deleted since"):
+        year.refresh("first")
+    monkeypatch.undo()
+    # What was promoted has it as long as nothing else is; the next refresh takes it out.
+    year.rows.pop(key)
+    assert year.refresh("first").promotion == "promoted"
+    assert key not in fmembed.read(year.store)["row_id"].to_pylist()
+
+
+def test_all_rows_may_be_deleted_and_readers_get_none(year: StoreYear) -> None:
+    year.refresh("first")
+    store = Store.open(year.store)
+    fmembed.delete(store.uri_of(store.names()[0]), where="true")
+    assert fmembed.read(year.store).num_rows == 0
+
+
+def test_a_purge_that_cannot_be_deletes_nothing(year: StoreYear) -> None:
+    year.refresh("first")
+    year.change()
+    year.refresh("first")
+    promotion.rollback(year.store)
+    uri, key = (
+        Store.open(year.store).uri_of(Store.open(year.store).names()[0]),
+        next(iter(year.rows)),
+    )
+    with pytest.raises(TableError, match="nothing was deleted"):
+        fmembed.delete(uri, ids=[key], purge=True)
+    assert Table(uri).version() == 2
+
+
+def test_other_limits_are_another_question(year: StoreYear) -> None:
+    year.refresh("better")
+    refused = year.refresh("worse")
+    assert refused.promotion == "refused"
+    lenient = {"gate": {"margin": 1.0, "max_copies_increase": 1.0}}
+    assert year.refresh("worse", spec=lenient).promotion == "promoted"
+
+
+def test_another_dataset_does_not_take_the_readers(year: StoreYear) -> None:
+    year.refresh("first")
+    other = {"source": {"uri": str(year.source), "id": "key", "label": "topic", "name": "other"}}
+    assert year.refresh("first", spec=other).promotion == "beside"
+
+
+def test_after_a_log_was_made_anew_a_refresh_promotes_again(year: StoreYear) -> None:
+    for _ in range(3):
+        year.change()
+        year.refresh("first")
+    store = Store.open(year.store)
+    uri = store.uri_of(store.names()[0])
+    shutil.rmtree(f"{uri}/_delta_log")
+    repair(uri)
+    with pytest.raises(TableError):
+        fmembed.read(year.store)
+    year.change()
+    assert year.refresh("first").promotion == "promoted"
+
+
+def test_a_pointer_that_somebody_has_written_leads_nowhere_else(year: StoreYear) -> None:
+    year.refresh("first")
+    path = Path(year.store) / "CURRENT/00000001.json"
+    told = json.loads(path.read_text())
+    for wrong in ({"table": "../../outside"}, {"generation": 7}, {"later": "field"}):
+        path.write_text(json.dumps({**told, **wrong}))
+        with pytest.raises(StorageError, match="is not as it was written"):
+            fmembed.read(year.store)
+    path.write_text(json.dumps(told))
+    year.change()
+    year.refresh("first")
+    path.write_text("{}")  # an old one: what is promoted is not it
+    assert fmembed.read(year.store).num_rows
+    assert year.refresh("first").promotion == "current"
+    assert fmembed.vacuum(Store.open(year.store).uri_of(told["table"])).newest == 2
+
+
+def test_looking_at_a_store_that_is_not_there_makes_none(year: StoreYear) -> None:
+    doctor.examine(year.spec("first"))
+    assert not Path(year.store).exists()
+    assert year.refresh("first").promotion == "promoted"
 
 
 def test_what_was_deleted_from_one_table_comes_back_in_no_other(year: StoreYear) -> None:

@@ -161,8 +161,39 @@ def test_few_rows_are_said_to_be_few(tmp_path: Path) -> None:
         for check in refused
     )
     tiny = ask(tmp_path / "b", gated.rows(50), gated.rows(50, seed=3), model="w2")
-    assert tiny["passed"]
+    assert refusals(tiny) == ["same rows"]
     assert "too few to compare" in tiny["words"]
+    again = ask(tmp_path / "c", gated.rows(50), gated.rows(50))
+    assert again["passed"]
+
+
+def test_vectors_that_are_others_for_the_same_rows_are_refused_without_a_label(
+    tmp_path: Path,
+) -> None:
+    good = gated.rows()
+    noise = replace(good, vectors=_unit(np.random.default_rng(5).normal(size=(400, 16))))
+    assert refusals(ask(tmp_path, good, noise, spec(None))) == ["unchanged rows"]
+
+
+@pytest.mark.parametrize("labels", ["each its own", "nearly one"])
+def test_a_probe_that_tells_nothing_lets_no_noise_pass(labels: str, tmp_path: Path) -> None:
+    good = gated.rows(noise=0.1)
+    names = [f"{i}" if labels == "each its own" else "ab"[i < 3] for i in range(400)]
+    noise = _unit(np.random.default_rng(5).normal(size=(400, 16)))
+    found = ask(
+        tmp_path, replace(good, labels=names), replace(good, labels=names, vectors=noise),
+        model="w2",
+    )  # fmt: skip
+    assert refusals(found) == ["neighbours"]
+    told = ("it tells nothing of them", "a label of their own")
+    assert any(check["words"].endswith(told) for check in found["checks"])
+
+
+def test_one_vector_of_no_length_hides_no_others(tmp_path: Path) -> None:
+    good = gated.rows()
+    long = good.vectors * 7
+    long[0] = 0
+    assert "norms" in refusals(ask(tmp_path, good, replace(good, vectors=long), model="w2"))
 
 
 def _unit(vectors: Any) -> Any:

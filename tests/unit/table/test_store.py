@@ -15,7 +15,7 @@ import fmembed
 from fmembed.errors import ConflictError, StorageError, TableError
 from fmembed.storage import Storage
 from fmembed.table import store as module
-from fmembed.table.store import Store, find_version, read_found
+from fmembed.table.store import Store, dataset_of, find_version, read_found
 from fmembed.table.table import Table
 from fmembed.table.versions import tidy, vacuum
 
@@ -75,8 +75,9 @@ def test_rolling_back_goes_to_what_was_before_and_further(store: Store) -> None:
     assert store.rollback("after all", to=3).table == "two"
     with pytest.raises(TableError, match="no generation 77"):
         store.rollback("why", to=77)
-    assert store.was_left("one", 2)
-    assert not store.was_left("two", 2)
+    digest = Table.open(store.uri_of("one")).digest
+    assert store.was_left("one", 2, digest(2))
+    assert not store.was_left("two", 1, Table.open(store.uri_of("two")).digest(1))
 
 
 def test_of_two_that_promote_at_once_one_does(store: Store) -> None:
@@ -195,7 +196,7 @@ def test_what_the_gate_said_is_of_these_parts(store: Store) -> None:
     store.put_gate("one", 2, {"passed": True, "words": "fine"})
     told = store.gate_record("one", 2)
     assert told == {
-        "passed": True, "words": "fine", "over": None, "checks": [], "seconds": 0.0,
+        "passed": True, "words": "fine", "over": None, "checks": [], "seconds": 0.0, "asked": "",
     }  # fmt: skip
     assert store.gate_record("one", 1) is None
     path = "_gates/one-00000002.json"
@@ -206,8 +207,13 @@ def test_what_the_gate_said_is_of_these_parts(store: Store) -> None:
 
 
 def test_names_of_tables_are_fit_for_a_folder(store: Store) -> None:
-    assert store.name("my articles / 2026", "0123456789abcdef") == "my-articles-2026-0123456789ab"
-    assert store.name("..", "0123456789abcdef") == "rows-0123456789ab"
+    """And are not the same for datasets that are not."""
+    made = "0123456789abcdef"
+    assert store.name("articles", made) == "articles-0123456789ab"
+    assert store.name("my articles / 2026", made).startswith("my-articles-2026-")
+    names = ("a b", "a_b", "новости", "データ", "..", "x" * 40, "x" * 41)
+    assert len({store.name(name, made) for name in names}) == len(names)
+    assert dataset_of(store.name("a", made)) == "a"
 
 
 def test_a_store_tells_what_its_tables_have_and_what_is_kept(store: Store) -> None:
