@@ -527,16 +527,17 @@ def soak_spot(minutes: float, seed: int) -> bool:
     rng = random.Random(seed)  # noqa: S311
     os.environ["RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S"] = str(_GUARD_S)
     tally, num_losses, num_notices, num_redone, num_gone = Tally(), 0, 0, 0, 0
-    deadline = time.monotonic() + minutes * 60
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(Fleet()) as fleet:
         bench = Bench(Path(folder), num_rows=8000, row_s=0.05)
         fleet.add()
         fleet.add()
+        deadline = time.monotonic() + minutes * 60
+        next_loss = time.monotonic()
         for n in itertools.count(1):
             table, before = Path(folder) / f"table{n}", bench.num_forwarded()
             run = bench.start(table, fleet.address, on_gpus=True)
             while run.poll() is None and time.monotonic() < deadline:
-                next_loss = time.monotonic() + _LOSS_EVERY_S
+                next_loss += _LOSS_EVERY_S
                 wait_until(next_loss, run)
                 if run.poll() is not None:
                     break
