@@ -33,6 +33,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -344,7 +345,13 @@ class Fleet:
         }  # fmt: skip
         self._cluster: Any = Cluster(  # type: ignore[no-untyped-call]
             initialize_head=True,
-            head_node_args={"num_cpus": 0, "_system_config": _SOON_FOUND, **self._args},
+            # Ray's own choice of a port for a dashboard may be another one's.
+            head_node_args={
+                "num_cpus": 0,
+                "_system_config": _SOON_FOUND,
+                "dashboard_port": _free_port(),
+                **self._args,
+            },
         )
         for _ in range(2):
             self._cluster.add_node(num_cpus=1, **self._args)
@@ -379,6 +386,12 @@ class Fleet:
     def close(self) -> None:
         """End all nodes."""
         self._cluster.shutdown()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 @contextmanager

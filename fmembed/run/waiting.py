@@ -61,7 +61,7 @@ class Watch:
         self._since: float | None = None
         self._idle_since: float | None = None
         self._said: tuple[float, str] | None = None
-        self._num_done, self._num_alive = -1, 0
+        self._num_done, self._num_asked = -1, 0
         self._before: dict[str, capacity.Process] = {}
         self.text = ""
 
@@ -135,14 +135,14 @@ class Watch:
             )
         if not num_waiting:
             # At its end a run gives up what it waits for, and then none of it has come.
-            has_come = num_alive > self._num_alive
+            has_come = num_asked >= self._num_asked
             if self._said is not None and self._since is not None and has_come:
                 self._teller.say(f"all are there, after {duration(now - self._since)} …")
             self._since = self._idle_since = self._said = None
             self.text = ""
             return
         self._since = now if self._since is None else self._since
-        self._num_alive = num_alive
+        self._num_asked = num_asked
         what = self._name(num_waiting)
         self.text = f"waiting for {what}, for {duration(now - self._since)}"
         if num_alive:

@@ -70,7 +70,7 @@ def test_a_run_says_for_what_it_waits_and_how_long_now_and_then(cluster: Cluster
     cluster.now, _ = 3602, cluster.has(3, 1)
     watch.look(0)
     assert cluster.said[-1] == "waiting for 1 GPU; 3 at work, for 60 min by now …"
-    cluster.now, _ = 3604, cluster.has(4, 0)
+    cluster.now, cluster.num_waiting = 3604, 0  # it has its GPU, and is loading
     watch.look(0)
     assert cluster.said[-1] == "all are there, after 60 min …"
     assert (watch.is_waiting, watch.text) == (False, "")
