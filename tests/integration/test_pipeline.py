@@ -20,8 +20,9 @@ import ray
 from conftest import SENTENCES, run_cli, write_jsonl
 
 import fmembed
-from fmembed import ChangedError, RejectedError, RunSpec, TableError, cli, pipeline
+from fmembed import ChangedError, RejectedError, RunSpec, TableError, pipeline
 from fmembed.bench.ways import EmbedNothing
+from fmembed.cli.runs import _print_result
 from fmembed.run.memory import _BUFFER_BYTES, _Bound
 
 WORDS = ["river", "market", "engine", "garden"]
@@ -84,7 +85,7 @@ def test_what_is_not_read_or_does_not_fit_is_said(
     ]  # fmt: skip
     html = (Path(first.table) / "_report.html").read_text(encoding="utf-8")
     assert all(f"1 {why}" in html for why in first.passed_over)
-    cli._print_result(json.loads(json.dumps(asdict(first))), False, False)
+    _print_result(json.loads(json.dumps(asdict(first))), False, False)
     assert "not read  1 files with .md, no jsonl" in capsys.readouterr().out
     # The table's type stays: another week's value that does not fit is its own row's fate.
     write_jsonl(folder / "c.jsonl", [{"text": "more", "n": 7}, {"text": "half", "n": 0.5}])
@@ -136,7 +137,7 @@ def test_no_row_is_taken_for_done_because_of_its_name_alone(
         now = vectors(kept.table)
         assert len(now) == 5
         assert (now[:4] == before[kind]).all()
-        cli._print_result(json.loads(json.dumps(asdict(kept))), False, False)
+        _print_result(json.loads(json.dumps(asdict(kept))), False, False)
         shown = capsys.readouterr().out
         assert "changed   2 rows are others by now (input, or carried columns)" in shown
         assert "nothing to do" not in shown
