@@ -34,9 +34,10 @@ from fmembed.table.card import Card
 from fmembed.table.key_rows import KINDS, KeyRows
 from fmembed.table.known import KnownRows
 from fmembed.table.lock import Lock
+from fmembed.table.promoted import promoted_version
 from fmembed.table.records import Commit, WholeShard, drop_shards, read_shards
 from fmembed.table.rewriting import Held
-from fmembed.table.store import Store, promoted_version
+from fmembed.table.store import Store
 from fmembed.table.table import Table
 from fmembed.table.versions import tidy
 

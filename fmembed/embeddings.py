@@ -26,8 +26,8 @@ from fmembed.rows.vectors import vector_type
 from fmembed.spec import OWN_COLUMNS, ProbeName
 from fmembed.summary import describe_probe
 from fmembed.table.card import Card
+from fmembed.table.promoted import find_version
 from fmembed.table.reading import read
-from fmembed.table.store import find_version
 from fmembed.table.versions import list_versions
 from fmembed.terminal import printable
 

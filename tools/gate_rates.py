@@ -4,7 +4,7 @@
     python tools/gate_rates.py --seeds 100
 
 Simulated vectors of ten classes, whose spread sets how many rows a probe judges right; compared as
-the gate does (evaluate/gate.py). Prints of each case the share refused of so many seeds, and how
+the gate does (evaluate/checks.py). Prints of each case the share refused of so many seeds, and how
 much less the first probe shows on average.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fmembed import probes
-from fmembed.evaluate.gate import _judge
+from fmembed.evaluate.checks import Pair, Question, Side, judge
 from fmembed.probes.data import LabelledRows
 from fmembed.spec import GateSpec
 
@@ -49,14 +49,11 @@ def labelled(truth: Any, vectors: Any) -> LabelledRows:
 
 def is_refused(truth: Any, old: Any, new: Any, same_model: bool, names: list[str]) -> Any:
     """Whether the gate refuses, and by how much a probe shows less."""
-    ids = list(range(len(truth)))
-    labels = [str(t) for t in truth]
-    side = {"ids": ids, "labels": labels, "splits": None}
-    side["hashes"] = [f"{i * 2654435761 % 2**32:032x}" for i in ids]
-    given = {
-        "gate": GateSpec(), "label": "label", "probes": names, "same_model": same_model,
-    }  # fmt: skip
-    checks = [c for c in _judge(given, side, side, ids, ids, (old, new)) if c.figures]
+    ids, labels = [f"r{i}" for i in range(len(truth))], [str(t) for t in truth]
+    hashes = [f"{i * 2654435761 % 2**32:032x}" for i in range(len(truth))]
+    sides = [Side(ids, hashes, labels, None, {"embedding": v}) for v in (new, old)]
+    question = Question(GateSpec(), tuple(names), same_model)
+    checks = [c for c in judge(question, Pair.of(*sides, "embedding")) if c.figures]
     return any(c.passed is False for c in checks), checks[0].figures["value"]
 
 

@@ -17,7 +17,7 @@ from fmembed.probes.intervals import accuracy, shuffled_accuracy
 VERSION = 2
 NEEDS: frozenset[Need] = frozenset(("labels", "competitor"))
 _KS = (10, 20, 100, 200)
-_TEMPERATURE = 0.07
+TEMPERATURE = 0.07
 _CHUNK_ROWS = 1024
 
 
@@ -67,7 +67,7 @@ def knn_predict(
         similarity = test[start : start + _CHUNK_ROWS] @ train.T
         # A stable sort: neighbours at the same distance come in the train split's order.
         nearest = np.argsort(-similarity, axis=1, kind="stable")[:, : ks[-1]]
-        logits = np.take_along_axis(similarity, nearest, axis=1) / _TEMPERATURE
+        logits = np.take_along_axis(similarity, nearest, axis=1) / TEMPERATURE
         weights = np.exp(logits - logits[:, :1])
         weights /= weights.sum(axis=1, keepdims=True)
         labels = train_labels[nearest]

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from fmembed.errors import TableError, reason
 from fmembed.rows.columns import CONTENT_HASH, ROW_ID
 from fmembed.table.files import Part
-from fmembed.table.store import Found, find_version, read_found
+from fmembed.table.promoted import Found, find_version, read_found
 from fmembed.table.table import Table
 
 if TYPE_CHECKING:
@@ -185,6 +185,11 @@ def rows_of(uri: str | Path, version: int, columns: list[str], ids: list[str]) -
         rows = table.read_part(part, wanted)
         found.append(rows.filter(pc.is_in(rows[ROW_ID], value_set=among)))
     return pa.concat_tables(found) if found else read(uri, version, columns=wanted)
+
+
+def list_labelled(labels: pa.ChunkedArray) -> list[bool]:
+    """Whether each row has a label: it is neither null, nor blank, nor NaN."""
+    return [bool(is_one) for is_one in _is_labelled(labels).to_pylist()]
 
 
 def _is_labelled(labels: pa.ChunkedArray) -> pa.ChunkedArray:

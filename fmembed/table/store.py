@@ -18,32 +18,28 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from fmembed.errors import ConflictError, FmembedError, StorageError, TableError
+from fmembed.errors import ConflictError, StorageError, TableError
 from fmembed.storage import Storage
 from fmembed.table.deleted import STORE_MARK
 from fmembed.table.table import Table
 
-_TABLES = "tables"
+TABLES = "tables"
 _GENERATION = re.compile(r"CURRENT/(\d{8,18})\.json")
 # Of a table's name, what is no letter, number, dash or dot; and how much of a fingerprint is in it.
 _ODD = re.compile(r"[^A-Za-z0-9.-]+")
-_SHORT = 12
+SHORT = 12
 # What a table may be called: no place outside of the store.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Generations that are kept: one listing on a cloud. An hourly refresh makes so many in six weeks.
 _KEPT = 1000
-# A reader that comes upon a version which is taken away looks again at what is promoted by then.
 _MAX_LOOKS = 5
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -156,7 +152,7 @@ class Store:
     @classmethod
     def of(cls, table: Table) -> tuple[Store, str] | None:
         """The store that a table lies in, and its name there."""
-        outer, _, name = table.uri.rpartition(f"/{_TABLES}/")
+        outer, _, name = table.uri.rpartition(f"/{TABLES}/")
         if not outer or "/" in name or (store := cls.find(outer)) is None:
             return None
         return store, name
@@ -171,7 +167,7 @@ class Store:
             raise TableError(f"output.store: {self.uri} is a file; give a folder or a URL")
         if self.storage.size_bytes(STORE_MARK) is not None:
             return
-        own = ("CURRENT/", f"{_TABLES}/", "_gates/", "_lock/")
+        own = ("CURRENT/", f"{TABLES}/", "_gates/", "_lock/")
         if there := [p for p in self.storage.paths() if p not in own]:
             raise TableError(
                 f"output.store: {self.uri} is not empty (there is {there[0][:80]}) and no store; "
@@ -187,15 +183,15 @@ class Store:
         said = _ODD.sub("-", dataset).strip("-.")[:40] or "rows"
         if said != dataset:  # so are others made
             said += f"-{hashlib.blake2b(dataset.encode(), digest_size=3).hexdigest()}"
-        return f"{said}-{fingerprint[:_SHORT]}"
+        return f"{said}-{fingerprint[:SHORT]}"
 
     def uri_of(self, name: str) -> str:
         """Where a table lies."""
-        return f"{self.uri}/{_TABLES}/{name}"
+        return f"{self.uri}/{TABLES}/{name}"
 
     def names(self) -> list[str]:
         """The tables."""
-        prefix = f"{_TABLES}/"
+        prefix = f"{TABLES}/"
         found = self.storage.paths(prefix)
         return [path.removeprefix(prefix).rstrip("/") for path in found if path.endswith("/")]
 
@@ -262,6 +258,18 @@ class Store:
         if newest is None or not table.rows.oldest() <= pointer.version <= newest:
             return False
         return table.digest(pointer.version) == pointer.parts
+
+    def check_same(self, pointer: Pointer, table: Table) -> None:
+        """Make sure that a version is the one that was promoted, and not one of the same number.
+
+        Raises:
+            TableError: It is another one.
+        """
+        if table.digest(pointer.version) != pointer.parts:
+            raise TableError(
+                f"store: version {pointer.version} of {table.uri} is another one than was "
+                "promoted, as after its log was made anew; promote it again"
+            )
 
     def was_left(self, name: str, version: int, parts: str) -> bool:
         """Whether readers were switched away from a table, or from this version of it: by another
@@ -351,8 +359,7 @@ class Store:
             ) from None
         table = self._open(target.table)
         table.check_version(target.version)
-        if table.digest(target.version) != target.parts:
-            raise TableError(f"store: {self._other(target)}")
+        self.check_same(target, table)
         self._check_usable(table, target.version)
         switched = replace(
             target,
@@ -451,112 +458,6 @@ class Store:
                 f"store: {_path(generation)} in {self.uri} is not as it was written; delete it, "
                 "and the one before it is promoted again"
             ) from None
-
-    def _other(self, pointer: Pointer) -> str:
-        return (
-            f"version {pointer.version} of {self.uri_of(pointer.table)} is another one than was "
-            "promoted, as after its log was made anew; promote it again"
-        )
-
-
-@dataclass(frozen=True)
-class Found:
-    """A version of a table that a reader asked for, maybe by its store."""
-
-    table: Table
-    version: int | None
-    store: Store | None = None
-    pointer: Pointer | None = None
-
-
-def find_version(
-    uri: str | Path, version: int | None = None, fingerprint: str | None = None
-) -> Found:
-    """What a reader gets: the table of this name, or of a store what is promoted.
-
-    Args:
-        uri: The table, or the store.
-        version: Of a table, which; None for the newest.
-        fingerprint: What it must have been made by, whole or its beginning; None for any.
-
-    Raises:
-        TableError: No such table or version, nothing promoted, or made by something else.
-    """
-    store = Store.find(uri)
-    if store is not None and version is None:
-        for _ in range(_MAX_LOOKS):
-            current = store.current()
-            try:
-                return _find_promoted(store, current, fingerprint)
-            except FmembedError:
-                again = store.current()
-                if again is None or (current and again.generation == current.generation):
-                    raise  # nothing has taken its place meanwhile
-        return _find_promoted(store, store.current(), fingerprint)
-    if store is None:
-        table = Table.open(uri)
-        card = table.card()
-        assert card is not None
-        _check_made_by(table.uri, card.fingerprint, fingerprint)
-        return Found(table, version)
-    raise TableError(
-        f"version: {store.uri} is a store, which is read at what is promoted; for another "
-        f"version give one of its tables, as {store.uri}/{_TABLES}/..."
-    )
-
-
-def _find_promoted(store: Store, pointer: Pointer | None, fingerprint: str | None) -> Found:
-    if pointer is None:
-        have = ", ".join(store.names()) or "none"
-        raise TableError(
-            f"store: nothing is promoted yet in {store.uri}; its tables: {have}; fmembed promote "
-            "switches to one"
-        )
-    _check_made_by(store.uri, pointer.fingerprint, fingerprint)
-    table = Table.open(store.uri_of(pointer.table))
-    table.check_version(pointer.version)
-    if table.digest(pointer.version) != pointer.parts:
-        raise TableError(f"store: {store._other(pointer)}")
-    return Found(table, pointer.version, store, pointer)
-
-
-def read_found(found: Callable[[], Found], read: Callable[[Found], _T]) -> _T:
-    """Read what is promoted; once more where it is taken away meanwhile for another one."""
-    looked = found()
-    for _ in range(_MAX_LOOKS):
-        try:
-            return read(looked)
-        except (FmembedError, OSError):
-            if looked.store is None or looked.pointer is None:
-                raise
-            again = found()
-            if again.pointer is None or again.pointer.generation == looked.pointer.generation:
-                raise
-            looked = again
-    return read(looked)
-
-
-def pinned_versions(table: Table) -> list[int]:
-    """The versions that the store of a table needs, if it lies in one."""
-    found = Store.of(table)
-    if found is None:
-        return []
-    store, name = found
-    return [pointer.version for pointer in store.pinned() if pointer.table == name]
-
-
-def promoted_version(table: Table) -> int | None:
-    """The version of a table that its store has promoted, if it lies in one that has."""
-    if (found := Store.of(table)) is None:
-        return None
-    store, name = found
-    current = store.current()
-    return current.version if current is not None and current.table == name else None
-
-
-def _check_made_by(uri: str, made: str, asked: str | None) -> None:
-    if asked is not None and (len(asked) < _SHORT or not made.startswith(asked)):
-        raise TableError(f"fingerprint: {uri} was made by {made}, not by {asked!a:.80}")
 
 
 def dataset_of(name: str) -> str:

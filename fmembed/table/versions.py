@@ -26,7 +26,7 @@ from fmembed.spec import OutputSpec
 from fmembed.table.files import REJECTED, Part
 from fmembed.table.lock import Lock
 from fmembed.table.log import Entry
-from fmembed.table.store import find_version, pinned_versions, promoted_version
+from fmembed.table.promoted import find_version, pinned_versions, promoted_version
 from fmembed.table.table import Table
 
 _DAY_S = 86_400.0

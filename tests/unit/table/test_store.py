@@ -14,8 +14,10 @@ import pytest
 import fmembed
 from fmembed.errors import ConflictError, StorageError, TableError
 from fmembed.storage import Storage
-from fmembed.table import store as module
-from fmembed.table.store import Store, dataset_of, find_version, read_found
+from fmembed.table import promoted as module
+from fmembed.table import store as store_module
+from fmembed.table.promoted import find_version, read_found
+from fmembed.table.store import Store, dataset_of
 from fmembed.table.table import Table
 from fmembed.table.versions import tidy, vacuum
 
@@ -171,7 +173,7 @@ def test_a_reader_whose_version_is_taken_away_reads_what_came_after(store: Store
 def test_old_generations_go_and_a_slow_one_is_refused(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_KEPT", 6)
+    monkeypatch.setattr(store_module, "_KEPT", 6)
     pointers = [store.promote("one", 1, "0", over=None)]
     for i in range(1, 10):
         pointers.append(store.promote("one", 1 + i % 2, str(i), over=pointers[-1]))
