@@ -32,6 +32,7 @@ from fmembed.startup import joins_cluster
 if TYPE_CHECKING:
     from fmembed.embeddings import Embeddings
     from fmembed.forecast import Forecast
+    from fmembed.promotion import GateMode
     from fmembed.sources.given import Given
 
 
@@ -133,6 +134,7 @@ def refresh(
     *,
     model: str | ModelSpec | Mapping[str, Any] | None = None,
     output: str | Path | None = None,
+    store: str | Path | None = None,
     input: str | None = None,  # noqa: A002 - the config's name
     id: str | None = None,  # noqa: A002
     label: str | None = None,
@@ -140,15 +142,18 @@ def refresh(
     overrides: Mapping[str, Any] | None = None,
     spool: str | Path | None = None,
     allow_removals: int | None = None,
+    gate: GateMode = "enforce",
     verbose: bool = False,
     quiet: bool = False,
 ) -> Result:
     """Keep a table in step with a dataset: see `pipeline.refresh`.
 
     Args:
-        data: As for `embed`, and so are all others but one.
+        data: As for `embed`, and so are all others but three.
         model: The same.
         output: The same.
+        store: `output.store`, in place of `output`: the new version becomes what its readers get,
+            unless the gate refuses it, which `Result.promotion` says.
         input: The same.
         id: The same. Without one a row is its number: put before the others, a row changes all.
         label: The same.
@@ -156,14 +161,19 @@ def refresh(
         overrides: The same.
         spool: The same.
         allow_removals: So many rows may leave, in place of `refresh.max_removed_fraction`.
+        gate: "off" does not ask it.
         verbose: Show Ray's own output.
         quiet: Tell no progress.
     """
     from fmembed import pipeline
 
     told = _fields(model, output, input, id, label, carry, overrides)
+    if store is not None:
+        told |= {"output.store": str(store), "output.uri": ""}
     with _spec_of(data, told, spool) as (spec, given):
-        result = pipeline.refresh(spec, allow_removals=allow_removals, verbose=verbose, quiet=quiet)
+        result = pipeline.refresh(
+            spec, allow_removals=allow_removals, gate=gate, verbose=verbose, quiet=quiet
+        )
     return _with_table(result, given)
 
 

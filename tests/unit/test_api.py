@@ -298,3 +298,20 @@ def test_of_a_table_with_more_rows_those_of_the_data_come_back(tmp_path: Path) -
 def test_arguments_of_other_types_are_told(given: Any, told: str, specs: list[RunSpec]) -> None:
     with pytest.raises(SpecError, match=told):
         fmembed.embed(["a"], **{"model": "m", "output": "o", **given})
+
+
+def test_a_refresh_of_data_in_a_store_goes_there_and_past_the_gate_if_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def refresh(spec: RunSpec, **given: Any) -> RunResult:
+        asked.update(given, output=spec.output)
+        return RunResult(run_id="r", started="", table="t", version=None, fingerprint="f")
+
+    monkeypatch.setattr(pipeline, "refresh", refresh)
+    fmembed.refresh(["a"], model="m", store=tmp_path / "s", gate="off", quiet=True)
+    assert (asked["output"].store, asked["output"].uri) == (str(tmp_path / "s"), "")
+    assert asked["gate"] == "off"
+    with pytest.raises(SpecError, match=r"^output: takes uri, a table, or store"):
+        fmembed.refresh(["a"], model="m", output="t", overrides={"output.store": "s"}, quiet=True)

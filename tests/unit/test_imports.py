@@ -44,7 +44,7 @@ ALLOWED = {
     **GROUND,
     **STATIONS,
     "inputs": _ALL | {"checkpoint", "rows", "sources", "table"},
-    "api": _STATIONS | {"embeddings", "pipeline"},
+    "api": _STATIONS | {"embeddings", "pipeline", "promotion"},
     "embeddings": _STATIONS | {"evaluate", "run"},
     "encoding": _STATIONS,
     "evaluate": _STATIONS,
