@@ -32,6 +32,7 @@ from fmembed.devices import cpu_has_bfloat16, cpu_name, sees_cuda_driver
 from fmembed.errors import DamagedError, FmembedError, TableError, reason
 from fmembed.inputs import open_inputs
 from fmembed.manifest.check import check_file, is_manifest
+from fmembed.promotion import fault_of
 from fmembed.sources.opening import open_source
 from fmembed.spec import RunSpec
 from fmembed.startup import check_address, joins_cluster
@@ -54,7 +55,7 @@ _MAX_SKEW_S = 30.0
 # Weights that are digested in some seconds.
 _DIGESTED_BYTES = 4 * 2**30
 # All versions' bytes beside the newest one's: 1 % changed each week makes a third of it in a month.
-_MAX_HELD = 4.0
+_MAX_HELD, _MIN_HELD = 4.0, 2**26
 # Keys of a table so large are compared with its rows in some seconds.
 _COMPARED_BYTES = 2**28
 
@@ -419,7 +420,7 @@ def _retention(subject: _Subject) -> Iterator[Finding]:
     held = sum(n for path, n in table.storage.sizes("").items() if path.startswith("part-"))
     newest = max(versions[0].num_bytes, 1) if versions else 1
     yield _finding(
-        "retention", held <= _MAX_HELD * newest,
+        "retention", held <= max(_MAX_HELD * newest, _MIN_HELD),
         f"{len(versions):,} versions can be read; all parts take {held / 2**20:,.1f} MiB, those of "
         f"the newest {newest / 2**20:,.1f}",
         f"fmembed vacuum {table.uri}, with fewer --keep-days, or a smaller output.keep_days",
@@ -435,15 +436,13 @@ def _promoted(subject: _Subject) -> Iterator[Finding]:
             f"fmembed refresh, or fmembed promote {store.uri}",
         )  # fmt: skip
         return
-    table = Table(store.uri_of(current.table))
-    there = table.storage.sizes("")
-    is_whole = table.digest(current.version) == current.parts
-    is_whole = is_whole and all(p.path in there for p in table.rows.parts(current.version))
-    if not is_whole:
+    if fault := fault_of(store, current):
         yield Finding(
-            "store", "wrong", f"version {current.version} of {current.table}, which is promoted, "
-            "is not there any more", f"fmembed rollback {store.uri}, or promote another",
-        )  # fmt: skip
+            "store",
+            "wrong",
+            fault,
+            f"fmembed promote another version, see fmembed status {store.uri}",
+        )
         return
     refused = [t for t in store.tables() if t.gate is not None and not t.gate["passed"]]
     told = "".join(f"; refused by the gate: {t.name}" for t in refused)

@@ -293,7 +293,7 @@ class Embeddings:
             precisions={c: output.precision for c, output in card.outputs.items()},
             columns=tuple(c for c in own if c not in OWN_COLUMNS),
             model=_said(card, "model", "id"),
-            model_settings=self._settings(),
+            model_settings=card.settings,
             source=_said(card, "source", "uri"),
             input=_said(card, "source", "input"),
             fingerprint=card.fingerprint,
@@ -303,18 +303,6 @@ class Embeddings:
             report=f"{self.uri}/_report.html" if table.has_report else None,
             missing=tuple(missing),
         )
-
-    def _settings(self) -> str:
-        identity, output = self._card.identity, self._card.outputs[self.vectors[0]]
-        said = [output.pooling]
-        if (chunk := identity.get("preprocess.chunk_tokens")) is not None:
-            shared = identity.get("preprocess.chunk_overlap")
-            said.append(f"chunks of {chunk} tokens" + (f", {shared} shared" if shared else ""))
-        elif self._card.modality == "text" and identity.get("model.max_tokens"):
-            said.append(f"{identity['model.max_tokens']} tokens")
-        if identity.get("model.prompt"):
-            said.append(f"prompt {str(identity['model.prompt'])[:40]!r}")
-        return ", ".join([*said, str(identity.get("model.dtype", "?"))])
 
     def __repr__(self) -> str:
         info = self.info()

@@ -113,7 +113,8 @@ MEANINGS = {
     "it must be sure that it is less, of another one ruled out, by a paired bootstrap",
     "gate.max_rejected_increase": "by how much more of the rows may be rejected, as a share",
     "gate.max_copies_increase": "by how much more of the inputs may share another one's vector",
-    "gate.max_lost_fraction": "how many rows fewer there may be, as a share",
+    "gate.max_repeated_increase": "by how much more of the rows may have another row's content",
+    "gate.max_lost_fraction": "how many rows fewer another table may have, as a share",
     "gate.max_mean_cosine": "of pairs of rows: over it all vectors are one",
     "gate.min_neighbours": "of another model, where no probe judges both: what share of the ten "
     "nearest rows must be the old ones too; noise has none",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fmembed.errors import GateRefusedError, TableError
+from fmembed.errors import ConflictError, GateRefusedError, TableError
 from fmembed.inputs import Inputs
 from fmembed.result import RunResult
 from fmembed.run.cluster import Cluster
@@ -24,7 +24,7 @@ from fmembed.table.table import Table
 from fmembed.telling import Teller
 
 GateMode = Literal["enforce", "report", "off"]
-_BY_HAND = "by hand"
+_BY_HAND, _UNASKED = "by hand", "the gate was not asked"
 
 
 def consider(
@@ -56,9 +56,7 @@ def consider(
     if current is not None and dataset_of(current.table) != dataset_of(name):
         return replace(result, promotion="beside")
     if mode == "off":
-        return replace(
-            result, gate={"passed": True, "words": "the gate was not asked", "checks": []}
-        )
+        return replace(result, gate={"passed": True, "words": _UNASKED, "checks": []})
     record = _known(store, name, version, current)
     if record is None or record["asked"] != _question(inputs.spec):
         if cluster is None:
@@ -79,8 +77,11 @@ def settle(inputs: Inputs, result: RunResult) -> RunResult:
     if not result.gate["passed"]:
         return replace(result, promotion="refused")
     current, name = store.current(), _name(inputs.table)
+    parts = inputs.table.digest(result.version)
+    if current is not None and current.is_of(name, result.version, parts):
+        return replace(result, promotion="current")  # by somebody else meanwhile
     if _over(store, current) != result.gate.get("over", _over(store, current)):
-        raise TableError(
+        raise ConflictError(
             f"store: something else was promoted in {store.uri} while the gate was asked; the same "
             "command asks it again"
         )
@@ -133,6 +134,7 @@ def promote(
     opened.check_version(version)
     if current is not None and current.is_of(name, version, opened.digest(version)):
         raise TableError(f"store: version {version} of {name} is what is promoted in {found.uri}")
+    found.check_usable_version(opened, version)
     record = _known(found, name, version, current)
     if record is None and not force:
         from fmembed.evaluate.stored_spec import stored_spec
@@ -145,7 +147,7 @@ def promote(
             f"store: the gate refuses version {version} of {name}: {record['words']} (--force "
             "promotes it all the same)"
         )
-    gate = None if record is None else _short(record)
+    gate = {"passed": True, "words": _UNASKED} if record is None else _short(record)
     return found.promote(name, version, why, over=current, gate=gate)
 
 
@@ -168,7 +170,8 @@ def rollback(store: str | Path, to: int | None = None, *, why: str = _BY_HAND) -
 class Status:
     """What a store holds: what is promoted, what would be after a rollback, and its tables.
 
-    `writers` says by table which run is at work on it.
+    `writers` says by table which run is at work on it; `wrong` what is wrong with what is promoted.
+    `before` is None where it cannot be gone back to.
     """
 
     store: str
@@ -176,6 +179,7 @@ class Status:
     before: Pointer | None
     tables: tuple[Kept, ...]
     writers: dict[str, str]
+    wrong: str = ""
 
     def lines(self) -> Iterator[str]:
         """The same for people, a line each."""
@@ -184,13 +188,16 @@ class Status:
             yield "promoted  nothing yet: fmembed promote makes a table what readers get"
         else:
             yield f"promoted  {describe(self.current)}"
+        if self.wrong:
+            yield f"wrong     {self.wrong}"
         if self.before is not None:
             yield f"before    {describe(self.before)}"
         for table in self.tables:
             version = "no version" if table.version is None else f"version {table.version}"
             yield (
                 f"table     {table.name}: {version}, {table.rows:,} rows, "
-                f"{table.rows_rejected:,} rejected, by {table.model}{self._stand(table)}"
+                f"{table.rows_rejected:,} rejected, by {table.model} ({table.settings})"
+                f"{self._stand(table)}"
             )
             if table.name in self.writers:
                 yield f"writing   {table.name}: {self.writers[table.name]}"
@@ -213,19 +220,38 @@ def status(store: str | Path) -> Status:
     """
     found = Store.open(store)
     pinned, tables = found.pinned(), tuple(found.tables())
+    wrong = [fault_of(found, pointer) for pointer in pinned]
     writers = {table.name: holder(Table(found.uri_of(table.name)).storage) for table in tables}
     return Status(
         store=found.uri,
         current=pinned[0] if pinned else None,
-        before=pinned[1] if len(pinned) > 1 else None,
+        before=pinned[1] if len(pinned) > 1 and not wrong[1] else None,
         tables=tables,
         writers={name: who for name, who in writers.items() if who},
+        wrong=wrong[0] if wrong else "",
     )
+
+
+def fault_of(store: Store, pointer: Pointer) -> str:
+    """Why readers should not get a version; empty where they may."""
+    table = Table(store.uri_of(pointer.table))
+    if not store.is_there(pointer):
+        return f"version {pointer.version} of {pointer.table} is not there any more"
+    try:
+        store.check_usable_version(table, pointer.version)
+    except TableError as e:
+        return str(e).removeprefix("store: ")
+    return ""
 
 
 def describe(pointer: Pointer) -> str:
     """What is promoted, in words."""
     how = "" if pointer.kind == "promote" else f"{pointer.kind}, "
+    gate = pointer.gate or {}
+    if gate.get("words") == _UNASKED:
+        how += f"{_UNASKED}, "
+    elif gate.get("passed") is False:
+        how += "past the gate, which refused it, "
     return (
         f"{pointer.table} version {pointer.version}, {pointer.rows:,} rows (generation "
         f"{pointer.generation}, {how}{pointer.time} by {pointer.by}: {pointer.why})"
@@ -246,9 +272,8 @@ def _choose(store: Store, current: Pointer | None) -> str:
     promoted = (current.table, current.version) if current is not None and is_there else None
     tables = [t for t in store.tables() if t.version is not None and t.rows]
     able = [t.name for t in tables if (t.name, t.version) != promoted]
-    passed = [t.name for t in tables if t.name in able and (t.gate or {}).get("passed", True)]
-    if len(able) == 1 or len(passed) == 1:
-        return able[0] if len(able) == 1 else passed[0]
+    if len(able) == 1:
+        return able[0]
     if not able:
         raise TableError(f"store: {store.uri} has no version that is newer than what is promoted")
     raise TableError(f"store: which table of {store.uri}? It has {', '.join(able)}; name one")

@@ -447,17 +447,19 @@ class GateSpec(_Part):
     It does unless something is worse: a probe by more than `margin`, which must be sure of the same
     model (the difference is below it in 95 of 100 bootstraps), and must be ruled out of another one
     (in 5 of 100); the share of rejected rows or of unlike inputs that share a vector, by more than
-    `max_rejected_increase` and `max_copies_increase`; the number of rows, by more than the share
-    `max_lost_fraction`. Vectors that lie all in one direction (their mean cosine is over
-    `max_mean_cosine`) are refused, and, of another model, those whose length is another one while
-    `same_dim` is set, or, where no probe judges both, of which less than `min_neighbours` of the
-    ten nearest rows are the old ones' too. `max_arrival_auc` says how well what arrived may be told
-    from what was there (0.5: not at all); null: it is only told.
+    `max_rejected_increase` and `max_copies_increase`; of rows that have the content of another one,
+    by more than `max_repeated_increase`; the number of rows, but those that were deleted, of
+    another table by more than the share `max_lost_fraction`. Vectors that lie all in one direction
+    (their mean cosine is over `max_mean_cosine`) are refused, and, of another model, those whose
+    length is another one while `same_dim` is set, or, where no probe judges both, of which less
+    than `min_neighbours` of the ten nearest rows are the old ones' too. `max_arrival_auc` says how
+    well what arrived may be told from what was there (0.5: not at all); null: it is only told.
     """
 
     margin: float = Field(default=0.01, ge=0, le=1)
     max_rejected_increase: float = Field(default=0.01, ge=0, le=1)
     max_copies_increase: float = Field(default=0.01, ge=0, le=1)
+    max_repeated_increase: float = Field(default=0.1, ge=0, le=1)
     max_lost_fraction: float = Field(default=0.1, ge=0, le=1)
     max_mean_cosine: float = Field(default=0.99, ge=0, le=1)
     min_neighbours: float = Field(default=0.05, ge=0, le=1)

@@ -9,8 +9,6 @@ from fmembed.telling import duration
 
 # Labels that were shuffled score as high as these in more than so many cases of one.
 _BY_CHANCE = 0.05
-# The checks of the gate that compare two versions.
-_COMPARED = ("probe", "neighbours", "rows", "rejected")
 
 
 def lines(result: dict[str, Any], verbose: bool = False) -> Iterator[str]:
@@ -76,10 +74,8 @@ def _said_by_gate(gate: dict[str, Any]) -> Iterator[str]:
     refused = [check for check in checks if check["passed"] is False]
     yield from (f"refused: {check['words']}" for check in refused)
     if not refused:
-        told = [
-            c["words"] for c in checks if c["passed"] is None or c["name"].startswith(_COMPARED)
-        ]
-        yield from told or [gate["words"]] * ("words" in gate)
+        told = [check["words"] for check in checks if check["passed"] is None or check["figures"]]
+        yield from told or filter(None, [gate.get("words")])
 
 
 def probed(result: dict[str, Any], verbose: bool = False) -> Iterator[str]:

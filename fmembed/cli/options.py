@@ -90,9 +90,6 @@ def of_spec(command: Callable[..., None]) -> Callable[..., None]:
         fields = {field: given.pop(name) for name, (field, _) in _FLAGS.items()}
         fields["source.carry"] = fields["source.carry"] or None  # a list that nothing is in
         overrides = named_fields(fields, set_)
-        for one, other in (("output.uri", "output.store"), ("output.store", "output.uri")):
-            if fields[one] is not None:  # over what a config says
-                overrides.setdefault(other, "" if other == "output.uri" else None)
         if config is not None and config.lower().endswith(_DATA):
             raise SpecError(
                 f"config {config}: takes a YAML file, and this looks like data: --source {config}, "
@@ -132,6 +129,11 @@ def named_fields(fields: dict[str, Any], assignments: list[str] | None) -> dict[
         if not (name and value):
             raise SpecError(f"--set: takes FIELD=VALUE (null for none), got {assignment!a:.200}")
         overrides[name] = read_yaml(value, f"--set {name}")
+    # A table's place comes over a store's, and the other way round, whatever a config says.
+    if overrides.get("output.store") is not None:
+        overrides.setdefault("output.uri", "")
+    elif overrides.get("output.uri"):
+        overrides.setdefault("output.store", None)
     return overrides
 
 

@@ -56,7 +56,7 @@ def embed(
     from fmembed import pipeline
 
     silent, waits = quiet or json_, if_locked == "wait"
-    with _skipped(if_locked == "skip", json_):
+    with _skipped(if_locked == "skip", json_, quiet):
         result = pipeline.embed(
             spec, retry_rejected=retry_rejected, waits=waits, verbose=verbose, quiet=silent
         )
@@ -95,7 +95,7 @@ def refresh(
     from fmembed import pipeline
 
     silent, waits = quiet or json_, if_locked == "wait"
-    with _skipped(if_locked == "skip", json_):
+    with _skipped(if_locked == "skip", json_, quiet):
         result = pipeline.refresh(
             spec, allow_removals=allow_removals, gate=gate, waits=waits, verbose=verbose,
             quiet=silent,
@@ -107,14 +107,15 @@ def refresh(
 
 
 @contextmanager
-def _skipped(skips: bool, as_json: bool) -> Iterator[None]:
+def _skipped(skips: bool, as_json: bool, quiet: bool) -> Iterator[None]:
     """Where another run is at work, say so and end well: what a schedule that ticks wants."""
     try:
         yield
     except LockedError as e:
         if not skips:
             raise
-        terminal.say(f"skipped: {' '.join(str(e).split())}")
+        if not quiet:
+            terminal.say(f"skipped: {' '.join(str(e).split())}")
         if as_json:
             print(json.dumps({"skipped": str(e)}))
         raise typer.Exit from None

@@ -14,6 +14,7 @@ from fmembed.errors import SpecError
 
 if TYPE_CHECKING:
     from fmembed.deletion import Deletion
+    from fmembed.table.versions import Vacuumed
 
 
 @app.command()
@@ -187,17 +188,30 @@ def vacuum(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     json_: Json = False,
 ) -> None:
-    """Delete files that only older versions name."""
+    """Delete files that only older versions name, of a table or of all tables of a store."""
     from fmembed.table.versions import vacuum as vacuum_table
 
-    done = vacuum_table(
-        table, keep_days=keep_days, keep_versions=keep_versions, purge=purge, dry_run=dry_run
-    )
-    if json_:
-        print(json.dumps({**asdict(done), "dry_run": dry_run}))
-        return
+    for place in _places(table):
+        done = vacuum_table(
+            place, keep_days=keep_days, keep_versions=keep_versions, purge=purge, dry_run=dry_run
+        )
+        if json_:
+            print(json.dumps({**asdict(done), "dry_run": dry_run}))
+        else:
+            _tell_vacuumed(done, purge, dry_run)
+
+
+def _places(uri: str) -> list[str]:
+    """A table; of a store all its tables."""
+    from fmembed.table.store import Store
+
+    store = Store.find(uri)
+    return [uri] if store is None else [store.uri_of(table.name) for table in store.tables()]
+
+
+def _tell_vacuumed(done: Vacuumed, purge: bool, dry_run: bool) -> None:
     say_line(
-        f"{'would delete' if dry_run else 'deleted'} {done.files:,} files of "
+        f"{done.table}: {'would delete' if dry_run else 'deleted'} {done.files:,} files of "
         f"{done.num_bytes / 2**20:,.1f} MiB; versions {done.oldest} to {done.newest} "
         f"{'would stay' if dry_run else 'are whole'}"
     )
@@ -232,15 +246,12 @@ def delete(
       fmembed delete out/articles --ids forgotten.txt --purge
     """
     from fmembed.deletion import delete as delete_rows
-    from fmembed.table.store import Store
 
-    given = None if ids is None else _read_lines(ids)
-    store = Store.find(table)
-    places = [table] if store is None else [store.uri_of(t.name) for t in store.tables()]
-    for one in places if store is not None else ():  # that all of them can be asked this
+    given, places = None if ids is None else _read_lines(ids), _places(table)
+    for one in places if places != [table] else ():  # that all of them can be asked this
         delete_rows(one, where, ids=given, listed_in=listed_in, purge=purge, dry_run=True)
     for one in places:
-        if store is not None and not json_:
+        if places != [table] and not json_:
             say_line(f"in {one}:")
         done = delete_rows(one, where, ids=given, listed_in=listed_in, purge=purge, dry_run=dry_run)
         if json_:
@@ -282,11 +293,9 @@ def _read_lines(path: str) -> list[str]:
 def undelete(table: TableName, json_: Json = False) -> None:
     """Let rows come back that delete has removed, by the next run."""
     from fmembed.deletion import undelete as let_come_back
-    from fmembed.table.store import Store
 
-    store = Store.find(table)
-    names = [] if store is None else [t.name for t in store.tables()]
-    num_rows = let_come_back(store.uri_of(names[0]) if store is not None and names else table)
+    # Of a store's tables one does for all.
+    num_rows = let_come_back(next(iter(_places(table)), table))
     if json_:
         print(json.dumps({"table": table, "rows": num_rows}))
         return

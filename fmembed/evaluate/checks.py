@@ -161,6 +161,14 @@ def _look(
         f"{now['copies']:.1%} of unlike inputs share a vector"
         + (f", of the promoted version {was['copies']:.1%}" if was else ""),
     )  # fmt: skip
+    if was is not None:
+        more = now["repeated"] - was["repeated"]
+        yield Check(
+            "repeated rows", more <= gate.max_repeated_increase,
+            f"{now['repeated']:.1%} of the rows have the content of another row, of the promoted "
+            f"version {was['repeated']:.1%} (gate.max_repeated_increase = "
+            f"{gate.max_repeated_increase})",
+        )  # fmt: skip
     norms = f"lengths are {now['norm_low']:.3f} to {now['norm_high']:.3f}"
     if column in question.normalized:
         is_unit = max(abs(now["norm_low"] - 1), abs(now["norm_high"] - 1)) <= _NORM_ERROR
@@ -219,7 +227,11 @@ def judge(question: Question, pair: Pair) -> Iterator[Check]:
             yield Check(f"uninformative {name}", None, words)
             continue
         if not is_enough and found["high"] >= -gate.margin:
-            words += f", too few rows to tell that it is no more than {gate.margin} worse"
+            words += f", too few rows to rule out that it is gate.margin = {gate.margin} worse"
+        elif not is_enough:
+            words += f", worse by more than gate.margin = {gate.margin}"
+        elif found["value"] < -gate.margin:
+            words += ", which so few contents make nobody sure of"
         yield Check(f"probe {name}", is_enough, words, found)
 
 

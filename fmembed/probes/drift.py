@@ -29,13 +29,17 @@ def health(vectors: Floats, contents: Ints) -> dict[str, float]:
         `not_finite`, the share of rows with a NaN or an infinity, and `zero`, of those of length 0;
         `mean_cosine` of pairs of rows; `rank`, how many directions the rows spread to (the
         exponential of the entropy of the covariance's spectrum, Roy and Vetterli 2007); `copies`,
-        the share of contents whose vector another content has too; `norm_low`, `norm` and
+        the share of contents whose vector another content has too, and `repeated`, of rows whose
+        content another row has; `norm_low`, `norm` and
         `norm_high`, the 1st, 50th and 99th percentile of the lengths but 0. Of no row all are 0.
     """
-    names = ("not_finite", "zero", "mean_cosine", "rank", "copies", "norm_low", "norm", "norm_high")
+    names = (
+        "not_finite", "zero", "mean_cosine", "rank", "copies", "repeated", "norm_low", "norm",
+        "norm_high",
+    )  # fmt: skip
     if not len(vectors):
         return dict.fromkeys(names, 0.0)
-    _, first = np.unique(contents, return_index=True)
+    _, first, num_each = np.unique(contents, return_index=True, return_counts=True)
     is_finite: Bools = np.asarray(np.isfinite(vectors).all(axis=1))
     whole = vectors[first][is_finite[first]].astype(np.float32)
     lengths = np.sqrt((whole**2).sum(axis=1)) if len(whole) else np.zeros(1)
@@ -59,6 +63,7 @@ def health(vectors: Floats, contents: Ints) -> dict[str, float]:
         "mean_cosine": cosine,
         "rank": rank,
         "copies": copies,
+        "repeated": float(num_each[num_each > 1].sum() / len(contents)),
         "norm_low": float(low),
         "norm": float(middle),
         "norm_high": float(high),

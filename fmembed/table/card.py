@@ -100,6 +100,22 @@ class Card(BaseModel):
         return {f"{PREFIX}{n}": v if n in _PLAIN else json.dumps(v) for n, v in raw.items()}
 
     @property
+    def settings(self) -> str:
+        """How its model was used, in a few words: what tells tables of one model apart."""
+        identity, output = self.identity, next(iter(self.outputs.values()))
+        said = [output.pooling]
+        if (chunk := identity.get("preprocess.chunk_tokens")) is not None:
+            shared = identity.get("preprocess.chunk_overlap")
+            said.append(f"chunks of {chunk} tokens" + (f", {shared} shared" if shared else ""))
+        elif self.modality == "text" and identity.get("model.max_tokens"):
+            said.append(f"{identity['model.max_tokens']} tokens")
+        if identity.get("model.prompt"):
+            said.append(f"prompt {str(identity['model.prompt'])[:40]!r}")
+        if output.dims is not None:
+            said.append(f"{output.dims} dimensions")
+        return ", ".join([*said, str(identity.get("model.dtype", "?"))])
+
+    @property
     def pooled(self) -> list[str]:
         """The columns that hold one vector a row."""
         return [c for c, output in self.outputs.items() if output.pooling != "tokens"]

@@ -15,6 +15,7 @@ from fmembed.errors import StorageError, TableError
 from fmembed.redaction import redact
 from fmembed.storage import HALF_WRITTEN, Storage
 from fmembed.table.card import TABLE, Card, fingerprint
+from fmembed.table.deleted import STORE_MARK
 from fmembed.table.log import Log
 
 if TYPE_CHECKING:
@@ -79,6 +80,10 @@ def _check_empty(table: Table) -> None:
         raise TableError(
             f"output.uri: {table.uri} holds parts of a table whose log is gone; nothing was "
             "changed: fmembed verify --repair makes it a log, or give another folder"
+        )
+    if table.storage.size_bytes(STORE_MARK) is not None:
+        raise TableError(
+            f"output.uri: {table.uri} is a store of tables: give it as output.store, or --store"
         )
     for path in table.storage.paths():
         within = [path] if not path.endswith("/") else table.storage.paths(path)

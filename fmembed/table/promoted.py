@@ -112,5 +112,9 @@ def promoted_version(table: Table) -> int | None:
 
 
 def _check_made_by(uri: str, made: str, asked: str | None) -> None:
-    if asked is not None and (len(asked) < SHORT or not made.startswith(asked)):
+    if asked is not None and len(asked) < SHORT:
+        raise TableError(
+            f"fingerprint: takes all of it, or at least {SHORT} letters, got {asked!a:.80}"
+        )
+    if asked is not None and not made.startswith(asked):
         raise TableError(f"fingerprint: {uri} was made by {made}, not by {asked!a:.80}")

@@ -26,6 +26,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from fmembed.errors import ConflictError, StorageError, TableError
+from fmembed.redaction import redact
 from fmembed.storage import Storage
 from fmembed.table.deleted import STORE_MARK
 from fmembed.table.table import Table
@@ -112,6 +113,7 @@ class Kept:
     version: int | None
     fingerprint: str
     model: str
+    settings: str
     rows: int
     rows_rejected: int
     pinned: tuple[int, ...]
@@ -209,7 +211,8 @@ class Store:
                     name=name,
                     version=version,
                     fingerprint=card.fingerprint,
-                    model=str(told.get("id", "?")) if isinstance(told, dict) else "?",
+                    model=redact(str(told.get("id", "?")))[:200] if isinstance(told, dict) else "?",
+                    settings=card.settings,
                     rows=sum(part.num_rows for part in table.rows.parts()),
                     rows_rejected=table.num_rejected(),
                     pinned=tuple(sorted({p.version for p in pinned if p.table == name})),
@@ -330,7 +333,7 @@ class Store:
         )
         if not pointer.rows and kind != "delete":
             raise TableError(f"store: version {version} of {name} has no row; it is not promoted")
-        self._check_usable(table, version)
+        self.check_usable_version(table, version)
         return self._switch(pointer, table, over)
 
     def rollback(self, why: str, to: int | None = None) -> Pointer:
@@ -360,7 +363,7 @@ class Store:
         table = self._open(target.table)
         table.check_version(target.version)
         self.check_same(target, table)
-        self._check_usable(table, target.version)
+        self.check_usable_version(table, target.version)
         switched = replace(
             target,
             generation=current.generation + 1,
@@ -404,12 +407,12 @@ class Store:
             raise TableError(f"store: {self.uri} has no table {name[:80]!a}; it has {have}")
         return Table.open(self.uri_of(name))
 
-    def _check_usable(self, table: Table, version: int) -> None:
+    def check_usable_version(self, table: Table, version: int) -> None:
         """Make sure that a version is there, and has no row that was deleted since."""
         if version < table.deleted.since or table.deleted.is_pending:
             raise TableError(
                 f"store: rows were deleted since version {version} of {table.uri} was made, which "
-                "has them still; refresh it and promote what comes of it"
+                "has them still; promote a newer one, after fmembed refresh if need be"
             )
         there = table.storage.sizes("")
         if any(part.path not in there for part in table.rows.parts(version)):
@@ -432,7 +435,7 @@ class Store:
         for old in generations[:-_KEPT]:
             self.storage.delete(_path(old))
         try:  # once more: a vacuum or a delete may have looked before it was promoted
-            self._check_usable(table, pointer.version)
+            self.check_usable_version(table, pointer.version)
         except TableError:
             if over is not None and self.is_there(over):
                 back = replace(

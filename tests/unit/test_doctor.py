@@ -189,7 +189,8 @@ def _aside(corpus: Corpus, _: pytest.MonkeyPatch) -> None:
     (corpus.out / "_quarantine/part").write_bytes(b"x")
 
 
-def _unkept(corpus: Corpus, _: pytest.MonkeyPatch) -> None:
+def _unkept(corpus: Corpus, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(doctor, "_MIN_HELD", 0)  # of a table so small nobody cares
     for i in range(6):
         corpus.write("a.jsonl", [row(f"k{n}", f"{i} {n}") for n in range(12)])
         corpus.refresh()

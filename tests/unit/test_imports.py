@@ -51,7 +51,7 @@ ALLOWED = {
     "run": _STATIONS | {"evaluate", "inputs"},
     "deletion": _STATIONS | {"run"},
     "first_config": _ALL | {"rows", "sources"},
-    "doctor": _STATIONS | {"inputs", "manifest"},
+    "doctor": _STATIONS | {"inputs", "manifest", "promotion"},
     "manifest": _ALL,
     "promotion": _STATIONS | {"evaluate", "inputs", "run"},
     "pipeline": _STATIONS | {"evaluate", "inputs", "promotion", "run"},

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import gated
+import inline
 import pytest
 from weeks import StoreYear
 
 import fmembed
-from fmembed import cli, doctor, promotion
+from fmembed import cli, doctor, promotion, summary
 from fmembed.errors import GateRefusedError, StorageError, TableError
 from fmembed.evaluate import gate as gate_module
 from fmembed.table.lock import Lock
@@ -57,7 +59,11 @@ def test_the_right_rows_are_promoted_every_week(year: StoreYear) -> None:
     assert year.refresh("better").promotion == "beside"
     year.change()
     assert year.refresh("first").promotion == "promoted"
-    assert promotion.promote(year.store, why="after all", force=True).table != before
+    with pytest.raises(TableError, match="which table of"):
+        promotion.promote(year.store, why="after all", force=True)
+    names = Store.open(year.store).tables()
+    (better,) = (t.name for t in names if t.version and t.version > 1 and not t.pinned)
+    assert promotion.promote(year.store, better, why="after all", force=True).table == better
     assert last is not None
     year.promoted = "better", last[1]
     year.check()
@@ -303,3 +309,77 @@ def test_a_lock_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with Lock(storage, "second", beat_s=0.1, waits=True):
         thread.join()
     assert "written by run first" in capsys.readouterr().err
+
+
+def test_what_a_run_says_of_a_version_that_stays_beside(year: StoreYear) -> None:
+    year.refresh("first")
+    year.change()
+    year.refresh("first")
+    year.promoted = year.previous
+    promotion.rollback(year.store)
+    result = year.refresh("first")
+    assert result.promotion == "beside"
+    told = list(summary.lines(asdict(result)))
+    assert any(line.endswith("it stays beside what is promoted; fmembed promote switches to it")
+               for line in told)  # fmt: skip
+    assert not any(line.startswith("gate") for line in told)
+
+
+def test_rows_deleted_while_an_older_version_is_promoted_are_told_of_and_can_be_left(
+    year: StoreYear,
+) -> None:
+    year.refresh("first")
+    year.change()
+    year.refresh("first")
+    promotion.rollback(year.store)
+    done = fmembed.delete(
+        Store.open(year.store).uri_of(Store.open(year.store).names()[0]), where="topic = 'war'"
+    )
+    assert done.is_behind
+    assert "rows were deleted since version 1" in promotion.status(year.store).wrong
+    assert [f for f in doctor.examine(year.store) if f.name == "store" and f.state == "wrong"]
+    # A fifth of the rows is gone, and that is no loss.
+    with inline.inline_ray(), pytest.MonkeyPatch.context() as patch:
+        gated.run_inline(patch)
+        promotion.promote(year.store, quiet=True)
+    assert "war" not in fmembed.read(year.store)["topic"].to_pylist()
+    found = promotion.status(year.store)
+    assert (found.wrong, found.before) == ("", None)
+
+
+def test_what_somebody_else_has_promoted_meanwhile_is_current(
+    year: StoreYear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    year.refresh("first")
+    year.change()
+    known = gate_module.run_gate
+
+    def run_gate(*given: Any) -> Any:
+        found = known(*given)
+        promotion.promote(year.store, force=True, quiet=True)
+        return found
+
+    monkeypatch.setattr(gate_module, "run_gate", run_gate)
+    assert year.refresh("first").promotion == "current"
+    lines = promotion.status(year.store).lines()
+    assert any("the gate was not asked" in line for line in lines)
+
+
+def test_a_store_is_named_as_one(
+    year: StoreYear, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    year.refresh("first")
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"source: {{uri: {year.source}, id: key, label: topic, name: corpus}}\n"
+        f"model: {{id: {year.model}, dtype: float32, max_tokens: 42}}\n"
+        f"output: {{uri: {year.store}}}\n"
+    )
+    assert cli.run(["plan", str(config)]) == 2
+    assert "is a store of tables: give it as output.store, or --store" in capsys.readouterr().err
+    for place in (["--store", year.store], ["--set", f"output.store={year.store}"]):
+        assert cli.run(["plan", str(config), "--refresh", *place, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["nothing"]
+    assert cli.run(["doctor", str(config), "--set", f"output.store={year.store}"]) == 0
+    assert cli.run(["vacuum", year.store, "--purge"]) == 0
+    assert "1 are whole" in capsys.readouterr().out

@@ -98,9 +98,12 @@ def test_rejected_lost_and_collapsed_rows_are_refused_each_in_its_words(tmp_path
     half = replace(good, num_rejected=400)
     assert refusals(ask(tmp_path / "a", good, half)) == ["rejected"]
     assert refusals(ask(tmp_path / "b", None, half)) == ["rejected"]
-    found = ask(tmp_path / "c", good, gated.rows(200))
+    found = ask(tmp_path / "c", good, gated.rows(200), model="w2")
     assert "rows" in refusals(found)
-    assert "200 rows, of the promoted version 400" in found["words"]
+    words = "200 rows, of the promoted version 400 (gate.max_lost_fraction = 0.1)"
+    assert words in found["words"]
+    # Of the same table a refresh has asked whether they may leave.
+    assert "rows" not in refusals(ask(tmp_path / "same", good, gated.rows(200)))
     one = np.tile(good.vectors[:1], (400, 1)) + 1e-4 * good.vectors
     found = ask(tmp_path / "d", good, replace(good, vectors=_unit(one)), model="w2")
     assert "collapse" in refusals(found)
@@ -120,6 +123,15 @@ def test_not_a_number_copies_and_lengths_are_refused(tmp_path: Path) -> None:
     assert "10.0% of unlike inputs share a vector" in found["words"]
     found = ask(tmp_path / "c", good, replace(good, vectors=good.vectors * 3))
     assert refusals(found) == ["norms"]
+
+
+def test_a_mass_of_copies_of_an_input_is_refused(tmp_path: Path) -> None:
+    """Of which the bootstrap makes one row."""
+    good = gated.rows()
+    texts = ["same same" if i < 160 else text for i, text in enumerate(good.texts)]
+    found = ask(tmp_path, good, replace(good, texts=texts))
+    assert refusals(found) == ["repeated rows"]
+    assert "40.0% of the rows have the content of another row" in found["words"]
 
 
 def test_a_column_that_readers_lose_is_refused(tmp_path: Path) -> None:

@@ -58,9 +58,10 @@ def test_a_reader_can_insist_on_a_fingerprint(store: Store) -> None:
     for uri in (store.uri, table):
         assert fmembed.read(uri, fingerprint=pointer.fingerprint).num_rows >= 30
         assert len(fmembed.open(uri, fingerprint=pointer.fingerprint[:12]))
-        for wrong in ("0" * 32, pointer.fingerprint[:4]):
-            with pytest.raises(TableError, match="was made by"):
-                fmembed.read(uri, fingerprint=wrong)
+        with pytest.raises(TableError, match="was made by"):
+            fmembed.read(uri, fingerprint="0" * 32)
+        with pytest.raises(TableError, match="takes all of it, or at least 12 letters, got"):
+            fmembed.read(uri, fingerprint=pointer.fingerprint[:4])
 
 
 def test_rolling_back_goes_to_what_was_before_and_further(store: Store) -> None:
