@@ -29,6 +29,7 @@ if os.environ.get("PYTHONPATH") and "" in os.environ["PYTHONPATH"].split(os.path
 
 from typing import TYPE_CHECKING, Any
 
+from fmembed.compute_spec import BudgetSpec, ComputeSpec, PoolSpec
 from fmembed.errors import (
     BudgetSpentError,
     ChangedError,
@@ -49,8 +50,6 @@ from fmembed.errors import (
     WaitedError,
 )
 from fmembed.spec import (
-    BudgetSpec,
-    ComputeSpec,
     GateSpec,
     HubDataset,
     ModelSpec,
@@ -104,6 +103,7 @@ __all__ = [
     "ModelSpec",
     "NoFilesError",
     "OutputSpec",
+    "PoolSpec",
     "RefreshSpec",
     "RejectedError",
     "Result",

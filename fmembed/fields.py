@@ -84,6 +84,11 @@ MEANINGS = {
     "are GPUs, or as the pools of the cluster may come to have, or by the CPUs",
     "compute.gpus_per_actor": "auto: 1 where there are GPUs, or a pool of the cluster has them, "
     "else 0",
+    "compute.pools": "in their place actors of several kinds, each with actors, gpus_per_actor, "
+    "accelerator_type, resources, label_selector, dtype, price_per_device_hour; all draw from the "
+    "same windows",
+    "compute.min_agreement": "cosine of the vectors that a pool makes of some rows to those that a "
+    "CPU, or the first pool, makes of them; 0.9999, and 0.999 of 16 bits, if none",
     "compute.batch_tokens": "tokens of a batch; auto measures texts",
     "compute.window_rows": "rows that an actor is handed at once",
     "compute.budget.device_hours": "a run stops there, and the next one goes on",

@@ -347,6 +347,7 @@ def embed_rows(
     from fmembed.run.pace import shorten_windows
     from fmembed.run.passes import cleaned_up, passes
     from fmembed.run.placement import describe, is_blind, place
+    from fmembed.run.pools import measure
     from fmembed.run.progress import Progress
     from fmembed.run.ranges import find_ranges
     from fmembed.run.signals import Signals
@@ -388,6 +389,7 @@ def embed_rows(
     kind = Commits if line is None else Staging
     commits = kind(spec.output, table, lock, run.id, card)
     options = stage_options(checkpoint, spec.preprocess, plan, ranges, run.server_dim)
+    held_to = measure(stage, inputs, left, plan, ranges) if plan.pools else None
     if not sees_model:
         options["dims"] = stored_dims(checkpoint.outputs, stored)
     spending = Spending(spec)
@@ -414,7 +416,7 @@ def embed_rows(
                     pieces = prepare(
                         rows, checkpoint, spec.preprocess, plan, num_shards, work.apart
                     )
-                    vectors = apply(stage, checkpoint, options, pieces, plan)
+                    vectors = apply(stage, checkpoint, options, pieces, plan, held_to)
                     for bundle in vectors.iter_internal_ref_bundles():
                         run.count(bundle)
                         run.show(has_committed=commits.add(bundle))

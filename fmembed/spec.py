@@ -14,12 +14,12 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from fmembed.cluster_spec import ClusterSpec
+from fmembed.compute_spec import ComputeSpec
 from fmembed.config_file import MAX_CONFIG_BYTES, read_yaml
 from fmembed.errors import SpecError
 from fmembed.redaction import conceal, is_url, looks_like_key, without_secrets
@@ -313,55 +313,6 @@ class ZeroShotSpec(_Part):
         return value
 
 
-class BudgetSpec(_Part):
-    """What a run may cost: hours for which its actors hold a device, or money. It stops within a
-    window of each actor of the limit; what is finished by then is committed, and another run goes
-    on. Never part of the fingerprint.
-    """
-
-    device_hours: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    cost: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-
-    @property
-    def is_set(self) -> bool:
-        """Whether there is a limit."""
-        return self.device_hours is not None or self.cost is not None
-
-
-class ComputeSpec(_Part):
-    """How the work is spread. Never part of the fingerprint: it cannot change a vector.
-
-    `price_per_device_hour` is what an hour of one actor's device costs, in any currency. `wait_s`
-    is for how long a run without a device waits for one, null for as long as it takes.
-    """
-
-    actors: int | tuple[int, int] | Literal["auto"] = "auto"
-    gpus_per_actor: float | Literal["auto"] = "auto"
-    batch_tokens: int | Literal["auto"] = "auto"
-    window_rows: int | Literal["auto"] = "auto"
-    budget: BudgetSpec = BudgetSpec()
-    price_per_device_hour: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    wait_s: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-
-    @field_validator("actors")
-    @classmethod
-    def _check_actors(cls, value: Any) -> Any:
-        if value == "auto":
-            return value
-        low, high = (value, value) if isinstance(value, int) else value
-        if not 1 <= low <= high:
-            raise ValueError("takes a number of at least 1, [min, max] with min <= max, or auto")
-        return value
-
-    @field_validator("gpus_per_actor", "batch_tokens", "window_rows")
-    @classmethod
-    def _check_positive(cls, value: Any, info: ValidationInfo) -> Any:
-        least = 0 if info.field_name == "gpus_per_actor" else 1
-        if value != "auto" and value < least:
-            raise ValueError(f"takes a number of at least {least}, or auto")
-        return value
-
-
 class OutputSpec(_Part):
     """Where the table goes and how often it is committed.
 
@@ -488,10 +439,12 @@ class RunSpec(_Part):
     @model_validator(mode="after")
     def _check_priced(self) -> RunSpec:
         endpoint = self.model.endpoint
-        price = self.compute.price_per_device_hour
+        is_priced = self.compute.is_priced
         if endpoint is not None:
-            price = endpoint.usd_per_million_tokens
-        if self.compute.budget.cost is not None and price is None:
+            is_priced = endpoint.usd_per_million_tokens is not None
+            if self.compute.pools:
+                raise ValueError("compute.pools: a server has its model itself; give none")
+        if self.compute.budget.cost is not None and not is_priced:
             field = "compute.price_per_device_hour"
             if endpoint is not None:
                 field = "model.endpoint.usd_per_million_tokens"
@@ -638,9 +591,10 @@ def _hint(names: list[str]) -> str:
 def list_fields(model: type[BaseModel] | None = None, prefix: str = "") -> Iterator[str]:
     """The dotted names of all fields that hold no others."""
     for name, field in (model or RunSpec).model_fields.items():
-        # A part, or a part or nothing; of `outputs` there are as many as the user names.
+        # A part, or a part or nothing; of `outputs` and `pools` there are as many as users name.
         kinds = [field.annotation]
-        kinds += [] if get_origin(field.annotation) is dict else get_args(field.annotation)
+        is_many = get_origin(field.annotation) in (dict, tuple)
+        kinds += [] if is_many else get_args(field.annotation)
         part = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
         if part is None:
             yield prefix + name
@@ -670,6 +624,8 @@ def _shown_name(name: str) -> str:
 
 def _field_names(model: type[BaseModel], path: list[str]) -> set[str]:
     for key in path:
+        if key.isdecimal():  # one of a list
+            continue
         field = model.model_fields.get(key)
         # A part, or a part or nothing.
         kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from soak import Bench
+from soak import Bench, Fleet
 from xdist.scheduler import LoadFileScheduling
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -173,6 +174,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_MODULES_CACHE", str(folder / "modules"))
         yield Bench(folder, num_rows=400, row_s=0.01)
+
+
+@pytest.fixture(scope="session")
+def any_fleet() -> Iterator[Fleet]:
+    """A cluster, with whatever GPUs the last test has left there."""
+    with contextlib.closing(Fleet()) as fleet:
+        yield fleet
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

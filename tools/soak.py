@@ -358,13 +358,21 @@ class Fleet:
         self.gpus: list[Any] = []
         self.address: str = self._cluster.address
 
-    def add(self) -> None:
-        """Start a node with a GPU."""
-        self.gpus.append(self._cluster.add_node(num_cpus=1, num_gpus=1, **self._args))
+    def add(self, kind: str | None = None) -> None:
+        """Start a node with a GPU; of a kind, as its accelerator's type and its label say."""
+        more: dict[str, Any] = {}
+        if kind is not None:
+            more = {"labels": {"kind": kind}, "resources": {f"accelerator_type:{kind}": 1}}
+        self.gpus.append(self._cluster.add_node(num_cpus=1, num_gpus=1, **more, **self._args))
 
     def kill(self) -> None:
         """SIGKILL the node with a GPU that has been there for longest."""
         self._cluster.remove_node(self.gpus.pop(0), allow_graceful=False)
+
+    def clear(self) -> None:
+        """The same with all of them."""
+        while self.gpus:
+            self.kill()
 
     def drain(self, notice_s: float) -> Any:
         """Give that node notice, as a cloud does that takes it back."""

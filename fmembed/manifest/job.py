@@ -67,6 +67,22 @@ def _with_pools(raw: dict[str, Any], spec: RunSpec) -> dict[str, Any]:
     """
     cluster, compute = spec.cluster, spec.compute
     assert cluster is not None
+    for i, pool in enumerate(compute.pools):
+        kinds = (None, cluster.gpu.accelerator)
+        if pool.accelerator_type not in kinds or pool.resources or pool.label_selector:
+            raise SpecError(
+                f"compute.pools.{i}: the workers with GPUs of these files are all of one kind, "
+                "that of cluster.gpu; leave the pool out, or write its group of workers by hand "
+                "into the file of a config without it"
+            )
+        for name in ("actors", "gpus_per_actor"):
+            if getattr(pool, name) == "auto":
+                raise SpecError(
+                    f"compute.pools.{i}.{name}: takes numbers here, as a run is not told which "
+                    "workers its cluster may have, and none is there yet when it is planned"
+                )
+    if compute.pools:
+        return raw
     given = compute.gpus_per_actor
     if spec.model.endpoint is not None or not cluster.has_gpus or given == 0:
         return raw

@@ -30,13 +30,16 @@ _LIMIT_S, _ROUNDS, _TOLERANCE = 2.0, 3, 0.03
 _CACHED = "batch_tokens"
 
 
-def choose_budget(given: int | Literal["auto"] | None, model: Model) -> tuple[int, str]:
+def choose_budget(
+    given: int | Literal["auto"] | None, model: Model, gpu_share: float = 1.0
+) -> tuple[int, str]:
     """The token budget of a model's batches, and who chose it.
 
     Args:
         given: By the config: a number, "auto" for what is best for this model on its device, or
             None for the device's default.
         model: Is run to measure it, once for each checkpoint, device and number of threads.
+        gpu_share: Of a GPU that it has for itself.
 
     Returns:
         Tokens of a batch; and given, measured, cached or default.
@@ -65,6 +68,8 @@ def choose_budget(given: int | Literal["auto"] | None, model: Model) -> tuple[in
         "torch": torch.__version__,
         "row_tokens": row_tokens,
     }
+    if gpu_share < 1:
+        key["gpu_share"] = gpu_share
     known = (cache.recall(_CACHED, key) or {}).get("batch_tokens")
     if known in budgets:  # what an earlier version may have chosen is none of today's
         return known, "cached"

@@ -38,6 +38,7 @@ class Encoder:
         self,
         checkpoint: Checkpoint,
         device: str = "cpu",
+        gpu_share: float = 1.0,
         num_threads: int | None = None,
         batch_tokens: int | Literal["auto"] | None = None,
         ranges: Ranges | None = None,
@@ -48,6 +49,7 @@ class Encoder:
         Args:
             checkpoint: What to load.
             device: "cpu", or "cuda" for the GPU that this process was given.
+            gpu_share: The part of its memory that this process may take: others have the rest.
             num_threads: CPU threads of this process; None leaves torch's choice.
             batch_tokens: Token budget of a batch, padding included; "auto" measures the model, or
                 takes what was measured before; None, for a few rows, is the device's default.
@@ -65,6 +67,8 @@ class Encoder:
             # torch rounds what convolutions in float32 multiply to 10 bits, unless told not to;
             # its products it does not.
             torch.backends.cudnn.allow_tf32 = False
+            if gpu_share < 1:  # so that a batch too large fails here, and not in another process
+                torch.cuda.set_per_process_memory_fraction(gpu_share)
         if num_threads is not None:
             # Ray sets OMP_NUM_THREADS to the CPUs reserved, and reuses workers with their threads.
             torch.set_num_threads(num_threads)
@@ -72,7 +76,7 @@ class Encoder:
         self._tower = model.tower
         self._columns = VectorColumns(checkpoint.outputs, model.dims, ranges or {}, pieces_are_rows)
         self.num_halved = 0
-        self._batch_tokens, how = choose_budget(batch_tokens, model)
+        self._batch_tokens, how = choose_budget(batch_tokens, model, gpu_share)
         # Reported once: the counts of all windows are added up.
         self._news = {f"batch_tokens/{self._batch_tokens}/{how}": 1}
         load_s = time.perf_counter() - began

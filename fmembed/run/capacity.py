@@ -58,19 +58,28 @@ class Demand:
 @dataclass(frozen=True)
 class Process:
     """A process that an actor has or had: `deaths` are the ids of those that ended on nodes that
-    live. A node that goes takes its processes with it, and that says nothing of them.
+    live. A node that goes takes its processes with it, and that says nothing of them. `name` is
+    empty where the actor was given none.
     """
 
     actor: str
     is_alive: bool
     deaths: frozenset[bytes]
     num_rebuilt: int
+    name: str = ""
+    has_ended: bool = False
 
 
 def nodes() -> list[dict[str, float]]:
     """The resources of the nodes that are alive."""
     alive: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
     return [n["Resources"] for n in alive if n["Alive"]]
+
+
+def labelled_nodes() -> list[tuple[Resources, Mapping[str, str]]]:
+    """The same, each with its labels."""
+    alive: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [(n["Resources"], n.get("Labels") or {}) for n in alive if n["Alive"]]
 
 
 def nodes_to_come() -> list[Resources]:
@@ -164,11 +173,12 @@ def demand(shape: Resources) -> Demand:
     return Demand(num_waiting, any(dict(r.resources_bundle) == shape for r in never))
 
 
-def processes(class_part: str) -> list[Process]:
+def processes(class_part: str, ended: bool = False) -> list[Process]:
     """The actors of this job that have an end before them.
 
     Args:
         class_part: Stands in the names of their classes.
+        ended: Whether those too that have it behind them.
     """
     job = ray._private.worker.global_worker.current_job_id
     accessor = ray._private.state.state._connect_and_get_accessor()
@@ -179,7 +189,8 @@ def processes(class_part: str) -> list[Process]:
     found = []
     for raw in table:
         actor = _GCS.ActorTableData.FromString(raw)
-        if class_part not in actor.class_name or actor.state == _GCS.ActorTableData.DEAD:
+        has_ended = actor.state == _GCS.ActorTableData.DEAD
+        if class_part not in actor.class_name or (has_ended and not ended):
             continue
         before = actor.previous_incarnations
         found.append(
@@ -188,6 +199,8 @@ def processes(class_part: str) -> list[Process]:
                 actor.state == _GCS.ActorTableData.ALIVE,
                 frozenset(p.worker_id for p in before if p.node_id in living),
                 actor.num_restarts_due_to_lineage_reconstruction,
+                actor.name,
+                has_ended,
             )
         )
     return found

@@ -98,9 +98,16 @@ def find_pace(
         notes.append("preparing rejects all rows that were drawn; the model was not tried")
         return None
     ranges = find_ranges(inputs, left, plan, Embed, 0)
-    options = stage_options(inputs.checkpoint, inputs.spec.preprocess, plan, ranges, 0)
-    tried = try_rows(Embed, inputs.checkpoint, options, sampled.rows, plan, get)
-    seconds = 1 / tried.rates * unit_size(inputs)
+    tried = []
+    for pool in plan.kinds:
+        one = plan.of(pool)
+        options = stage_options(inputs.checkpoint, inputs.spec.preprocess, one, ranges, 0)
+        tried.append(try_rows(Embed, inputs.checkpoint, options, sampled.rows, one, get))
+    first, rates = tried[0], tried[0].rates
+    if len(tried) > 1:  # an actor takes for a unit what is the mean of all, by what each does
+        weights = [pool.max_actors for pool in plan.kinds]
+        rates = np.atleast_1d(np.average([t.rates.mean() for t in tried], weights=weights))
+    seconds = 1 / rates * unit_size(inputs)
     unit_s = Range(float(seconds.mean()), float(seconds.min()), float(seconds.max()))
     unit_s = unit_s.within(MEASURED)
     model_s = unit_s * units * (1 / plan.max_actors)
@@ -112,8 +119,8 @@ def find_pace(
     else:
         fed_s = Range.exactly(feed_s / plan.num_workers).within(MEASURED)
         work_s = max(model_s, fed_s, key=lambda r: r.value)
-    begin_s = start_s + tried.start_s + REST_S
-    return Pace(unit_s, work_s, begin_s, tried.load_s, "measured now", tried.row_bytes)
+    begin_s = start_s + first.start_s + REST_S
+    return Pace(unit_s, work_s, begin_s, first.load_s, "measured now", first.row_bytes)
 
 
 def shorten_windows(plan: Plan, inputs: Inputs) -> Plan:

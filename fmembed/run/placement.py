@@ -7,14 +7,15 @@ is to be done.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import pyarrow as pa
 import ray
 
 from fmembed.checkpoint.opening import Checkpoint
+from fmembed.compute_spec import ComputeSpec, PoolSpec
 from fmembed.devices import cpu_name
 from fmembed.errors import SpecError
 from fmembed.inputs import Inputs
@@ -23,7 +24,7 @@ from fmembed.run import capacity
 from fmembed.sources.reading import read_here
 from fmembed.sources.shards import sample
 from fmembed.sources.source import Source
-from fmembed.spec import ComputeSpec, Modality
+from fmembed.spec import Modality
 
 # Rows in a window, which an actor sorts by length and cuts into batches: a few seconds of its work,
 # so that none idles long at the end.
@@ -43,6 +44,9 @@ _ROW_TOKENS = {"image": 196, "audio": 500}
 _CORE_FLOP_PER_S, _START_S = 5e10, 15.0
 # Windows for each actor at least: with fewer the last ones leave some of them idle.
 _MIN_WINDOWS = 4
+# And where they are of several pools: at the end the others wait for the two windows that the
+# slowest has. Of two actors, one four times as fast as the other, that is 7 % of the run.
+_MIN_MIXED_WINDOWS = 48
 # An autoscaler begins as long after the head at most: it imports Ray.
 _PATIENCE_S = 20.0
 # The share of a node's memory that the models of its CPU actors may take, and what a process takes
@@ -51,11 +55,63 @@ _MODELS_SHARE, _PROCESS_BYTES = 0.25, 2**29
 
 
 @dataclass(frozen=True)
+class Pool:
+    """Actors of one kind. `cpus_per_actor` is what Ray reserves, `num_threads` what torch uses; the
+    nodes have what `accelerator_type`, `resources` and `label_selector` ask for, as Ray takes them.
+    """
+
+    device: str
+    min_actors: int
+    max_actors: int
+    gpus_per_actor: float
+    cpus_per_actor: float
+    num_threads: int
+    accelerator_type: str | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
+    label_selector: Mapping[str, str] = field(default_factory=dict)
+    dtype: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What tells its nodes from others, for people; empty where nothing does."""
+        labels = (f"{key} {value}" for key, value in self.label_selector.items())
+        return ", ".join(filter(None, [self.accelerator_type, *self.resources, *labels]))
+
+    @property
+    def shape(self) -> dict[str, float]:
+        """What Ray's scheduler is asked for."""
+        asked = {"CPU": self.cpus_per_actor, "GPU": self.gpus_per_actor, **self.resources}
+        if self.accelerator_type is not None:  # as Ray counts it
+            asked[f"accelerator_type:{self.accelerator_type}"] = 0.001
+        return {name: amount for name, amount in asked.items() if amount}
+
+    @property
+    def device_options(self) -> dict[str, Any]:
+        """What the stage is told of its device."""
+        told: dict[str, Any] = {"device": self.device, "num_threads": self.num_threads}
+        if 0 < self.gpus_per_actor < 1:
+            told["gpu_share"] = self.gpus_per_actor
+        return told
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it asks for as options of a task or an actor."""
+        named = {
+            "accelerator_type": self.accelerator_type,
+            "resources": dict(self.resources),
+            "label_selector": dict(self.label_selector),
+        }
+        both = {"num_cpus": self.cpus_per_actor, "num_gpus": self.gpus_per_actor}
+        return both | {name: value for name, value in named.items() if value}
+
+
+@dataclass(frozen=True)
 class Plan:
     """Who gets which CPUs. `cpus_per_actor` is what Ray reserves, `num_threads` what torch uses.
 
     `num_workers` is how many tasks can read and preprocess at once. `device_name` is the device's
-    kind, as the cluster calls it; empty where it has none.
+    kind, as the cluster calls it; empty where it has none. Of several `pools` the numbers of actors
+    are those of all, and the rest is the first one's.
     """
 
     device: str
@@ -69,6 +125,31 @@ class Plan:
     window_rows: int
     batch_tokens: int | Literal["auto"]
     device_name: str = ""
+    pools: tuple[Pool, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[Pool, ...]:
+        """The pools, be it one that the config has not called so."""
+        return self.pools or (
+            Pool(
+                self.device, self.min_actors, self.max_actors, self.gpus_per_actor,
+                self.cpus_per_actor, self.num_threads,
+            ),
+        )  # fmt: skip
+
+    def of(self, pool: Pool, num_actors: int | None = None) -> Plan:
+        """The same with one of the pools alone, of so many actors in place of all of them."""
+        low, high = num_actors or pool.min_actors, num_actors or pool.max_actors
+        return replace(
+            self,
+            device=pool.device,
+            min_actors=low,
+            max_actors=high,
+            gpus_per_actor=pool.gpus_per_actor,
+            cpus_per_actor=pool.cpus_per_actor,
+            num_threads=pool.num_threads,
+            pools=(replace(pool, min_actors=low, max_actors=high),) if self.pools else (),
+        )
 
 
 @dataclass(frozen=True)
@@ -117,7 +198,7 @@ def place(inputs: Inputs, left: Source, sees_model: bool = True) -> Plan:
     work = estimate_work(left, checkpoint, spec.preprocess.chunk_tokens is not None)
     compute = spec.compute
     if not sees_model:
-        compute = compute.model_copy(update={"gpus_per_actor": 0.0, "actors": 1})
+        compute = compute.model_copy(update={"gpus_per_actor": 0.0, "actors": 1, "pools": ()})
     plan = plan_compute(compute, checkpoint.modality, checkpoint.num_bytes(), work)
     if checkpoint.endpoint is not None:
         plan = replace(plan, device="cpu", min_actors=1, max_actors=1, gpus_per_actor=0.0)
@@ -171,65 +252,131 @@ def plan_compute(
         SpecError: More GPUs are asked for than there are, or may come.
     """
     work = work or Estimate()
-    alive, coming = capacity.nodes(), capacity.nodes_to_come()
-    nodes: list[capacity.Resources] = [n for n in alive if n.get("CPU", 0) > 0]
-    gpus_per_actor = spec.gpus_per_actor
-    if gpus_per_actor == "auto":
-        gpus_per_actor = float(any(n.get("GPU", 0) for n in [*nodes, *coming]))
-    if gpus_per_actor:
-        lacks = _count_gpu_actors(nodes, gpus_per_actor) < _least(spec)
-        is_bounded = bool(coming) or not capacity.grows(_PATIENCE_S if lacks else 0.0)
-        nodes += coming if is_bounded else _like(nodes, gpus_per_actor, spec)
-        fit = _count_gpu_actors(nodes, gpus_per_actor)
-        num_gpus = sum(n.get("GPU", 0) for n in nodes)
+    one = PoolSpec(actors=spec.actors, gpus_per_actor=spec.gpus_per_actor)
+    cluster = _Cluster(
+        [(n, labels) for n, labels in capacity.labelled_nodes() if n.get("CPU", 0) > 0],
+        capacity.nodes_to_come(),
+        has_bare_node=any(not n.get("CPU", 0) for n in capacity.nodes()),
+    )
+    fields = [f"compute.pools.{i}." for i in range(len(spec.pools))] or ["compute."]
+    kinds = spec.pools or (one,)
+    both = [
+        _plan_pool(name, pool, cluster, modality, model_bytes, work)
+        for name, pool in zip(fields, kinds, strict=True)
+    ]
+    pools = [pool for pool, *_ in both]
+    nodes = [*(n for n, _ in cluster.alive), *(n for *_, more in both for n in more)]
+    num_slots = sum(int(n["CPU"]) for n in nodes)
+    for pool, num_nodes, _ in both:
+        if pool.cpus_per_actor:
+            # Which together leave a fraction of a CPU on each node that has some of them.
+            num_slots -= math.ceil(pool.cpus_per_actor * pool.max_actors - 1e-3)
+            num_slots -= min(pool.max_actors, num_nodes) - 1
+    # One CPU is for the task that cuts windows; where only one is left besides, two workers share
+    # it: on 2 cores, without a model, one of them read and prepared 3,169 rows/s and two 6,384. Of
+    # two nodes each might take a half, and then neither has a whole one left.
+    per_task = 0.5 if num_slots <= 2 and len(nodes) <= 1 else 1.0
+    first, high = pools[0], sum(pool.max_actors for pool in pools)
+    slowest = "cpu" if any(pool.device == "cpu" for pool in pools) else "cuda"
+    return Plan(
+        device=first.device,
+        min_actors=sum(pool.min_actors for pool in pools),
+        max_actors=high,
+        gpus_per_actor=first.gpus_per_actor,
+        cpus_per_actor=first.cpus_per_actor,
+        num_threads=first.num_threads,
+        cpus_per_task=per_task,
+        num_workers=max(int((num_slots - 1) / per_task), 1),
+        window_rows=_choose_window(slowest, modality, high, work, is_mixed=len(pools) > 1)
+        if spec.window_rows == "auto"
+        else spec.window_rows,
+        batch_tokens=spec.batch_tokens,
+        pools=tuple(pools) if spec.pools else (),
+    )
+
+
+@dataclass(frozen=True)
+class _Cluster:
+    """Nodes with CPUs, with their labels; the resources of those that may come; and whether there
+    is a node without a CPU.
+    """
+
+    alive: Sequence[tuple[capacity.Resources, Mapping[str, str]]]
+    coming: Sequence[capacity.Resources]
+    has_bare_node: bool
+
+
+def _plan_pool(
+    field: str,
+    spec: PoolSpec,
+    cluster: _Cluster,
+    modality: Modality,
+    model_bytes: int,
+    work: Estimate,
+) -> tuple[Pool, int, Sequence[capacity.Resources]]:
+    """The actors of one kind, on how many nodes they may be, and those of these that may come.
+
+    Raises:
+        SpecError: There are too few nodes of that kind, and no more may come.
+    """
+    nodes = [n for n, labels in cluster.alive if spec.is_of(n, labels)]
+    coming = [n for n in cluster.coming if spec.is_of(n, None)]
+    gpus = spec.gpus_per_actor
+    if gpus == "auto":
+        has_gpus = any(n.get("GPU", 0) for n in [*nodes, *coming])
+        gpus = float(has_gpus or (spec.accelerator_type is not None and not nodes))
+    needs = {"GPU": gpus} if gpus else {}
+    needs |= spec.resources
+    here = _count_actors(nodes, needs)
+    more: Sequence[capacity.Resources] = ()
+    if needs or spec.is_some:
+        lacks = here < _least(spec) if needs else not nodes
+        is_bounded = bool(cluster.coming) or not capacity.grows(_PATIENCE_S if lacks else 0.0)
+        more = coming if is_bounded else _like(nodes, needs, spec)
+        nodes += more
         if is_bounded:
-            _check_gpus(spec, gpus_per_actor, num_gpus, fit)
-        here = _count_gpu_actors(alive, gpus_per_actor)
-        fit = max(min(fit, _count_busy(modality, work)), here, 1)
+            _check_nodes(field, spec, gpus, needs, nodes)
     num_nodes = max(len(nodes), 1)
     cpus = max(min((int(n["CPU"]) for n in nodes), default=1), 1)
-    if not gpus_per_actor:
+    if gpus:
+        fit = max(min(_count_actors(nodes, needs), _count_busy(modality, work)), here, 1)
+    else:
         memory_bytes = min((n.get("memory", 0) for n in nodes), default=0)
         fit = num_nodes * _count_cpu_actors(cpus, memory_bytes, model_bytes)
-        # Two operations a parameter and token; a stored parameter has four bytes at most.
-        flop = work.num_tokens * model_bytes / 2 if model_bytes else math.inf
-        fit = max(int(min(fit, flop / _CORE_FLOP_PER_S / _START_S)), 1)
+        if needs:
+            fit = min(fit, _count_actors(nodes, needs))
+        busy_s = cpu_seconds(work.num_tokens, model_bytes) if model_bytes else math.inf
+        fit = max(int(min(fit, busy_s / _START_S)), 1)
     if spec.actors == "auto":
         low = high = fit
     else:
         low, high = (spec.actors, spec.actors) if isinstance(spec.actors, int) else spec.actors
     per_node = math.ceil(high / num_nodes)
-    has_bare_node = any(not n.get("CPU", 0) for n in alive)
-    num_tasks = 1 if cpus < 3 and has_bare_node else 2
+    num_tasks = 1 if cpus < 3 and cluster.has_bare_node else 2
     spare = max(cpus - num_tasks, 0)
-    # Ray counts CPUs in steps of 1/10,000.
-    per_actor = 0.0 if gpus_per_actor else math.floor(spare / high * 1e4) / 1e4
-    num_slots = sum(int(n["CPU"]) for n in nodes)
-    if per_actor:  # which together leave a fraction of a CPU on each node that has some of them
-        num_slots -= spare + min(high, num_nodes) - 1
-    # One CPU is for the task that cuts windows; where only one is left besides, two workers share
-    # it: on 2 cores, without a model, one of them read and prepared 3,169 rows/s and two 6,384. Of
-    # two nodes each might take a half, and then neither has a whole one left.
-    per_task = 0.5 if num_slots <= 2 and num_nodes == 1 else 1.0
-    device = "cuda" if gpus_per_actor else "cpu"
-    return Plan(
-        device=device,
+    pool = Pool(
+        device="cuda" if gpus else "cpu",
         min_actors=low,
         max_actors=high,
-        gpus_per_actor=gpus_per_actor,
-        cpus_per_actor=per_actor,
+        gpus_per_actor=gpus,
+        # Ray counts CPUs in steps of 1/10,000.
+        cpus_per_actor=0.0 if gpus else math.floor(spare / high * 1e4) / 1e4,
         num_threads=max(cpus // per_node, 1),
-        cpus_per_task=per_task,
-        num_workers=max(int((num_slots - 1) / per_task), 1),
-        window_rows=_choose_window(device, modality, high, work)
-        if spec.window_rows == "auto"
-        else spec.window_rows,
-        batch_tokens=spec.batch_tokens,
+        accelerator_type=spec.accelerator_type,
+        resources=spec.resources,
+        label_selector=spec.label_selector,
+        dtype=spec.dtype,
     )
+    return pool, len(nodes), more
 
 
 def is_blind(plan: Plan) -> bool:
-    """Whether no node is there yet of the kind that a plan needs, nor declared."""
+    """Whether no node is there yet of the kind that a plan needs, nor declared.
+
+    Who names pools has told the kinds, and is not waited for.
+    """
+    if plan.pools:
+        return False
     kind = "GPU" if plan.gpus_per_actor else "CPU"
     known = [*capacity.nodes(), *capacity.nodes_to_come()]
     return not any(n.get(kind, 0) for n in known) and capacity.grows()
@@ -237,30 +384,51 @@ def is_blind(plan: Plan) -> bool:
 
 def describe(plan: Plan) -> str:
     """Who runs the model, in words."""
-    kind = "GPU" if plan.device == "cuda" else "CPU"
-    how_many = f"{plan.min_actors:,} to " if plan.min_actors < plan.max_actors else ""
-    return f"{how_many}{plan.max_actors:,} {kind} {'actors' if plan.max_actors > 1 else 'actor'}"
+    return " and ".join(_describe(pool) for pool in plan.kinds)
 
 
-def _check_gpus(spec: ComputeSpec, gpus_per_actor: float, num_gpus: float, fit: int) -> None:
-    if gpus_per_actor > num_gpus:
+def _describe(pool: Pool) -> str:
+    kind = "GPU" if pool.device == "cuda" else "CPU"
+    kind += " actors" if pool.max_actors > 1 else " actor"
+    how_many = f"{pool.min_actors:,} to " if pool.min_actors < pool.max_actors else ""
+    return f"{how_many}{pool.max_actors:,} {kind}{f' ({pool.name})' if pool.name else ''}"
+
+
+def _check_nodes(
+    field: str,
+    spec: PoolSpec,
+    gpus: float,
+    needs: capacity.Resources,
+    nodes: Sequence[capacity.Resources],
+) -> None:
+    fit = _count_actors(nodes, needs) if needs else len(nodes)
+    if spec.is_some and not fit:
         raise SpecError(
-            f"compute.gpus_per_actor: {gpus_per_actor:g} asked, the cluster has {num_gpus:g}; "
+            f"{field.rstrip('.')}: no node of the cluster is of this kind ({spec.words(gpus)}); "
+            "start such nodes first, or leave the pool out"
+        )
+    num_gpus = sum(n.get("GPU", 0) for n in nodes)
+    if gpus > num_gpus:
+        raise SpecError(
+            f"{field}gpus_per_actor: {gpus:g} asked, the cluster has {num_gpus:g}; "
             "set it to 0 for CPUs, or start the GPU nodes first"
         )
     if not fit:
         raise SpecError(
-            f"compute.gpus_per_actor: {gpus_per_actor:g} asked, no node of the cluster has so "
-            "many; name fewer, or 0 for CPUs"
+            f"{field}gpus_per_actor: {gpus:g} asked, no node of the cluster has so many; name "
+            "fewer, or 0 for CPUs"
         )
-    if (low := _least(spec)) > fit:
+    if needs and (low := _least(spec)) > fit:
+        each, have = f"{gpus:g} GPU", f"{num_gpus:g} GPUs"
+        if spec.is_some:
+            each, have = spec.words(gpus), "nodes of this kind"
         raise SpecError(
-            f"compute.actors: {low} asked with {gpus_per_actor:g} GPU each, the cluster's "
-            f"{num_gpus:g} GPUs are enough for {fit}"
+            f"{field}actors: {low} asked with {each} each, the cluster's {have} are enough for "
+            f"{fit}"
         )
 
 
-def _least(spec: ComputeSpec) -> int:
+def _least(spec: PoolSpec) -> int:
     """The actors that a run is to have at least."""
     if spec.actors == "auto":
         return 1
@@ -268,20 +436,24 @@ def _least(spec: ComputeSpec) -> int:
 
 
 def _like(
-    nodes: Sequence[capacity.Resources], gpus_per_actor: float, spec: ComputeSpec
+    nodes: Sequence[capacity.Resources], needs: capacity.Resources, spec: PoolSpec
 ) -> list[capacity.Resources]:
     """Nodes that may come for as many actors as the config asks for, like one that has come."""
-    like = next((n for n in nodes if n.get("GPU", 0) >= gpus_per_actor), None)
+    like = next((n for n in nodes if needs and _count_actors([n], needs)), None)
     if like is None or spec.actors == "auto":
         return []
     high = spec.actors if isinstance(spec.actors, int) else spec.actors[1]
-    left = high - _count_gpu_actors(nodes, gpus_per_actor)
-    return [like] * math.ceil(max(left, 0) / _count_gpu_actors([like], gpus_per_actor))
+    left = high - _count_actors(nodes, needs)
+    return [like] * math.ceil(max(left, 0) / _count_actors([like], needs))
 
 
-def _count_gpu_actors(nodes: Sequence[capacity.Resources], gpus_per_actor: float) -> int:
-    """Actors that find their GPUs, each on one node."""
-    return sum(int(n.get("GPU", 0) / gpus_per_actor + 1e-9) for n in nodes)
+def _count_actors(nodes: Sequence[capacity.Resources], needs: capacity.Resources) -> int:
+    """Actors that find what each of them needs, on one node; 0 where they need nothing."""
+    if not needs:
+        return 0
+    return sum(
+        min(int(n.get(name, 0) / amount + 1e-9) for name, amount in needs.items()) for n in nodes
+    )
 
 
 def _count_busy(modality: Modality, work: Estimate) -> int:
@@ -293,17 +465,33 @@ def _count_busy(modality: Modality, work: Estimate) -> int:
     return math.ceil(min(num_rows / rows / _MIN_WINDOWS, 1e9))
 
 
+def cpu_seconds(num_tokens: float, model_bytes: int) -> float:
+    """What tokens take a core, in float32.
+
+    Two operations a parameter and token; a stored parameter has four bytes at most.
+    """
+    return num_tokens * model_bytes / 2 / _CORE_FLOP_PER_S
+
+
 def _count_cpu_actors(cpus: int, memory_bytes: float, model_bytes: int) -> int:
     """Actors of a node's CPUs, each with as many threads as the others: a divisor, or nearly."""
     models = int(memory_bytes * _MODELS_SHARE / (model_bytes + _PROCESS_BYTES))
     return cpus // math.ceil(cpus / max(min(models, cpus), 1))
 
 
-def _choose_window(device: str, modality: Modality, num_actors: int, work: Estimate) -> int:
-    """Rows of a window: some seconds of an actor's work, and of a small source a few each."""
+def _choose_window(
+    device: str, modality: Modality, num_actors: int, work: Estimate, is_mixed: bool = False
+) -> int:
+    """Rows of a window: some seconds of an actor's work, and of a small source a few each, or more
+    where one actor may be several times as fast as another.
+    """
+    least = _MIN_MIXED_WINDOWS if is_mixed else _MIN_WINDOWS
     num_rows = _WINDOW_ROWS[device][modality]
     if work.row_tokens is not None and modality == "text":
         num_rows = int(_WINDOW_TOKENS[device] / work.row_tokens)
-    if work.row_tokens is not None and work.num_rows is not None:
-        num_rows = min(num_rows, work.num_rows // (_MIN_WINDOWS * num_actors))
+    known = work.num_rows
+    if known is None and is_mixed and work.row_tokens is not None and work.num_tokens < math.inf:
+        known = int(work.num_tokens / work.row_tokens)
+    if work.row_tokens is not None and known is not None:
+        num_rows = min(num_rows, known // (least * num_actors))
     return min(max(num_rows, _MIN_WINDOW_ROWS), _MAX_WINDOW_ROWS)

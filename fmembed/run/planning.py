@@ -31,6 +31,7 @@ from fmembed.run.pace import (
 from fmembed.run.placement import Plan, place
 from fmembed.run.refresh import Foreseen, Refresh
 from fmembed.run.sampling import Sampled
+from fmembed.run.spending import mean_price
 from fmembed.run.waiting import Watch, watched
 from fmembed.sources.source import Source
 from fmembed.table.files import REJECTED, Part
@@ -96,7 +97,7 @@ def make_plan(
         rewrite_s = written.num_rewritten / _REWRITE_BYTES_PER_S
         stages["rewrite"] = Range.exactly(rewrite_s).within(_GUESSED)
     hours = _device_hours(seen, plan, pace)
-    cost = _cost(inputs, units, hours)
+    cost = _cost(inputs, units, hours, plan)
     share = _share_of_budget(inputs, hours, cost)
     if share is not None and share.low < 1 and plan is not None:
         notes.append(
@@ -203,11 +204,13 @@ def _device_hours(seen: Foreseen, plan: Plan | None, pace: Pace | None) -> Range
     return (pace.work_s * plan.max_actors + loads) * (1 / 3600)
 
 
-def _cost(inputs: Inputs, units: Range, hours: Range | None) -> Range | None:
+def _cost(inputs: Inputs, units: Range, hours: Range | None, plan: Plan | None) -> Range | None:
     """Money: of a server by its tokens, else by the hours."""
     if inputs.checkpoint.endpoint is not None:
         return _price_tokens(inputs, units)
     price = inputs.spec.compute.price_per_device_hour
+    if plan is not None:
+        price = mean_price(inputs.spec, plan)
     return None if hours is None or price is None else hours * price
 
 

@@ -67,7 +67,7 @@ def _measure(
     exact = tuple(replace(o, precision="float32") for o in inputs.checkpoint.outputs)
     checkpoint = replace(inputs.checkpoint, outputs=exact)
     # A few rows only: one actor loads the model faster than several.
-    one = replace(plan, min_actors=1, max_actors=1)
+    one = plan.of(plan.kinds[0], num_actors=1)
     some = sample(left, _NUM_ROWS, _NUM_SHARDS)
     rows = read(some, plan, apart=apart)
     pieces = prepare(rows, checkpoint, spec, one, len(some.shards), apart)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,9 @@ import pyarrow as pa
 import ray
 
 from fmembed.errors import BudgetSpentError
+from fmembed.model.meter import POOL_SIGN
 from fmembed.rows.counts import sum_counts
+from fmembed.run.placement import Plan
 from fmembed.spec import RunSpec
 
 # What an actor holds its device for, of the figures that `meter.Meter` counts.
@@ -27,16 +30,39 @@ def price(spec: RunSpec, counts: Mapping[str, float]) -> dict[str, float]:
         `device_hours`, those for which an actor held its device: loading, waiting or at work; and
         `cost`, where the config names a price, in its currency.
     """
-    held_s = sum(n for key, n in counts.items() if key.startswith("actor/")
-                 and key.rpartition("/")[2] in _HELD)  # fmt: skip
-    spent = {"device_hours": held_s / 3600}
+    hours: dict[str, float] = defaultdict(float)
+    for key, number in counts.items():
+        if key.startswith("actor/") and key.rpartition("/")[2] in _HELD:
+            hours[_pool_of(key)] += number / 3600
+    spent = {"device_hours": float(sum(hours.values()))}
     endpoint = spec.model.endpoint
     if endpoint is not None and endpoint.usd_per_million_tokens is not None:
         tokens = counts.get("endpoint_tokens", 0)
         spent["cost"] = tokens * endpoint.usd_per_million_tokens / 1e6
-    elif spec.compute.price_per_device_hour is not None:
-        spent["cost"] = spent["device_hours"] * spec.compute.price_per_device_hour
+    elif spec.compute.is_priced:
+        spent["cost"] = sum(h * _price_of(spec, pool) for pool, h in hours.items())
     return spent
+
+
+def _pool_of(key: str) -> str:
+    """The pool that a figure's actor is of, as its name begins; empty where there is one only."""
+    name = key.split("/")[1]
+    return name.partition("-")[0] if name.startswith(POOL_SIGN) else ""
+
+
+def _price_of(spec: RunSpec, pool: str) -> float:
+    compute, price = spec.compute, None
+    if pool and (i := int(pool.removeprefix(POOL_SIGN))) < len(compute.pools):
+        price = compute.pools[i].price_per_device_hour
+    return (compute.price_per_device_hour if price is None else price) or 0.0
+
+
+def mean_price(spec: RunSpec, plan: Plan) -> float | None:
+    """What an hour of a device costs, in the mean over a plan's actors; None without a price."""
+    if not spec.compute.is_priced:
+        return None
+    prices = (_price_of(spec, f"{POOL_SIGN}{i}") * k.max_actors for i, k in enumerate(plan.kinds))
+    return sum(prices) / plan.max_actors
 
 
 class Spending:

@@ -24,6 +24,7 @@ from fmembed.rows.vectors import vector_type
 from fmembed.run.apart import PreprocessApart, read_apart
 from fmembed.run.faults import MAX_ACTOR_RESTARTS, MAX_TASK_RETRIES, explain, explain_model_death
 from fmembed.run.placement import Plan
+from fmembed.run.pools import Measure, in_pools, options_of
 from fmembed.sources.picks import NotKnown, Pick
 from fmembed.sources.reading import read_shard
 from fmembed.sources.source import Shard, Source
@@ -152,6 +153,7 @@ def apply(
     options: dict[str, Any],
     pieces: ray.data.Dataset,
     plan: Plan,
+    measure: Measure | None = None,
 ) -> ray.data.Dataset:
     """What the model takes to columns of vectors, in a pool of actors.
 
@@ -162,7 +164,15 @@ def apply(
         options: As `stage_options` says them.
         pieces: Windows of rows.
         plan: How many actors, and what each of them is given.
+        measure: What actors of several pools are held to; without, all are of the plan's first one.
     """
+    kinds = plan.kinds if measure is not None else plan.kinds[:1]
+    asked = kinds[0].options
+    if measure is not None:
+        stage, options = in_pools(stage), {**options, "pools": kinds, "measure": measure}
+        # Of these Ray Data reckons with what the greatest of them is given.
+        asked = {n: max(k.options[n] for k in kinds) for n in ("num_cpus", "num_gpus")}
+        asked["ray_remote_args_fn"] = options_of(kinds, stage.__name__)
     with _bounded():
         return pieces.map_batches(
             stage,
@@ -175,12 +185,11 @@ def apply(
                 max_size=plan.max_actors,
                 max_tasks_in_flight_per_actor=_MAX_WINDOWS_IN_FLIGHT,
             ),
-            num_cpus=plan.cpus_per_actor,
-            num_gpus=plan.gpus_per_actor or None,
             scheduling_strategy="SPREAD",
             # Bounded by what is done in between: see `waiting.Watch`.
             max_restarts=-1,
             max_task_retries=-1,
+            **asked,
         )
 
 
@@ -210,9 +219,9 @@ def try_model(checkpoint: Checkpoint, plan: Plan, get: Callable[[Any], Any] = ra
     if checkpoint.endpoint is not None or usual:
         return
 
-    @ray.remote(
-        num_cpus=0, num_gpus=plan.gpus_per_actor, max_calls=1, max_retries=MAX_ACTOR_RESTARTS
-    )
+    asked = {**plan.kinds[0].options, "num_cpus": 0}
+
+    @ray.remote(max_calls=1, max_retries=MAX_ACTOR_RESTARTS, **asked)
     def load() -> None:
         Embed(checkpoint, device=plan.device, num_threads=plan.num_threads)
 
@@ -242,8 +251,7 @@ def stage_options(
         return {**options, "dim": dim}
     return {
         **options,
-        "device": plan.device,
-        "num_threads": plan.num_threads,
+        **plan.kinds[0].device_options,
         "batch_tokens": plan.batch_tokens,
     }
 

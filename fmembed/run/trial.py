@@ -68,9 +68,8 @@ def try_rows(
     most = max(rows.num_rows // _WINDOWS, _LEAST_WINDOW)
     window_rows = min(plan.window_rows, most)
     given = ray.put(rows)
-    actor: Any = ray.remote(
-        num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor, max_restarts=MAX_ACTOR_RESTARTS
-    )(_Actor)
+    asked = plan.kinds[0].options
+    actor: Any = ray.remote(max_restarts=MAX_ACTOR_RESTARTS, **asked)(_Actor)
     began = time.perf_counter()
     actors = [actor.remote(stage, checkpoint, options) for _ in range(num_actors)]
     loads = [a.load_s.remote() for a in actors]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import ray
@@ -20,13 +21,51 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from fmembed.errors import SpecError, WaitedError
 from fmembed.run import capacity
 from fmembed.run.faults import MAX_ACTOR_RESTARTS, ModelDiedError
-from fmembed.run.placement import Plan
+from fmembed.run.placement import Plan, Pool
 from fmembed.telling import Teller, duration
 
 # Between two looks at the cluster: one costs the head some milliseconds.
 _LOOK_S = 2.0
 # It is said once it has waited so long, and then as often; where the number is another, sooner.
 _FIRST_S, _EVERY_S, _CHANGED_S = 5.0, 600.0, 60.0
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Actors of a kind that no node has room for; `kind` is None for the tasks that feed them."""
+
+    kind: Pool | None
+    number: int
+    impossible: bool
+
+    def words(self) -> str:
+        """What is waited for."""
+        if self.kind is None or not self.kind.shape:
+            return "CPUs"
+        name = f" ({self.kind.name})" if self.kind.name else ""
+        number = self.number * self.kind.gpus_per_actor
+        if not number:
+            return f"room for {self.number:,} of the actors{name}"
+        return f"{number:g} {'GPU' if number == 1 else 'GPUs'}{name}"
+
+    def check(self) -> None:
+        """Refuse what can never be.
+
+        Raises:
+            SpecError: No node of this cluster will ever have it.
+        """
+        if not self.impossible:
+            return
+        if self.kind is not None and self.kind.name:
+            raise SpecError(
+                f"compute.pools: no node that this cluster's autoscaler may start has room for an "
+                f"actor of the kind {self.kind.name}; leave the pool out, or give it such nodes"
+            )
+        gpus = self.kind.gpus_per_actor if self.kind is not None else 0
+        raise SpecError(
+            f"compute.gpus_per_actor: {gpus:g} asked, and no node that this cluster's "
+            "autoscaler may start has so many; name fewer, 0 for CPUs, or give it such nodes"
+        )
 
 
 class Watch:
@@ -49,12 +88,8 @@ class Watch:
             wait_s: So long a run waits without anybody at work; None for ever.
             clock: In seconds.
         """
-        self._gpus = plan.gpus_per_actor
-        self._shape = {
-            name: amount
-            for name, amount in (("CPU", plan.cpus_per_actor), ("GPU", plan.gpus_per_actor))
-            if amount
-        }
+        # Pools of one shape are one to Ray's scheduler.
+        self._kinds = {tuple(sorted(kind.shape.items())): kind for kind in reversed(plan.kinds)}
         self._task = {"CPU": plan.cpus_per_task}
         self._stage, self._teller, self._wait_s, self._clock = stage, teller, wait_s, clock
         self._looked = -_LOOK_S
@@ -80,7 +115,7 @@ class Watch:
         """
         while not ray.wait([ref], timeout=_LOOK_S)[0]:
             self._take_note(self._demand(), num_alive=0, num_asked=1)
-        self._take_note(capacity.Demand(0, impossible=False), num_alive=1, num_asked=1)
+        self._take_note([], num_alive=1, num_asked=1)
         return ray.get(ref)
 
     def look(self, num_done: int) -> None:
@@ -103,11 +138,15 @@ class Watch:
         num_alive = sum(process.is_alive for process in pool)
         self._take_note(self._demand(), num_alive, len(pool))
 
-    def _demand(self) -> capacity.Demand:
-        found = capacity.demand(self._shape) if self._shape else capacity.Demand(0, False)
-        if not found.num_waiting and not any(n.get("CPU", 0) for n in capacity.nodes()):
+    def _demand(self) -> list[_Wanted]:
+        found = []
+        for kind in reversed(self._kinds.values()):
+            demand = capacity.demand(kind.shape) if kind.shape else None
+            if demand is not None and demand.num_waiting:
+                found.append(_Wanted(kind, demand.num_waiting, demand.impossible))
+        if not found and not any(n.get("CPU", 0) for n in capacity.nodes()):
             tasks = capacity.demand(self._task)
-            return capacity.Demand(tasks.num_waiting, tasks.impossible)
+            found = [_Wanted(None, tasks.num_waiting, tasks.impossible)]
         return found
 
     def _check_deaths(self, pool: list[capacity.Process], num_done: int) -> None:
@@ -125,15 +164,16 @@ class Watch:
             if len(deaths) - num_rebuilt > MAX_ACTOR_RESTARTS:
                 raise ModelDiedError("each time on a node that lives")
 
-    def _take_note(self, demand: capacity.Demand, num_alive: int, num_asked: int) -> None:
+    def _take_note(self, demand: list[_Wanted], num_alive: int, num_asked: int) -> None:
         now = self._clock()
-        num_waiting = min(demand.num_waiting, max(num_asked - num_alive, 0))
-        if demand.impossible and num_waiting:
-            raise SpecError(
-                f"compute.gpus_per_actor: {self._gpus:g} asked, and no node that this cluster's "
-                "autoscaler may start has so many; name fewer, 0 for CPUs, or give it such nodes"
-            )
-        if not num_waiting:
+        left, wanted = max(num_asked - num_alive, 0), list[_Wanted]()
+        for one in demand:
+            if number := min(one.number, left):
+                wanted.append(replace(one, number=number))
+                left -= number
+        for one in wanted:
+            one.check()
+        if not wanted:
             # At its end a run gives up what it waits for, and then none of it has come.
             has_come = num_asked >= self._num_asked
             if self._said is not None and self._since is not None and has_come:
@@ -143,7 +183,7 @@ class Watch:
             return
         self._since = now if self._since is None else self._since
         self._num_asked = num_asked
-        what = self._name(num_waiting)
+        what = " and ".join(one.words() for one in wanted)
         self.text = f"waiting for {what}, for {duration(now - self._since)}"
         if num_alive:
             self._idle_since = None
@@ -156,12 +196,6 @@ class Watch:
             )
         at_work = f"; {num_alive:,} at work" if num_alive else ""
         self._say(now, what, f"waiting for {what}{at_work}")
-
-    def _name(self, num_waiting: int) -> str:
-        number = num_waiting * self._gpus
-        if self._gpus:
-            return f"{number:g} {'GPU' if number == 1 else 'GPUs'}"
-        return "CPUs" if not self._shape else f"room for {num_waiting:,} of the actors"
 
     def _say(self, now: float, what: str, text: str) -> None:
         """At first, where the number is another one, and now and then."""

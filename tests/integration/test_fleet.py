@@ -5,7 +5,6 @@ The GPUs are only said to be there, and the model runs on the CPU: see `helpers/
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -27,19 +26,12 @@ HEAD_ID = "f" * 51 + "00000"
 _NUM_NODES = 4
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Fleet]:
-    with contextlib.closing(Fleet()) as fleet:
-        yield fleet
-
-
 @pytest.fixture
-def fleet(cluster: Fleet) -> Fleet:
+def fleet(any_fleet: Fleet) -> Fleet:
     """With one GPU."""
-    while cluster.gpus:
-        cluster.kill()
-    cluster.add()
-    return cluster
+    any_fleet.clear()
+    any_fleet.add()
+    return any_fleet
 
 
 def check(bench: Bench, table: Path) -> None:

@@ -25,7 +25,8 @@ GROUND = {
     "config_file": {"errors", "redaction"},
     "spec_part": {"redaction"},
     "cluster_spec": {"redaction", "spec_part"},
-    "spec": {"cluster_spec", "config_file", "errors", "redaction", "spec_part"},
+    "compute_spec": {"spec_part"},
+    "spec": {"cluster_spec", "compute_spec", "config_file", "errors", "redaction", "spec_part"},
     "fields": {"errors", "spec"},
     "storage": {"errors", "redaction", "terminal"},
 }

@@ -274,6 +274,16 @@ def test_values_are_quoted_wherever_they_go() -> None:
             {"cluster.provider": "gcp", "cluster.gpu.accelerator": "MI300"},
             "cluster.gpu.accelerator: fmembed knows not what gcp calls MI300",
         ),
+        (
+            "rayjob",
+            {"compute.pools": [{"accelerator_type": "H100"}]},
+            "compute.pools.0: the workers with GPUs of these files are all of one kind",
+        ),
+        (
+            "rayjob",
+            {"compute.pools": [{"actors": 2, "gpus_per_actor": 1}, {"actors": 2}]},
+            "compute.pools.1.gpus_per_actor: takes numbers here",
+        ),
     ],
 )
 def test_what_cannot_run_there_is_told_in_one_line(

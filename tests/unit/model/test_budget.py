@@ -92,6 +92,10 @@ def test_an_encoder_measures_once(
     assert load("float32", "auto") == (2048, "cached")
     assert not asked
     assert load("bfloat16", "auto") == (2048, "measured")
+    # What was found for a whole GPU says nothing of a part of one.
+    assert load("float32", "auto", 0.5) == (2048, "measured")
+    assert load("float32", "auto", 0.25) == (2048, "measured")
+    assert load("float32", "auto", 0.5) == (2048, "cached")
     # A model too slow to measure is not tried again either.
     monkeypatch.setattr(budget, "time_batch", lambda *_: 60.0)
     for path in folder.iterdir():
@@ -136,10 +140,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "fmembed"
 
 
-def loader(folder: Path) -> Callable[[str, Any], tuple[int, str]]:
-    def load(dtype: Any, batch_tokens: Any) -> tuple[int, str]:
+def loader(folder: Path) -> Callable[..., tuple[int, str]]:
+    def load(dtype: Any, batch_tokens: Any, share: float = 1.0) -> tuple[int, str]:
         checkpoint = open_checkpoint(ModelSpec(id=str(folder), dtype=dtype), False)
-        (said,) = Encoder(checkpoint, batch_tokens=batch_tokens)._news
+        (said,) = Encoder(checkpoint, gpu_share=share, batch_tokens=batch_tokens)._news
         _, tokens, how = said.split("/")
         return int(tokens), how
 

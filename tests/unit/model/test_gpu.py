@@ -99,3 +99,14 @@ def test_the_budget_is_measured_once(minilm: Path) -> None:
     assert first in budget.BUDGETS["cuda"]
     assert how == "measured"
     assert choose_budget("auto", model) == (first, "cached")
+
+
+def test_a_process_keeps_to_its_share_of_the_memory(minilm: Path) -> None:
+    share = 0.05
+    try:
+        Encoder(open_as(minilm, "bfloat16"), "cuda", gpu_share=share)
+        num_bytes = int(torch.cuda.mem_get_info()[1] * share * 1.5)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import ray
 
+from fmembed.compute_spec import ComputeSpec
 from fmembed.errors import SpecError
 from fmembed.run import capacity
 from fmembed.run.capacity import Pool
 from fmembed.run.placement import Estimate, is_blind, plan_compute
-from fmembed.spec import ComputeSpec
 
 GIB = 2.0**30
 

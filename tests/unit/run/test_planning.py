@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from fmembed.compute_spec import BudgetSpec, ComputeSpec
 from fmembed.forecast import Forecast, Range, lines
 from fmembed.run import planning
 from fmembed.run.placement import Plan
-from fmembed.spec import BudgetSpec, ComputeSpec
 
 
 def test_a_budget_is_enough_for_a_part() -> None:

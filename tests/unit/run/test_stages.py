@@ -9,10 +9,11 @@ import ray
 from tiny import save_tiny
 
 from fmembed.checkpoint.opening import open_checkpoint
+from fmembed.compute_spec import ComputeSpec
 from fmembed.errors import ModelError
 from fmembed.run.placement import plan_compute
 from fmembed.run.stages import try_model
-from fmembed.spec import ComputeSpec, ModelSpec
+from fmembed.spec import ModelSpec
 
 
 def test_a_model_that_cannot_be_run_is_named_before_the_pool(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +15,17 @@ from fmembed.errors import SpecError, WaitedError
 from fmembed.run import capacity, waiting
 from fmembed.run.capacity import Demand, Process
 from fmembed.run.faults import ModelDiedError, explain, is_loss
+from fmembed.run.placement import Plan, Pool
 from fmembed.run.waiting import Watch, watched
 from fmembed.telling import Teller
 
-GPUS: Any = SimpleNamespace(gpus_per_actor=1.0, cpus_per_actor=0.0, cpus_per_task=1.0)
+
+def plan_of(gpus: float, cpus: float = 0.0, pools: tuple[Pool, ...] = ()) -> Plan:
+    device = "cuda" if gpus else "cpu"
+    return Plan(device, 1, 4, gpus, cpus, 1, 1.0, 1, 256, "auto", pools=pools)
+
+
+GPUS = plan_of(1.0)
 
 
 class Cluster:
@@ -123,7 +131,7 @@ def test_what_no_node_will_ever_have_is_refused(cluster: Cluster) -> None:
 
 
 def test_where_all_nodes_with_cpus_are_gone_it_waits_for_these(cluster: Cluster) -> None:
-    plan: Any = SimpleNamespace(gpus_per_actor=0.0, cpus_per_actor=0.0, cpus_per_task=0.5)
+    plan = replace(plan_of(0.0), cpus_per_task=0.5)
     watch = cluster.watch(plan=plan)
     cluster.has(0, 1)
     watch.look(0)
@@ -194,3 +202,22 @@ class Operator:
 
     def num_active_tasks(self) -> int:
         return 0
+
+
+def test_of_several_kinds_each_is_said_that_is_waited_for(cluster: Cluster) -> None:
+    kinds = (
+        Pool("cuda", 1, 2, 1.0, 0.0, 1, accelerator_type="T4"),
+        Pool("cuda", 1, 2, 0.5, 0.0, 1, resources={"fast": 1}),
+        Pool("cpu", 1, 2, 0.0, 1.0, 1),
+    )
+    watch = cluster.watch(plan=plan_of(1.0, pools=kinds))
+    cluster.has(0, 1)
+    cluster.pool = [process(str(i), False) for i in range(3)]
+    watch.look(0)
+    assert watch.text.startswith(
+        "waiting for 1 GPU (T4) and 0.5 GPUs (fast) and room for 1 of the actors"
+    )
+    assert {"GPU": 1.0, "accelerator_type:T4": 0.001} in cluster.asked
+    cluster.now, cluster.impossible = 10, True
+    with pytest.raises(SpecError, match="has room for an actor of the kind T4"):
+        watch.look(0)

@@ -1,0 +1,306 @@
+"""Actors of several kinds that draw from the same windows, each held to what the others make.
+
+Ray Data (2.60) has one pool of actors for a stage, and hands each window to whoever has the fewest:
+a fast actor is so given more of them. What an actor is given by Ray may be different for each
+(`ray_remote_args_fn`); its name tells the actor which of the pools it is of.
+
+Devices compute with roundings of their own, and some are broken, or run in another type. So each
+actor embeds some rows of the source before it is given any other, and is refused where its vectors
+are not those that a CPU makes of them in float32; where that would take too long, those of the
+actor that came first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+
+from fmembed.arrays import Floats
+from fmembed.checkpoint.opening import Checkpoint
+from fmembed.errors import ModelError
+from fmembed.inputs import Inputs
+from fmembed.model.meter import POOL_SIGN
+from fmembed.rows.counts import sum_counts, with_counts
+from fmembed.rows.outputs import Output
+from fmembed.rows.precision import PRECISIONS, Ranges
+from fmembed.run import capacity
+from fmembed.run.apart import PreprocessApart, read_apart
+from fmembed.run.faults import MAX_TASK_RETRIES
+from fmembed.run.placement import Plan, Pool, cpu_seconds, estimate_work
+from fmembed.run.verdict import PREFIXES
+from fmembed.sources.shards import sample
+from fmembed.sources.source import Source
+from fmembed.spec import PreprocessSpec
+
+# Rows that each actor embeds first, of so many shards; by a CPU if that takes it no longer.
+_NUM_ROWS, _NUM_SHARDS, _MOST_CPU_S = 256, 16, 60.0
+# How like vectors are, as cosine, that are made of the same rows in a type; and at least as they
+# are stored: a step of int8 is 1/255 of a dimension's range, and of bits one in twenty may turn.
+_AGREEMENT = {"float32": 0.9999, "bfloat16": 0.999, "float16": 0.999}
+_STORED = {"float32": 1.0, "float16": 1.0, "int8": 0.999, "binary": 0.9}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What each actor's vectors are held to.
+
+    `rows` refers to the prepared rows; `vectors` to what a CPU makes of them, or is None: then
+    `first` is the actor that keeps what came first.
+    """
+
+    rows: Any
+    vectors: Any
+    first: Any
+    min_agreement: float | None
+
+
+def measure(stage: type, inputs: Inputs, left: Source, plan: Plan, ranges: Ranges) -> Measure:
+    """Have rows read and prepared, and embedded where that is soon done; does not wait for it.
+
+    Args:
+        stage: The model, or what stands in for it.
+        inputs: Of the run.
+        left: What there is to read.
+        plan: Who gets what.
+        ranges: Of int8.
+    """
+    checkpoint, spec = inputs.checkpoint, inputs.spec.preprocess
+    some = sample(left, _NUM_ROWS, _NUM_SHARDS)
+    task: dict[str, Any] = {"num_cpus": plan.cpus_per_task, "max_retries": MAX_TASK_RETRIES}
+    rows = ray.remote(**task)(_prepare).remote(some, checkpoint, spec)
+    work = estimate_work(left, checkpoint, spec.chunk_tokens is not None)
+    row_tokens = work.row_tokens or checkpoint.max_tokens
+    num_bytes = checkpoint.num_bytes()
+    is_soon = cpu_seconds(_NUM_ROWS * row_tokens, num_bytes) <= _MOST_CPU_S
+    vectors = None
+    if is_soon:
+        given = {"ranges": ranges, "pieces_are_rows": spec.pieces_are_rows(checkpoint.modality)}
+        exact = replace(checkpoint, dtype="float32")
+        # Its process ends with it, and leaves the memory of the model.
+        vectors = ray.remote(max_calls=1, **task)(_embed).remote(stage, exact, given, rows)
+    first = None if is_soon else ray.remote(num_cpus=0, max_restarts=-1)(_First).remote()
+    return Measure(rows, vectors, first, inputs.spec.compute.min_agreement)
+
+
+def options_of(pools: Sequence[Pool], stage: str) -> Callable[[], dict[str, Any]]:
+    """What makes Ray's options for one more actor, of the pool that lacks most.
+
+    Args:
+        pools: Of each there are at least and at most so many.
+        stage: Stands in the names of the actors' classes.
+    """
+    token, numbers, asked = uuid.uuid4().hex[:8], itertools.count(), Counter[int]()
+
+    def make() -> dict[str, Any]:
+        ended = Counter(
+            pool
+            for process in capacity.processes(stage, ended=True)
+            if process.has_ended and (pool := _pool_of(process.name, token)) is not None
+        )
+        here = [asked[i] - ended[i] for i in range(len(pools))]
+        # First what each is to have at least; then by how full each of them is.
+        i = min(
+            range(len(pools)),
+            key=lambda i: (
+                here[i] >= pools[i].min_actors,
+                here[i] >= pools[i].max_actors,
+                here[i] / pools[i].max_actors,
+            ),
+        )
+        asked[i] += 1
+        return {**pools[i].options, "name": f"{POOL_SIGN}{i}-{token}-{next(numbers)}"}
+
+    return make
+
+
+def _pool_of(name: str, token: str) -> int | None:
+    words = name.removeprefix(POOL_SIGN).split("-")
+    return int(words[0]) if len(words) == 3 and words[1] == token else None
+
+
+def in_pools(stage: type) -> type:
+    """The stage as actors of several pools make it; its name has the stage's in it."""
+    return type(f"{stage.__name__}InPool", (_InPool,), {"stage": stage})
+
+
+class _InPool:
+    """Makes the stage as its pool has it, and compares what it makes of the measure's rows."""
+
+    stage: ClassVar[type]
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        pools: Sequence[Pool],
+        measure: Measure,
+        ranges: Ranges,
+        **options: Any,
+    ) -> None:
+        """Load the model.
+
+        Args:
+            checkpoint: Which model.
+            pools: Of which this actor's name tells its own.
+            measure: What it is held to.
+            ranges: Of int8.
+            options: As for the stage, as is the next before; the pool's come before them.
+
+        Raises:
+            ModelError: Its vectors are others.
+        """
+        name = ray.get_runtime_context().get_actor_name() or ""
+        index = int(name.removeprefix(POOL_SIGN).partition("-")[0])
+        pool = pools[index]
+        checkpoint = replace(checkpoint, dtype=pool.dtype or checkpoint.dtype)
+        options.pop("gpu_share", None)  # of the first pool
+        options |= pool.device_options
+        self._stage = self.stage(checkpoint, ranges=ranges, **options)
+        made = self._stage(ray.get(measure.rows))
+        # What it has counted is this actor's time, and is stored with its first window.
+        counts = sum_counts(made).items()
+        self._counts = {name: count for name, count in counts if name.startswith(PREFIXES)}
+        mine = _Made(f"compute.pools.{index}", pool.name, checkpoint.dtype, made)
+        if measure.vectors is not None:
+            others = _Made("a CPU", "", "float32", ray.get(measure.vectors))
+        else:
+            others = ray.get(measure.first.keep.remote(mine))
+        check(mine, others, checkpoint.outputs, ranges, measure.min_agreement)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """As the stage."""
+        made: pa.Table = self._stage(rows)
+        if self._counts and made.num_rows:
+            both, self._counts = Counter(self._counts), {}
+            both.update(sum_counts(made))
+            made = with_counts(made, both)
+        return made
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Rows that have been embedded, by whom and in which type."""
+
+    who: str
+    kind: str
+    dtype: str
+    rows: pa.Table
+
+
+class _First:
+    """Keeps what came first."""
+
+    def __init__(self) -> None:
+        self._first: _Made | None = None
+
+    def keep(self, made: _Made) -> _Made:
+        """Keep it, unless there is one.
+
+        Returns:
+            What came first.
+        """
+        self._first = self._first or made
+        return self._first
+
+
+def check(
+    mine: _Made,
+    others: _Made,
+    outputs: Sequence[Output],
+    ranges: Ranges,
+    min_agreement: float | None,
+) -> None:
+    """Hold vectors to others of the same rows.
+
+    Args:
+        mine: Of this actor.
+        others: What they are held to.
+        outputs: The columns.
+        ranges: Of int8.
+        min_agreement: Of the config.
+
+    Raises:
+        ModelError: A row's are less like the others than they may be; or it has none here and one
+            there.
+    """
+    for output in outputs:
+        least = min(_AGREEMENT[mine.dtype], _AGREEMENT[others.dtype])
+        least = min(least, _STORED[output.precision])
+        least = least if min_agreement is None else min_agreement
+        found = agreement(mine.rows[output.column], others.rows[output.column], output, ranges)
+        if not len(found) or (worst := float(found.min())) >= least:
+            continue
+        in_words = f"{mine.who} ({', '.join(filter(None, [mine.kind, mine.dtype]))})"
+        off = int((found < least).sum())
+        raise ModelError(
+            f"{in_words}: its vectors are not those of {others.who} ({others.dtype}): of "
+            f"{len(found):,} rows {off:,} have a cosine below {least:g}, the lowest {worst:.4f} "
+            f"({output.column}); its device or its dtype is at fault: leave the pool out, give it "
+            "another dtype, or say by compute.min_agreement what is near enough"
+        )
+
+
+def agreement(
+    mine: pa.ChunkedArray, others: pa.ChunkedArray, output: Output, ranges: Ranges
+) -> npt.NDArray[np.float64]:
+    """Cosines of the vectors of the same rows; -1 where only one of both has one.
+
+    Args:
+        mine: A column as the stage makes it.
+        others: The same of another one.
+        output: The column's.
+        ranges: Of int8.
+
+    Returns:
+        Shape (rows with a vector in either), float64.
+    """
+    found = []
+    for one, other in zip(mine.to_pylist(), others.to_pylist(), strict=True):
+        if one is None and other is None:
+            continue
+        if one is None or other is None or np.shape(one) != np.shape(other):
+            found.append(-1.0)
+            continue
+        a, b = (_floats(v, output, ranges) for v in (one, other))
+        found.append(_cosine(a, b))
+    return np.array(found, dtype=np.float64)
+
+
+def _floats(stored: Any, output: Output, ranges: Ranges) -> Floats:
+    """A row's vectors as one: of pieces and tokens all, one after another."""
+    precision = PRECISIONS[output.precision]
+    type_ = precision.arrow.to_pandas_dtype()
+    values = np.asarray(stored, dtype=type_).reshape(-1, np.shape(stored)[-1])
+    return precision.read(values, ranges.get(output.column)).ravel()
+
+
+def _cosine(a: Floats, b: Floats) -> float:
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    lengths = math.sqrt(float(x @ x) * float(y @ y))
+    if not lengths:  # a vector of zeros is like another one only
+        return float(np.array_equal(x, y))
+    return float(x @ y) / lengths
+
+
+def _prepare(some: Source, checkpoint: Checkpoint, spec: PreprocessSpec) -> pa.Table:
+    """Rows as the model takes them; in a process apart, as one of them may end it."""
+    source = some.without_shards
+    tables = [t for i, s in enumerate(some.shards) for t in read_apart(source, s, i, None)]
+    prepared = PreprocessApart(checkpoint, spec).stream(pa.concat_tables(tables))
+    return pa.concat_tables(prepared)
+
+
+def _embed(
+    stage: type, checkpoint: Checkpoint, options: Mapping[str, Any], rows: pa.Table
+) -> pa.Table:
+    made: pa.Table = stage(checkpoint, **options, device="cpu")(rows)
+    return made
