@@ -177,8 +177,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 
 @pytest.fixture(scope="session")
-def any_fleet() -> Iterator[Fleet]:
-    """A cluster, with whatever GPUs the last test has left there."""
+def any_fleet(bench: Bench) -> Iterator[Fleet]:
+    """A cluster, with whatever GPUs the last test has left there; its processes have the bench's
+    environment.
+    """
     with contextlib.closing(Fleet()) as fleet:
         yield fleet
 

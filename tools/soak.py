@@ -78,8 +78,9 @@ class Run(subprocess.Popen[str]):
     def __init__(self, command: list[str], environment: dict[str, str], errors: Path) -> None:
         self._errors = errors
         with errors.open("w") as file:
+            # Of a submitted job all that it says is on standard output.
             super().__init__(
-                command, stdout=subprocess.DEVNULL, stderr=file, text=True, env=environment,
+                command, stdout=file, stderr=file, text=True, env=environment,
                 start_new_session=True,
             )  # fmt: skip
 
@@ -93,15 +94,28 @@ class Run(subprocess.Popen[str]):
 
 
 class Bench:
-    """A dataset, a checkpoint that counts, and the vectors that it gives without a disturbance."""
+    """Texts, a checkpoint that counts, and the vectors that it gives without a disturbance."""
+
+    flags: tuple[str, ...] = ("--id", "key")
 
     def __init__(self, folder: Path, num_rows: int, row_s: float) -> None:
         self.folder = folder
         self._num_runs = 0
         self.log = folder / "forwards.log"
-        self.model = make_counted_model(folder / "model", self.log, row_s)
+        self.model = self.make_model(folder / "model", self.log, row_s)
         self.source = folder / "in"
         self.source.mkdir()
+        self._rows = self.write_source(num_rows)
+        self.ids = set(self._rows)
+        twin = self.make_model(folder / "twin", folder / "twin.log", 0)  # which takes no time
+        self.reference = self._embed_undisturbed(twin)
+
+    def make_model(self, folder: Path, log: Path, row_s: float) -> Path:
+        """Save what the runs embed with."""
+        return make_counted_model(folder, log, row_s)
+
+    def write_source(self, num_rows: int) -> dict[str, Any]:
+        """Write the source; row id to content."""
         # Files of many sizes: some shards are whole long before others.
         rows = {f"k{i}": f"row {i} " + "of some words " * (i % 11) for i in range(num_rows)}
         cuts = [0, num_rows // 50, num_rows // 10, num_rows // 4, num_rows // 2, num_rows]
@@ -109,10 +123,7 @@ class Bench:
             some = itertools.islice(rows.items(), start, stop)
             lines = (json.dumps({"key": k, "text": t}) for k, t in some)
             (self.source / f"{n}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-        self._rows = rows
-        self.ids = set(rows)
-        twin = make_counted_model(folder / "twin", folder / "twin.log", 0)  # which takes no time
-        self.reference = self._embed_undisturbed(twin)
+        return rows
 
     def _embed_undisturbed(self, model: Path) -> dict[str, Any]:
         """Row id to vector, by the model alone: no Ray, no table."""
@@ -140,16 +151,19 @@ class Bench:
         verb: str = "embed",
         on_gpus: bool = False,
         more: Sequence[str] = (),
+        dashboard: str | None = None,
     ) -> Run:
-        """Start the command; on a cluster, or with Ray of its own; on GPUs that are faked."""
+        """Start the command; on a cluster, or with Ray of its own; on GPUs that are faked; as a job
+        that is submitted to a cluster's dashboard.
+        """
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         if address is not None:
             environment["RAY_ADDRESS"] = address
         command = [
             sys.executable, *(_ON_FAKED_GPUS if on_gpus else ("-m", "fmembed.cli")), verb,
-            "--source", str(self.source),
-            "--id", "key", "--model", str(model or self.model), "--dtype", "float32",
-            "--output", str(table), "--set", "model.trust_remote_code=true",
+            "--source", str(self.source), *self.flags, "--output", str(table),
+            "--model", str(model or self.model), "--dtype", "float32",
+            "--set", "model.trust_remote_code=true",
             "--set", f"compute.actors={actors}", "--set", f"compute.window_rows={_WINDOW_ROWS}",
             # Not `auto`, which would compute rows of its own: they would be counted, and held.
             "--set", "compute.batch_tokens=1024",
@@ -158,6 +172,10 @@ class Bench:
             *(part for field in more for part in ("--set", field)),
         ]  # fmt: skip
         self._num_runs += 1
+        if dashboard is not None:
+            environment["RAY_ADDRESS"] = dashboard
+            ray = str(Path(sys.executable).parent / "ray")
+            command = [ray, "job", "submit", "--", *command]
         return Run(command, environment, self.folder / f"stderr-{self._num_runs}.log")
 
     @contextmanager
@@ -169,6 +187,7 @@ class Bench:
         verb: str = "embed",
         on_gpus: bool = False,
         more: Sequence[str] = (),
+        dashboard: str | None = None,
     ) -> Iterator[Run]:
         """Start a run whose model stands still after some rows, once some of them are committed, or
         staged.
@@ -178,7 +197,7 @@ class Bench:
         committed = self.num_committed(table)
         gate = Path(f"{self.log}.hold")
         gate.write_text(str(self.num_forwarded() + 64))
-        run = self.start(table, address, None, actors, verb, on_gpus, more)
+        run = self.start(table, address, None, actors, verb, on_gpus, more, dashboard)
         try:
             wait_for(lambda: self.num_committed(table) > committed or run.poll() is not None)
             assert run.poll() is None, run.messages()
@@ -228,6 +247,27 @@ class Bench:
         return problems
 
 
+class PictureBench(Bench):
+    """The same with pictures."""
+
+    flags = ()
+
+    def make_model(self, folder: Path, log: Path, row_s: float) -> Path:
+        """Save a tiny seeded ViT whose code is `counted_model.py`."""
+        return make_counted_vit(folder, log, row_s)
+
+    def write_source(self, num_rows: int) -> dict[str, Any]:
+        """Each picture is a file, its name its row's id."""
+        from PIL import Image
+
+        rng, rows = np.random.default_rng(0), {}
+        for i in range(num_rows):
+            path = self.source / f"p{i}.png"
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+            rows[path.name] = path.read_bytes()
+        return rows
+
+
 def race_creators(bench: Bench, table: Path, address: str | None, tally: Tally) -> None:
     """Start two runs with different models at once where nothing is yet."""
     other, other_reference = bench.other
@@ -237,6 +277,32 @@ def race_creators(bench: Bench, table: Path, address: str | None, tally: Tally) 
     reference = bench.reference if codes[0] == 0 else other_reference
     assert bench.check(table, tally, reference) == []
     tally.races += 1
+
+
+def make_counted_vit(folder: Path, log: Path, row_s: float) -> Path:
+    """Save a tiny seeded ViT whose code is `counted_model.py`."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    model = ViTModel(config).eval()
+    model.save_pretrained(folder)
+    # By the names that they have here: those of a file are mapped for transformers' own class only.
+    save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    shutil.copy(_HELPERS / "counted_model.py", folder / "counted_model.py")
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= {"log": str(log), "row_s": row_s}
+    raw["auto_map"] = {
+        "AutoConfig": "counted_model.CountedViTConfig", "AutoModel": "counted_model.CountedViT"
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
 
 
 def make_counted_model(
@@ -332,7 +398,7 @@ _SOON_FOUND = {"health_check_period_ms": 1000, "health_check_failure_threshold":
 
 class Fleet:
     """A head without CPUs, two nodes with one each, and nodes with a GPU that is only said to be
-    there: they come, are drained and are killed.
+    there: they come, are drained and are killed. Jobs are submitted to its `dashboard`.
     """
 
     def __init__(self) -> None:
@@ -343,13 +409,15 @@ class Fleet:
         self._args: dict[str, Any] = {
             "object_store_memory": 100 * 2**20, "node_ip_address": address
         }  # fmt: skip
+        port = _free_port()  # Ray's own choice may be another one's
+        self.dashboard = f"http://127.0.0.1:{port}"
         self._cluster: Any = Cluster(  # type: ignore[no-untyped-call]
             initialize_head=True,
-            # Ray's own choice of a port for a dashboard may be another one's.
             head_node_args={
                 "num_cpus": 0,
                 "_system_config": _SOON_FOUND,
-                "dashboard_port": _free_port(),
+                "include_dashboard": True,
+                "dashboard_port": port,
                 **self._args,
             },
         )

@@ -15,15 +15,21 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from soak import Bench, Fleet, Run, Tally, wait_for
+from soak import Bench, Fleet, PictureBench, Run, Tally, wait_for
 
 RAY = str(Path(sys.executable).parent / "ray")
 # As the provider that starts nodes on this machine calls the first one.
 HEAD_ID = "f" * 51 + "00000"
 # The head, one with CPUs, and two with a GPU, which go again when they have stood idle for 6 s.
 _NUM_NODES = 4
+
+
+@pytest.fixture(scope="module")
+def pictures(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> PictureBench:
+    return PictureBench(tmp_path_factory.mktemp("pictures"), num_rows=400, row_s=0.01)
 
 
 @pytest.fixture
@@ -40,32 +46,45 @@ def check(bench: Bench, table: Path) -> None:
     assert (tally.lost, tally.twice) == (0, 0)
 
 
+def go_on(runs: dict[Bench, Run]) -> None:
+    for bench, run in runs.items():
+        bench.go_on(run)
+
+
 def says(run: Run, text: str) -> None:
     """Wait until a run has said it."""
     wait_for(lambda: text in run.messages() or run.poll() is not None)
     assert text in run.messages(), run.messages()
 
 
-def test_nodes_that_come_are_taken_and_of_those_that_go_nothing_is_lost(
-    bench: Bench, fleet: Fleet, tmp_path: Path
+def test_of_two_jobs_on_nodes_that_come_and_go_nothing_is_lost(
+    bench: Bench, pictures: PictureBench, fleet: Fleet, tmp_path: Path
 ) -> None:
-    table = tmp_path / "table"
-    with bench.held(table, fleet.address, actors="[1,2]", on_gpus=True) as run:
-        fleet.add()
-        bench.go_on(run)
-        fleet.add()
-        fleet.end(fleet.drain(notice_s=2))
-        bench.go_on(run)
-        fleet.kill()
-        bench.go_on(run)
-        fleet.kill()  # now there is none
-        says(run, "waiting for ")
+    """Submitted to the cluster, one of texts, which grows to two GPUs, and one of pictures."""
+    tables = {bench: tmp_path / "texts", pictures: tmp_path / "pictures"}
+    how: dict[str, Any] = {"on_gpus": True, "dashboard": fleet.dashboard}
+    with bench.held(tables[bench], actors="[1,2]", **how) as texts:
         fleet.add()
         fleet.add()
-        says(run, "all are there, after ")
-    assert run.end() == 0, run.messages()
-    assert "lost a node, actor or worker" not in run.messages()  # nor was it begun anew
-    check(bench, table)
+        with pictures.held(tables[pictures], actors=1, **how) as other:
+            runs = {bench: texts, pictures: other}
+            fleet.add()
+            fleet.end(fleet.drain(notice_s=2))
+            go_on(runs)
+            fleet.kill()
+            fleet.add()
+            go_on(runs)
+            fleet.clear()
+            for run in runs.values():
+                says(run, "waiting for ")
+            for _ in range(3):
+                fleet.add()
+            for run in runs.values():
+                says(run, "all are there, after ")
+    for one, run in runs.items():
+        assert run.end() == 0, run.messages()
+        assert "lost a node, actor or worker" not in run.messages()  # nor was it begun anew
+        check(one, tables[one])
 
 
 def test_a_run_that_gives_up_waiting_or_is_stopped_keeps_what_is_finished(
