@@ -28,6 +28,7 @@ from fmembed.summary import describe_probe
 from fmembed.table.card import Card
 from fmembed.table.promoted import find_version
 from fmembed.table.reading import read
+from fmembed.table.table import Table
 from fmembed.table.versions import list_versions
 from fmembed.terminal import printable
 
@@ -123,15 +124,16 @@ class Embeddings:
         if version is not None and (isinstance(version, bool) or not isinstance(version, int)):
             raise TableError(f"version: takes a number, got {version!a:.80}")
         found = find_version(uri, version, fingerprint)
-        self._table, version = found.table, found.version
-        newest = self._table.version() or 0
+        table, version = found.table, found.version
+        newest = table.version() or 0
         if version is not None:
-            self._table.check_version(version)
+            table.check_version(version)
+        self._table = Table(table.uri)  # which may be kept for long, and is looked at anew
         self.version = newest if version is None else version
         self._is_newest = self.version == newest
         # Puts rows, of which it is given the ids, in the order of the data that they were made of.
         self._order: Callable[[pa.Table], pa.Table] | None = None
-        card = self._table.card()
+        card = table.card()
         assert card is not None
         self._card: Card = card
 

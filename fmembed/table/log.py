@@ -78,21 +78,31 @@ class Entry:
 class Log:
     """One Delta log and, in `files`, the parts it names."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, is_still: bool = False) -> None:
+        """Name a log.
+
+        Args:
+            uri: The folder that it lies in.
+            is_still: Whether it stays as it is when it is first looked at, for one who reads once:
+                each look takes 4 ms, and several requests where it is far.
+        """
         self.storage = Storage(uri)
         self.uri = self.storage.uri
         self.files = PartFiles(self.storage)
         self._pinned: int | None = None
         self._checked = -1
+        self._seen: dict[int | None, DeltaTable] | None = {} if is_still else None
 
     def delta(self, version: int | None = None) -> DeltaTable | None:
-        """A fresh view of the log; None where there is none.
+        """A view of the log, a fresh one unless it is still; None where there is none.
 
         Raises:
             DamagedError: There is one, and it cannot be read or is not whole.
             TableError: It needs a reader of features that this one has not.
             StorageError: Out of reach.
         """
+        if self._seen and version in self._seen:
+            return self._seen[version]
         local = self.storage.local
         if local:
             folder = local / "_delta_log"
@@ -114,6 +124,8 @@ class Log:
         if version is None:
             self._check_whole(int(delta.version()))
             self._check_features(delta)
+        if self._seen is not None:
+            self._seen |= {version: delta, int(delta.version()): delta}
         return delta
 
     def _open(self, version: int | None) -> DeltaTable | None:

@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Found:
-    """A version of a table that a reader asked for, maybe by its store."""
+    """A version of a table that a reader asked for, maybe by its store; the table is still."""
 
     table: Table
     version: int | None
@@ -52,7 +52,7 @@ def find_version(
                     raise  # nothing has taken its place meanwhile
         return _find_promoted(store, store.current(), fingerprint)
     if store is None:
-        table = Table.open(uri)
+        table = Table.open(uri, is_still=True)
         card = table.card()
         assert card is not None
         _check_made_by(table.uri, card.fingerprint, fingerprint)
@@ -71,7 +71,7 @@ def _find_promoted(store: Store, pointer: Pointer | None, fingerprint: str | Non
             "switches to one"
         )
     _check_made_by(store.uri, pointer.fingerprint, fingerprint)
-    table = Table.open(store.uri_of(pointer.table))
+    table = Table.open(store.uri_of(pointer.table), is_still=True)
     table.check_version(pointer.version)
     store.check_same(pointer, table)
     return Found(table, pointer.version, store, pointer)

@@ -61,8 +61,9 @@ _DECODED = re.compile(r"%[0-9A-Fa-f]{2}|\\")
 class Table:
     """A table of embeddings, its rejected rows and its records."""
 
-    def __init__(self, uri: str) -> None:
-        self.rows = Log(uri)
+    def __init__(self, uri: str, is_still: bool = False) -> None:
+        """Name a table; for one who reads once its rows stay still, as `Log` says it."""
+        self.rows = Log(uri, is_still)
         self.uri = self.rows.uri
         self.storage = self.rows.storage
         self.rejected = Log(f"{self.uri}/_rejected")
@@ -70,8 +71,8 @@ class Table:
         self.deleted = Deleted(self.storage)
 
     @classmethod
-    def open(cls, uri: str | Path) -> Table:
-        """Open a table that exists, if only with rejected rows.
+    def open(cls, uri: str | Path, is_still: bool = False) -> Table:
+        """Open a table that exists, if only with rejected rows; maybe still, as `Log` says it.
 
         Raises:
             TableError: There is none, or it is not the name of one.
@@ -85,7 +86,7 @@ class Table:
                     f"table: {uri} is a file; a table is a folder, which fmembed embed has made"
                 )
             raise TableError(f"table: no such folder: {uri}")
-        table = cls(uri)
+        table = cls(uri, is_still)
         if table.card() is None:
             if table.storage.size_bytes(STORE_MARK) is not None:
                 paths = table.storage.paths("tables/")

@@ -6,6 +6,7 @@ import contextlib
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import gated
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pytest
 import fmembed
 from fmembed.errors import ConflictError, StorageError, TableError
 from fmembed.storage import Storage
+from fmembed.table import log as log_module
 from fmembed.table import promoted as module
 from fmembed.table import store as store_module
 from fmembed.table.promoted import find_version, read_found
@@ -50,6 +52,27 @@ def test_a_reader_gets_what_is_promoted_and_nothing_before_that(store: Store) ->
         fmembed.read(store.uri, 1)
     with pytest.raises(TableError, match="is a store of tables; name one of them: one, two"):
         Table.open(store.uri)
+
+
+def test_a_read_looks_at_the_log_once_and_what_is_open_each_time(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 ms a look here, and several requests where it is far."""
+    store.promote("one", 2, "the second", over=None)
+    looks, look = list[str](), log_module.DeltaTable
+
+    def counted(uri: str, *args: Any, **options: Any) -> Any:
+        looks.append(uri)
+        return look(uri, *args, **options)
+
+    monkeypatch.setattr(log_module, "DeltaTable", counted)
+    assert fmembed.read(store.uri).num_rows == 31
+    assert len(looks) == 1
+    opened = fmembed.open(store.uri_of("one"))
+    gated.add_version(Path(store.uri_of("one")), gated.rows(40, seed=3))
+    assert len(opened) == 31  # of the version that was opened
+    assert fmembed.read(store.uri_of("one")).num_rows == 40
+    assert fmembed.read(store.uri).num_rows == 31
 
 
 def test_a_reader_can_insist_on_a_fingerprint(store: Store) -> None:
