@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from fmembed.forecast import Forecast
     from fmembed.promotion import GateMode
     from fmembed.sources.given import Given
+
+# What becomes of a run beside another one on its table.
+IfLocked = Literal["fail", "wait"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,6 +98,7 @@ def embed(
     overrides: Mapping[str, Any] | None = None,
     spool: str | Path | None = None,
     retry_rejected: bool = False,
+    if_locked: IfLocked = "fail",
     verbose: bool = False,
     quiet: bool = False,
 ) -> Result:
@@ -115,6 +119,7 @@ def embed(
         spool: Where data is laid out for as long as the run takes: a temporary folder, if none; on
             a cluster a folder or URL that all nodes read.
         retry_rejected: Try the rows again that earlier runs have rejected.
+        if_locked: Where another run is writing the table: raise LockedError, or wait for its end.
         verbose: Show Ray's own output.
         quiet: Tell no progress.
 
@@ -125,7 +130,10 @@ def embed(
 
     told = _fields(model, output, input, id, label, carry, overrides)
     with _spec_of(data, told, spool) as (spec, given):
-        result = pipeline.embed(spec, retry_rejected=retry_rejected, verbose=verbose, quiet=quiet)
+        waits = _waits(if_locked)
+        result = pipeline.embed(
+            spec, retry_rejected=retry_rejected, waits=waits, verbose=verbose, quiet=quiet
+        )
     return _with_table(result, given)
 
 
@@ -143,6 +151,7 @@ def refresh(
     spool: str | Path | None = None,
     allow_removals: int | None = None,
     gate: GateMode = "enforce",
+    if_locked: IfLocked = "fail",
     verbose: bool = False,
     quiet: bool = False,
 ) -> Result:
@@ -162,6 +171,7 @@ def refresh(
         spool: The same.
         allow_removals: So many rows may leave, in place of `refresh.max_removed_fraction`.
         gate: "off" does not ask it.
+        if_locked: As for `embed`.
         verbose: Show Ray's own output.
         quiet: Tell no progress.
     """
@@ -172,7 +182,12 @@ def refresh(
         told |= {"output.store": str(store), "output.uri": ""}
     with _spec_of(data, told, spool) as (spec, given):
         result = pipeline.refresh(
-            spec, allow_removals=allow_removals, gate=gate, verbose=verbose, quiet=quiet
+            spec,
+            allow_removals=allow_removals,
+            gate=gate,
+            waits=_waits(if_locked),
+            verbose=verbose,
+            quiet=quiet,
         )
     return _with_table(result, given)
 
@@ -201,6 +216,12 @@ def plan(
         return pipeline.plan(
             spec, refresh=refresh, allow_removals=allow_removals, verbose=verbose, quiet=quiet
         )
+
+
+def _waits(if_locked: str) -> bool:
+    if if_locked not in get_args(IfLocked):
+        raise SpecError(f"if_locked: takes fail or wait, got {if_locked!a:.80}")
+    return if_locked == "wait"
 
 
 def _with_table(result: RunResult, given: Given | None = None) -> Result:

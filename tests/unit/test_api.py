@@ -293,6 +293,7 @@ def test_of_a_table_with_more_rows_those_of_the_data_come_back(tmp_path: Path) -
         ({"output": 5}, "output: takes a folder or a URL, got 5"),
         ({"overrides": 5}, "overrides: takes a dict of fields"),
         ({"overrides": {5: 1}}, "overrides: takes a dict of fields"),
+        ({"if_locked": "skip"}, "if_locked: takes fail or wait, got 'skip'"),
     ],
 )
 def test_arguments_of_other_types_are_told(given: Any, told: str, specs: list[RunSpec]) -> None:
@@ -310,7 +311,10 @@ def test_a_refresh_of_data_in_a_store_goes_there_and_past_the_gate_if_told(
         return RunResult(run_id="r", started="", table="t", version=None, fingerprint="f")
 
     monkeypatch.setattr(pipeline, "refresh", refresh)
-    fmembed.refresh(["a"], model="m", store=tmp_path / "s", gate="off", quiet=True)
+    fmembed.refresh(
+        ["a"], model="m", store=tmp_path / "s", gate="off", if_locked="wait", quiet=True
+    )
+    assert asked["waits"]
     assert (asked["output"].store, asked["output"].uri) == (str(tmp_path / "s"), "")
     assert asked["gate"] == "off"
     with pytest.raises(SpecError, match=r"^output: takes uri, a table, or store"):
