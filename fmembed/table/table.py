@@ -62,11 +62,11 @@ class Table:
     """A table of embeddings, its rejected rows and its records."""
 
     def __init__(self, uri: str, is_still: bool = False) -> None:
-        """Name a table; for one who reads once its rows stay still, as `Log` says it."""
+        """Name a table; for one who reads once it stays still, as `Log` says it."""
         self.rows = Log(uri, is_still)
         self.uri = self.rows.uri
         self.storage = self.rows.storage
-        self.rejected = Log(f"{self.uri}/_rejected")
+        self.rejected = Log(f"{self.uri}/_rejected", is_still)
         self.key_files = KeyFiles(self.storage)
         self.deleted = Deleted(self.storage)
 

@@ -57,7 +57,7 @@ def verify(uri: str | Path) -> VerifyResult:
     Raises:
         TableError: No table there.
     """
-    table = Table.open(uri)
+    table = Table.open(uri, is_still=True)
     card = table.card()
     assert card is not None
     problems: list[str] = []
