@@ -256,6 +256,7 @@ def plan_compute(
     cluster = _Cluster(
         [(n, labels) for n, labels in capacity.labelled_nodes() if n.get("CPU", 0) > 0],
         capacity.nodes_to_come(),
+        is_declared=bool(capacity.declared_pools()),
         has_bare_node=any(not n.get("CPU", 0) for n in capacity.nodes()),
     )
     fields = [f"compute.pools.{i}." for i in range(len(spec.pools))] or ["compute."]
@@ -297,12 +298,13 @@ def plan_compute(
 
 @dataclass(frozen=True)
 class _Cluster:
-    """Nodes with CPUs, with their labels; the resources of those that may come; and whether there
-    is a node without a CPU.
+    """Nodes with CPUs, with their labels; the resources of those that may come, and whether it says
+    so, be they all there by now; and whether there is a node without a CPU.
     """
 
     alive: Sequence[tuple[capacity.Resources, Mapping[str, str]]]
     coming: Sequence[capacity.Resources]
+    is_declared: bool
     has_bare_node: bool
 
 
@@ -331,7 +333,7 @@ def _plan_pool(
     more: Sequence[capacity.Resources] = ()
     if needs or spec.is_some:
         lacks = here < _least(spec) if needs else not nodes
-        is_bounded = bool(cluster.coming) or not capacity.grows(_PATIENCE_S if lacks else 0.0)
+        is_bounded = cluster.is_declared or not capacity.grows(_PATIENCE_S if lacks else 0.0)
         more = coming if is_bounded else _like(nodes, needs, spec)
         nodes += more
         if is_bounded:

@@ -117,10 +117,10 @@ def test_a_run_that_gives_up_waiting_or_is_stopped_keeps_what_is_finished(
     check(bench, table)
 
 
-@pytest.fixture
-def autoscaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A head with an autoscaler (v2) that starts nodes on this machine, as `ray up` leaves it: of
-    GPUs two at most, and none to begin with.
+    GPUs two at most, and none to begin with; its address, and the home of its user.
     """
     from ray._private import services
 
@@ -153,9 +153,8 @@ def autoscaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
         "auth": {}, "docker": {}, "file_mounts": {}, "file_mounts_sync_continuously": False,
         **{name: [] for name in empty_lists},
     }  # fmt: skip
-    home = tmp_path / "home"
-    home.mkdir()
-    written = tmp_path / "cluster.yaml"
+    home = tmp_path_factory.mktemp("home")
+    written = home / "cluster.yaml"
     written.write_text(json.dumps(config))  # which is YAML
     shutil.copy(written, home / "ray_bootstrap_config.yaml")
     environment = {
@@ -163,23 +162,32 @@ def autoscaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
         "RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID, "RAY_USAGE_STATS_ENABLED": "0",
     }  # fmt: skip
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    log = tmp_path / "head.log"
+    log = home / "head.log"
     with log.open("wb") as out:
         head = subprocess.Popen(
             [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=0",
              f"--autoscaling-config={written}", "--include-dashboard=false",
              "--dashboard-agent-listen-port=0", "--object-store-memory=100000000"],
-            env=os.environ | environment, stdout=out, stderr=out, start_new_session=True,
+            env=os.environ | environment | {"HOME": str(home)}, stdout=out, stderr=out,
+            start_new_session=True,
         )  # fmt: skip
     try:
         wait_for(lambda: b"ray start --address" in log.read_bytes() or head.poll() is not None)
         assert head.poll() is None, log.read_text()
-        yield address
+        yield address, home
     finally:
         os.killpg(head.pid, signal.SIGKILL)
         head.wait()
+
+
+@pytest.fixture
+def autoscaled(head: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> str:
+    """As its user, when no GPU is there."""
+    address, home = head
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    wait_for(lambda: not any(list_nodes(address).values()))
+    return address
 
 
 def list_nodes(address: str) -> dict[bytes, float]:
@@ -222,12 +230,12 @@ def test_where_nobody_says_what_may_come_the_first_node_shows_it(
     bench: Bench, autoscaled: str, tmp_path: Path
 ) -> None:
     """As on KubeRay: the driver sees an autoscaler, and no list of its groups."""
-    table = tmp_path / "table"
-    (tmp_path / "home" / "ray_bootstrap_config.yaml").unlink()
+    table, before = tmp_path / "table", list_nodes(autoscaled)
+    Path("~/ray_bootstrap_config.yaml").expanduser().unlink()
     run = bench.start(table, autoscaled, actors=2, on_gpus=True)
     assert run.end() == 0, run.messages()
     assert "loading the model, 2 GPU actors …" in run.messages()
-    assert len(list_nodes(autoscaled)) == _NUM_NODES
+    assert len(list_nodes(autoscaled)) == len(before) + 2
     check(bench, table)
     more = ["compute.gpus_per_actor=4"]
     run = bench.start(tmp_path / "other", autoscaled, actors=1, on_gpus=True, more=more)

@@ -135,6 +135,11 @@ def test_gpus_that_may_come_count(monkeypatch: pytest.MonkeyPatch) -> None:
     _cluster(monkeypatch, [HEAD, {"CPU": 4, "memory": GIB}, GPU_NODE])
     assert plan_compute(ComputeSpec()).max_actors == 6
     assert plan_compute(ComputeSpec(gpus_per_actor=0)).device == "cpu"
+    # Nor is there more to come where all have, whatever grows.
+    monkeypatch.setattr(capacity, "grows", lambda *_: True)
+    _cluster(monkeypatch, [HEAD, {"CPU": 4, "memory": GIB}, *[GPU_NODE] * 3])
+    with pytest.raises(SpecError, match=r"compute\.actors: 7 asked with 1 GPU each, .* for 6"):
+        plan_compute(ComputeSpec(actors=7))
 
 
 def test_no_more_gpus_are_asked_for_than_there_is_work_for(monkeypatch: pytest.MonkeyPatch) -> None:
