@@ -122,12 +122,14 @@ def _compare_columns(
 ) -> Iterator[Check]:
     if not schema.names:
         yield Check("rows", False, "it has no row")
+    for column in sorted(set(card.outputs) & set(schema.names) - set(card.pooled)):
+        yield Check("tokens", None, f"{column} has a vector for each token, at which nobody looked")
     if old_schema is None or old_card is None or not schema.names:
         return
     if gone := [name for name in old_schema.names if name not in schema.names]:
         have = ", ".join(name[:80] for name in gone[:5])
         yield Check("columns", False, f"readers lose the columns {have}")
-    for column in old_card.pooled:
+    for column in old_card.outputs:
         if column not in schema.names or column not in old_schema.names:
             continue
         before, now = (vector_type(s.field(column).type) for s in (old_schema, schema))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gated
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from fmembed.evaluate import gate as gate_module
 from fmembed.evaluate.gate import run_gate
-from fmembed.spec import RunSpec
+from fmembed.spec import GateSpec, RunSpec
 from fmembed.table.store import Store
 from fmembed.table.table import Table
 
@@ -210,3 +213,21 @@ def test_one_vector_of_no_length_hides_no_others(tmp_path: Path) -> None:
 
 def _unit(vectors: Any) -> Any:
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_vectors_of_tokens_are_said_not_to_be_looked_at_and_held_to_their_length() -> None:
+    def card(dim: int) -> tuple[pa.Schema, Any]:
+        vector = pa.list_(pa.float32(), dim)
+        schema = pa.schema([("embedding", vector), ("late", pa.list_(vector))])
+        outputs = {n: SimpleNamespace(precision="float32") for n in schema.names}
+        return schema, SimpleNamespace(outputs=outputs, pooled=["embedding"])
+
+    (schema, now), (old_schema, before) = card(8), card(8)
+    (said,) = gate_module._compare_columns(schema, None, now, None, GateSpec())
+    assert (said.passed, said.words) == (
+        None, "late has a vector for each token, at which nobody looked"
+    )  # fmt: skip
+    (old_schema, before) = card(16)
+    found = list(gate_module._compare_columns(schema, old_schema, now, before, GateSpec()))
+    assert [check.passed for check in found] == [None, False, False]
+    assert "vectors of late are 8 numbers" in found[2].words
