@@ -389,7 +389,10 @@ def embed_rows(
     kind = Commits if line is None else Staging
     commits = kind(spec.output, table, lock, run.id, card)
     options = stage_options(checkpoint, spec.preprocess, plan, ranges, run.server_dim)
-    held_to = measure(stage, inputs, left, plan, ranges) if plan.pools else None
+    held_to = None
+    if plan.pools:
+        teller.say("embedding some rows, to which the pools are held …")
+        held_to = measure(stage, inputs, left, plan, ranges, watch.get)
     if not sees_model:
         options["dims"] = stored_dims(checkpoint.outputs, stored)
     spending = Spending(spec)

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import ray
+import ray.exceptions
 
 from fmembed.arrays import Floats
 from fmembed.checkpoint.opening import Checkpoint
@@ -35,7 +36,7 @@ from fmembed.rows.outputs import Output
 from fmembed.rows.precision import PRECISIONS, Ranges
 from fmembed.run import capacity
 from fmembed.run.apart import PreprocessApart, read_apart
-from fmembed.run.faults import MAX_TASK_RETRIES
+from fmembed.run.faults import MAX_TASK_RETRIES, explain
 from fmembed.run.placement import Plan, Pool, cpu_seconds, estimate_work
 from fmembed.run.verdict import PREFIXES
 from fmembed.sources.shards import sample
@@ -64,8 +65,17 @@ class Measure:
     min_agreement: float | None
 
 
-def measure(stage: type, inputs: Inputs, left: Source, plan: Plan, ranges: Ranges) -> Measure:
-    """Have rows read and prepared, and embedded where that is soon done; does not wait for it.
+def measure(
+    stage: type,
+    inputs: Inputs,
+    left: Source,
+    plan: Plan,
+    ranges: Ranges,
+    get: Callable[[Any], Any] = ray.get,
+) -> Measure:
+    """Have rows read and prepared, and embedded where that is soon done.
+
+    It is waited for: the run's own tasks could have all CPUs, and wait for actors that wait for it.
 
     Args:
         stage: The model, or what stands in for it.
@@ -73,11 +83,19 @@ def measure(stage: type, inputs: Inputs, left: Source, plan: Plan, ranges: Range
         left: What there is to read.
         plan: Who gets what.
         ranges: Of int8.
+        get: Waits for it.
+
+    Raises:
+        FmembedError: The source cannot be read.
     """
     checkpoint, spec = inputs.checkpoint, inputs.spec.preprocess
     some = sample(left, _NUM_ROWS, _NUM_SHARDS)
     task: dict[str, Any] = {"num_cpus": plan.cpus_per_task, "max_retries": MAX_TASK_RETRIES}
     rows = ray.remote(**task)(_prepare).remote(some, checkpoint, spec)
+    try:
+        get(rows)
+    except ray.exceptions.RayError as e:
+        raise explain(e) from None
     work = estimate_work(left, checkpoint, spec.chunk_tokens is not None)
     row_tokens = work.row_tokens or checkpoint.max_tokens
     num_bytes = checkpoint.num_bytes()
@@ -88,7 +106,14 @@ def measure(stage: type, inputs: Inputs, left: Source, plan: Plan, ranges: Range
         exact = replace(checkpoint, dtype="float32")
         # Its process ends with it, and leaves the memory of the model.
         vectors = ray.remote(max_calls=1, **task)(_embed).remote(stage, exact, given, rows)
-    first = None if is_soon else ray.remote(num_cpus=0, max_restarts=-1)(_First).remote()
+        try:
+            get(vectors)
+        except ray.exceptions.RayError:  # as where a node has not the memory
+            vectors = None
+    first = None
+    if vectors is None:
+        lasting: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+        first = ray.remote(**lasting)(_First).remote()
     return Measure(rows, vectors, first, inputs.spec.compute.min_agreement)
 
 
