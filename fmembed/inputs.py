@@ -76,7 +76,8 @@ class Inputs:
 
 
 def open_inputs(spec: RunSpec, may_be_empty: bool = False, gpus_may_come: bool = False) -> Inputs:
-    """Find and check the source, the checkpoint and the table.
+    """Find and check the source, the checkpoint and the table, which is still until a run has its
+    lock.
 
     Args:
         spec: Of the run.
@@ -114,7 +115,7 @@ def open_inputs(spec: RunSpec, may_be_empty: bool = False, gpus_may_come: bool =
     if store is not None:
         store.check_usable()
         spec = _in_store(spec, store, identity)
-    table = Table.open_output(spec.output.uri, identity, redact(spec.model.id))
+    table = Table.open_output(spec.output.uri, identity, redact(spec.model.id), is_still=True)
     if not source.file_is_row:  # there the column has whatever name it is given
         check_columns(table, spec.source.input, spec.source.id)
     spec, source = _with_folders_as_labels(_with_choice_of_text(spec, table), source, table)

@@ -82,6 +82,7 @@ def embed(
             result = run.finish()  # no lock is taken, no file changed
         else:
             with Lock(table.storage, run.id, waits=waits) as lock:
+                table.look_anew()
                 if inputs.store is not None:
                     inputs.store.make()
                 # Whoever had the lock may have made the table since it was looked at.
@@ -170,6 +171,7 @@ def refresh(
         run = Run(inputs, lambda _: line.find_work(), began)
         # Before Ray is started here: where another run is at work there is nothing to do.
         with Lock(table.storage, run.id, waits=waits) as lock:
+            table.look_anew()
             cluster.connect()
             if inputs.store is not None:
                 inputs.store.make()

@@ -91,7 +91,7 @@ class Log:
         self.files = PartFiles(self.storage)
         self._pinned: int | None = None
         self._checked = -1
-        self._seen: dict[int | None, DeltaTable] | None = {} if is_still else None
+        self._seen: dict[int | None, DeltaTable | None] | None = {} if is_still else None
 
     def delta(self, version: int | None = None) -> DeltaTable | None:
         """A view of the log, a fresh one unless it is still; None where there is none.
@@ -101,8 +101,20 @@ class Log:
             TableError: It needs a reader of features that this one has not.
             StorageError: Out of reach.
         """
-        if self._seen and version in self._seen:
+        if self._seen is not None and version in self._seen:
             return self._seen[version]
+        delta = self._look(version)
+        if self._seen is not None:
+            self._seen[version] = delta
+            if delta is not None:
+                self._seen[int(delta.version())] = delta
+        return delta
+
+    def look_anew(self) -> None:
+        """Be still no more."""
+        self._seen = None
+
+    def _look(self, version: int | None) -> DeltaTable | None:
         local = self.storage.local
         if local:
             folder = local / "_delta_log"
@@ -124,8 +136,6 @@ class Log:
         if version is None:
             self._check_whole(int(delta.version()))
             self._check_features(delta)
-        if self._seen is not None:
-            self._seen |= {version: delta, int(delta.version()): delta}
         return delta
 
     def _open(self, version: int | None) -> DeltaTable | None:

@@ -101,13 +101,16 @@ class Table:
         return table
 
     @classmethod
-    def open_output(cls, uri: str, identity: dict[str, Any], model: str = "") -> Table:
+    def open_output(
+        cls, uri: str, identity: dict[str, Any], model: str = "", is_still: bool = False
+    ) -> Table:
         """Open where a run may write: nothing there yet, or a table of the same fingerprint.
 
         Args:
             uri: Where.
             identity: Of the run.
             model: What the run calls its model, for a message.
+            is_still: Until `look_anew`, as `Log` says it.
 
         Raises:
             TableError: It cannot be written, holds something else, or another model's vectors.
@@ -124,7 +127,7 @@ class Table:
         absent = (
             [] if "://" in uri else [p for p in (local, *local.parents) if not os.path.exists(p)]
         )
-        table = cls(uri)
+        table = cls(uri, is_still)
         try:
             check_usable(table, identity, model)
             # Learn now, not after an hour, that nothing can be written here.
@@ -138,6 +141,11 @@ class Table:
         finally:
             _remove_empty([table.uri + "/_lock", *absent])
         return table
+
+    def look_anew(self) -> None:
+        """Be still no more: what follows is done under the lock."""
+        self.rows.look_anew()
+        self.rejected.look_anew()
 
     def is_own(self) -> bool:
         """Whether this project has made what lies here, even if its log cannot be read any more."""

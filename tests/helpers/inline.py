@@ -104,6 +104,7 @@ def embed(spec: RunSpec, stage: type, run_id: str = "") -> RunResult:
     table, run = inputs.table, Run(inputs)
     run.id = run_id or run.id
     with inline_ray(), Lock(table.storage, run.id) as lock:
+        table.look_anew()
         table.clean_up(inputs.identity, run.id, retry_rejected=False)
         if run.find_work():
             card = table.claim(inputs.card({}), inputs.schema(), run.id)
@@ -146,6 +147,7 @@ def refresh(
     run = Run(inputs, lambda _: line.find_work())
     run.id = run_id or run.id
     with inline_ray(), Lock(table.storage, run.id) as lock:
+        table.look_anew()
         table.clean_up(inputs.identity, run.id, retry_rejected=False)
         if run.find_work():
             card = table.claim(inputs.card({}), inputs.schema(), run.id)
