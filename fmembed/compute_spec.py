@@ -11,22 +11,33 @@ from pydantic import Field, field_validator, model_validator
 
 from fmembed.spec_part import Part as _Part
 
-# What Ray's label selectors take of a label.
-_LABELS = re.compile(r"!?[\w.-]+|!?in\(\s*[\w.-]+(?:\s*,\s*[\w.-]+)*\s*\)")
+# Names and values of labels, and what Ray's label selectors take of one.
+_WORD = r"[A-Za-z0-9](?:[\w.-]{0,61}[A-Za-z0-9])?"
+_PREFIX = re.compile(rf"{_WORD}(?:\.{_WORD})*/.+")
+_LABELS = re.compile(rf"!?{_WORD}|!?in\(\s*{_WORD}(?:\s*,\s*{_WORD})*\s*\)")
+# Ray counts in steps of so much.
+_LEAST_SHARE = 1e-4
+_MOST_ACTORS = 100_000
 
 
 # Ray's name of the resource by which a node tells its accelerator.
 _ACCELERATOR = "accelerator_type:"
 
 
-def _selects(text: str, value: str | None) -> bool:
-    """Whether a label's value is what a selector takes: value, !value, in(a, b) or !in(a, b)."""
+def parse_selector(text: str) -> tuple[set[str], bool]:
+    """What a selector says of a label's value: value, !value, in(a, b) or !in(a, b).
+
+    Returns:
+        Some values, and whether it is to be none of them.
+    """
     wanted = text.removeprefix("!")
-    if wanted.startswith("in("):
-        found = value in [word.strip() for word in wanted[3:-1].split(",")]
-    else:
-        found = value == wanted
-    return found is not text.startswith("!")
+    words = wanted[3:-1].split(",") if wanted.startswith("in(") else [wanted]
+    return {word.strip() for word in words}, text.startswith("!")
+
+
+def _selects(text: str, value: str | None) -> bool:
+    values, is_none_of = parse_selector(text)
+    return (value in values) is not is_none_of
 
 
 class BudgetSpec(_Part):
@@ -50,6 +61,13 @@ class _Actors(_Part):
     actors: int | tuple[int, int] | Literal["auto"] = "auto"
     gpus_per_actor: float | Literal["auto"] = "auto"
 
+    @field_validator("actors", mode="before")
+    @classmethod
+    def _check_no_bool(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("takes a number of at least 1, [min, max] with min <= max, or auto")
+        return value
+
     @field_validator("actors")
     @classmethod
     def _check_actors(cls, value: Any) -> Any:
@@ -58,6 +76,8 @@ class _Actors(_Part):
         low, high = (value, value) if isinstance(value, int) else value
         if not 1 <= low <= high:
             raise ValueError("takes a number of at least 1, [min, max] with min <= max, or auto")
+        if high > _MOST_ACTORS:
+            raise ValueError(f"takes at most {_MOST_ACTORS:,}")
         return value
 
     @field_validator("gpus_per_actor")
@@ -116,21 +136,33 @@ class PoolSpec(_Actors):
     @field_validator("resources")
     @classmethod
     def _check_resources(cls, value: dict[str, float]) -> dict[str, float]:
-        own = {"CPU": "is shared out by fmembed", "GPU": "is gpus_per_actor", "memory": "is Ray's"}
+        own = {
+            "CPU": "is shared out by fmembed", "GPU": "is gpus_per_actor", "memory": "is Ray's",
+            "object_store_memory": "is Ray's",
+        }  # fmt: skip
         for name, amount in value.items():
             if name in own:
-                raise ValueError(f"{name} {own[name]}; takes resources that nodes are given a name")
-            if not 0 < amount < math.inf or (amount > 1 and amount != int(amount)):
-                raise ValueError("takes for each resource a part of one, or a whole number")
+                raise ValueError(f"{name} {own[name]}; takes resources that nodes were given")
+            if not name.strip() or name.startswith("node:"):
+                raise ValueError("takes for each resource the name that nodes were given it by")
+            if not _LEAST_SHARE <= amount < math.inf or (amount > 1 and amount != int(amount)):
+                raise ValueError(
+                    f"takes for each resource a part of one, {_LEAST_SHARE:g} at least, or a whole "
+                    "number"
+                )
         return value
 
     @field_validator("label_selector")
     @classmethod
     def _check_labels(cls, value: dict[str, str]) -> dict[str, str]:
-        for text in value.values():
+        for key, text in value.items():
+            name = key.rpartition("/")[2]
+            if not re.fullmatch(_WORD, name) or (key != name and not _PREFIX.fullmatch(key)):
+                raise ValueError("takes names of labels as Kubernetes has them, as zone or a.org/b")
             if not _LABELS.fullmatch(text):
                 raise ValueError("takes for each label a value, !value, in(a, b) or !in(a, b)")
-        return value
+        # Ray takes a space for a part of the value.
+        return {key: re.sub(r"\s", "", text) for key, text in value.items()}
 
 
 class ComputeSpec(_Actors):
@@ -159,6 +191,18 @@ class ComputeSpec(_Actors):
         return value
 
     @property
+    def first_gpus(self) -> float | Literal["auto"]:
+        """The GPUs of an actor of the first pool that says so, or of all; "auto" where none does.
+
+        By what `dtype: auto` means, which the nodes that happen to be there must not decide.
+        """
+        if not self.pools:
+            return self.gpus_per_actor
+        named = [1.0 if p.gpus_per_actor == "auto" and p.accelerator_type else p.gpus_per_actor
+                 for p in self.pools]  # fmt: skip
+        return next((g for g in named if g != "auto" and g > 0), "auto" if "auto" in named else 0.0)
+
+    @property
     def is_priced(self) -> bool:
         """Whether there is a price for each device."""
         if self.price_per_device_hour is not None:
@@ -170,5 +214,5 @@ class ComputeSpec(_Actors):
         if self.pools and not self.actors == self.gpus_per_actor == "auto":
             raise ValueError("takes pools, each with its actors, or actors and gpus_per_actor")
         if self.min_agreement is not None and not self.pools:
-            raise ValueError("min_agreement is between pools; there are none")
+            raise ValueError("min_agreement is what pools are held to; there are none")
         return self

@@ -281,7 +281,7 @@ def _native_bfloat16(spec: RunSpec, gpus_may_come: bool) -> bool:
     """Whether the device that `dtype: auto` will run on computes bfloat16 natively."""
     if spec.model.dtype != "auto":
         return False
-    gpus = spec.compute.gpus_per_actor
+    gpus = spec.compute.first_gpus
     on_cpu = gpus == 0
     ray: Any = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():

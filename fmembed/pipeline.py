@@ -386,7 +386,7 @@ def embed_rows(
     if sees_model:
         try_model(checkpoint, plan, watch.get)
     with watched(watch):
-        ranges = find_ranges(inputs, left, plan, stage, run.server_dim)
+        ranges = find_ranges(inputs, left, plan, stage, run.server_dim, watch.get)
     card = table.claim(inputs.card(ranges), inputs.schema(), run.id)
     kind = Commits if line is None else Staging
     commits = kind(spec.output, table, lock, run.id, card)

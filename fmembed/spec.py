@@ -528,6 +528,8 @@ def _one_line(error: ValidationError) -> str:
     own = [e["msg"].removeprefix("Value error, ") for e in same if e["type"] == "value_error"]
     taken = " or ".join(dict.fromkeys(_what_it_takes(e) for e in same))
     message = own[0] if own else f"takes {taken}"
+    if not names and own and own[0].partition(":")[0] in list_fields():  # of several parts
+        return f"{own[0]}{more}"
     # Of a whole part nothing is shown: its own words say which field of it is wrong.
     is_part = bool(own) and isinstance(first["input"], dict)
     shown = "" if is_part else _shown(names[-1] if names else "", first["input"])

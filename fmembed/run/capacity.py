@@ -17,9 +17,11 @@ import ray
 import ray._private.state
 import ray._private.worker
 import ray.core.generated.autoscaler_pb2
+import ray.core.generated.common_pb2
 import ray.core.generated.gcs_pb2
 import yaml
 
+from fmembed.compute_spec import parse_selector
 from fmembed.startup import joins_cluster
 
 Resources = Mapping[str, float]
@@ -27,12 +29,15 @@ Resources = Mapping[str, float]
 # Messages whose classes are made when they are imported.
 _AUTOSCALER: Any = ray.core.generated.autoscaler_pb2
 _GCS: Any = ray.core.generated.gcs_pb2
+_COMMON: Any = ray.core.generated.common_pb2
 # Where `ray up` leaves the config of a cluster on its head.
 _BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 # Of what a pool may hold so many nodes are reckoned with at most.
 _MOST_NODES = 1000
 # Between two looks for an autoscaler that is about to begin.
 _LOOK_S = 0.5
+# As a request says of a label that its value is none of some.
+_NOT_IN = _COMMON.LABEL_OPERATOR_NOT_IN
 # The head, as Ray marks it.
 _HEAD = "node:__internal_head__"
 
@@ -160,17 +165,28 @@ def grows(patience_s: float = 0.0) -> bool:
     return True
 
 
-def demand(shape: Resources) -> Demand:
+def demand(shape: Resources, labels: Mapping[str, str] | None = None) -> Demand:
     """What waits for nodes with room for it, of one shape.
 
     Args:
         shape: The resources of a request, those that are nothing left out.
+        labels: Its label selector.
     """
+    asked = {key: parse_selector(text) for key, text in (labels or {}).items()}
+
+    def is_one(request: Any) -> bool:
+        found = {
+            c.label_key: (set(c.label_values), c.operator == _NOT_IN)
+            for selector in request.label_selectors
+            for c in selector.label_constraints
+        }
+        return dict(request.resources_bundle) == shape and found == asked
+
     status = _status()
     pending = status.cluster_resource_state.pending_resource_requests
-    num_waiting = sum(p.count for p in pending if dict(p.request.resources_bundle) == shape)
+    num_waiting = sum(p.count for p in pending if is_one(p.request))
     never = status.autoscaling_state.infeasible_resource_requests
-    return Demand(num_waiting, any(dict(r.resources_bundle) == shape for r in never))
+    return Demand(num_waiting, any(is_one(r) for r in never))
 
 
 def processes(class_part: str, ended: bool = False) -> list[Process]:

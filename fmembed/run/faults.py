@@ -33,6 +33,8 @@ _LOSSES = (
     ray.exceptions.RayActorError,
     ray.exceptions.NodeDiedError,
     ray.exceptions.ObjectLostError,
+    # What was lost more often than once is made again in other blocks.
+    ray.exceptions.StreamingGeneratorReplayInconsistentError,
     ray.exceptions.RpcError,
 )
 

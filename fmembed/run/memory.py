@@ -27,7 +27,8 @@ def store_bytes(plan: Plan, held_bytes: int) -> int:
     to be written, the actors were given nothing to do as soon as a part's worth was waiting, until
     all was read.
     """
-    return plan.max_actors * _BUFFER_BYTES[plan.device] + 2 * held_bytes
+    num_bytes = sum(pool.max_actors * _BUFFER_BYTES[pool.device] for pool in plan.kinds)
+    return num_bytes + 2 * held_bytes
 
 
 def bound_memory(plan: Plan) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -97,12 +97,13 @@ def find_pace(
     if sampled.rows is None or not sampled.rows.num_rows:
         notes.append("preparing rejects all rows that were drawn; the model was not tried")
         return None
-    ranges = find_ranges(inputs, left, plan, Embed, 0)
+    ranges = find_ranges(inputs, left, plan, Embed, 0, get)
     tried = []
     for pool in plan.kinds:
         one = plan.of(pool)
-        options = stage_options(inputs.checkpoint, inputs.spec.preprocess, one, ranges, 0)
-        tried.append(try_rows(Embed, inputs.checkpoint, options, sampled.rows, one, get))
+        checkpoint = pool.run_as(inputs.checkpoint)
+        options = stage_options(checkpoint, inputs.spec.preprocess, one, ranges, 0)
+        tried.append(try_rows(Embed, checkpoint, options, sampled.rows, one, get))
     first, rates = tried[0], tried[0].rates
     if len(tried) > 1:  # an actor takes for a unit what is the mean of all, by what each does
         weights = [pool.max_actors for pool in plan.kinds]
@@ -177,7 +178,10 @@ def unit_size(inputs: Inputs) -> int:
 def _is_like(compute: Mapping[str, Any], plan: Plan) -> bool:
     """Whether a run had devices of the same kind; of CPUs, with as many threads an actor."""
     names = ["device", "device_name", *(["num_threads"] if plan.device == "cpu" else [])]
-    return all(compute.get(name) == getattr(plan, name) for name in names)
+    if not all(compute.get(name) == getattr(plan, name) for name in names):
+        return False
+    # Of several pools the mean of an actor is by how many each of them has.
+    return list(compute.get("pools", [])) == [asdict(pool) for pool in plan.pools]
 
 
 def _actors(run: RunResult) -> list[tuple[float, float, float]]:

@@ -85,6 +85,10 @@ class Pool:
             asked[f"accelerator_type:{self.accelerator_type}"] = 0.001
         return {name: amount for name, amount in asked.items() if amount}
 
+    def run_as(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint in the pool's own type."""
+        return replace(checkpoint, dtype=self.dtype or checkpoint.dtype)
+
     @property
     def device_options(self) -> dict[str, Any]:
         """What the stage is told of its device."""
@@ -252,21 +256,26 @@ def plan_compute(
         SpecError: More GPUs are asked for than there are, or may come.
     """
     work = work or Estimate()
-    one = PoolSpec(actors=spec.actors, gpus_per_actor=spec.gpus_per_actor)
     cluster = _Cluster(
-        [(n, labels) for n, labels in capacity.labelled_nodes() if n.get("CPU", 0) > 0],
-        capacity.nodes_to_come(),
+        [
+            _Node(n, labels, dict(n))
+            for n, labels in capacity.labelled_nodes()
+            if n.get("CPU", 0) > 0
+        ],
+        [_Node(n, None, dict(n)) for n in capacity.nodes_to_come()],
         is_declared=bool(capacity.declared_pools()),
         has_bare_node=any(not n.get("CPU", 0) for n in capacity.nodes()),
     )
-    fields = [f"compute.pools.{i}." for i in range(len(spec.pools))] or ["compute."]
-    kinds = spec.pools or (one,)
-    both = [
-        _plan_pool(name, pool, cluster, modality, model_bytes, work)
-        for name, pool in zip(fields, kinds, strict=True)
-    ]
+    one = PoolSpec(actors=spec.actors, gpus_per_actor=spec.gpus_per_actor)
+    kinds = dict(enumerate(spec.pools or (one,)))
+    planned: dict[int, tuple[Pool, int, Sequence[capacity.Resources]]] = {}
+    # Who says how many comes before who takes what is left.
+    for i in sorted(kinds, key=lambda i: (kinds[i].actors == "auto", i)):
+        field = f"compute.pools.{i}." if spec.pools else "compute."
+        planned[i] = _plan_pool(field, kinds[i], cluster, modality, model_bytes, work)
+    both = _share_cpus([planned[i] for i in kinds], cluster)
     pools = [pool for pool, *_ in both]
-    nodes = [*(n for n, _ in cluster.alive), *(n for *_, more in both for n in more)]
+    nodes = [*(n.resources for n in cluster.alive), *(n for *_, more in both for n in more)]
     num_slots = sum(int(n["CPU"]) for n in nodes)
     for pool, num_nodes, _ in both:
         if pool.cpus_per_actor:
@@ -277,6 +286,8 @@ def plan_compute(
     # it: on 2 cores, without a model, one of them read and prepared 3,169 rows/s and two 6,384. Of
     # two nodes each might take a half, and then neither has a whole one left.
     per_task = 0.5 if num_slots <= 2 and len(nodes) <= 1 else 1.0
+    if spec.pools:  # all are asked for at once: Ray Data's own scaling knows one shape of actors
+        pools = [replace(pool, min_actors=pool.max_actors) for pool in pools]
     first, high = pools[0], sum(pool.max_actors for pool in pools)
     slowest = "cpu" if any(pool.device == "cpu" for pool in pools) else "cuda"
     return Plan(
@@ -297,13 +308,22 @@ def plan_compute(
 
 
 @dataclass(frozen=True)
+class _Node:
+    """What a node has, its labels (None where it has yet to come), and what no pool has by now."""
+
+    resources: capacity.Resources
+    labels: Mapping[str, str] | None
+    free: dict[str, float]
+
+
+@dataclass(frozen=True)
 class _Cluster:
-    """Nodes with CPUs, with their labels; the resources of those that may come, and whether it says
-    so, be they all there by now; and whether there is a node without a CPU.
+    """Nodes with CPUs; those that may come, and whether it says so, be they all there by now; and
+    whether there is a node without a CPU.
     """
 
-    alive: Sequence[tuple[capacity.Resources, Mapping[str, str]]]
-    coming: Sequence[capacity.Resources]
+    alive: Sequence[_Node]
+    coming: Sequence[_Node]
     is_declared: bool
     has_bare_node: bool
 
@@ -318,58 +338,96 @@ def _plan_pool(
 ) -> tuple[Pool, int, Sequence[capacity.Resources]]:
     """The actors of one kind, on how many nodes they may be, and those of these that may come.
 
+    What they take of the nodes is free no more.
+
     Raises:
         SpecError: There are too few nodes of that kind, and no more may come.
     """
-    nodes = [n for n, labels in cluster.alive if spec.is_of(n, labels)]
-    coming = [n for n in cluster.coming if spec.is_of(n, None)]
+    found = [n for n in cluster.alive if spec.is_of(n.resources, n.labels)]
+    coming = [n for n in cluster.coming if spec.is_of(n.resources, None)]
+    nodes = [n.free for n in found]
     gpus = spec.gpus_per_actor
     if gpus == "auto":
-        has_gpus = any(n.get("GPU", 0) for n in [*nodes, *coming])
+        has_gpus = any(n.resources.get("GPU", 0) for n in [*found, *coming])
         gpus = float(has_gpus or (spec.accelerator_type is not None and not nodes))
     needs = {"GPU": gpus} if gpus else {}
     needs |= spec.resources
     here = _count_actors(nodes, needs)
-    more: Sequence[capacity.Resources] = ()
+    more: Sequence[dict[str, float]] = ()
+    is_bounded = True
     if needs or spec.is_some:
         lacks = here < _least(spec) if needs else not nodes
         is_bounded = cluster.is_declared or not capacity.grows(_PATIENCE_S if lacks else 0.0)
-        more = coming if is_bounded else _like(nodes, needs, spec)
+        more = [n.free for n in coming] if is_bounded else _like(nodes, needs, spec)
         nodes += more
         if is_bounded:
             _check_nodes(field, spec, gpus, needs, nodes)
     num_nodes = max(len(nodes), 1)
     cpus = max(min((int(n["CPU"]) for n in nodes), default=1), 1)
+    room = _count_actors(nodes, needs)
     if gpus:
-        fit = max(min(_count_actors(nodes, needs), _count_busy(modality, work)), here, 1)
+        fit = max(min(room, _count_busy(modality, work)), here, 1)
     else:
         memory_bytes = min((n.get("memory", 0) for n in nodes), default=0)
         fit = num_nodes * _count_cpu_actors(cpus, memory_bytes, model_bytes)
-        if needs:
-            fit = min(fit, _count_actors(nodes, needs))
+        fit = min(fit, room) if needs else fit
         busy_s = cpu_seconds(work.num_tokens, model_bytes) if model_bytes else math.inf
         fit = max(int(min(fit, busy_s / _START_S)), 1)
     if spec.actors == "auto":
         low = high = fit
+    elif isinstance(spec.actors, int):
+        low = high = spec.actors
     else:
-        low, high = (spec.actors, spec.actors) if isinstance(spec.actors, int) else spec.actors
-    per_node = math.ceil(high / num_nodes)
-    num_tasks = 1 if cpus < 3 and cluster.has_bare_node else 2
-    spare = max(cpus - num_tasks, 0)
+        low, high = spec.actors
+        if field != "compute.":
+            high = max(low, min(high, fit if is_bounded or not gpus else high))
+    _take(nodes, needs, high)
     pool = Pool(
         device="cuda" if gpus else "cpu",
         min_actors=low,
         max_actors=high,
         gpus_per_actor=gpus,
-        # Ray counts CPUs in steps of 1/10,000.
-        cpus_per_actor=0.0 if gpus else math.floor(spare / high * 1e4) / 1e4,
-        num_threads=max(cpus // per_node, 1),
+        cpus_per_actor=0.0,
+        num_threads=max(cpus // math.ceil(high / num_nodes), 1),
         accelerator_type=spec.accelerator_type,
         resources=spec.resources,
         label_selector=spec.label_selector,
         dtype=spec.dtype,
     )
     return pool, len(nodes), more
+
+
+def _take(nodes: Sequence[dict[str, float]], needs: capacity.Resources, number: int) -> None:
+    """Take what so many actors need of nodes that have it free."""
+    for node in nodes:
+        count = min(_count_actors([node], needs), number)
+        number -= count
+        for name, amount in needs.items() if count else ():
+            node[name] -= count * amount
+
+
+def _share_cpus(
+    planned: Sequence[tuple[Pool, int, Sequence[capacity.Resources]]], cluster: _Cluster
+) -> list[tuple[Pool, int, Sequence[capacity.Resources]]]:
+    """Have actors on CPUs reserve what is left to all of them, and have the threads for it.
+
+    All pools of them are taken to be on the same nodes: which those are Ray decides.
+    """
+    number = sum(pool.max_actors for pool, *_ in planned if pool.device == "cpu")
+    cpus = max(min((int(n.resources["CPU"]) for n in cluster.alive), default=1), 1)
+    num_tasks = 1 if cpus < 3 and cluster.has_bare_node else 2
+    spare = max(cpus - num_tasks, 0)
+    shared = []
+    for pool, num_nodes, more in planned:
+        if pool.device == "cpu":
+            pool = replace(
+                pool,
+                # Ray counts CPUs in steps of 1/10,000.
+                cpus_per_actor=math.floor(spare / number * 1e4) / 1e4,
+                num_threads=max(cpus // math.ceil(number / max(num_nodes, 1)), 1),
+            )
+        shared.append((pool, num_nodes, more))
+    return shared
 
 
 def is_blind(plan: Plan) -> bool:
@@ -393,7 +451,8 @@ def _describe(pool: Pool) -> str:
     kind = "GPU" if pool.device == "cuda" else "CPU"
     kind += " actors" if pool.max_actors > 1 else " actor"
     how_many = f"{pool.min_actors:,} to " if pool.min_actors < pool.max_actors else ""
-    return f"{how_many}{pool.max_actors:,} {kind}{f' ({pool.name})' if pool.name else ''}"
+    told = ", ".join(filter(None, [pool.name, pool.dtype]))
+    return f"{how_many}{pool.max_actors:,} {kind}{f' ({told})' if told else ''}"
 
 
 def _check_nodes(
@@ -411,8 +470,9 @@ def _check_nodes(
         )
     num_gpus = sum(n.get("GPU", 0) for n in nodes)
     if gpus > num_gpus:
+        have = "the cluster has" if field == "compute." else "there, or left by the others, are"
         raise SpecError(
-            f"{field}gpus_per_actor: {gpus:g} asked, the cluster has {num_gpus:g}; "
+            f"{field}gpus_per_actor: {gpus:g} asked, {have} {num_gpus:g}; "
             "set it to 0 for CPUs, or start the GPU nodes first"
         )
     if not fit:
@@ -439,14 +499,15 @@ def _least(spec: PoolSpec) -> int:
 
 def _like(
     nodes: Sequence[capacity.Resources], needs: capacity.Resources, spec: PoolSpec
-) -> list[capacity.Resources]:
+) -> list[dict[str, float]]:
     """Nodes that may come for as many actors as the config asks for, like one that has come."""
     like = next((n for n in nodes if needs and _count_actors([n], needs)), None)
     if like is None or spec.actors == "auto":
         return []
     high = spec.actors if isinstance(spec.actors, int) else spec.actors[1]
     left = high - _count_actors(nodes, needs)
-    return [like] * math.ceil(max(left, 0) / _count_actors([like], needs))
+    number = math.ceil(max(left, 0) / _count_actors([like], needs))
+    return [dict(like) for _ in range(number)]
 
 
 def _count_actors(nodes: Sequence[capacity.Resources], needs: capacity.Resources) -> int:

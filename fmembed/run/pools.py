@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -25,6 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fmembed.arrays import Floats
 from fmembed.checkpoint.opening import Checkpoint
@@ -33,15 +34,17 @@ from fmembed.inputs import Inputs
 from fmembed.model.meter import POOL_SIGN
 from fmembed.rows.counts import sum_counts, with_counts
 from fmembed.rows.outputs import Output
+from fmembed.rows.pieces import unpack_pieces
 from fmembed.rows.precision import PRECISIONS, Ranges
 from fmembed.run import capacity
 from fmembed.run.apart import PreprocessApart, read_apart
 from fmembed.run.faults import MAX_TASK_RETRIES, explain
 from fmembed.run.placement import Plan, Pool, cpu_seconds, estimate_work
-from fmembed.run.verdict import PREFIXES
+from fmembed.run.verdict import ACTOR, PREFIXES
 from fmembed.sources.shards import sample
 from fmembed.sources.source import Source
 from fmembed.spec import PreprocessSpec
+from fmembed.storage import tell
 
 # Rows that each actor embeds first, of so many shards; by a CPU if that takes it no longer.
 _NUM_ROWS, _NUM_SHARDS, _MOST_CPU_S = 256, 16, 60.0
@@ -91,9 +94,11 @@ def measure(
     checkpoint, spec = inputs.checkpoint, inputs.spec.preprocess
     some = sample(left, _NUM_ROWS, _NUM_SHARDS)
     task: dict[str, Any] = {"num_cpus": plan.cpus_per_task, "max_retries": MAX_TASK_RETRIES}
-    rows = ray.remote(**task)(_prepare).remote(some, checkpoint, spec)
+    prepare: Any = ray.remote(num_returns=2, **task)(_prepare)
+    rows, num_good = prepare.remote(some, checkpoint, spec)
     try:
-        get(rows)
+        if not get(num_good):
+            tell("compute.pools: no row of a sample can be embedded, so none is held to another")
     except ray.exceptions.RayError as e:
         raise explain(e) from None
     work = estimate_work(left, checkpoint, spec.chunk_tokens is not None)
@@ -112,8 +117,10 @@ def measure(
             vectors = None
     first = None
     if vectors is None:
-        lasting: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-        first = ray.remote(**lasting)(_First).remote()
+        # Beside the driver, and no longer there than that: what it holds must not be lost.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor: Any = ray.remote(_First)
+        first = actor.options(num_cpus=0, scheduling_strategy=here).remote()
     return Measure(rows, vectors, first, inputs.spec.compute.min_agreement)
 
 
@@ -186,19 +193,24 @@ class _InPool:
         name = ray.get_runtime_context().get_actor_name() or ""
         index = int(name.removeprefix(POOL_SIGN).partition("-")[0])
         pool = pools[index]
-        checkpoint = replace(checkpoint, dtype=pool.dtype or checkpoint.dtype)
+        checkpoint = pool.run_as(checkpoint)
         options.pop("gpu_share", None)  # of the first pool
         options |= pool.device_options
         self._stage = self.stage(checkpoint, ranges=ranges, **options)
         made = self._stage(ray.get(measure.rows))
         # What it has counted is this actor's time, and is stored with its first window.
-        counts = sum_counts(made).items()
-        self._counts = {name: count for name, count in counts if name.startswith(PREFIXES)}
+        self._counts = _of_loading(sum_counts(made))
         mine = _Made(f"compute.pools.{index}", pool.name, checkpoint.dtype, made)
         if measure.vectors is not None:
             others = _Made("a CPU", "", "float32", ray.get(measure.vectors))
         else:
-            others = ray.get(measure.first.keep.remote(mine))
+            try:
+                others = ray.get(measure.first.keep.remote(mine))
+            except ray.exceptions.RayActorError:
+                raise ModelError(
+                    f"compute.pools.{index}: the process is gone that held the vectors of the "
+                    "first actor, to which the others are held; run the same again"
+                ) from None
         check(mine, others, checkpoint.outputs, ranges, measure.min_agreement)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -209,6 +221,21 @@ class _InPool:
             both.update(sum_counts(made))
             made = with_counts(made, both)
         return made
+
+
+def _of_loading(counts: Mapping[str, float]) -> dict[str, float]:
+    """Of what a process has counted before its first row of the run what stays true: that it had
+    its device meanwhile, how fast that is, and how batches were chosen. The rest says how fast it
+    is, by rows that it had to wait for.
+    """
+    kept: dict[str, float] = defaultdict(float)
+    for name, count in counts.items():
+        actor, _, figure = name.rpartition("/")
+        if figure in ("load_s", "busy_s"):
+            kept[f"{actor}/load_s"] += count
+        elif figure == "peak_flops" or (name.startswith(PREFIXES) and not name.startswith(ACTOR)):
+            kept[name] += count
+    return kept
 
 
 @dataclass(frozen=True)
@@ -316,12 +343,15 @@ def _cosine(a: Floats, b: Floats) -> float:
     return float(x @ y) / lengths
 
 
-def _prepare(some: Source, checkpoint: Checkpoint, spec: PreprocessSpec) -> pa.Table:
-    """Rows as the model takes them; in a process apart, as one of them may end it."""
+def _prepare(some: Source, checkpoint: Checkpoint, spec: PreprocessSpec) -> tuple[pa.Table, int]:
+    """Rows as the model takes them, and how many of them it can take; in a process apart, as one of
+    them may end it.
+    """
     source = some.without_shards
     tables = [t for i, s in enumerate(some.shards) for t in read_apart(source, s, i, None)]
     prepared = PreprocessApart(checkpoint, spec).stream(pa.concat_tables(tables))
-    return pa.concat_tables(prepared)
+    rows = pa.concat_tables(prepared)
+    return rows, len(unpack_pieces(rows).pieces)
 
 
 def _embed(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 import ray.exceptions
 
 from fmembed.errors import SourceError
@@ -16,6 +17,7 @@ from fmembed.rows.columns import accepted
 from fmembed.rows.precision import PRECISIONS, Ranges, measure_ranges, ranges_from_lists
 from fmembed.run.faults import TASK_DEATHS, root_cause
 from fmembed.run.placement import Plan
+from fmembed.run.pools import measure
 from fmembed.run.stages import apply, prepare, read, stage_options
 from fmembed.sources.shards import sample
 from fmembed.sources.source import Source
@@ -25,7 +27,14 @@ from fmembed.table.card import fingerprint
 _NUM_ROWS, _NUM_SHARDS = 1024, 16
 
 
-def find_ranges(inputs: Inputs, left: Source, plan: Plan, stage: type, dim: int) -> Ranges:
+def find_ranges(
+    inputs: Inputs,
+    left: Source,
+    plan: Plan,
+    stage: type,
+    dim: int,
+    get: Callable[[Any], Any] = ray.get,
+) -> Ranges:
     """The ranges that the table's card holds, else those of a sample; empty where none are needed.
 
     Once for a table: they are stored in its metadata, and every later run takes those.
@@ -36,6 +45,7 @@ def find_ranges(inputs: Inputs, left: Source, plan: Plan, stage: type, dim: int)
         plan: Who gets what.
         stage: The model, or what stands in for it.
         dim: Of a server's vectors.
+        get: Waits for what an actor of a pool is held to.
 
     Raises:
         SourceError: No row of the sample can be embedded.
@@ -46,11 +56,11 @@ def find_ranges(inputs: Inputs, left: Source, plan: Plan, stage: type, dim: int)
     if known is not None and known.fingerprint == fingerprint(inputs.identity):
         return ranges_from_lists(known.ranges)
     try:
-        return _measure(inputs, left, plan, stage, dim, apart=False)
+        return _measure(inputs, left, plan, stage, dim, get, apart=False)
     except ray.exceptions.RayError as e:
         if not isinstance(root_cause(e), TASK_DEATHS):
             raise
-    return _measure(inputs, left, plan, stage, dim, apart=True)
+    return _measure(inputs, left, plan, stage, dim, get, apart=True)
 
 
 def _in_need(inputs: Inputs) -> list[str]:
@@ -60,7 +70,13 @@ def _in_need(inputs: Inputs) -> list[str]:
 
 
 def _measure(
-    inputs: Inputs, left: Source, plan: Plan, stage: type, dim: int, apart: bool
+    inputs: Inputs,
+    left: Source,
+    plan: Plan,
+    stage: type,
+    dim: int,
+    get: Callable[[Any], Any],
+    apart: bool,
 ) -> Ranges:
     """From rows spread over the whole source, in full precision."""
     spec = inputs.spec.preprocess
@@ -72,7 +88,10 @@ def _measure(
     rows = read(some, plan, apart=apart)
     pieces = prepare(rows, checkpoint, spec, one, len(some.shards), apart)
     options = stage_options(checkpoint, spec, one, {}, dim)
-    embedded = apply(stage, checkpoint, options, pieces, one)
+    held_to = None
+    if one.pools:
+        held_to = measure(stage, replace(inputs, checkpoint=checkpoint), left, one, {}, get)
+    embedded = apply(stage, checkpoint, options, pieces, one, held_to)
     needed = _in_need(inputs)
     found: dict[str, list[Any]] = {column: [] for column in needed}
     batches: Iterator[Any] = iter(embedded.iter_batches(batch_format="pyarrow", batch_size=None))

@@ -219,11 +219,12 @@ def try_model(checkpoint: Checkpoint, plan: Plan, get: Callable[[Any], Any] = ra
     if checkpoint.endpoint is not None or usual:
         return
 
-    asked = {**plan.kinds[0].options, "num_cpus": 0}
+    first = plan.kinds[0]
+    asked = {**first.options, "num_cpus": 0}
 
     @ray.remote(max_calls=1, max_retries=MAX_ACTOR_RESTARTS, **asked)
     def load() -> None:
-        Embed(checkpoint, device=plan.device, num_threads=plan.num_threads)
+        Embed(first.run_as(checkpoint), **first.device_options)
 
     try:
         get(load.remote())

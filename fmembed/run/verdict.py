@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-_ACTOR, _BUDGET, _SECONDS = PREFIXES = ("actor/", "batch_tokens/", "seconds/")
+ACTOR, _BUDGET, _SECONDS = PREFIXES = ("actor/", "batch_tokens/", "seconds/")
 # The stages as they are shown and recorded.
 READ, EMBED, WRITE = "read, preprocess", "embed", "write, commit"
 # And those of a refresh, before and after: seconds of the run.
@@ -44,7 +44,7 @@ def judge(
     actors: dict[str, dict[str, float]] = defaultdict(dict)
     budgets = {}
     for key, value in counts.items():
-        if key.startswith(_ACTOR):
+        if key.startswith(ACTOR):
             _, name, figure = key.split("/")
             actors[name][figure] = value
         elif key.startswith(_BUDGET):

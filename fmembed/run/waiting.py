@@ -40,7 +40,7 @@ class _Wanted:
 
     def words(self) -> str:
         """What is waited for."""
-        if self.kind is None or not self.kind.shape:
+        if self.kind is None:
             return "CPUs"
         name = f" ({self.kind.name})" if self.kind.name else ""
         number = self.number * self.kind.gpus_per_actor
@@ -89,7 +89,9 @@ class Watch:
             clock: In seconds.
         """
         # Pools of one shape are one to Ray's scheduler.
-        self._kinds = {tuple(sorted(kind.shape.items())): kind for kind in reversed(plan.kinds)}
+        both = ((kind.shape.items(), kind.label_selector.items()) for kind in plan.kinds)
+        shapes = [(frozenset(shape), frozenset(labels)) for shape, labels in both]
+        self._kinds = [k for i, k in enumerate(plan.kinds) if shapes.index(shapes[i]) == i]
         self._task = {"CPU": plan.cpus_per_task}
         self._stage, self._teller, self._wait_s, self._clock = stage, teller, wait_s, clock
         self._looked = -_LOOK_S
@@ -140,9 +142,11 @@ class Watch:
 
     def _demand(self) -> list[_Wanted]:
         found = []
-        for kind in reversed(self._kinds.values()):
-            demand = capacity.demand(kind.shape) if kind.shape else None
-            if demand is not None and demand.num_waiting:
+        for kind in self._kinds:
+            if not kind.shape and not kind.label_selector:
+                continue
+            demand = capacity.demand(kind.shape, kind.label_selector)
+            if demand.num_waiting:
                 found.append(_Wanted(kind, demand.num_waiting, demand.impossible))
         if not found and not any(n.get("CPU", 0) for n in capacity.nodes()):
             tasks = capacity.demand(self._task)

@@ -86,7 +86,9 @@ def test_each_pool_has_the_actors_that_its_nodes_have_room_for(
     ]  # fmt: skip
     assert (plan.min_actors, plan.max_actors) == (11, 11)
     assert plan.window_rows <= 256  # as of a CPU, the slowest
-    assert describe(plan) == "8 GPU actors (T4) and 1 GPU actor (kind big) and 2 CPU actors"
+    assert (
+        describe(plan) == "8 GPU actors (T4, float16) and 1 GPU actor (kind big) and 2 CPU actors"
+    )
     assert plan.pools[0].options == {"num_cpus": 0.0, "num_gpus": 0.5, "accelerator_type": "T4"}
     assert plan.pools[0].shape == {"GPU": 0.5, "accelerator_type:T4": 0.001}
     assert plan.pools[1].options["label_selector"] == {"kind": "big"}
@@ -106,7 +108,10 @@ def test_each_pool_has_the_actors_that_its_nodes_have_room_for(
         ({"resources": {"disk": 1}}, r"compute.pools.0: no node .* \(disk 1\)"),
         ({"label_selector": {"a": "b"}}, r"compute.pools.0: no node .* \(a: b\)"),
         ({"accelerator_type": "T4", "actors": 2}, "compute.pools.0.actors: 2 asked with accel"),
-        ({"gpus_per_actor": 2}, "compute.pools.0.gpus_per_actor: 2 asked, the cluster has 1"),
+        (
+            {"gpus_per_actor": 2},
+            "compute.pools.0.gpus_per_actor: 2 asked, there, or left by the others, are 1",
+        ),
     ],
 )
 def test_a_pool_without_nodes_is_refused(
@@ -116,6 +121,48 @@ def test_a_pool_without_nodes_is_refused(
     monkeypatch.setattr(capacity, "grows", lambda *_: False)
     with pytest.raises(SpecError, match=message):
         plan_compute(ComputeSpec(pools=(PoolSpec(**kind),)))
+
+
+def test_pools_share_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_nodes(monkeypatch, [({"CPU": 4.0, "GPU": 2.0, "memory": 2.0**36}, {})])
+    monkeypatch.setattr(capacity, "grows", lambda *_: False)
+    # GPUs that a pool has are none that the next one finds; who says how many comes first.
+    both = (PoolSpec(), PoolSpec(actors=1, dtype="float16"))
+    assert [p.max_actors for p in plan_compute(ComputeSpec(pools=both)).pools] == [1, 1]
+    with pytest.raises(SpecError, match=r"pools.1.actors: 2 asked with 1 GPU each, .* for 1"):
+        plan_compute(ComputeSpec(pools=(PoolSpec(actors=1), PoolSpec(actors=2))))
+    # So much is left of the CPUs that two tasks have one each, however many pools have the rest.
+    cpus = PoolSpec(gpus_per_actor=0, actors=2)
+    plan = plan_compute(ComputeSpec(pools=(cpus, cpus, PoolSpec(actors=1))))
+    assert [p.cpus_per_actor for p in plan.pools] == [0.5, 0.5, 0.0]
+    assert [p.num_threads for p in plan.pools[:2]] == [1, 1]
+    # All that has room is asked for, and no more: it is not Ray Data that scales them.
+    some = PoolSpec(actors=(1, 8))
+    assert plan_compute(ComputeSpec(pools=(some,))).kinds[0].min_actors == 2
+
+
+@pytest.mark.parametrize(
+    ("pools", "gpus"),
+    [
+        ([{"gpus_per_actor": 1}, {"gpus_per_actor": 0}], 1),
+        ([{"gpus_per_actor": 0}], 0),
+        ([{"accelerator_type": "T4"}], 1),
+        ([{}, {"gpus_per_actor": 0}], "auto"),
+        ([{}, {"gpus_per_actor": 0.5}], 0.5),
+    ],
+)
+def test_the_type_that_auto_means_goes_by_the_pools(pools: list[Any], gpus: Any) -> None:
+    assert parse({"pools": pools}).compute.first_gpus == gpus
+
+
+def test_of_what_comes_before_the_first_row_the_time_counts() -> None:
+    counted = {
+        "actor/pool0-a/load_s": 2.0, "actor/pool0-a/busy_s": 3.0, "actor/pool0-a/tokens": 900.0,
+        "actor/pool0-a/peak_flops": 5e9, "batch_tokens/512/given": 1.0, "rows": 7.0,
+    }  # fmt: skip
+    assert pools._of_loading(counted) == {
+        "actor/pool0-a/load_s": 5.0, "actor/pool0-a/peak_flops": 5e9, "batch_tokens/512/given": 1.0
+    }  # fmt: skip
 
 
 def test_windows_of_mixed_pools_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,9 +323,20 @@ def parse(compute: dict[str, Any]) -> RunSpec:
         ({"pools": [{"actors": 0}]}, "compute.pools.0.actors: takes a number of at least 1"),
         ({"pools": [{"resources": {"GPU": 1}}]}, "compute.pools.0.resources: GPU is gpus_per_"),
         ({"pools": [{"label_selector": {"a": "in(b"}}]}, "takes for each label a value"),
+        ({"pools": [{"label_selector": {"bad key!": "b"}}]}, "takes names of labels as Kubern"),
+        ({"pools": [{"label_selector": {"": "b"}}]}, "takes names of labels as Kubernetes has"),
+        ({"pools": [{"label_selector": {"a": "-x"}}]}, "takes for each label a value"),
+        ({"pools": [{"label_selector": {"a": "b" * 64}}]}, "takes for each label a value"),
+        ({"pools": [{"resources": {"object_store_memory": 1}}]}, "object_store_memory is Ray's"),
+        ({"pools": [{"resources": {"a": 1e-5}}]}, "takes for each resource a part of one, 0.0001"),
+        ({"pools": [{"actors": True}]}, "compute.pools.0.actors: takes a number of at least 1"),
+        ({"actors": 10**30}, "compute.actors: takes at most 100,000"),
         ({"pools": [{}], "actors": 2}, "compute: takes pools, each with its actors, or actors"),
         ({"pools": {"a": 1}}, "compute.pools: takes a list"),
-        ({"min_agreement": 0.9}, "compute: min_agreement is between pools; there are none"),
+        (
+            {"min_agreement": 0.9},
+            "compute: min_agreement is what pools are held to; there are none",
+        ),
         ({"gpus_per_actor": 1.5}, "compute.gpus_per_actor: takes a part of one GPU, or a whole"),
     ],
 )

@@ -40,7 +40,7 @@ class Cluster:
         monkeypatch.setattr(capacity, "processes", lambda _: self.pool)
         monkeypatch.setattr(capacity, "nodes", lambda: [{"CPU": self.cpus}])
 
-    def demand(self, shape: Any) -> Demand:
+    def demand(self, shape: Any, labels: Any = None) -> Demand:
         self.asked.append(shape)
         return Demand(self.num_waiting, self.impossible)
 
