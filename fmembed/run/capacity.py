@@ -63,16 +63,13 @@ class Demand:
 @dataclass(frozen=True)
 class Process:
     """A process that an actor has or had: `deaths` are the ids of those that ended on nodes that
-    live. A node that goes takes its processes with it, and that says nothing of them. `name` is
-    empty where the actor was given none.
+    live. A node that goes takes its processes with it, and that says nothing of them.
     """
 
     actor: str
     is_alive: bool
     deaths: frozenset[bytes]
     num_rebuilt: int
-    name: str = ""
-    has_ended: bool = False
 
 
 def nodes() -> list[dict[str, float]]:
@@ -189,12 +186,11 @@ def demand(shape: Resources, labels: Mapping[str, str] | None = None) -> Demand:
     return Demand(num_waiting, any(is_one(r) for r in never))
 
 
-def processes(class_part: str, ended: bool = False) -> list[Process]:
+def processes(class_part: str) -> list[Process]:
     """The actors of this job that have an end before them.
 
     Args:
         class_part: Stands in the names of their classes.
-        ended: Whether those too that have it behind them.
     """
     job = ray._private.worker.global_worker.current_job_id
     accessor = ray._private.state.state._connect_and_get_accessor()
@@ -205,8 +201,7 @@ def processes(class_part: str, ended: bool = False) -> list[Process]:
     found = []
     for raw in table:
         actor = _GCS.ActorTableData.FromString(raw)
-        has_ended = actor.state == _GCS.ActorTableData.DEAD
-        if class_part not in actor.class_name or (has_ended and not ended):
+        if class_part not in actor.class_name or actor.state == _GCS.ActorTableData.DEAD:
             continue
         before = actor.previous_incarnations
         found.append(
@@ -215,8 +210,6 @@ def processes(class_part: str, ended: bool = False) -> list[Process]:
                 actor.state == _GCS.ActorTableData.ALIVE,
                 frozenset(p.worker_id for p in before if p.node_id in living),
                 actor.num_restarts_due_to_lineage_reconstruction,
-                actor.name,
-                has_ended,
             )
         )
     return found

@@ -25,6 +25,7 @@ MAX_ACTOR_RESTARTS = 3
 _REST = "committed rows stay, the same command resumes; -v shows Ray's own messages"
 # What Ray Data (2.60) adds to the message of whatever a task has raised.
 _ADVICE = "\nFailed to apply UDF transform after "
+_NEVER_RAN = "The actor never ran"
 # A task's process that has died on each try.
 TASK_DEATHS = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
 # What a lost node, worker or actor looks like from the driver, as against an error of the code.
@@ -85,7 +86,9 @@ def explain(error: BaseException) -> FmembedError:
         # Ray hands on an error of an actor's constructor as text alone.
         if refused := re.search(r"fmembed\.errors\.ModelError: (.+)", str(root)):
             return ModelError(refused[1])
-        return explain_model_death(lines[-1] if lines else "no reason known")
+        # Ray adds that it never ran, after why.
+        why = [line for line in lines if not line.startswith(_NEVER_RAN)]
+        return explain_model_death(why[-1] if why else "no reason known")
     if isinstance(root, TASK_DEATHS):
         return FmembedError(
             f"a process that reads and prepares rows died {1 + MAX_TASK_RETRIES} times on each of "

@@ -2,7 +2,7 @@
 
 Ray Data (2.60) has one pool of actors for a stage, and hands each window to whoever has the fewest:
 a fast actor is so given more of them. What an actor is given by Ray may be different for each
-(`ray_remote_args_fn`); its name tells the actor which of the pools it is of.
+(`ray_remote_args_fn`); its environment tells the actor which of the pools it is of.
 
 Devices compute with roundings of their own, and some are broken, or run in another type. So each
 actor embeds some rows of the source before it is given any other, and is refused where its vectors
@@ -12,9 +12,8 @@ actor that came first.
 
 from __future__ import annotations
 
-import itertools
 import math
-import uuid
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,12 +30,11 @@ from fmembed.arrays import Floats
 from fmembed.checkpoint.opening import Checkpoint
 from fmembed.errors import ModelError
 from fmembed.inputs import Inputs
-from fmembed.model.meter import POOL_SIGN
+from fmembed.model.meter import POOL
 from fmembed.rows.counts import sum_counts, with_counts
 from fmembed.rows.outputs import Output
 from fmembed.rows.pieces import unpack_pieces
 from fmembed.rows.precision import PRECISIONS, Ranges
-from fmembed.run import capacity
 from fmembed.run.apart import PreprocessApart, read_apart
 from fmembed.run.faults import MAX_TASK_RETRIES, explain
 from fmembed.run.placement import Plan, Pool, cpu_seconds, estimate_work
@@ -124,40 +122,23 @@ def measure(
     return Measure(rows, vectors, first, inputs.spec.compute.min_agreement)
 
 
-def options_of(pools: Sequence[Pool], stage: str) -> Callable[[], dict[str, Any]]:
+def options_of(pools: Sequence[Pool]) -> Callable[[], dict[str, Any]]:
     """What makes Ray's options for one more actor, of the pool that lacks most.
 
+    A variable of its environment tells an actor its pool, and no name of its own: of named actors
+    Ray (2.60) now and then takes one for given up while it is being made.
+
     Args:
-        pools: Of each there are at least and at most so many.
-        stage: Stands in the names of the actors' classes.
+        pools: Each with as many actors as it is to have.
     """
-    token, numbers, asked = uuid.uuid4().hex[:8], itertools.count(), Counter[int]()
+    asked = Counter[int]()
 
     def make() -> dict[str, Any]:
-        ended = Counter(
-            pool
-            for process in capacity.processes(stage, ended=True)
-            if process.has_ended and (pool := _pool_of(process.name, token)) is not None
-        )
-        here = [asked[i] - ended[i] for i in range(len(pools))]
-        # First what each is to have at least; then by how full each of them is.
-        i = min(
-            range(len(pools)),
-            key=lambda i: (
-                here[i] >= pools[i].min_actors,
-                here[i] >= pools[i].max_actors,
-                here[i] / pools[i].max_actors,
-            ),
-        )
+        i = min(range(len(pools)), key=lambda i: asked[i] / pools[i].max_actors)
         asked[i] += 1
-        return {**pools[i].options, "name": f"{POOL_SIGN}{i}-{token}-{next(numbers)}"}
+        return {**pools[i].options, "runtime_env": {"env_vars": {POOL: str(i)}}}
 
     return make
-
-
-def _pool_of(name: str, token: str) -> int | None:
-    words = name.removeprefix(POOL_SIGN).split("-")
-    return int(words[0]) if len(words) == 3 and words[1] == token else None
 
 
 def in_pools(stage: type) -> type:
@@ -182,7 +163,7 @@ class _InPool:
 
         Args:
             checkpoint: Which model.
-            pools: Of which this actor's name tells its own.
+            pools: Of which this actor's environment tells its own.
             measure: What it is held to.
             ranges: Of int8.
             options: As for the stage, as is the next before; the pool's come before them.
@@ -190,8 +171,7 @@ class _InPool:
         Raises:
             ModelError: Its vectors are others.
         """
-        name = ray.get_runtime_context().get_actor_name() or ""
-        index = int(name.removeprefix(POOL_SIGN).partition("-")[0])
+        index = int(os.environ[POOL])
         pool = pools[index]
         checkpoint = pool.run_as(checkpoint)
         options.pop("gpu_share", None)  # of the first pool

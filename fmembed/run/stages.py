@@ -172,7 +172,7 @@ def apply(
         stage, options = in_pools(stage), {**options, "pools": kinds, "measure": measure}
         # Of these Ray Data reckons with what the greatest of them is given.
         asked = {n: max(k.options[n] for k in kinds) for n in ("num_cpus", "num_gpus")}
-        asked["ray_remote_args_fn"] = options_of(kinds, stage.__name__)
+        asked["ray_remote_args_fn"] = options_of(kinds)
     with _bounded():
         return pieces.map_batches(
             stage,

@@ -9,6 +9,7 @@ from typing import Any
 import ray.data
 
 from fmembed.run.memory import _BUFFER_BYTES, moving_bound, store_bytes
+from fmembed.run.placement import Plan
 
 
 class Limits(SimpleNamespace):
@@ -27,7 +28,7 @@ def step() -> float:
 
 
 def test_the_bound_moves_until_the_run_ends() -> None:
-    plan: Any = SimpleNamespace(max_actors=3, device="cpu")
+    plan = Plan("cpu", 3, 3, 0.0, 0.0, 1, 1.0, 1, 256, "auto")
     alone = 3 * _BUFFER_BYTES["cpu"]
     assert store_bytes(plan, 0) == alone
     with contextlib.suppress(ValueError), moving_bound(plan) as hold:

@@ -18,7 +18,6 @@ from fmembed.errors import ModelError, SpecError
 from fmembed.rows.outputs import Output
 from fmembed.rows.precision import finish
 from fmembed.run import capacity, pools
-from fmembed.run.capacity import Process
 from fmembed.run.faults import explain
 from fmembed.run.placement import Estimate, Plan, Pool, describe, plan_compute
 from fmembed.run.spending import mean_price, price
@@ -175,24 +174,13 @@ def test_windows_of_mixed_pools_are_small(monkeypatch: pytest.MonkeyPatch) -> No
     assert plan_compute(one, "text", 1, Estimate(1e6, 10, 100_000)).window_rows == 8192
 
 
-def test_the_next_actor_is_of_the_pool_that_lacks_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = list[Process]()
-    monkeypatch.setattr(capacity, "processes", lambda *_, **__: ended)
-    make = pools.options_of((pool(1, 4, accelerator_type="T4"), pool(2, 2)), "Embed")
+def test_the_next_actor_is_of_the_pool_that_lacks_most() -> None:
+    make = pools.options_of((pool(4, 4, accelerator_type="T4"), pool(2, 2)))
     made = [make() for _ in range(6)]
-    numbers = [m["name"].partition("-")[0] for m in made]
-    assert numbers[:3] == ["pool0", "pool1", "pool1"]  # what each is to have at least
-    assert Counter(numbers) == {"pool0": 4, "pool1": 2}
+    numbers = [m["runtime_env"]["env_vars"]["FMEMBED_POOL"] for m in made]
+    assert numbers[:2] == ["0", "1"]
+    assert Counter(numbers) == {"0": 4, "1": 2}
     assert made[0]["accelerator_type"] == "T4"
-    assert len({m["name"] for m in made}) == 6
-    # One has ended: Ray Data asks for another one. So have actors of an earlier pass.
-    none = frozenset[bytes]()
-    ended += [
-        Process("1", False, none, 0, made[1]["name"], has_ended=True),
-        Process("2", False, none, 0, "pool0-another-0", has_ended=True),
-        Process("3", False, none, 0, "", has_ended=True),
-    ]
-    assert make()["name"].startswith("pool1-")
 
 
 def made(vectors: Any, dtype: str = "float32", precision: str = "float32") -> Any:
@@ -272,18 +260,17 @@ def test_where_a_cpu_would_take_too_long_the_first_actor_is_the_measure(
     held_to = pools.Measure(ray.put(pa.table({"n": range(8)})), None, first, None)
     kinds = [pool(1, 1), pool(1, 1, dtype="float16")]
     actor: Any = ray.remote(num_cpus=0)(pools.in_pools(Stage))
-    token = tiny_bert.name
 
-    def start(index: int, number: int) -> Any:
-        named = actor.options(name=f"pool{index}-{token}-{number}")
-        return named.remote(checkpoint, pools=kinds, measure=held_to, ranges={})
+    def start(index: int) -> Any:
+        told = actor.options(runtime_env={"env_vars": {"FMEMBED_POOL": str(index)}})
+        return told.remote(checkpoint, pools=kinds, measure=held_to, ranges={})
 
-    one = start(0, 0)
+    one = start(0)
     rows: Any = ray.get(one.__call__.remote(pa.table({"n": [5]})))
     assert rows["embedding"].to_pylist() == [[1.0, 5.0]]
-    again = start(0, 1)
+    again = start(0)
     ray.get(again.__call__.remote(pa.table({"n": [5]})))
-    other = start(1, 2)
+    other = start(1)
     with pytest.raises(ray.exceptions.ActorDiedError) as caught:
         ray.get(other.__call__.remote(pa.table({"n": [5]})))
     said = explain(caught.value)

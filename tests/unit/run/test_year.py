@@ -171,6 +171,7 @@ class Refreshes(RuleBasedStateMachine):
         inputs = open_inputs(self.year.spec)
         if inputs.table.card() is None:
             return
+        inputs.table.look_anew()  # as under the lock, which it loses
         line = Refresh(inputs, 10**6)
         with inline.inline_ray():
             line.find_work()
