@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -19,7 +20,11 @@ import fmembed
 
 
 def has_started_ray(run: psutil.Process, _: Path) -> bool:
-    return any(child.name() == "gcs_server" for child in run.children(recursive=True))
+    for child in run.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that looks for Ray ends at once
+            if child.name() == "gcs_server":
+                return True
+    return False
 
 
 def has_committed(_: psutil.Process, table: Path) -> bool:
