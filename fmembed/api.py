@@ -128,9 +128,9 @@ def embed(
     """
     from fmembed import pipeline
 
+    waits = _waits(if_locked)
     told = _fields(model, output, input, id, label, carry, overrides)
     with _spec_of(data, told, spool) as (spec, given):
-        waits = _waits(if_locked)
         result = pipeline.embed(
             spec, retry_rejected=retry_rejected, waits=waits, verbose=verbose, quiet=quiet
         )
@@ -177,6 +177,7 @@ def refresh(
     """
     from fmembed import pipeline
 
+    waits = _waits(if_locked)
     told = _fields(model, output, input, id, label, carry, overrides)
     if store is not None:
         told |= {"output.store": str(store), "output.uri": ""}
@@ -185,7 +186,7 @@ def refresh(
             spec,
             allow_removals=allow_removals,
             gate=gate,
-            waits=_waits(if_locked),
+            waits=waits,
             verbose=verbose,
             quiet=quiet,
         )

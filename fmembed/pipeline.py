@@ -348,7 +348,8 @@ def embed_rows(
     from fmembed.run.memory import bound_memory, moving_bound
     from fmembed.run.pace import shorten_windows
     from fmembed.run.passes import cleaned_up, passes
-    from fmembed.run.placement import describe, is_blind, place
+    from fmembed.run.placement import is_blind, place
+    from fmembed.run.plan import describe
     from fmembed.run.pools import measure
     from fmembed.run.progress import Progress
     from fmembed.run.ranges import find_ranges

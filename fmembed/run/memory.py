@@ -10,7 +10,7 @@ import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 if TYPE_CHECKING:  # Ray's workers import this module, and need nothing of those
-    from fmembed.run.placement import Plan
+    from fmembed.run.plan import Plan
 
 # What may wait in the object store for each actor: seconds of its work.
 _BUFFER_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}

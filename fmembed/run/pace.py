@@ -16,7 +16,7 @@ from fmembed.forecast import Range
 from fmembed.inputs import Inputs
 from fmembed.model.embed import Embed
 from fmembed.result import RunResult, check_run
-from fmembed.run.placement import Plan
+from fmembed.run.plan import Plan
 from fmembed.run.ranges import find_ranges
 from fmembed.run.refresh import Foreseen
 from fmembed.run.sampling import Sampled

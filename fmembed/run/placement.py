@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import ray
@@ -21,6 +20,7 @@ from fmembed.errors import SpecError
 from fmembed.inputs import Inputs
 from fmembed.rows.columns import INPUT
 from fmembed.run import capacity
+from fmembed.run.plan import Plan, Pool
 from fmembed.sources.reading import read_here
 from fmembed.sources.shards import sample
 from fmembed.sources.source import Source
@@ -52,108 +52,6 @@ _PATIENCE_S = 20.0
 # The share of a node's memory that the models of its CPU actors may take, and what a process takes
 # besides its model.
 _MODELS_SHARE, _PROCESS_BYTES = 0.25, 2**29
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Actors of one kind. `cpus_per_actor` is what Ray reserves, `num_threads` what torch uses; the
-    nodes have what `accelerator_type`, `resources` and `label_selector` ask for, as Ray takes them.
-    """
-
-    device: str
-    min_actors: int
-    max_actors: int
-    gpus_per_actor: float
-    cpus_per_actor: float
-    num_threads: int
-    accelerator_type: str | None = None
-    resources: Mapping[str, float] = field(default_factory=dict)
-    label_selector: Mapping[str, str] = field(default_factory=dict)
-    dtype: str | None = None
-
-    @property
-    def name(self) -> str:
-        """What tells its nodes from others, for people; empty where nothing does."""
-        labels = (f"{key} {value}" for key, value in self.label_selector.items())
-        return ", ".join(filter(None, [self.accelerator_type, *self.resources, *labels]))
-
-    @property
-    def shape(self) -> dict[str, float]:
-        """What Ray's scheduler is asked for."""
-        asked = {"CPU": self.cpus_per_actor, "GPU": self.gpus_per_actor, **self.resources}
-        if self.accelerator_type is not None:  # as Ray counts it
-            asked[f"accelerator_type:{self.accelerator_type}"] = 0.001
-        return {name: amount for name, amount in asked.items() if amount}
-
-    def run_as(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The checkpoint in the pool's own type."""
-        return replace(checkpoint, dtype=self.dtype or checkpoint.dtype)
-
-    @property
-    def device_options(self) -> dict[str, Any]:
-        """What the stage is told of its device."""
-        told: dict[str, Any] = {"device": self.device, "num_threads": self.num_threads}
-        if 0 < self.gpus_per_actor < 1:
-            told["gpu_share"] = self.gpus_per_actor
-        return told
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What it asks for as options of a task or an actor."""
-        named = {
-            "accelerator_type": self.accelerator_type,
-            "resources": dict(self.resources),
-            "label_selector": dict(self.label_selector),
-        }
-        both = {"num_cpus": self.cpus_per_actor, "num_gpus": self.gpus_per_actor}
-        return both | {name: value for name, value in named.items() if value}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Who gets which CPUs. `cpus_per_actor` is what Ray reserves, `num_threads` what torch uses.
-
-    `num_workers` is how many tasks can read and preprocess at once. `device_name` is the device's
-    kind, as the cluster calls it; empty where it has none. Of several `pools` the numbers of actors
-    are those of all, and the rest is the first one's.
-    """
-
-    device: str
-    min_actors: int
-    max_actors: int
-    gpus_per_actor: float
-    cpus_per_actor: float
-    num_threads: int
-    cpus_per_task: float
-    num_workers: int
-    window_rows: int
-    batch_tokens: int | Literal["auto"]
-    device_name: str = ""
-    pools: tuple[Pool, ...] = ()
-
-    @property
-    def kinds(self) -> tuple[Pool, ...]:
-        """The pools, be it one that the config has not called so."""
-        return self.pools or (
-            Pool(
-                self.device, self.min_actors, self.max_actors, self.gpus_per_actor,
-                self.cpus_per_actor, self.num_threads,
-            ),
-        )  # fmt: skip
-
-    def of(self, pool: Pool, num_actors: int | None = None) -> Plan:
-        """The same with one of the pools alone, of so many actors in place of all of them."""
-        low, high = num_actors or pool.min_actors, num_actors or pool.max_actors
-        return replace(
-            self,
-            device=pool.device,
-            min_actors=low,
-            max_actors=high,
-            gpus_per_actor=pool.gpus_per_actor,
-            cpus_per_actor=pool.cpus_per_actor,
-            num_threads=pool.num_threads,
-            pools=(replace(pool, min_actors=low, max_actors=high),) if self.pools else (),
-        )
 
 
 @dataclass(frozen=True)
@@ -440,19 +338,6 @@ def is_blind(plan: Plan) -> bool:
     kind = "GPU" if plan.gpus_per_actor else "CPU"
     known = [*capacity.nodes(), *capacity.nodes_to_come()]
     return not any(n.get(kind, 0) for n in known) and capacity.grows()
-
-
-def describe(plan: Plan) -> str:
-    """Who runs the model, in words."""
-    return " and ".join(_describe(pool) for pool in plan.kinds)
-
-
-def _describe(pool: Pool) -> str:
-    kind = "GPU" if pool.device == "cuda" else "CPU"
-    kind += " actors" if pool.max_actors > 1 else " actor"
-    how_many = f"{pool.min_actors:,} to " if pool.min_actors < pool.max_actors else ""
-    told = ", ".join(filter(None, [pool.name, pool.dtype]))
-    return f"{how_many}{pool.max_actors:,} {kind}{f' ({told})' if told else ''}"
 
 
 def _check_nodes(

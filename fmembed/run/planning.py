@@ -28,7 +28,8 @@ from fmembed.run.pace import (
     list_runs,
     unit_size,
 )
-from fmembed.run.placement import Plan, place
+from fmembed.run.placement import place
+from fmembed.run.plan import Plan
 from fmembed.run.refresh import Foreseen, Refresh
 from fmembed.run.sampling import Sampled
 from fmembed.run.spending import mean_price

@@ -37,7 +37,8 @@ from fmembed.rows.pieces import unpack_pieces
 from fmembed.rows.precision import PRECISIONS, Ranges
 from fmembed.run.apart import PreprocessApart, read_apart
 from fmembed.run.faults import MAX_TASK_RETRIES, explain
-from fmembed.run.placement import Plan, Pool, cpu_seconds, estimate_work
+from fmembed.run.placement import cpu_seconds, estimate_work
+from fmembed.run.plan import Plan, Pool
 from fmembed.run.verdict import ACTOR, PREFIXES
 from fmembed.sources.shards import sample
 from fmembed.sources.source import Source

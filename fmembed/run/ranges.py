@@ -16,7 +16,7 @@ from fmembed.inputs import Inputs
 from fmembed.rows.columns import accepted
 from fmembed.rows.precision import PRECISIONS, Ranges, measure_ranges, ranges_from_lists
 from fmembed.run.faults import TASK_DEATHS, root_cause
-from fmembed.run.placement import Plan
+from fmembed.run.plan import Plan
 from fmembed.run.pools import measure
 from fmembed.run.stages import apply, prepare, read, stage_options
 from fmembed.sources.shards import sample

@@ -16,7 +16,7 @@ from fmembed.model.server import Endpoint
 from fmembed.result import RunResult
 from fmembed.run.commits import Commits, Staging, check_rejected
 from fmembed.run.locating import locate_work
-from fmembed.run.placement import Plan
+from fmembed.run.plan import Plan
 from fmembed.run.progress import Progress
 from fmembed.run.prometheus import RunMetrics
 from fmembed.run.refresh import Settled

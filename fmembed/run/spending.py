@@ -12,7 +12,7 @@ import ray
 from fmembed.errors import BudgetSpentError
 from fmembed.model.meter import POOL_SIGN
 from fmembed.rows.counts import sum_counts
-from fmembed.run.placement import Plan
+from fmembed.run.plan import Plan
 from fmembed.spec import RunSpec
 
 # What an actor holds its device for, of the figures that `meter.Meter` counts.

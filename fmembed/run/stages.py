@@ -23,7 +23,7 @@ from fmembed.rows.precision import PRECISIONS, Ranges
 from fmembed.rows.vectors import vector_type
 from fmembed.run.apart import PreprocessApart, read_apart
 from fmembed.run.faults import MAX_ACTOR_RESTARTS, MAX_TASK_RETRIES, explain, explain_model_death
-from fmembed.run.placement import Plan
+from fmembed.run.plan import Plan
 from fmembed.run.pools import Measure, in_pools, options_of
 from fmembed.sources.picks import NotKnown, Pick
 from fmembed.sources.reading import read_shard

@@ -17,7 +17,7 @@ from fmembed.checkpoint.opening import Checkpoint
 from fmembed.rows.columns import NUM_UNITS
 from fmembed.rows.counts import sum_counts
 from fmembed.run.faults import MAX_ACTOR_RESTARTS
-from fmembed.run.placement import Plan
+from fmembed.run.plan import Plan
 from fmembed.table.parts import write_part
 
 # For so long at most.

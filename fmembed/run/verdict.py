@@ -29,7 +29,7 @@ def judge(
             `batch_tokens/<tokens>/<how they were chosen>`, once for each loaded model, and
             `seconds/preprocess`.
         stages: Rows and seconds at work of each stage; Ray runs reading and preprocessing as one.
-        compute: The plan (`placement.Plan`).
+        compute: The plan (`plan.Plan`).
         seconds: What the run took.
         num_shards: Pieces that the source is read in.
 

@@ -21,7 +21,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from fmembed.errors import SpecError, WaitedError
 from fmembed.run import capacity
 from fmembed.run.faults import MAX_ACTOR_RESTARTS, ModelDiedError
-from fmembed.run.placement import Plan, Pool
+from fmembed.run.plan import Plan, Pool
 from fmembed.telling import Teller, duration
 
 # Between two looks at the cluster: one costs the head some milliseconds.

@@ -9,7 +9,7 @@ from typing import Any
 import ray.data
 
 from fmembed.run.memory import _BUFFER_BYTES, moving_bound, store_bytes
-from fmembed.run.placement import Plan
+from fmembed.run.plan import Plan
 
 
 class Limits(SimpleNamespace):

@@ -11,7 +11,7 @@ import pytest
 from fmembed.compute_spec import BudgetSpec, ComputeSpec
 from fmembed.forecast import Forecast, Range, lines
 from fmembed.run import planning
-from fmembed.run.placement import Plan
+from fmembed.run.plan import Plan
 
 
 def test_a_budget_is_enough_for_a_part() -> None:

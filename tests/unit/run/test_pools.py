@@ -19,7 +19,8 @@ from fmembed.rows.outputs import Output
 from fmembed.rows.precision import finish
 from fmembed.run import capacity, pools
 from fmembed.run.faults import explain
-from fmembed.run.placement import Estimate, Plan, Pool, describe, plan_compute
+from fmembed.run.placement import Estimate, plan_compute
+from fmembed.run.plan import Plan, Pool, describe
 from fmembed.run.spending import mean_price, price
 from fmembed.spec import ModelSpec, RunSpec
 

@@ -15,7 +15,7 @@ from fmembed.errors import SpecError, WaitedError
 from fmembed.run import capacity, waiting
 from fmembed.run.capacity import Demand, Process
 from fmembed.run.faults import ModelDiedError, explain, is_loss
-from fmembed.run.placement import Plan, Pool
+from fmembed.run.plan import Plan, Pool
 from fmembed.run.waiting import Watch, watched
 from fmembed.telling import Teller
 
