@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,11 @@ from xdist.scheduler import LoadFileScheduling
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
+# The first local Ray of a process turns tokens on, by its environment, for all that is started from
+# there later, and what was started before has none: a node of the one kind does not talk to one of
+# the other. Here all have one, which is not the user's.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 from fmembed.errors import ModelError
 from fmembed.storage import resolve_package

@@ -26,6 +26,8 @@ _REST = "committed rows stay, the same command resumes; -v shows Ray's own messa
 # What Ray Data (2.60) adds to the message of whatever a task has raised.
 _ADVICE = "\nFailed to apply UDF transform after "
 _NEVER_RAN = "The actor never ran"
+# What the head (2.60) says of an actor whose driver it cannot reach.
+_UNREACHED = "all references to the actor were removed"
 # A task's process that has died on each try.
 TASK_DEATHS = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
 # What a lost node, worker or actor looks like from the driver, as against an error of the code.
@@ -86,6 +88,12 @@ def explain(error: BaseException) -> FmembedError:
         # Ray hands on an error of an actor's constructor as text alone.
         if refused := re.search(r"fmembed\.errors\.ModelError: (.+)", str(root)):
             return ModelError(refused[1])
+        if _UNREACHED in said:
+            return FmembedError(
+                "the run failed: Ray's head does not reach this process and gave its actors up: is "
+                "there a firewall between them, or is one started with Ray's tokens and the other "
+                f"without (RAY_AUTH_MODE)? {_REST}"
+            )
         # Ray adds that it never ran, after why.
         why = [line for line in lines if not line.startswith(_NEVER_RAN)]
         return explain_model_death(why[-1] if why else "no reason known")

@@ -126,8 +126,7 @@ def measure(
 def options_of(pools: Sequence[Pool]) -> Callable[[], dict[str, Any]]:
     """What makes Ray's options for one more actor, of the pool that lacks most.
 
-    A variable of its environment tells an actor its pool, and no name of its own: of named actors
-    Ray (2.60) now and then takes one for given up while it is being made.
+    A variable of its environment tells an actor its pool.
 
     Args:
         pools: Each with as many actors as it is to have.

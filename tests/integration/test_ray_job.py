@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -31,12 +30,8 @@ def free_port() -> int:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A head node's client environment; the node is ended by its own process group."""
     folder = tmp_path_factory.mktemp("ray")
-    token = folder / "token"
-    token.write_text(secrets.token_hex(32))
     port, dashboard = free_port(), free_port()
     env = os.environ | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
     }

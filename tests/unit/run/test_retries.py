@@ -44,6 +44,20 @@ def test_a_file_that_kills_its_reader_is_tried_a_few_times(
     assert "source.max_text_bytes" in message
 
 
+def test_a_driver_that_the_head_does_not_reach_is_no_death_of_the_model() -> None:
+    why = (
+        "The actor is dead because all references to the actor were removed including lineage ref "
+        "count."
+    )
+    error = ray.exceptions.ActorDiedError()
+    ray.exceptions.RayActorError.__init__(error, "", why)
+    assert is_loss(error)
+    told = str(explain(error))
+    assert told.startswith("the run failed: Ray's head does not reach this process")
+    assert "RAY_AUTH_MODE" in told
+    assert "died" not in told
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [
