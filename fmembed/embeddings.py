@@ -80,7 +80,7 @@ class Info:
         yield f"from      {self.source}, column {self.input}"
         yield f"columns   {', '.join(self.columns) or 'none carried'}"
         for name, found in self.probes.items():
-            yield describe_probe(name, found)
+            yield from describe_probe(name, found)
         size = f"{self.num_bytes / 2**20:,.1f} MiB in {self.parts:,} parts"
         yield f"version   {self.version}, {_when(self.made)}, {size}"
         if self.rows_rejected:

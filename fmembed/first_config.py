@@ -182,7 +182,7 @@ def _lines(uri: str, seen: Glance, columns: _Columns, model: str, output: str) -
     elif seen.has_classes:
         yield _field("label", "label", "the name of a file's folder; what the probes predict")
     else:
-        yield "  # label: ...  # what the probes predict; without one only what is alike is told"
+        yield "  # label: ...  # what the probes predict; without one only their health is told"
     if columns.split:
         yield _field("split", columns.split, "its own train and test")
     if columns.carry:

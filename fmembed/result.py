@@ -80,9 +80,10 @@ class RunResult:
     `passed_over` counts what lies among the source's files and is not read, by reason.
     `spent` is what the run has cost, `device_hours` and, where the config names a price, `cost`;
     `table_spent` what all runs on record have.
-    `verdict` is empty where nothing was embedded. `probes`, `report`, `usd` and `probe_s`, the
-    seconds that evaluation took besides `seconds`, are what evaluation adds; the record beside the
-    table is without them.
+    `verdict` is empty where nothing was embedded. `probes`, `judgement` (whether the vectors are
+    any good, and what is wrong, in words), `report`, `usd` and `probe_s`, the seconds that
+    evaluation took besides `seconds`, are what evaluation adds; the record beside the table is
+    without them.
     """
 
     __pydantic_config__ = _CHECKED
@@ -108,7 +109,7 @@ class RunResult:
     parts_written: int = 0
     parts_rewritten: int = 0
     withheld: str = ""
-    kind: Literal["embed", "refresh", "delete"] = "embed"
+    kind: Literal["embed", "refresh", "delete", "import"] = "embed"
     unchanged: bool = False
     files_broken: int = 0
     rows_per_s: float = 0.0
@@ -131,6 +132,7 @@ class RunResult:
     promotion: Literal["", "promoted", "current", "refused", "beside"] = ""
     gate: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)
+    judgement: list[str] = field(default_factory=list)
     report: str | None = None
     probe_s: float = 0.0
 
@@ -155,6 +157,11 @@ class _Interval(_Record):
         if (self.shuffles is None) != (self.p is None):
             raise ValueError("takes both the number of shuffles and p, or neither")
         return self
+
+
+class _Baseline(_Interval):
+    # By how much the vectors are better, row for row; records of earlier versions are without.
+    difference: _Interval | None = None
 
 
 class _Score(_Interval):
@@ -182,8 +189,29 @@ class _Suspicious(_Record):
     text: str | None = None
 
 
+class _Figure(_Record):
+    name: str
+    value: float
+    # Of random vectors, as many and as long.
+    random: float | None = None
+
+
+class _Finding(_Record):
+    kind: str
+    words: str
+    rows: list[list[str]]
+
+
+class _Leaks(_Record):
+    num: Annotated[int, Field(ge=1)]
+    rows: list[list[str]]
+    without: _Interval | None
+
+
 class _Probe(_Record):
-    """What `probes.run_probe` gives, and the column: a headline with all it needs, or a reason."""
+    """What `probes.run_probe` gives, and the column: a headline with all it needs, or findings, or
+    a reason.
+    """
 
     probe: str
     version: int
@@ -196,17 +224,23 @@ class _Probe(_Record):
     skipped: str | None = None
     scores: list[_Score] = []
     headline: _Score | None = None
-    baselines: dict[str, _Interval | None] = {}
+    baselines: dict[str, _Baseline | None] = {}
     missing: str | None = None
     # Records of earlier versions are without.
     unlabelled: Annotated[int, Field(ge=0)] = 0
     confusion: _Confusion | None = None
     suspicious: list[_Suspicious] | None = None
+    leaks: _Leaks | None = None
+    wrong_labels: Annotated[int, Field(ge=0)] | None = None
+    num_rows: Annotated[int, Field(ge=0)] | None = None
+    figures: list[_Figure] | None = None
+    findings: list[_Finding] | None = None
 
     @model_validator(mode="after")
     def _check_whole(self) -> _Probe:
-        if (self.skipped is None) == (self.headline is None):
-            raise ValueError("takes a headline, or why it was skipped")
+        given = [part for part in (self.skipped, self.headline, self.findings) if part is not None]
+        if len(given) != 1:
+            raise ValueError("takes a headline, or findings, or why it was skipped")
         return self
 
 
@@ -221,7 +255,15 @@ def check_run(raw: Any, uri: str) -> RunResult:
         TableError: It is none.
     """
     if isinstance(raw, dict):
-        raw = {**raw, "table": uri, "probes": {}, "report": None, "usd": None, "gate": {}}
+        raw = {
+            **raw,
+            "table": uri,
+            "probes": {},
+            "judgement": [],
+            "report": None,
+            "usd": None,
+            "gate": {},
+        }
     try:
         # As JSON once more: there half of a surrogate pair, which is no UTF-8, is no text.
         return _RUN_RESULT.validate_json(json.dumps(raw))

@@ -42,7 +42,7 @@ Format = Literal[
 Modality = Literal["text", "image", "audio"]
 Pooling = Literal["cls", "mean", "cls+mean", "last", "max", "pooler", "projection", "tokens"]
 Precision = Literal["float32", "float16", "int8", "binary"]
-ProbeName = Literal["knn", "linear", "clustering", "zeroshot", "crossmodal"]
+ProbeName = Literal["health", "knn", "linear", "clustering", "zeroshot", "crossmodal"]
 
 # The columns that fmembed itself makes, and so what neither a column of vectors nor a carried one
 # may be called: those of the table, and those that rows have on their way to the model. All the
@@ -432,7 +432,7 @@ class RunSpec(_Part):
     compute: ComputeSpec = ComputeSpec()
     refresh: RefreshSpec = RefreshSpec()
     gate: GateSpec = GateSpec()
-    probes: tuple[ProbeName, ...] = ("knn", "linear", "clustering")
+    probes: tuple[ProbeName, ...] = ("health", "knn", "linear", "clustering")
     zeroshot: ZeroShotSpec = ZeroShotSpec()
     cluster: ClusterSpec | None = None
 

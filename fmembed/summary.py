@@ -18,6 +18,7 @@ def lines(result: dict[str, Any], verbose: bool = False) -> Iterator[str]:
         result: The fields of a `RunResult`.
         verbose: Where the time went, too, and what was spent; and of scores all that was compared.
     """
+    yield from _judged(result)
     yield from _refreshed(result) if result["kind"] == "refresh" else _embedded(result)
     if num_pieces := result["pieces_embedded"]:
         num_rows = result["rows_embedded"]
@@ -85,15 +86,21 @@ def probed(result: dict[str, Any], verbose: bool = False) -> Iterator[str]:
         result: The fields of a `RunResult`.
         verbose: Of scores all that was compared.
     """
+    yield from _judged(result)
     yield f"table     {result['table']} version {result['version']}, {result['table_rows']:,} rows"
     yield from _scores(result, verbose)
     yield f"report    {result['report']}"
     yield f"time      {duration(result['probe_s'])}"
 
 
+def _judged(result: dict[str, Any]) -> Iterator[str]:
+    """Whether the vectors are any good: the first that anybody wants to know."""
+    yield from (f"verdict   {words}" for words in result["judgement"])
+
+
 def _scores(result: dict[str, Any], verbose: bool) -> Iterator[str]:
     for name, found in result["probes"].items():
-        yield describe_probe(name, found, verbose)
+        yield from describe_probe(name, found, verbose)
     if unlabelled := max((p.get("unlabelled", 0) for p in result["probes"].values()), default=0):
         yield f"labels    {unlabelled:,} rows have none, and no part in the probes of labels"
 
@@ -134,16 +141,21 @@ def _verdict(result: dict[str, Any]) -> Iterator[str]:
     yield f"advice    {verdict['advice']}"
 
 
-def describe_probe(name: str, found: dict[str, Any], verbose: bool = False) -> str:
-    """What a probe has found, in a line: its score, and beside it what costs no model.
+def describe_probe(name: str, found: dict[str, Any], verbose: bool = False) -> Iterator[str]:
+    """What a probe has found: in a line its score, and beside it what costs no model; or a line for
+    each thing that is wrong.
 
     Args:
         name: Of the probe, with its column where there are several.
         found: As `RunResult.probes` has it.
-        verbose: All baselines, how labels that were shuffled did among them.
+        verbose: All baselines, how labels that were shuffled did among them; and all figures.
     """
     if "skipped" in found:
-        return f"{name:<9} skipped: {found['skipped']}"
+        yield f"{name:<9} skipped: {found['skipped']}"
+        return
+    if "findings" in found:
+        yield from _found(name, found, verbose)
+        return
     metric = found["metric"] + (f" (k = {found['k']})" if "k" in found else "")
     chance = found.get("by_chance", {})
     baselines = [
@@ -156,7 +168,23 @@ def describe_probe(name: str, found: dict[str, Any], verbose: bool = False) -> s
     if "missing" in found:
         baselines.append(f"no cheap competitor: {found['missing']}")
     score = f"{name:<9} {metric} {found['value']:z.3f} [{found['low']:z.3f}, {found['high']:z.3f}]"
-    return "; ".join([score, ", ".join(baselines)]) if baselines else score
+    yield "; ".join([score, ", ".join(baselines)]) if baselines else score
+
+
+def _found(name: str, found: dict[str, Any], verbose: bool) -> Iterator[str]:
+    """What is wrong with vectors, or that nothing is."""
+    seen, num_rows = found["num_seen"], found["num_rows"]
+    of = f"{num_rows:,} rows" if seen == num_rows else f"{seen:,} of {num_rows:,} rows"
+    for finding in found["findings"]:
+        rows = ", ".join(row for group in finding["rows"][:1] for row in group)
+        yield f"{name:<9} {finding['words']}" + (f": {rows}" if rows else "")
+    if not found["findings"]:
+        yield f"{name:<9} nothing wrong found in {of}"
+    if verbose:
+        for figure, value in found["figures"].items():
+            beside = found["random"].get(figure)
+            random = f", of random vectors {beside:,.4g}" if beside is not None else ""
+            yield f"{name:<9} {figure} {value:,.4g}{random}"
 
 
 def _embedded(result: dict[str, Any]) -> Iterator[str]:

@@ -13,11 +13,13 @@ import numpy as np
 
 from fmembed import probes
 from fmembed.arrays import Floats
-from fmembed.probes import drift, paired
+from fmembed.probes import drift, intervals, paired
 from fmembed.spec import GateSpec
 
 # Of fewer rows that both have, nothing is said of what has become of them.
 _MIN_ROWS = 100
+# One in twenty bootstraps lies below the lower end of a difference, and one above the upper one.
+_OUTSIDE = 0.1
 # What is told as a warning, and refuses nothing unless the config says so.
 _DRIFTED = 0.6
 # A map from the old vectors that keeps so much of the ten nearest is nearly as good.
@@ -108,8 +110,8 @@ def compare(question: Question, new: Side, old: Side | None) -> list[Check]:
         before = None if old is None else old.vectors.get(column)
         was = None
         if old is not None and before is not None and len(before):
-            was = drift.health(before, _codes(old.hashes))
-        checks = list(_look(question, column, drift.health(vectors, _codes(new.hashes)), was))
+            was = drift.health(before, probes.codes(old.hashes))
+        checks = list(_look(question, column, drift.health(vectors, probes.codes(new.hashes)), was))
         if old is not None and before is not None:
             checks += _compare(question, column, Pair.of(new, old, column))
         named = f"{column}: " if len(new.vectors) > 1 else ""
@@ -207,11 +209,11 @@ def judge(question: Question, pair: Pair) -> Iterator[Check]:
         yield Check("probes", None, "no probe compares them: most rows have a label of their own")
         return
     is_judged = paired.judged(sides[1])
-    groups = _codes(hashes)[is_judged]
+    groups = probes.codes(hashes)[is_judged]
     most_frequent = float(np.bincount(sides[0].labels[is_judged]).max() / max(is_judged.sum(), 1))
     for name in question.probes:
         was, now = (paired.hits(name, side)[is_judged] for side in sides)
-        found = paired.difference(was, now, groups)
+        found = intervals.difference(was, now, groups, _OUTSIDE)
         # Another model has to show that it is not worse. Of the same one the new rows are what they
         # are, and it has to be seen that it is: of 600 rows twelve that are new, four of them hard
         # to judge, kept readers from all that was new.
@@ -304,7 +306,3 @@ def _drift_within(question: Question, column: str, pair: Pair) -> Iterator[Check
     if told["auc"] > _DRIFTED and told["low"] > 0.5:
         words += ": it is of another kind"
     yield Check("arrivals", passed, words, told)
-
-
-def _codes(hashes: list[str]) -> Any:
-    return np.unique(np.array(hashes, dtype=object).astype(str), return_inverse=True)[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fmembed.result import RunResult, check_probe
@@ -46,9 +46,21 @@ def pick_headlines(results: Sequence[dict[str, Any]], card: Card) -> dict[str, A
 def _headline(r: dict[str, Any]) -> dict[str, Any]:
     if "skipped" in r:
         return {"skipped": r["skipped"]}
+    if "findings" in r:
+        return {
+            "findings": r["findings"],
+            "figures": {f["name"]: f["value"] for f in r["figures"]},
+            "random": {f["name"]: f["random"] for f in r["figures"] if "random" in f},
+            "num_seen": r["num_test"],
+            "num_rows": r["num_rows"],
+        }
+    there = {n: b for n, b in r["baselines"].items() if b is not None}
     return {
         **r["headline"],
-        "baselines": {n: b["value"] for n, b in r["baselines"].items() if b is not None},
+        "num_test": r["num_test"],
+        "baselines": {n: b["value"] for n, b in there.items()},
+        **{"against": {n: b["difference"] for n, b in there.items() if "difference" in b}},
+        **{name: r[name] for name in ("leaks", "wrong_labels") if r.get(name)},
         **_by_chance(r["baselines"]),
         **({"missing": r["missing"]} if "missing" in r else {}),
     }
@@ -60,6 +72,68 @@ def _by_chance(baselines: dict[str, Any]) -> dict[str, Any]:
         if found is not None and found.get("shuffles"):
             return {"by_chance": {"baseline": name, **found}}
     return {}
+
+
+# Labels that were shuffled score as high as these in more than so many cases of one.
+_BY_CHANCE = 0.05
+# By which of the probes vectors are judged: the competitor is a logistic regression, too.
+_JUDGES = ("linear", "knn")
+
+
+def judge(headlines: Mapping[str, Any]) -> list[str]:
+    """Whether vectors are better than what costs no model, and what is wrong, in words.
+
+    Args:
+        headlines: As `pick_headlines` gives them.
+    """
+    columns = list(dict.fromkeys(name.partition(" ")[2] for name in headlines))
+    said = []
+    for column in columns:
+        named = f"{column}: " if column else ""
+        by = {name.partition(" ")[0]: f for name, f in headlines.items()
+              if name.partition(" ")[2] == column and "skipped" not in f}  # fmt: skip
+        name = next((judge for judge in _JUDGES if judge in by), None)
+        if name is not None:
+            said.append(named + _judge(name, by[name]))
+            if leaks := by[name].get("leaks"):
+                said.append(named + _tell_leaks(name, leaks))
+        if findings := by.get("health", {}).get("findings"):
+            kinds = ", ".join(finding["kind"] for finding in findings)
+            said.append(f"{named}to be looked at: {kinds}")
+        if num_wrong := by.get("linear", {}).get("wrong_labels"):
+            are = "label is" if num_wrong == 1 else "labels are"
+            likeliest = "the report lists the likeliest"
+            said.append(f"{named}about {num_wrong:,} {are} probably wrong; {likeliest}")
+    return said
+
+
+def _judge(name: str, found: dict[str, Any]) -> str:
+    """Whether a probe's score is better than chance, and than the cheap competitor's."""
+    value, num = found["value"], found["num_test"]
+    told = f"{name} tells the label of {value:.1%} of {num:,} rows"
+    if found.get("by_chance", {}).get("p", 0.0) > _BY_CHANCE:
+        return f"no better than chance: {told}, {found['baselines']['majority']:.1%} by saying one"
+    if not found["against"]:
+        majority = found["baselines"]["majority"]
+        return f"better than chance: {told}, {majority:.1%} by saying one; no competitor was there"
+    rival, gap = next(iter(found["against"].items()))
+    by = f"{told}, {rival} of {found['baselines'][rival]:.1%}"
+    by += (
+        f" ({100 * gap['value']:+.1f} points, {100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})"
+    )
+    if gap["low"] > 0:
+        return f"better than what costs no model: {by}"
+    if gap["high"] < 0:
+        return f"worse than what costs no model: {by}"
+    return f"no better than what costs no model, as far as {num:,} rows tell: {by}"
+
+
+def _tell_leaks(name: str, leaks: dict[str, Any]) -> str:
+    """What becomes of a score without the rows that were trained on."""
+    are = "test row is a copy" if leaks["num"] == 1 else "test rows are copies"
+    without = leaks["without"]
+    rest = f"{without['value']:.1%} of the others" if without else "there are no others"
+    return f"{leaks['num']:,} {are} of train rows, or nearly: {name} tells the label of {rest}"
 
 
 def in_usd(spec: RunSpec, run: RunResult) -> float | None:

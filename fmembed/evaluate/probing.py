@@ -13,7 +13,8 @@ import ray
 from fmembed import probes
 from fmembed.checkpoint.opening import list_modalities, open_checkpoint
 from fmembed.errors import ModelError, SpecError
-from fmembed.evaluate.facts import in_usd, pick_headlines, state_facts, stored_probes
+from fmembed.evaluate import graph
+from fmembed.evaluate.facts import in_usd, judge, pick_headlines, state_facts, stored_probes
 from fmembed.evaluate.page import make_map, render
 from fmembed.evaluate.sample import NO_SOURCE, TableSample, check_columns, read_card, read_sample
 from fmembed.evaluate.text_tower import NO_MODEL, embed_captions, embed_prompts
@@ -61,7 +62,7 @@ def evaluate(
     if spec.probes and schema.names:
         sample = read_sample(table, schema, spec, card, source)
         flat = _project(sample)
-        for found in _run_probes(sample, spec, card, model):
+        for found in _run_probes(table, result.version, sample, spec, card, model):
             # For want of a model: it must replace none that an earlier evaluation has found.
             if found.get("skipped") == NO_MODEL:
                 left_out.append(found)
@@ -162,13 +163,20 @@ def runnable(spec: RunSpec) -> tuple[str, ...]:
 
 
 def _run_probes(
-    sample: TableSample, spec: RunSpec, card: Card, model: ModelSpec | None
+    table: Table,
+    version: int | None,
+    sample: TableSample,
+    spec: RunSpec,
+    card: Card,
+    model: ModelSpec | None,
 ) -> list[dict[str, Any]]:
     """Run each probe that can run on each column, a task each."""
     names = runnable(spec)
     started = []
     for column in card.pooled:
         given = _gather(names, column, sample, spec, card, model)
+        if any("graph" in probes.PROBES[name].NEEDS for name in names):
+            given["graph"] = graph.start(table, version, column, card)
         for name in names:
             needed = {need: given[need] for need in probes.PROBES[name].NEEDS}
             started.append(ray.remote(num_cpus=1)(_run).remote(name, column, **needed))
@@ -210,7 +218,9 @@ def _gather(
         )
         given["labels"] = ray.put(labelled)
         if "competitor" in needs:
-            given["competitor"] = task(probes.cheap_accuracy).remote(given["labels"])
+            given["competitor"] = task(probes.compete).remote(given["labels"])
+        if "leaks" in needs:
+            given["leaks"] = task(probes.find_leaks).remote(given["labels"])
         if "prompts" in needs:
             classes = labelled.classes
             given["prompts"] = task(embed_prompts).remote(spec, model, card, column, classes)
@@ -246,7 +256,8 @@ def _with_headlines(
     result: RunResult, table: Table, card: Card, results: Sequence[dict[str, Any]]
 ) -> RunResult:
     headlines = pick_headlines(results, card)
-    return replace(result, probes=headlines, report=f"{table.uri}/_report.html")
+    report = f"{table.uri}/_report.html"
+    return replace(result, probes=headlines, judgement=judge(headlines), report=report)
 
 
 def _project(sample: TableSample) -> Any:

@@ -10,18 +10,24 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fmembed.probes import cheap, clustering, crossmodal, knn, linear, zeroshot
+from fmembed.probes import cheap, clustering, crossmodal, health, knn, linear, zeroshot
 from fmembed.probes.data import (
     MAX_ROWS,
     CaptionedRows,
+    Graph,
     LabelledRows,
     Need,
     Probe,
     Sample,
     UnfitError,
-    cheap_accuracy,
+    codes,
+    compete,
+    is_usable,
     label_rows,
+    normalized,
 )
+from fmembed.probes.leaks import find_leaks
+from fmembed.probes.neighbours import NUM_NEIGHBOURS, Neighbours, nearest
 from fmembed.probes.projection import MAX_ROWS as MAX_MAP_ROWS
 from fmembed.probes.projection import project
 from fmembed.probes.zeroshot import TEMPLATES
@@ -30,20 +36,29 @@ __all__ = [
     "CHEAP",
     "MAX_MAP_ROWS",
     "MAX_ROWS",
+    "NUM_NEIGHBOURS",
     "PROBES",
     "TEMPLATES",
     "CaptionedRows",
+    "Graph",
     "LabelledRows",
     "Need",
+    "Neighbours",
     "Sample",
-    "cheap_accuracy",
+    "codes",
+    "compete",
+    "find_leaks",
+    "is_usable",
     "label_rows",
+    "nearest",
+    "normalized",
     "project",
     "run_probe",
 ]
 
 # The names are those of `spec.ProbeName`.
 PROBES: dict[str, Probe] = {
+    "health": health,
     "knn": knn,
     "linear": linear,
     "clustering": clustering,
@@ -63,7 +78,7 @@ def run_probe(name: str, sample: Sample) -> dict[str, Any]:
 
     Returns:
         JSON: probe, version, num_train, num_test, seconds, and either `skipped` (why) or what
-        `data.Probe.run` gives: scores, headline and baselines.
+        `data.Probe.run` gives: scores, headline and baselines, or figures and findings.
     """
     probe = PROBES[name]
     started = time.monotonic()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from fmembed.probes.arrays import Bools, Floats, Ints
-from fmembed.probes.intervals import accuracy
+from fmembed.probes.intervals import accuracy, difference
+from fmembed.probes.neighbours import Neighbours
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -19,10 +20,12 @@ _BUCKETS = 100
 _TEST_BUCKETS = 20
 _C_GRID = tuple(float(c) for c in 10.0 ** np.arange(-2, 6))
 _FIT_SEED = 0
+_MAX_LEAKS = 10
 
 
-# What a probe may ask for: the fields of `Sample`. Prompts and competitor come with labels only.
-Need = Literal["labels", "captions", "prompts", "competitor"]
+# What a probe may ask for: the fields of `Sample`. Prompts, competitor and leaks come with labels
+# only.
+Need = Literal["labels", "captions", "prompts", "competitor", "leaks", "graph"]
 
 
 class Probe(Protocol):
@@ -38,7 +41,10 @@ class Probe(Protocol):
             sample: What NEEDS names; everything else in it is None.
 
         Returns:
-            JSON: `scores`, each with metric, value, low and high (a 95 % interval) and perhaps k;
+            JSON: of a probe that judges nothing by a score `figures` (name, value, and perhaps
+            `random`, the same of random vectors) and `findings` (kind, words, and `rows`, groups of
+            ids that show it). Else `scores`, each with metric, value, low and high (a 95 %
+            interval) and perhaps k;
             `headline`, the one of them that is shown first; `baselines` by name, value, low and
             high each, or None where its input is missing; the one made by shuffling as
             `intervals.permutation_test` gives it. A probe may add `confusion` (classes, counts) and
@@ -60,9 +66,9 @@ class LabelledRows:
     """Labelled rows read back from a table.
 
     Shapes: vectors (rows, dim) float32; labels (rows,) positions in `classes`; bucket (rows,) 0 to
-    99, the first 20 being the test split unless the dataset names its own (`named_split`); texts
-    the inputs, or else `cheap`, shape (rows, n) float32: features that anyone can have without a
-    model, called `cheap_name`.
+    99, the first 20 being the test split unless the dataset names its own (`named_split`); contents
+    (rows,): rows of one content have one number; texts the inputs, or else `cheap`, shape (rows, n)
+    float32: features that anyone can have without a model, called `cheap_name`.
     """
 
     row_ids: list[str]
@@ -70,6 +76,7 @@ class LabelledRows:
     labels: Ints
     classes: list[str]
     bucket: Ints
+    contents: Ints
     test: Bools
     texts: list[str] | None
     num_rows: int
@@ -98,18 +105,74 @@ class CaptionedRows:
 
 
 @dataclass(frozen=True)
+class Graph:
+    """Rows of a table, with labels or without, and which rows of it are nearest to each.
+
+    The nodes are those rows, and after them the others that are nearest to one: `row_ids` and
+    `contents` (rows of one content have one number) are of all nodes; `vectors` (rows, dim) float32
+    and `neighbours`, by number of node, of the rows. The table has `num_rows`.
+    """
+
+    row_ids: list[str]
+    contents: Ints
+    vectors: Floats
+    neighbours: Neighbours
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """What costs no model, on the test split: its accuracy, and `hits`, shape (test rows,): whether
+    it says the label of each.
+    """
+
+    accuracy: dict[str, float]
+    hits: Bools
+
+    def against(self, data: LabelledRows, predicted: Ints) -> dict[str, Any]:
+        """Its accuracy, and by how much predictions of the same rows are better: `difference`, with
+        its 95 % interval.
+        """
+        hits = np.asarray(predicted == data.labels[data.test])
+        found = difference(self.hits, hits, data.contents[data.test])
+        return {**self.accuracy, "difference": {k: found[k] for k in ("value", "low", "high")}}
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """Test rows that are copies of train rows, or nearly: `is_leaked`, shape (test rows,), and
+    `pairs` of their ids, the test row's first.
+    """
+
+    is_leaked: Bools
+    pairs: list[list[str]]
+
+    def left(self, truth: Ints, predicted: Ints) -> dict[str, Any] | None:
+        """How many leaked, the first of them, and the accuracy of the others; None without one."""
+        if not self.is_leaked.any():
+            return None
+        kept = ~self.is_leaked
+        rest = accuracy(truth[kept], predicted[kept]) if kept.any() else None
+        return {"num": int((~kept).sum()), "rows": self.pairs[:_MAX_LEAKS], "without": rest}
+
+
+@dataclass(frozen=True)
 class Sample:
     """What a probe gets of one column: what it needs, and None for the rest.
 
     `labels` are the labelled rows, `captions` the rows with a caption, `prompts` the vectors of
     each label's templates, shape (classes, templates, dim) in the order of `labels.classes`, and
-    `competitor` the accuracy that `cheap_accuracy` gave for the labelled rows, None without inputs.
+    `competitor` what `compete` made of the labelled rows, None without inputs, and `leaks` what
+    `find_leaks` did;
+    `graph` is of rows with labels and without.
     """
 
     labels: LabelledRows | None = None
     captions: CaptionedRows | None = None
     prompts: Floats | None = None
-    competitor: dict[str, float] | None = None
+    competitor: Competitor | None = None
+    leaks: Leaks | None = None
+    graph: Graph | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -144,6 +207,16 @@ class Sample:
                 "needs at least two labels with rows in the train split, and rows in the test one"
             )
         return self.labels
+
+    def graph_of_rows(self) -> Graph:
+        """The rows and their neighbours.
+
+        Raises:
+            UnfitError: There are none.
+        """
+        if self.graph is None or not len(self.graph.vectors):
+            raise UnfitError("there is no row")
+        return self.graph
 
     def captioned_rows(self) -> CaptionedRows:
         """The rows with a caption.
@@ -189,6 +262,7 @@ def label_rows(
         labels=np.array([code[str(labels[i])] for i in chosen], dtype=np.int64),
         classes=classes,
         bucket=bucket,
+        contents=codes([content_hashes[i] for i in chosen]),
         test=test,
         texts=[str(texts[i] or "") for i in chosen] if texts is not None else None,
         num_rows=len(row_ids),
@@ -196,6 +270,17 @@ def label_rows(
         cheap=cheap[1][chosen] if cheap is not None else None,
         cheap_name=cheap[0] if cheap is not None else "TF-IDF",
     )
+
+
+def is_usable(vectors: Floats) -> Bools:
+    """Whether a vector has a direction: finite, and not of length 0; shape (rows,)."""
+    return np.asarray(np.isfinite(vectors).all(axis=1) & (vectors != 0).any(axis=1), dtype=np.bool_)
+
+
+def codes(hashes: list[str]) -> Ints:
+    """Equal ones have one number, shape (rows,)."""
+    texts = np.array(hashes, dtype=object).astype(str)
+    return np.asarray(np.unique(texts, return_inverse=True)[1], dtype=np.int64)
 
 
 def normalized(vectors: Floats) -> Floats:
@@ -264,11 +349,12 @@ def cheap_features(data: LabelledRows, fit_on: Bools) -> Any:
     return vectorizer.transform(texts)
 
 
-def cheap_accuracy(data: LabelledRows) -> dict[str, float] | None:
+def compete(data: LabelledRows) -> Competitor | None:
     """The cheap competitor: logistic regression on cheap features, same split; None without."""
     train, test = ~data.test, data.test
     features = cheap_features(data, train)
     if features is None or not data.is_split:
         return None
     model, _ = fit_logistic(features[train], data.labels[train], data.bucket[train])
-    return accuracy(data.labels[test], model.predict(features[test].astype(np.float64)))
+    truth, predicted = data.labels[test], model.predict(features[test].astype(np.float64))
+    return Competitor(accuracy(truth, predicted), np.asarray(predicted == truth))

@@ -13,6 +13,7 @@ from fmembed.probes.arrays import SEED, Bools, Floats, Ints
 
 Z = 1.959964  # of 95 in 100
 NUM_SHUFFLES = 1000
+_NUM_BOOTSTRAPS = 2000
 
 
 def accuracy(truth: Ints | Bools, predicted: Ints | Bools) -> dict[str, float]:
@@ -118,3 +119,32 @@ def permutation_test(
     # By rounding, the mean of equal numbers would be beside them.
     mean = min(max(float(found.mean()), low), high)
     return {"value": mean, "low": low, "high": high, "shuffles": NUM_SHUFFLES, "p": p}
+
+
+def difference(old: Bools, new: Bools, groups: Ints, outside: float = 0.05) -> dict[str, float]:
+    """The difference of two shares of hits, what it is at least and at most: by a paired bootstrap.
+
+    Args:
+        old: Shape (rows,).
+        new: The same rows, shape (rows,).
+        groups: Rows of one content have one number, and are drawn together; shape (rows,).
+        outside: The share of bootstraps that lie outside of the interval, half on each side.
+
+    Returns:
+        `old` and `new`, both shares; `value`, new - old; `low` and `high`, the interval.
+    """
+    _, codes = np.unique(groups, return_inverse=True)
+    size = np.bincount(codes).astype(np.float64)
+    moved = np.bincount(codes, new.astype(np.float64) - old.astype(np.float64))
+    rng, shares = np.random.default_rng(SEED), np.empty(_NUM_BOOTSTRAPS)
+    for i in range(_NUM_BOOTSTRAPS):
+        drawn = rng.integers(0, len(size), len(size))
+        shares[i] = moved[drawn].sum() / size[drawn].sum()
+    low, high = np.quantile(shares, [outside / 2, 1 - outside / 2])
+    return {
+        "old": float(old.mean()),
+        "new": float(new.mean()),
+        "value": float(new.mean() - old.mean()),
+        "low": float(low),
+        "high": float(high),
+    }

@@ -14,8 +14,8 @@ from fmembed.probes.arrays import Floats, Ints
 from fmembed.probes.data import Need, Sample, majority, normalized
 from fmembed.probes.intervals import accuracy, shuffled_accuracy
 
-VERSION = 2
-NEEDS: frozenset[Need] = frozenset(("labels", "competitor"))
+VERSION = 3
+NEEDS: frozenset[Need] = frozenset(("labels", "competitor", "leaks"))
 _KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 _CHUNK_ROWS = 1024
@@ -38,10 +38,12 @@ def run(sample: Sample) -> dict[str, Any]:
     return {
         "scores": scores,
         "headline": scores[0],
+        "leaks": sample.leaks and sample.leaks.left(truth, predicted[ks[0]]),
         "baselines": {
             "majority": majority(data),
             "shuffled labels": shuffled_accuracy(truth, predicted[ks[0]]),
-            f"{data.cheap_name} + logistic regression": sample.competitor,
+            f"{data.cheap_name} + logistic regression": sample.competitor
+            and sample.competitor.against(data, predicted[ks[0]]),
         },
     }
 

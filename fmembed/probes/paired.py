@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fmembed.probes.arrays import SEED, Bools, Ints
+from fmembed.probes.arrays import Bools, Ints
 from fmembed.probes.data import LabelledRows, fit, fit_logistic, normalized
 from fmembed.probes.knn import TEMPERATURE
 
@@ -18,9 +18,6 @@ from fmembed.probes.knn import TEMPERATURE
 _NUM_FOLDS, _BUCKETS_EACH = 5, 20
 _K = 10
 _CHUNK_ROWS = 1024
-_NUM_BOOTSTRAPS = 2000
-# One in twenty bootstraps lies below the lower end, and one above the upper one.
-_ENDS = (0.05, 0.95)
 
 
 def hits(probe: str, data: LabelledRows) -> Bools:
@@ -44,35 +41,6 @@ def hits(probe: str, data: LabelledRows) -> Bools:
 def judged(data: LabelledRows) -> Bools:
     """The rows that `hits` is about, shape (rows,)."""
     return data.test if data.named_split else np.ones(len(data.labels), dtype=np.bool_)
-
-
-def difference(old: Bools, new: Bools, groups: Ints) -> dict[str, float]:
-    """The difference of two shares of hits, what it is at least and at most: by a paired bootstrap.
-
-    Args:
-        old: Shape (rows,).
-        new: The same rows, shape (rows,).
-        groups: Rows of one content have one number, and are drawn together; shape (rows,).
-
-    Returns:
-        `old` and `new`, both shares; `value`, new - old; `low` and `high`, outside of which 5 of
-        100 bootstraps are on each side.
-    """
-    _, codes = np.unique(groups, return_inverse=True)
-    size = np.bincount(codes).astype(np.float64)
-    moved = np.bincount(codes, new.astype(np.float64) - old.astype(np.float64))
-    rng, shares = np.random.default_rng(SEED), np.empty(_NUM_BOOTSTRAPS)
-    for i in range(_NUM_BOOTSTRAPS):
-        drawn = rng.integers(0, len(size), len(size))
-        shares[i] = moved[drawn].sum() / size[drawn].sum()
-    low, high = np.quantile(shares, _ENDS)
-    return {
-        "old": float(old.mean()),
-        "new": float(new.mean()),
-        "value": float(new.mean() - old.mean()),
-        "low": float(low),
-        "high": float(high),
-    }
 
 
 def _folds(data: LabelledRows) -> list[tuple[Bools, Bools]]:

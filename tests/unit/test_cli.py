@@ -277,7 +277,7 @@ def test_a_score_is_printed_with_what_chance_gives(capsys: pytest.CaptureFixture
     chance = {"value": 0.2, "low": 0.1, "high": 0.3, "shuffles": 1000, "p": 0.000999}
     score = {"metric": "AMI", "value": 0.9, "low": 0.8, "high": 0.95}
     probe = {
-        "probe": "clustering", "column": "embedding", "headline": score,
+        "probe": "clustering", "column": "embedding", "headline": score, "num_test": 9,
         "baselines": {"majority": {**score, "value": -0.0001}, "shuffled labels": chance},
     }  # fmt: skip
     earlier = {**probe, "probe": "knn", "baselines": {"shuffled labels": score}}

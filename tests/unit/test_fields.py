@@ -32,8 +32,8 @@ def test_a_part_is_listed_with_defaults_and_choices() -> None:
     found = {f.name: f for f in describe_fields()}
     assert found["source.uri"].default == "required"
     assert found["source.max_text_bytes"].default == "64 MiB"
-    assert found["probes"].default == "knn, linear, clustering"
-    assert found["probes"].choices == "knn, linear, clustering, zeroshot, crossmodal"
+    assert found["probes"].default == "health, knn, linear, clustering"
+    assert found["probes"].choices == ("health, knn, linear, clustering, zeroshot, crossmodal")
     assert found["compute.actors"].choices == ""  # a number too
     assert [f.name for f in describe_fields("source.csv.quote")] == ["source.csv.quote"]
 

@@ -48,6 +48,7 @@ ALLOWED = {
     "api": _STATIONS | {"embeddings", "pipeline", "promotion"},
     "embeddings": _STATIONS | {"evaluate", "run"},
     "encoding": _STATIONS,
+    "exchange": _ALL | {"rows", "table"},
     "evaluate": _STATIONS,
     "run": _STATIONS | {"evaluate", "inputs"},
     "deletion": _STATIONS | {"run"},
@@ -55,12 +56,13 @@ ALLOWED = {
     "doctor": _STATIONS | {"inputs", "manifest", "promotion"},
     "manifest": _ALL,
     "promotion": _STATIONS | {"evaluate", "inputs", "run"},
-    "pipeline": _STATIONS | {"evaluate", "inputs", "promotion", "run"},
+    "pipeline": _STATIONS | {"evaluate", "exchange", "inputs", "promotion", "run"},
     "bench": _STATIONS | {"inputs", "pipeline", "run"},
     "cli": _STATIONS
-    | {"api", "bench", "deletion", "embeddings", "doctor", "first_config", "manifest", "pipeline"}
-    | {"promotion"},
-    "__init__": _STATIONS | {"api", "deletion", "embeddings", "encoding", "pipeline", "promotion"},
+    | {"api", "bench", "deletion", "embeddings", "doctor", "exchange", "first_config", "manifest"}
+    | {"pipeline", "promotion"},
+    "__init__": _STATIONS
+    | {"api", "deletion", "embeddings", "encoding", "exchange", "pipeline", "promotion"},
 }
 # Of those that take seconds to import; within a function in the files that are named.
 HEAVY = {

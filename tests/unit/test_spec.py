@@ -16,7 +16,7 @@ GOOD: dict[str, Any] = {"source": {"uri": "a"}, "model": {"id": "b"}, "output": 
 def test_short_config_is_enough() -> None:
     spec = RunSpec.parse(GOOD)
     assert spec.source.input == "text"
-    assert spec.probes == ("knn", "linear", "clustering")
+    assert spec.probes == ("health", "knn", "linear", "clustering")
 
 
 @pytest.mark.parametrize(

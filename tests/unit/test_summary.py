@@ -16,6 +16,17 @@ KNN = {
 }  # fmt: skip
 
 
+HEALTH = {
+    "findings": [
+        {"kind": "dead dimension", "words": "dimension 3: 0 in all rows", "rows": []},
+        {"kind": "copies", "words": "2 rows have the content of another row, in 1 groups",
+         "rows": [["a", "b"]]},
+    ],
+    "figures": {"effective rank": 12.345, "length, middle": 1.0},
+    "random": {"effective rank": 23.0}, "num_seen": 10, "num_rows": 12,
+}  # fmt: skip
+
+
 def result(**fields: Any) -> dict[str, Any]:
     made = RunResult(
         run_id="r", started="2026-01-01T00:00:00", table="/out", version=3, fingerprint="f",
@@ -52,3 +63,21 @@ def test_of_a_probe_nothing_of_the_run_before_is_told() -> None:
                num_truncated=4, probe_s=3.0)
     )  # fmt: skip
     assert [line[:10].strip() for line in told] == ["table", "knn", "report", "time"]
+
+
+def test_the_judgement_comes_first_and_health_is_told_a_line_each() -> None:
+    made = result(probes={"health": HEALTH}, judgement=["worse than nothing"])
+    told = list(summary.probed(made))
+    assert told[:4] == [
+        "verdict   worse than nothing",
+        "table     /out version 3, 12 rows",
+        "health    dimension 3: 0 in all rows",
+        "health    2 rows have the content of another row, in 1 groups: a, b",
+    ]
+    assert next(iter(summary.lines(made))) == "verdict   worse than nothing"
+    assert list(summary.probed(made, verbose=True))[4:6] == [
+        "health    effective rank 12.35, of random vectors 23",
+        "health    length, middle 1",
+    ]
+    well = list(summary.probed(result(probes={"health": {**HEALTH, "findings": []}})))
+    assert well[1] == "health    nothing wrong found in 10 of 12 rows"

@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from fmembed import probes
-from fmembed.probes import paired
+from fmembed.probes import intervals, paired
 from fmembed.probes.data import LabelledRows
 
 
@@ -60,17 +60,17 @@ def test_the_difference_and_its_ends() -> None:
     rng = np.random.default_rng(0)
     old = rng.random(4000) < 0.9
     groups = np.arange(4000)
-    same = paired.difference(old, old, groups)
+    same = intervals.difference(old, old, groups, 0.1)
     assert (same["value"], same["low"], same["high"]) == (0, 0, 0)
     new = old & (rng.random(4000) > 0.05)
-    found = paired.difference(old, new, groups)
+    found = intervals.difference(old, new, groups, 0.1)
     assert found["value"] == pytest.approx(new.mean() - old.mean())
     # 5 % of 4,000 rows, by the normal distribution.
     error = np.sqrt((old & ~new).mean() / 4000) * 1.645
     assert found["low"] == pytest.approx(found["value"] - error, abs=0.001)
     assert found["high"] == pytest.approx(found["value"] + error, abs=0.001)
     # Rows of one content are one draw.
-    twins = paired.difference(old, new, groups // 10)
+    twins = intervals.difference(old, new, groups // 10, 0.1)
     assert twins["high"] - twins["low"] > found["high"] - found["low"]
 
 
@@ -80,13 +80,13 @@ def test_a_loss_of_five_points_is_seen_and_none_is_not(seed: int) -> None:
     old = labelled(3000, 0.42, seed)
     worse = labelled(3000, 0.52, seed + 100)
     hits = [paired.hits("knn", data) for data in (old, worse)]
-    found = paired.difference(*hits, np.arange(3000))
+    found = intervals.difference(*hits, np.arange(3000), 0.1)
     assert found["value"] < -0.03
     assert found["low"] < -0.01
     changed = old.vectors.copy()
     changed[:30] = labelled(3000, 0.42, seed + 200).vectors[:30]
     again = paired.hits("knn", _with(old, changed))
-    found = paired.difference(hits[0], again, np.arange(3000))
+    found = intervals.difference(hits[0], again, np.arange(3000), 0.1)
     assert found["low"] > -0.01
 
 

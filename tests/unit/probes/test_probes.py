@@ -18,13 +18,13 @@ from fmembed.probes import (
     CaptionedRows,
     Need,
     Sample,
-    cheap_accuracy,
+    compete,
     label_rows,
     project,
     run_probe,
 )
 from fmembed.probes.knn import knn_predict
-from fmembed.probes.linear import _suspicious
+from fmembed.probes.label_errors import believe, list_suspicious
 from fmembed.probes.zeroshot import class_vectors
 from fmembed.spec import ProbeName
 
@@ -85,20 +85,21 @@ def test_what_no_model_contradicts_takes_no_place_among_the_suspicious(
     """
 
     class Told:
-        classes_ = np.arange(8)
+        classes_ = np.arange(3)
 
         def predict_proba(self, vectors: Any) -> Any:
             return vectors
 
-    monkeypatch.setattr("fmembed.probes.linear.fit", lambda *_: Told())
+    monkeypatch.setattr("fmembed.probes.label_errors.fit", lambda *_: Told())
     made = data(noise=0.05)
-    vectors = np.eye(8, dtype=np.float32)[made.labels]
+    vectors = np.eye(3, dtype=np.float32)[made.labels]
     vectors[:12] = 0.12
     vectors[np.arange(12), made.labels[:12]] = 0.16
     for i in (50, 60):
         vectors[i] = 0.0
         vectors[i, [made.labels[i], (made.labels[i] + 1) % 3]] = (0.4, 0.6)
-    found = _suspicious(replace(made, vectors=vectors), 1.0)
+    made = replace(made, vectors=vectors)
+    found = list_suspicious(made, believe(made, 1.0))
     assert {s["row_id"] for s in found} == {"r50", "r60"}
 
 
@@ -127,9 +128,9 @@ def test_rows_that_are_each_a_label_of_their_own_are_no_clusters() -> None:
 
 
 def test_tfidf_is_a_real_competitor() -> None:
-    accuracy = cheap_accuracy(data(noise=1000.0))
-    assert accuracy is not None
-    assert accuracy["value"] > 0.99
+    competitor = compete(data(noise=1000.0))
+    assert competitor is not None
+    assert competitor.accuracy["value"] > 0.99
 
 
 def test_knn_is_weighted_by_similarity() -> None:
@@ -279,9 +280,14 @@ def test_cheap_features_compete_under_their_name() -> None:
     made = label_rows(
         [str(i) for i in range(100)], hashes, noise, truth.tolist(), None, None, cheap
     )
-    competitor = cheap_accuracy(made)
+    competitor = compete(made)
     assert competitor is not None
-    assert competitor["value"] == 1
+    assert competitor.accuracy["value"] == 1
+    assert competitor.hits.all()
+    gap = run_probe("knn", Sample(made, competitor=competitor))["baselines"][
+        "raw pixels + logistic regression"
+    ]["difference"]
+    assert gap["low"] < gap["value"] < gap["high"] < 0
     for probe, name in (("knn", "logistic regression"), ("clustering", "k-means")):
         result = run_probe(probe, Sample(made, competitor=competitor))
         assert result["baselines"][f"raw pixels + {name}"]["value"] == 1
