@@ -69,6 +69,8 @@ if TYPE_CHECKING:
     from fmembed.embeddings import Embeddings
     from fmembed.embeddings import Embeddings as open  # noqa: A004, F401, N813
     from fmembed.encoding import encode
+    from fmembed.exchange.exporting import export
+    from fmembed.exchange.importing import import_vectors
     from fmembed.forecast import Forecast
     from fmembed.pipeline import probe
     from fmembed.promotion import promote, rollback, status
@@ -122,7 +124,9 @@ __all__ = [
     "diff",
     "embed",
     "encode",
+    "export",
     "files",
+    "import_vectors",
     "plan",
     "probe",
     "promote",
@@ -168,6 +172,14 @@ def __getattr__(name: str) -> Any:
         from fmembed import api
 
         return getattr(api, name)
+    if name == "import_vectors":
+        from fmembed.exchange.importing import import_vectors
+
+        return import_vectors
+    if name == "export":
+        from fmembed.exchange.exporting import export
+
+        return export
     if name in ("delete", "undelete"):
         from fmembed import deletion
 

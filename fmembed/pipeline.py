@@ -6,6 +6,7 @@ torch does; so what is imported here is imported late.
 
 from __future__ import annotations
 
+import tempfile
 import time
 import uuid
 from dataclasses import replace
@@ -473,13 +474,14 @@ def probe(
     verbose: bool = False,
     quiet: bool = False,
 ) -> RunResult:
-    """Probe an existing table anew and write its report.
+    """Probe an existing table anew and write its report; or vectors in a file, beside it.
 
     A table may be anybody's: the source and the model that its metadata name are never opened. What
     needs them is left out, and says so, unless they are named here.
 
     Args:
-        uri: The table.
+        uri: The table; or a file of vectors, as `exchange.foreign` takes them, of which
+            `source.label` and `source.split` in `overrides` name columns, or a file of labels.
         names: Which probes; None for those the spec names.
         spec: What made the table, or a YAML file of it: its source and model are the user's own.
         overrides: Dotted field names to values, laid over `spec`, or else over the words of the
@@ -492,6 +494,12 @@ def probe(
         SpecError: Another probe or column than there is, or a spec of another table.
         ModelError: The checkpoint that `spec` names cannot be found.
     """
+    from fmembed.exchange.foreign import is_foreign
+
+    if is_foreign(uri):
+        if spec is not None:
+            raise SpecError(f"--from-config: {uri} is a file of vectors, which no config has made")
+        return _probe_file(str(uri), names, {**(overrides or {})}, verbose, quiet)
     if isinstance(spec, str | Path):
         spec = RunSpec.from_yaml(str(spec))
     from fmembed.evaluate import probing
@@ -526,3 +534,25 @@ def probe(
         teller.say("probing …")
         result = probing.evaluate(table, spec, last, source, model)
         return replace(result, probe_s=round(time.monotonic() - began, 2))
+
+
+def _probe_file(
+    path: str,
+    names: tuple[str, ...] | None,
+    overrides: dict[str, Any],
+    verbose: bool,
+    quiet: bool,
+) -> RunResult:
+    """Probe vectors in a file, as a table that lasts as long; the report is put beside it."""
+    from fmembed.exchange.importing import import_vectors
+    from fmembed.table.table import Table
+
+    label, split = overrides.pop("source.label", None), overrides.pop("source.split", None)
+    with tempfile.TemporaryDirectory(prefix="fmembed-") as folder:
+        uri = f"{folder}/table"
+        import_vectors(path, uri, label=label, split=split, as_float32=True)
+        result = probe(uri, names, overrides=overrides, verbose=verbose, quiet=quiet)
+        where = Path(path)
+        report = where.with_name(f"{where.name}.report.html")
+        report.write_bytes(Table.open(uri).storage.get("_report.html"))
+    return replace(result, table=path, report=str(report))

@@ -10,7 +10,15 @@ import traceback
 from typing import NoReturn
 
 from fmembed import signals, terminal
-from fmembed.cli import configs, doctor, fleet, runs, store, tables  # noqa: F401 - add commands
+from fmembed.cli import (  # noqa: F401 - add commands
+    configs,
+    doctor,
+    exchange,
+    fleet,
+    runs,
+    store,
+    tables,
+)
 from fmembed.cli.app import app
 from fmembed.errors import FmembedError
 from fmembed.redaction import scrub

@@ -1,0 +1,1 @@
+"""Vectors in and out of tables: files that other tools and people make, and take."""
