@@ -548,11 +548,15 @@ def _probe_file(
     from fmembed.table.table import Table
 
     label, split = overrides.pop("source.label", None), overrides.pop("source.split", None)
+    where = Path(path).expanduser().resolve()
+    report = where.with_name(f"{where.name}.report.html")
+    try:  # now, and not after minutes
+        report.open("ab").close()
+    except OSError as e:
+        raise SpecError(f"{report}: cannot be written: {e.strerror}") from None
     with tempfile.TemporaryDirectory(prefix="fmembed-") as folder:
         uri = f"{folder}/table"
         import_vectors(path, uri, label=label, split=split, as_float32=True)
         result = probe(uri, names, overrides=overrides, verbose=verbose, quiet=quiet)
-        where = Path(path)
-        report = where.with_name(f"{where.name}.report.html")
         report.write_bytes(Table.open(uri).storage.get("_report.html"))
     return replace(result, table=path, report=str(report))

@@ -42,7 +42,10 @@ Format = Literal[
 Modality = Literal["text", "image", "audio"]
 Pooling = Literal["cls", "mean", "cls+mean", "last", "max", "pooler", "projection", "tokens"]
 Precision = Literal["float32", "float16", "int8", "binary"]
-ProbeName = Literal["health", "knn", "linear", "clustering", "zeroshot", "crossmodal"]
+ProbeName = Literal[
+    "health", "knn", "linear", "clustering", "zeroshot", "crossmodal", "fewshot", "linear@dinov2",
+    "classification@mteb",
+]  # fmt: skip
 
 # The columns that fmembed itself makes, and so what neither a column of vectors nor a carried one
 # may be called: those of the table, and those that rows have on their way to the model. All the

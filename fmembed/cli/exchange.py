@@ -23,6 +23,9 @@ def import_(
     ids: Annotated[
         str | None, typer.Option(help="Which holds the ids, or a file of them, one a line.")
     ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Which others to take, with commas; else all.")
+    ] = None,
     label: Annotated[
         str | None, typer.Option(help="Which holds labels, or a file of them, one a line.")
     ] = None,
@@ -39,8 +42,9 @@ def import_(
     from fmembed.exchange.importing import import_vectors
 
     result = import_vectors(
-        path, output, column=column, ids=ids, label=label, split=split, as_float32=as_float32
-    )
+        path, output, column=column, ids=ids, columns=_list(columns), label=label, split=split,
+        as_float32=as_float32,
+    )  # fmt: skip
     if json_:
         print(json.dumps(asdict(result)))
         return
@@ -74,10 +78,9 @@ def export(
     """
     from fmembed.exchange.exporting import export as write
 
-    chosen = None if columns is None else [name for name in columns.split(",") if name]
     done = write(
         table, path, to,
-        column=column, columns=chosen, version=version, label=label, split=split,
+        column=column, columns=_list(columns), version=version, label=label, split=split,
     )  # fmt: skip
     if json_:
         print(json.dumps(asdict(done)))
@@ -86,3 +89,9 @@ def export(
         f"wrote {done.rows:,} vectors × {done.dim:,} {done.dtype} of version {done.version} as "
         f"{done.format}: {', '.join(done.files)}"
     )
+
+
+def _list(names: str | None) -> list[str] | None:
+    if names is None:
+        return None
+    return [name for raw in names.split(",") if (name := raw.strip())]

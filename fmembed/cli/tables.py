@@ -26,7 +26,8 @@ def rejected(
     """Count the rejected rows by cause, and show some of each."""
     from fmembed.table.table import Table
 
-    causes = Table.open(table).rejected_by_cause(samples)
+    opened = Table.open(table)
+    card, causes = opened.card(), opened.rejected_by_cause(samples)
     if json_:
         print(json.dumps({"table": table, "rows_rejected": _total(causes), "causes": causes}))
         return
@@ -35,7 +36,7 @@ def rejected(
         say_line(f"{cause['rows']:,} {cause['error']} (stage {cause['stage']})")
         for row in cause["samples"]:
             say_line(f"  {row['row_id']}: {row['message']}")
-    if causes:
+    if causes and card is not None and not card.is_imported:
         print("fmembed embed --retry-rejected, with the same config, tries them again")
 
 

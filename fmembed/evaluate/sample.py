@@ -144,7 +144,7 @@ def read_sample(
     elif has_texts:
         texts = rows[text].to_pylist()
         texts = cut_inputs(texts, rows) if by_piece else texts
-    elif "imported" in card.identity:
+    elif card.is_imported:
         missing = "nobody knows of what these vectors are: no column of texts"
     elif source is None:
         missing = NO_SOURCE

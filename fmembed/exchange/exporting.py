@@ -20,8 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.lib import format as npy
 
-from fmembed.errors import SpecError, TableError
-from fmembed.exchange.foreign import FORMATS, extra, ids_beside
+from fmembed.errors import FmembedError, SpecError, TableError, reason
+from fmembed.exchange.foreign import FORMATS, extra, ids_beside, suffix_of
 from fmembed.rows.columns import ROW_ID
 from fmembed.rows.precision import PRECISIONS, dequantize, ranges_from_lists
 from fmembed.rows.vectors import vector_type
@@ -31,6 +31,7 @@ from fmembed.table.table import Table
 
 # Rows that are written at once, by the bytes of their vectors.
 _BATCH_BYTES = 32 * 2**20
+_TEXTS_AT_ONCE, _MAX_TEXT_BYTES = 1000, 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,13 @@ class _Rows:
                     vectors = dequantize(vectors, self.column, output.precision, ranges)
                 yield some.drop_columns([self.column]), vectors
 
-    def texts(self, column: str) -> Iterator[list[str]]:
+    def texts(self, column: str) -> Iterator[list[str | None]]:
         """One column alone, as texts."""
         for part in self.table.rows.parts(self.version):
             values = self.table.read_part(part, [column])[column].to_pylist()
-            yield ["" if value is None else str(value) for value in values]
+            if any(isinstance(value, bytes) for value in values):
+                raise SpecError(f"columns: {column} holds bytes, which this format has no room for")
+            yield [None if value is None else str(value) for value in values]
 
 
 def export(
@@ -116,30 +119,57 @@ def export(
         split: See `label`.
 
     Raises:
-        SpecError: No such format, or column.
+        SpecError: No such format, or column, or place.
         TableError: No table there, or one without a row.
+        FmembedError: It cannot be written there, or not in that format.
     """
     table = Table.open(uri)
     rows = _rows(table, column, columns, version)
-    kind = to or _format_of(path)
+    kind = to or suffix_of(path) or "hf"
     if kind not in FORMATS:
         raise SpecError(f"--to: takes one of {', '.join(FORMATS)}, got {kind!r}")
-    where = Path(path).expanduser()
+    where = _checked(path)
     if where.is_dir() and kind not in ("hf", "lance"):
         raise SpecError(f"{path} is a folder; give a file to write")
+    if label is not None and label == split:
+        raise SpecError(f"label and split: both name {label}")
     if (label is None) != (split is None) or (split is not None and kind != "npz"):
         raise SpecError("label and split: an NPZ takes both, for a layout of splits, or neither")
-    if not where.absolute().parent.is_dir():
-        raise SpecError(f"{path}: there is no folder {where.absolute().parent}")
     if label is not None and split is not None:
         _check_columns(rows, table, (label, split))
-        files = _write_splits(rows, where, label, split)
-    else:
-        files = _WRITE[kind](rows, where)
+    try:
+        if label is not None and split is not None:
+            files = _write_splits(rows, where, label, split)
+        else:
+            files = _WRITE[kind](rows, where)
+    except (OSError, ValueError, KeyError, NotImplementedError, pa.ArrowException) as e:
+        raise FmembedError(f"{path}: cannot be written as {kind}: {reason(e)}") from None
     return Exported(
         table.uri, rows.version, kind, tuple(map(str, files)), len(rows), rows.dim,
         rows.dtype.name, rows.columns,
     )  # fmt: skip
+
+
+def _checked(path: str) -> Path:
+    """Where a path leads to, if something may be written there.
+
+    Raises:
+        SpecError: Its folder is not there, it is neither a file nor a folder, or lies in a table.
+    """
+    where = Path(path).expanduser().absolute()
+    try:
+        where = where.resolve() if where.is_symlink() else where
+    except (OSError, ValueError) as e:
+        raise SpecError(f"{path!a:.80}: {reason(e)}") from None
+    if not where.parent.is_dir():
+        raise SpecError(f"{path}: there is no folder {where.parent}")
+    if where.exists() and not (where.is_file() or where.is_dir()):
+        raise SpecError(f"{path}: is no file; give one to write, or a folder")
+    if inside := [
+        p for p in where.parents if p.name == "_delta_log" or (p / "_delta_log").is_dir()
+    ]:
+        raise SpecError(f"{path}: lies in a table, {inside[-1]}; give another place")
+    return where
 
 
 def _rows(
@@ -147,10 +177,11 @@ def _rows(
 ) -> _Rows:
     card, newest = table.card(), table.version()
     assert card is not None
-    if newest is None or not table.rows.parts(newest if version is None else version):
-        raise TableError(f"table: {table.uri} has no row to write")
     at = newest if version is None else version
-    table.check_version(at)
+    if at is not None:
+        table.check_version(at)
+    if at is None or not table.rows.parts(at):
+        raise TableError(f"table: {table.uri} has no row to write")
     schema = table.schema()
     held = column or next(iter(card.pooled), None)
     if held is None or held not in card.pooled:
@@ -172,13 +203,10 @@ def _rows(
 def _check_columns(rows: _Rows, table: Table, names: Sequence[str]) -> None:
     schema = table.schema()
     have = [f.name for f in schema if vector_type(f.type) is None and f.name != ROW_ID]
+    if twice := [name for name in names if list(names).count(name) > 1]:
+        raise SpecError(f"columns: names {twice[0]!r} twice")
     if missing := [name for name in names if name not in have]:
         raise SpecError(f"columns: no {missing[0]!r} in {rows.table.uri}; it has {', '.join(have)}")
-
-
-def _format_of(path: str) -> str:
-    suffix = Path(path).suffix.lower().removeprefix(".")
-    return "faiss" if suffix == "index" else suffix or "hf"
 
 
 class _Draft:
@@ -209,6 +237,8 @@ def _umask() -> int:
 
 def _write_npz(rows: _Rows, where: Path) -> list[Path]:
     """`embeddings`, `listfiles` with the ids, and an array for each column."""
+    if taken := [name for name in rows.columns if name in ("embeddings", "listfiles")]:
+        raise SpecError(f"columns: an NPZ has an array {taken[0]!r} of its own; leave it out")
     with _Draft(where) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as archive:
         with _member(archive, "embeddings") as out:
             _put_vectors(out, len(rows), rows.dim, rows.dtype, (v for _, v in rows.read()))
@@ -221,13 +251,15 @@ def _write_npz(rows: _Rows, where: Path) -> list[Path]:
 
 
 def _write_splits(rows: _Rows, where: Path, label: str, split: str) -> list[Path]:
-    """`X_` and `y_` for each split, labels as places among `class_names`, and `listfiles_`."""
+    """`X_` and `y_` for each split, labels as places among `class_names` (-1 for none), and
+    `listfiles_` with the ids.
+    """
     splits: dict[str, int] = {}
     classes: set[str] = set()
     for names, labels in zip(rows.texts(split), rows.texts(label), strict=True):
         for name in names:
-            splits[name] = splits.get(name, 0) + 1
-        classes.update(labels)
+            splits[name or ""] = splits.get(name or "", 0) + 1
+        classes.update(label for label in labels if label is not None)
     place = {name: i for i, name in enumerate(sorted(classes))}
     if bad := [name for name in splits if not name.isidentifier()]:
         raise SpecError(f"split: {split} holds {bad[0]!r}, which can be no part of an array's name")
@@ -246,8 +278,8 @@ def _write_splits(rows: _Rows, where: Path, label: str, split: str) -> list[Path
             with _member(archive, f"y_{name}") as out:
                 npy.write_array_header_1_0(out, _header((num,), np.dtype(np.int64)))
                 for some, _ in of(name):
-                    codes = ["" if v is None else str(v) for v in some[label].to_pylist()]
-                    out.write(np.array([place[c] for c in codes], dtype=np.int64).tobytes())
+                    codes = [-1 if v is None else place[str(v)] for v in some[label].to_pylist()]
+                    out.write(np.array(codes, dtype=np.int64).tobytes())
             with _member(archive, f"listfiles_{name}") as out:
                 ids = functools.partial(_ids_of, of, name)
                 _put_texts(out, num, ids)
@@ -279,12 +311,27 @@ def _put_vectors(
 
 
 def _put_texts(out: IO[bytes], num: int, texts: Callable[[], Any]) -> None:
-    """Texts as numpy has them, all as long as the longest; they are looked through twice."""
-    longest = max((len(text) for some in texts() for text in some), default=1)
-    dtype = np.dtype(f"<U{max(longest, 1)}")
+    """Texts as numpy has them, all as long as the longest, and empty for none; they are looked
+    through twice.
+    """
+    longest = 1
+    for some in texts():
+        longest = max(longest, *(len(text or "") for text in some), 1)
+        if odd := [text for text in some if text and text.endswith("\0")]:
+            raise SpecError(
+                f"{odd[0]!a:.40} ends in a NUL, which NumPy drops; --to parquet keeps it"
+            )
+    if num * longest * 4 > _MAX_TEXT_BYTES:
+        raise SpecError(
+            f"columns: NumPy makes all texts as long as the longest, of {longest:,} characters: "
+            "leave that column out (--columns), or write it --to parquet"
+        )
+    dtype = np.dtype(f"<U{longest}")
     npy.write_array_header_1_0(out, _header((num,), dtype))
     for some in texts():
-        out.write(np.array(some, dtype).tobytes())
+        for start in range(0, len(some), _TEXTS_AT_ONCE):
+            few = [text or "" for text in some[start : start + _TEXTS_AT_ONCE]]
+            out.write(np.array(few, dtype).tobytes())
 
 
 def _put_column(out: IO[bytes], rows: _Rows, column: str) -> None:
@@ -307,16 +354,23 @@ def _has_null(rows: _Rows, column: str) -> bool:
 
 def _write_npy(rows: _Rows, where: Path) -> list[Path]:
     """The vectors; their ids beside them."""
-    with _Draft(where) as draft, draft.open("wb") as out:
-        _put_vectors(out, len(rows), rows.dim, rows.dtype, (v for _, v in rows.read()))
-    return [where, _write_ids(rows, where)]
+
+    def write(draft: Path) -> None:
+        with draft.open("wb") as out:
+            _put_vectors(out, len(rows), rows.dim, rows.dtype, (v for _, v in rows.read()))
+
+    return _write_both(rows, where, write)
 
 
-def _write_ids(rows: _Rows, where: Path) -> Path:
+def _write_both(rows: _Rows, where: Path, write: Callable[[Path], None]) -> list[Path]:
+    """Vectors and the file of their ids: at no time one of them with another one's."""
     beside = ids_beside(str(where))
-    with _Draft(beside) as draft, draft.open("wb") as out:
-        _put_texts(out, len(rows), lambda: rows.texts(ROW_ID))
-    return beside
+    with _Draft(where) as draft, _Draft(beside) as ids:
+        write(draft)
+        with ids.open("wb") as out:
+            _put_texts(out, len(rows), lambda: rows.texts(ROW_ID))
+        where.unlink(missing_ok=True)
+    return [where, beside]
 
 
 def _tables(rows: _Rows) -> Iterator[pa.Table]:
@@ -392,9 +446,7 @@ def _write_faiss(rows: _Rows, where: Path) -> list[Path]:
     index = faiss.IndexFlatIP(rows.dim)
     for _, vectors in rows.read():
         index.add(np.ascontiguousarray(vectors, np.float32))
-    with _Draft(where) as draft:
-        faiss.write_index(index, str(draft))
-    return [where, _write_ids(rows, where)]
+    return _write_both(rows, where, lambda draft: faiss.write_index(index, str(draft)))
 
 
 _WRITE: dict[str, Callable[[_Rows, Path], list[Path]]] = {

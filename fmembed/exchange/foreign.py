@@ -10,6 +10,7 @@ splits there are, with `class_names` where labels are numbers.
 from __future__ import annotations
 
 import contextlib
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -25,6 +26,7 @@ from numpy.lib import format as npy
 
 from fmembed.errors import SourceError, SpecError, reason
 from fmembed.rows.columns import CONTENT_HASH, NUM_UNITS, RESERVED, ROW_ID, TRUNCATED
+from fmembed.sources.types import UnstorableError, stored_type
 
 FORMATS = ("npz", "npy", "parquet", "hf", "lance", "faiss")
 LABEL, SPLIT = "label", "split"
@@ -33,15 +35,23 @@ _IDS = (ROW_ID, "id", "listfiles")
 _VECTORS = ("embedding", "embeddings", "vector", "vectors")
 # Of a table's own columns those that are made anew.
 _OURS = (ROW_ID, CONTENT_HASH, NUM_UNITS, TRUNCATED)
+_BROKEN = (
+    ValueError, OSError, pa.ArrowException, zipfile.BadZipFile, EOFError, RuntimeError,
+    OverflowError, KeyError, IndexError,
+)  # fmt: skip
+# What pandas adds of its own.
+_INDEX = re.compile(r"__index_level_\d+__")
 # What is read at once.
 _BATCH_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows: ids, None where they have none; vectors (rows, dim) as they are; and columns."""
+    """Some rows: ids, None where they have none, or a row has none; vectors (rows, dim) as they
+    are; and columns.
+    """
 
-    ids: list[str] | None
+    ids: list[str | None] | None
     vectors: npt.NDArray[Any]
     columns: dict[str, pa.Array]
 
@@ -50,7 +60,8 @@ class Batch:
 class Foreign:
     """A file of vectors.
 
-    `dtype` is that of its numbers; `columns` what stands beside them; `read` begins anew each time.
+    `dtype` is that of its numbers; `columns` what stands beside them, by the types that a table
+    keeps them in; `left_out` is what else there is; `read` begins anew each time.
     """
 
     path: str
@@ -60,6 +71,7 @@ class Foreign:
     dtype: np.dtype[Any]
     columns: Mapping[str, pa.DataType]
     read: Callable[[], Iterator[Batch]]
+    left_out: tuple[str, ...] = ()
 
 
 def open_foreign(path: str, column: str | None = None, ids: str | None = None) -> Foreign:
@@ -74,13 +86,27 @@ def open_foreign(path: str, column: str | None = None, ids: str | None = None) -
         SourceError: It is none of these, or holds no vectors, or Python objects.
         SpecError: `column` or `ids` is not in it.
     """
+    path = str(Path(path).expanduser())
     found = format_of(path)
+    with _reading(path, found):
+        opened = _OPEN[found](path, column, ids)
+
+    def read() -> Iterator[Batch]:
+        with _reading(path, found):
+            yield from opened.read()
+
+    return replace(opened, read=read)
+
+
+@contextlib.contextmanager
+def _reading(path: str, kind: str) -> Iterator[None]:
+    """What libraries raise of a file that is broken, or none of its kind, in a line."""
     try:
-        return _OPEN[found](path, column, ids)
-    except (FileNotFoundError, IsADirectoryError) as e:
-        raise SourceError(f"{path}: {reason(e)}") from None
-    except (ValueError, OSError, pa.ArrowException, zipfile.BadZipFile, EOFError) as e:
-        raise SourceError(f"{path}: cannot be read as {found}: {reason(e)}") from None
+        yield
+    except FileNotFoundError as e:
+        raise SourceError(f"{e.filename or path}: {reason(e)}") from None
+    except _BROKEN as e:
+        raise SourceError(f"{path}: cannot be read as {kind}: {reason(e)}") from None
 
 
 def is_foreign(path: str | Path) -> bool:
@@ -109,7 +135,7 @@ def with_lines(found: Foreign, ids: str | None, label: str | None) -> Foreign:
             some = {name: texts[start:end] for name, texts in lines.items()}
             columns = {**batch.columns}
             if LABEL in some:
-                columns[LABEL] = pa.array(some[LABEL])
+                columns[LABEL] = pa.array(some[LABEL], pa.string())
             yield Batch(some.get(ROW_ID, batch.ids), batch.vectors, columns)
             start = end
 
@@ -117,12 +143,16 @@ def with_lines(found: Foreign, ids: str | None, label: str | None) -> Foreign:
     return replace(found, columns=types, read=read)
 
 
-def _read_lines(path: str, found: Foreign) -> list[str]:
+def _read_lines(path: str, found: Foreign) -> list[str | None]:
+    """The texts of a file, None for an empty line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        raw = Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         why = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
         raise SourceError(f"{path}: {why}; give a file of texts, one a line") from None
+    lines = [line.removesuffix("\r") or None for line in raw.split("\n")]
+    if lines[-1] is None:
+        lines.pop()
     if len(lines) != found.num_rows:
         raise SourceError(f"{path}: has {len(lines):,} lines; {found.path} {found.num_rows:,} rows")
     return lines
@@ -135,10 +165,10 @@ def format_of(path: str) -> str:
         SourceError: None.
     """
     where = Path(path)
-    if (where / "state.json").is_file() or (where / "dataset_info.json").is_file():
+    marks = ("state.json", "dataset_info.json", "dataset_dict.json")
+    if any((where / mark).is_file() for mark in marks):
         return "hf"
-    suffix = where.suffix.lower().removeprefix(".")
-    suffix = {"pq": "parquet", "index": "faiss", "bin": "faiss"}.get(suffix, suffix)
+    suffix = suffix_of(path)
     if suffix not in FORMATS:
         raise SourceError(
             f"{path}: takes a file of vectors (.npz, .npy, .parquet, .faiss), or a folder that "
@@ -147,13 +177,21 @@ def format_of(path: str) -> str:
     return suffix
 
 
+def suffix_of(path: str) -> str:
+    """What a path's end says of its format."""
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    return {"pq": "parquet", "index": "faiss"}.get(suffix, suffix)
+
+
 class _Array:
     """An array in a file, read from its beginning to its end and never whole."""
 
     def __init__(self, name: str, open_: Callable[[], AbstractContextManager[IO[bytes]]]) -> None:
         self.name, self._open = name, open_
         with open_() as handle:
-            self.shape, self._is_fortran, self.dtype = _read_header(handle)
+            self.shape, self._is_fortran, self._stored = _read_header(handle)
+        # As this machine has it.
+        self.dtype = self._stored.newbyteorder("=")
         if self.dtype.hasobject:
             raise SourceError(
                 f"{name}: holds Python objects, which are a pickle and may run code; save it as an "
@@ -172,7 +210,8 @@ class _Array:
                 content = handle.read(num * each)
                 if len(content) < num * each:
                     raise SourceError(f"{self.name}: ends after {start:,} rows and some bytes")
-                yield np.frombuffer(content, self.dtype).reshape(num, *self.shape[1:])
+                rows = np.frombuffer(content, self._stored).astype(self.dtype, copy=False)
+                yield rows.reshape(num, *self.shape[1:])
 
 
 def _read_header(handle: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -190,16 +229,17 @@ def _open_npz(path: str, column: str | None, ids: str | None) -> Foreign:
         return _Array(f"{path}: {name}", lambda: _open_member(path, f"{name}.npy"))
 
     splits = [n.removeprefix("X_") for n in names if n.startswith("X_")]
-    if column is None and splits and not {"embeddings", *_VECTORS} & set(names):
+    if column is None and splits and not set(_VECTORS) & set(names):
+        if ids is not None:
+            raise SpecError(f"ids: {path} is in splits, whose ids are listfiles_{splits[0]}, ...")
         return _open_splits(path, splits, names, member)
     vectors = member(_choose("column", column, _VECTORS, names, path))
     _check_matrix(vectors)
-    beside = {
-        n: array for n in names if n != vectors.name.rpartition(": ")[2]
-        and (array := member(n)).shape[:1] == vectors.shape[:1] and len(array.shape) == 1
-    }  # fmt: skip
+    others = {n: member(n) for n in names if n != vectors.name.rpartition(": ")[2]}
+    beside = {n: a for n, a in others.items() if a.shape == vectors.shape[:1] and _is_column(a)}
     named = _find("ids", ids, _IDS, list(beside), path)
-    return _of_arrays(path, "npz", vectors, beside, named)
+    found = _of_arrays(path, "npz", vectors, beside, named)
+    return replace(found, left_out=tuple(n for n in others if n not in beside))
 
 
 @contextlib.contextmanager
@@ -225,20 +265,30 @@ def _open_splits(
     dtypes = {array.dtype for array in parts.values()}
     if len(dims) > 1 or len(dtypes) > 1:
         raise SourceError(f"{path}: its X_ arrays are of unlike lengths of vectors, or types")
+    beside = {s: member(f"listfiles_{s}") for s in splits if f"listfiles_{s}" in names}
+    for split, array in beside.items():
+        if array.shape != parts[split].shape[:1]:
+            raise SourceError(f"{path}: listfiles_{split} has not an id for each row of X_{split}")
     classes = None
     if "class_names" in names:
-        classes = [str(name) for name in np.concatenate(list(member("class_names").read(10_000)))]
+        array = member("class_names")
+        if len(array.shape) != 1 or not array.shape[0]:
+            raise SourceError(f"{path}: class_names has the shape {array.shape}; takes a name each")
+        told_names = np.concatenate(list(array.read(10_000)))
+        classes = [_as_text(name, "class_names", path) for name in told_names.tolist()]
 
     def read() -> Iterator[Batch]:
         for split, array in parts.items():
             num = _rows_at_once(array)
             told = labels[split].read(num) if split in labels else iter(())
+            files = beside[split].read(num) if split in beside else iter(())
             start = 0
             for vectors in array.read(num):
-                rows = next(told, None)
+                rows, own = next(told, None), next(files, None)
                 named = None if rows is None else _names(rows, classes, f"{path}: y_{split}")
+                numbered = [f"{split}#{i}" for i in range(start, start + len(vectors))]
                 yield Batch(
-                    [f"{split}#{i}" for i in range(start, start + len(vectors))],
+                    _as_ids(numbered if own is None else own.tolist(), path),
                     vectors,
                     {
                         LABEL: pa.nulls(len(vectors), pa.string()) if named is None else named,
@@ -253,12 +303,39 @@ def _open_splits(
 
 
 def _names(labels: npt.NDArray[Any], classes: list[str] | None, where: str) -> pa.Array:
-    """Labels as texts; numbers are places among the names of classes, where there are some."""
-    if classes is None or labels.dtype.kind not in "iu":
-        return pa.array([str(label) for label in labels.tolist()])
-    if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
-        raise SourceError(f"{where}: names class {labels.max()}; class_names has {len(classes)}")
-    return pa.array([classes[i] for i in labels.tolist()])
+    """Labels as texts; numbers are places among the names of classes, where there are some, and -1
+    is none.
+    """
+    if classes is None:
+        return pa.array([_as_text(label, "labels", where) for label in labels.tolist()])
+    if labels.dtype.kind not in "iufb":
+        return pa.array([_as_text(label, "labels", where) for label in labels.tolist()])
+    places = labels.astype(np.int64)
+    wrong = labels[(places != labels) | (places < -1) | (places >= len(classes))]
+    if len(wrong):
+        raise SourceError(f"{where}: names class {wrong[0]}; class_names has {len(classes)}")
+    return pa.array([None if i < 0 else classes[i] for i in places.tolist()], pa.string())
+
+
+def _as_text(value: Any, what: str, path: str) -> str:
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise SourceError(f"{path}: {what} hold bytes that are no UTF-8") from None
+    return str(value)
+
+
+def _as_ids(values: list[Any], path: str) -> list[str | None]:
+    """Ids as texts: texts, bytes of UTF-8 and whole numbers; None stays."""
+    for value in values:
+        is_id = value is None or isinstance(value, str | bytes | int)
+        if not is_id or isinstance(value, bool):
+            raise SourceError(
+                f"{path}: its ids hold {value!r:.40}, of type {type(value).__name__}; takes texts "
+                "or whole numbers (--ids NAME names another column)"
+            )
+    return [None if value is None else _as_text(value, "ids", path) for value in values]
 
 
 def _open_npy(path: str, column: str | None, ids: str | None) -> Foreign:
@@ -286,8 +363,7 @@ def _open_array(where: Path) -> _Array:
 
 def ids_beside(path: str) -> Path:
     """Where the ids of a file lie that has no room for them."""
-    where = Path(path)
-    return where.with_name(f"{where.stem}.ids.npy")
+    return Path(f"{path}.ids.npy")
 
 
 def _of_arrays(
@@ -298,16 +374,26 @@ def _of_arrays(
         streams = {name: array.read(num) for name, array in beside.items()}
         for rows in vectors.read(num):
             found = {name: next(stream) for name, stream in streams.items()}
-            named = None if ids is None else [str(i) for i in found[ids].tolist()]
-            columns = {n: pa.array(a.tolist()) for n, a in found.items() if n != ids}
+            named = None if ids is None else _as_ids(found[ids].tolist(), path)
+            columns = {n: _to_arrow(found[n], n, path) for n in types}
             yield Batch(named, rows, columns)
 
     types = {n: _type_of(a.dtype) for n, a in beside.items() if n != ids}
     return Foreign(path, kind, vectors.shape[0], vectors.shape[1], vectors.dtype, types, read)
 
 
+def _is_column(array: _Array) -> bool:
+    return array.dtype.kind in "USbiufM"
+
+
 def _type_of(dtype: np.dtype[Any]) -> pa.DataType:
-    return pa.string() if dtype.kind == "U" else pa.from_numpy_dtype(dtype)
+    return pa.string() if dtype.kind in "US" else pa.from_numpy_dtype(dtype)
+
+
+def _to_arrow(values: npt.NDArray[Any], name: str, path: str) -> pa.Array:
+    if values.dtype.kind in "US":
+        return pa.array([_as_text(v, name, path) for v in values.tolist()], pa.string())
+    return pa.array(values)
 
 
 def _rows_at_once(array: _Array) -> int:
@@ -369,7 +455,7 @@ def _open_faiss(path: str, column: str | None, ids: str | None) -> Foreign:
             "near a vector; give a flat one"
         )
     lies = Path(ids) if ids is not None else ids_beside(path)
-    named = _open_array(lies) if lies.is_file() else None
+    named = _open_array(lies) if ids is not None or lies.is_file() else None
     if named is not None and named.shape != (index.ntotal,):
         raise SourceError(f"{lies}: has {named.shape} ids for {index.ntotal:,} vectors")
 
@@ -379,7 +465,7 @@ def _open_faiss(path: str, column: str | None, ids: str | None) -> Foreign:
         for start in range(0, index.ntotal, num):
             vectors = inner.reconstruct_n(start, min(num, index.ntotal - start))
             found = next(stream, None)
-            yield Batch(None if found is None else [str(i) for i in found.tolist()], vectors, {})
+            yield Batch(None if found is None else _as_ids(found.tolist(), path), vectors, {})
 
     return Foreign(path, "faiss", index.ntotal, index.d, np.dtype(np.float32), {}, read)
 
@@ -402,10 +488,18 @@ def _of_arrow(
     column: str | None,
     ids: str | None,
 ) -> Foreign:
+    if twice := [name for name in schema.names if schema.names.count(name) > 1]:
+        raise SourceError(f"{path}: has two columns {twice[0]!r}; give them names of their own")
     lists = [f.name for f in schema if _is_vector(f.type)]
     held = _choose("column", column, _VECTORS, lists, path)
     named = _find("ids", ids, _IDS, [n for n in schema.names if n != held], path)
-    kept = [f for f in schema if f.name not in (held, named, *_OURS) and not _is_vector(f.type)]
+    beside = [f for f in schema if f.name not in (held, named)]
+    kept = [
+        f for f in beside
+        if f.name not in _OURS and not _is_vector(f.type) and not _INDEX.fullmatch(f.name)
+    ]  # fmt: skip
+    types = {f.name: f.type for f in kept}
+    is_ours = named == ROW_ID
     dtype = np.dtype(schema.field(held).type.value_type.to_pandas_dtype())
     dim = next((_matrix(b.column(held), path, held).shape[1] for b in batches() if b.num_rows), 0)
     if not dim:
@@ -416,11 +510,12 @@ def _of_arrow(
             if not batch.num_rows:
                 continue
             vectors = _matrix(batch.column(held), path, held)
-            found = None if named is None else [str(i) for i in batch.column(named).to_pylist()]
-            yield Batch(found, vectors, {f.name: batch.column(f.name) for f in kept})
+            found = None if named is None else _as_ids(batch.column(named).to_pylist(), path)
+            yield Batch(found, vectors, {name: batch.column(name) for name in types})
 
-    types = {f.name: f.type for f in kept}
-    return Foreign(path, kind, num_rows, dim, dtype, types, read)
+    # A part of our own export is made anew, and not left out.
+    left = tuple(f.name for f in beside if f not in kept and not (is_ours and f.name in _OURS))
+    return Foreign(path, kind, num_rows, dim, dtype, types, read, left)
 
 
 def _is_vector(type_: pa.DataType) -> bool:
@@ -462,16 +557,55 @@ def _find(
     return given or next((name for name in usual if name in names), None)
 
 
-def check_names(names: Iterable[str], path: str) -> None:
-    """Refuse columns that a table has no room for.
+def take(found: Foreign, names: Iterable[str] | None) -> Foreign:
+    """The same with some of its columns, or all, in the types that a table keeps them in.
+
+    Args:
+        found: A file.
+        names: Of columns.
 
     Raises:
-        SourceError: One has the name of a table's own column.
+        SpecError: There is no such column.
+        SourceError: A table has no room for one.
     """
-    if taken := [name for name in names if name in RESERVED or name.startswith("_")]:
+    chosen = list(found.columns) if names is None else list(dict.fromkeys(names))
+    if absent := [name for name in chosen if name not in found.columns]:
+        have = ", ".join(found.columns) or "none"
+        raise SpecError(f"columns: no {absent[0]!r} in {found.path}; it has {have}")
+    other = "leave it out: --columns names others"
+    if taken := [n for n in chosen if n.lower() in RESERVED or n.startswith("_")]:
+        raise SourceError(f"{found.path}: a table has a column {taken[0]!r} of its own; {other}")
+    lower = [name.lower() for name in chosen]
+    if alike := [name for name in chosen if lower.count(name.lower()) > 1]:
         raise SourceError(
-            f"{path}: a table has a column {taken[0]!r} of its own; give it another name"
+            f"{found.path}: a table does not tell the columns {alike[0]} and {alike[1]} apart; "
+            f"{other}"
         )
+    types = {}
+    for name in chosen:
+        try:
+            types[name] = stored_type(found.columns[name])
+        except UnstorableError as e:
+            raise SourceError(
+                f"{found.path}: a table has no type for the column {name} ({e}); {other}"
+            ) from None
+
+    def read() -> Iterator[Batch]:
+        for batch in found.read():
+            columns = {n: _as_type(batch.columns[n], n, found.path, t) for n, t in types.items()}
+            yield replace(batch, columns=columns)
+
+    return replace(found, columns=types, read=read)
+
+
+def _as_type(values: pa.Array, name: str, path: str, type_: pa.DataType) -> pa.Array:
+    try:
+        return values if values.type == type_ else values.cast(type_)
+    except pa.ArrowException as e:
+        raise SourceError(
+            f"{path}: the column {name} does not fit into a table: {reason(e)}; leave it out: "
+            "--columns names others"
+        ) from None
 
 
 _OPEN: dict[str, Callable[[str, str | None, str | None], Foreign]] = {

@@ -10,7 +10,7 @@ import hashlib
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,8 +26,8 @@ from fmembed.exchange.foreign import (
     SPLIT,
     Batch,
     Foreign,
-    check_names,
     open_foreign,
+    take,
     with_lines,
 )
 from fmembed.result import RunResult
@@ -45,11 +45,13 @@ from fmembed.rows.columns import (
     TWIN,
     reject,
     row_schema,
+    table_schema,
 )
 from fmembed.rows.ids import keys_of
 from fmembed.rows.outputs import DEFAULT
 from fmembed.spec import RunSpec
-from fmembed.table.card import Card, fingerprint
+from fmembed.storage import tell
+from fmembed.table.card import IMPORTED, Card, fingerprint
 from fmembed.table.files import RUN, WRITE
 from fmembed.table.key_rows import KeyRows
 from fmembed.table.lock import Lock
@@ -70,15 +72,18 @@ def import_vectors(
     *,
     column: str | None = None,
     ids: str | None = None,
+    columns: Sequence[str] | None = None,
     label: str | None = None,
     split: str | None = None,
     as_float32: bool = False,
 ) -> RunResult:
     """Make a table of vectors in a file.
 
-    A row whose vector holds a NaN or an infinity is rejected, and one whose id another row has.
-    Vectors are stored as they are: of float64 only those that float32 holds without rounding,
-    unless `as_float32` says that they may be rounded.
+    A row is rejected whose vector holds a NaN or an infinity, that has no id where others have one,
+    or whose id another row has. What was left out of the file is said. A killed import leaves a
+    table without rows, and the same command begins anew. Vectors are stored as they are: of float64
+    only those that float32 holds without rounding, unless `as_float32` says that they may be
+    rounded.
 
     Args:
         path: A file of vectors, or a folder of a dataset, as `foreign.open_foreign` takes it.
@@ -86,6 +91,7 @@ def import_vectors(
         column: Which column or array holds the vectors; found where there is one.
         ids: Which holds the ids, or a file of them: texts, one a line, or of an array alone another
             array. Without one a row's id is the file's name and its number.
+        columns: Which others to take; all, if none.
         label: Which holds what the probes predict, or a file of it, one a line; `label`, if there
             is one.
         split: Which names the rows of the test split; `split`, if there is one.
@@ -101,9 +107,10 @@ def import_vectors(
     # What is a file is none of the names of what is in the other one.
     id_lines, label_lines = (given if _is_text(given) else None for given in (ids, label))
     found = open_foreign(path, column, None if id_lines else ids)
-    found = with_lines(found, id_lines, label_lines)
+    found = with_lines(take(found, columns), id_lines, label_lines)
     label = None if label_lines else label
-    check_names(found.columns, path)
+    if found.left_out:
+        tell(f"not taken from {path}: {', '.join(found.left_out)}")
     named = {"label": label, "split": split}
     for field, usual in (("label", LABEL), ("split", SPLIT)):
         given = named[field] = named[field] or (usual if usual in found.columns else None)
@@ -111,42 +118,59 @@ def import_vectors(
             have = ", ".join(found.columns) or "none"
             raise SpecError(f"{field}: no column {given!r} in {path}; it has {have}")
     precision = _precision(found, as_float32)
-    card = _card(found, output, named, precision)
+    settings = [column, ids, columns, named, as_float32]
+    card = _card(found, output, named, precision, settings)
     run_id = uuid.uuid4().hex[:12]
+    _check_free(output)
     table = Table.open_output(output, card.identity, _IMPORTED)
     with Lock(table.storage, run_id) as lock:
-        if table.version() is not None and not table.is_bare():
-            raise TableError(f"output: {table.uri} holds rows; give a folder with nothing there")
-        commit, written = _write(table, card, _Taken(found, precision, as_float32), run_id, lock)
+        _check_free(output)
+        taken = _Taken(found, precision, as_float32)
+        card = table.claim(card, _schema(taken), run_id)
+        table.clean_up(card.identity, run_id, retry_rejected=True)  # what a killed one has left
+        try:
+            commit, written = _write(table, card, taken, run_id, lock)
+        except BaseException:
+            table.remove_strays(run_id)
+            raise
         causes = Counter[str]()
         for one in written:
             causes.update(one.causes)
         num_embedded = sum(one.num_rows for one in written)
+        seconds = time.monotonic() - began
         result = RunResult(
             run_id=run_id,
             started=started,
             table=table.uri,
             version=table.version(),
             fingerprint=card.fingerprint,
-            rows_read=num_embedded + sum(causes.values()),
+            rows_read=num_embedded + causes.total(),
             rows_embedded=num_embedded,
-            rows_rejected=sum(causes.values()),
+            rows_rejected=causes.total(),
             parts_written=sum(one.part is not None for one in written),
-            seconds=round(time.monotonic() - began, 2),
-            rows_per_s=round(num_embedded / max(time.monotonic() - began, 1e-9), 2),
+            seconds=round(seconds, 2),
+            rows_per_s=round(num_embedded / max(seconds, 1e-9), 2),
             table_rows=num_embedded,
-            table_rejected=sum(causes.values()),
+            table_rejected=causes.total(),
             causes=dict(causes),
             kind="import",
         )
         table.put_run(commit, result)
-    if not num_embedded and causes:
-        raise RejectedError(f"{path}: all {result.rows_read:,} rows were rejected: {dict(causes)}")
     return result
 
 
+def _check_free(output: str) -> None:
+    """Refuse a table that was imported before: what it holds is not added to."""
+    table = Table(output)
+    card = table.card() if table.version() is not None else None
+    if card is not None and card.is_imported and table.rows.parts():
+        raise TableError(f"output: {table.uri} holds rows; give a folder with nothing there")
+
+
 def _is_text(given: str | None) -> bool:
-    return given is not None and Path(given).suffix != ".npy" and Path(given).is_file()
+    where = Path(given or "")
+    is_named = bool(where.suffix) or len(where.parts) > 1
+    return given is not None and is_named and where.suffix != ".npy" and where.is_file()
 
 
 def _precision(found: Foreign, as_float32: bool) -> str:
@@ -160,11 +184,24 @@ def _precision(found: Foreign, as_float32: bool) -> str:
     return _PRECISIONS[found.dtype.name]
 
 
-def _card(found: Foreign, output: str, named: dict[str, str | None], precision: str) -> Card:
-    where = str(Path(found.path).absolute())
+def _card(
+    found: Foreign,
+    output: str,
+    named: dict[str, str | None],
+    precision: str,
+    settings: Sequence[Any],
+) -> Card:
+    path = Path(found.path).absolute()
+    where, now = str(path), path.stat()
+    source = [where, now.st_size, now.st_mtime_ns, found.num_rows, *settings]
     spec = RunSpec.model_validate(
         {
-            "source": {"uri": where, "carry": tuple(found.columns), **named},
+            "source": {
+                "uri": where,
+                "input": "text" if "text" in found.columns else "vectors",
+                "carry": tuple(found.columns),
+                **named,
+            },
             "model": {"id": _IMPORTED},
             "output": {"uri": output},
         }
@@ -177,8 +214,9 @@ def _card(found: Foreign, output: str, named: dict[str, str | None], precision: 
         "model.revision": _IMPORTED,
         "model.weights": _IMPORTED,
         "preprocess.pieces_are_rows": False,
-        # No other file's vectors are of the same space, as far as anybody knows.
-        "imported": uuid.uuid4().hex,
+        # No other file's vectors are of the same space, as far as anybody knows; and the same
+        # command on the same file is the same table.
+        IMPORTED: hashlib.blake2b(repr(source).encode(), digest_size=16).hexdigest(),
     }
     return Card(
         table=uuid.uuid4().hex,
@@ -197,6 +235,8 @@ def _write(
     configuration = card.to_configuration()
     written: list[Written] = []
     kept: list[KeyRows] = []
+    table.rows.pin()
+    table.rejected.pin()
     for number, block in enumerate(taken.blocks()):
         stamp = {**configuration, RUN: run_id, WRITE: str(number)}
         one, keys = write_part(table.uri, [block], (DEFAULT,), stamp)
@@ -204,10 +244,11 @@ def _write(
         kept.append(keys)
     if not written:
         raise SourceError(f"{taken.found.path}: there is no row in it")
+    if not any(one.part is not None for one in written):
+        causes = sum((Counter(one.causes) for one in written), Counter[str]())
+        told = ", ".join(f"{num:,} {cause}" for cause, num in causes.items())
+        raise RejectedError(f"{taken.found.path}: all rows were rejected: {told}")
     lock.check()
-    table.claim(card, written[0].schema, run_id)
-    table.rows.pin()
-    table.rejected.pin()
     held = [(keys, one.held_by) for keys, one in zip(kept, written, strict=True)]
     table.key_files.write(f"{run_id}-000000", held, {0: None})
     rejected = [one.rejected for one in written if one.rejected is not None]
@@ -216,10 +257,15 @@ def _write(
     if rejected:
         at = table.rejected.commit(rejected, REJECTED_SCHEMA, configuration, once)
         commit = commit.model_copy(update={"rejected": 0, "rejected_version": at})
-    if parts:
-        at = table.rows.commit(parts, written[0].schema, configuration, once)
-        commit = commit.model_copy(update={"rows": 0, "rows_version": at})
-    return commit, written
+    at = table.rows.commit(parts, written[0].schema, configuration, once)
+    return commit.model_copy(update={"rows": 0, "rows_version": at}), written
+
+
+def _schema(taken: _Taken) -> pa.Schema:
+    """The columns of the table."""
+    vector = pa.list_(pa.from_numpy_dtype(np.dtype(taken.precision)), taken.found.dim)
+    carried = pa.schema(list(taken.found.columns.items()))
+    return table_schema(carried, [pa.field(DEFAULT, vector)])
 
 
 @dataclass(frozen=True)
@@ -246,7 +292,8 @@ class _Taken:
             yield pa.concat_tables(waiting)
 
     def _stored(self, vectors: npt.NDArray[Any]) -> npt.NDArray[np.floating[Any]]:
-        stored: npt.NDArray[np.floating[Any]] = vectors.astype(self.precision)
+        with np.errstate(over="ignore"):  # infinity, and so a rejected row
+            stored: npt.NDArray[np.floating[Any]] = vectors.astype(self.precision)
         is_lost = (stored != vectors) & np.isfinite(vectors)
         if is_lost.any() and not self.may_round:
             raise SourceError(
@@ -265,7 +312,9 @@ def _rows(
 ) -> pa.Table:
     """As the embed stage yields them; `seen` are the keys of ids before these."""
     num, dim = vectors.shape
-    ids = batch.ids or [f"{Path(path).name}#{i}" for i in range(start, start + num)]
+    places = [f"{Path(path).name}#{i}" for i in range(start, start + num)]
+    given = batch.ids or places
+    ids = [place if name is None else name for name, place in zip(given, places, strict=True)]
     carried = pa.table(batch.columns) if batch.columns else pa.table({"": pa.nulls(num)}).select([])
     schema = row_schema(carried.schema)
     content = [hashlib.blake2b(row.tobytes(), digest_size=16).hexdigest() for row in vectors]
@@ -289,8 +338,11 @@ def _rows(
     causes = {}
     whole = np.isfinite(vectors).all(axis=1)
     for i, (key, is_whole) in enumerate(zip(keys_of(ids).tolist(), whole.tolist(), strict=True)):
-        if not is_whole:
-            causes[i] = ("not finite", "its vector holds a NaN or an infinity")
+        if given[i] is None:
+            causes[i] = ("no id", "others have one; this row's is null, or an empty line")
+        elif not is_whole:
+            told = "its vector holds a NaN, an infinity, or more than fits into its type"
+            causes[i] = ("not finite", told)
         elif key in seen:
             causes[i] = (DUPLICATE, TWIN)
         else:

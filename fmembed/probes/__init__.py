@@ -10,7 +10,18 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fmembed.probes import cheap, clustering, crossmodal, health, knn, linear, zeroshot
+from fmembed.probes import (
+    cheap,
+    classification,
+    clustering,
+    crossmodal,
+    dinov2,
+    fewshot,
+    health,
+    knn,
+    linear,
+    zeroshot,
+)
 from fmembed.probes.data import (
     MAX_ROWS,
     CaptionedRows,
@@ -64,6 +75,9 @@ PROBES: dict[str, Probe] = {
     "clustering": clustering,
     "zeroshot": zeroshot,
     "crossmodal": crossmodal,
+    "fewshot": fewshot,
+    "linear@dinov2": dinov2,
+    "classification@mteb": classification,
 }
 # Contents of pictures or sounds to (name, features).
 CHEAP = {"image": cheap.pixels, "audio": cheap.spectrum}

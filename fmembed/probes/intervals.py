@@ -48,6 +48,11 @@ def mean_by_class(truth: Ints, predicted: Ints, metric: str) -> dict[str, float]
         predicted: Shape (rows,).
         metric: "F1", over the classes that are true or predicted, or "recall", over the true.
     """
+    return averaged(*moved_by_class(truth, predicted, metric))
+
+
+def moved_by_class(truth: Ints, predicted: Ints, metric: str) -> tuple[float, Floats, float]:
+    """The same before the interval: what `averaged` takes."""
     both, codes = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
     true, said = codes[: len(truth)], codes[len(truth) :]
     num_true, num_said, num_hits = (
@@ -68,7 +73,7 @@ def mean_by_class(truth: Ints, predicted: Ints, metric: str) -> dict[str, float]
     num_classes = int(np.isfinite(size).sum())
     # As many rows as the mean of shares of such sizes is worth.
     num = num_classes**2 / float((1 / size).sum())
-    return averaged(float(scores.sum() / num_classes), moved / num_classes, num)
+    return float(scores.sum() / num_classes), moved / num_classes, num
 
 
 def averaged(value: float, moved: Floats, num: float) -> dict[str, float]:

@@ -28,6 +28,8 @@ def fingerprint(identity: dict[str, Any]) -> str:
 PREFIX = "fmembed."
 TABLE, FINGERPRINT = f"{PREFIX}table", f"{PREFIX}fingerprint"
 _OUTPUTS = f"{PREFIX}outputs"
+# In the identity of vectors that nobody here has made.
+IMPORTED = "imported"
 # Plain texts; the others are JSON.
 _PLAIN = ("table", "fingerprint", "modality")
 
@@ -114,6 +116,11 @@ class Card(BaseModel):
         if output.dims is not None:
             said.append(f"{output.dims} dimensions")
         return ", ".join([*said, str(identity.get("model.dtype", "?"))])
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether its vectors were made elsewhere."""
+        return IMPORTED in self.identity
 
     @property
     def pooled(self) -> list[str]:

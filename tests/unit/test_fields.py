@@ -33,7 +33,10 @@ def test_a_part_is_listed_with_defaults_and_choices() -> None:
     assert found["source.uri"].default == "required"
     assert found["source.max_text_bytes"].default == "64 MiB"
     assert found["probes"].default == "health, knn, linear, clustering"
-    assert found["probes"].choices == ("health, knn, linear, clustering, zeroshot, crossmodal")
+    assert found["probes"].choices == (
+        "health, knn, linear, clustering, zeroshot, crossmodal, fewshot, linear@dinov2, "
+        "classification@mteb"
+    )
     assert found["compute.actors"].choices == ""  # a number too
     assert [f.name for f in describe_fields("source.csv.quote")] == ["source.csv.quote"]
 

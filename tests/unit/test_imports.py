@@ -48,7 +48,7 @@ ALLOWED = {
     "api": _STATIONS | {"embeddings", "pipeline", "promotion"},
     "embeddings": _STATIONS | {"evaluate", "run"},
     "encoding": _STATIONS,
-    "exchange": _ALL | {"rows", "table"},
+    "exchange": _ALL | {"rows", "sources", "table"},
     "evaluate": _STATIONS,
     "run": _STATIONS | {"evaluate", "inputs"},
     "deletion": _STATIONS | {"run"},

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+import os
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,12 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 import fmembed
-from fmembed.errors import RejectedError, SourceError, SpecError, TableError
+from fmembed.errors import FmembedError, RejectedError, SourceError, SpecError, TableError
 from fmembed.exchange.exporting import export
 from fmembed.exchange.foreign import FORMATS, is_foreign, open_foreign
 from fmembed.exchange.importing import import_vectors
+from fmembed.table.log import Log
+from fmembed.table.table import Table
 
 NUM, DIM = 700, 24
 IDS = [f"photos/{i}.png" for i in range(NUM)]
@@ -142,7 +147,7 @@ def test_rows_that_no_table_holds_are_rejected_with_the_cause(tmp_path: Path) ->
     assert found == [name for i, name in enumerate(ids) if i not in (5, 9, 600)]
     assert not fmembed.verify(str(tmp_path / "table")).problems
     np.savez(tmp_path / "b.npz", embeddings=made * np.nan)
-    with pytest.raises(RejectedError, match="all 700 rows were rejected"):
+    with pytest.raises(RejectedError, match="all rows were rejected: 700 not finite"):
         import_vectors(str(tmp_path / "b.npz"), str(tmp_path / "other"))
 
 
@@ -227,9 +232,10 @@ def test_what_no_table_takes_is_refused_in_a_line(
     with pytest.raises(SourceError, match=told):
         import_vectors(name, "table")
     assert not (tmp_path / "executed").exists()
-    if (tmp_path / "table").exists():
-        with pytest.raises(TableError):
-            fmembed.read("table")
+    # Nothing is left that is in the way of the right one.
+    np.save("right.npy", vectors())
+    assert import_vectors("right.npy", "table").rows_embedded == NUM
+    assert not fmembed.verify("table").problems
 
 
 def test_doubles_that_are_none_are_taken(tmp_path: Path) -> None:
@@ -283,7 +289,7 @@ def test_a_file_that_is_there_stays_where_writing_breaks_off(
         raise OSError("full")
 
     monkeypatch.setattr("fmembed.exchange.exporting._put_texts", fail)
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(FmembedError, match="cannot be written as npz: full"):
         export(table, str(where))
     assert where.read_bytes() == b"before"
     assert [p.name for p in tmp_path.glob(".*")] == []
@@ -299,3 +305,191 @@ def test_contents_are_told_by_the_vector(table: Path) -> None:
     row = read(table)[2].slice(3, 1)
     expected = hashlib.blake2b(vectors()[3].tobytes(), digest_size=16).hexdigest()
     assert row["content_hash"].to_pylist() == [expected]
+
+
+class _Killed(BaseException):
+    """What nothing catches."""
+
+
+@pytest.mark.parametrize("where", ["a part", "a commit", "the second commit"])
+def test_a_killed_import_leaves_no_row_and_the_same_command_begins_anew(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fmembed.exchange.importing._PART_BYTES", 1)
+    monkeypatch.setattr("fmembed.exchange.foreign._BATCH_BYTES", 200 * 4 * DIM)
+    made = vectors()
+    made[3] = np.nan  # so that there are two commits
+    np.save(tmp_path / "a.npy", made)
+    given = str(tmp_path / "a.npy"), str(tmp_path / "table")
+    calls = Counter[str]()
+
+    def die_at(name: str, nth: int) -> None:
+        module, _, attribute = name.rpartition(".")
+        owner: Any = importlib.import_module(module) if module[-3:] != "Log" else Log
+        real = getattr(owner, attribute)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            if calls[name] == nth:
+                raise _Killed
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, attribute, call)
+
+    # As SIGKILL would: nothing is cleaned up.
+    monkeypatch.setattr(Table, "remove_strays", lambda *_, **__: 0)
+    if where == "a part":
+        die_at("fmembed.exchange.importing.write_part", 3)
+    else:
+        die_at("fmembed.table.log.Log.commit", 1 if where == "a commit" else 2)
+    with pytest.raises(_Killed):
+        import_vectors(*given)
+    assert fmembed.read(given[1]).num_rows == 0
+    monkeypatch.undo()
+    result = import_vectors(*given)
+    assert (result.rows_embedded, result.rows_rejected) == (NUM - 1, 1)
+    assert not fmembed.verify(given[1]).problems
+    assert fmembed.read(given[1]).num_rows == NUM - 1
+    with pytest.raises(TableError, match="holds rows; give a folder with nothing there"):
+        import_vectors(*given)
+
+
+def test_an_import_that_fails_leaves_no_part(tmp_path: Path) -> None:
+    """The one number that float32 does not hold is the last."""
+    made = vectors().astype(np.float64)
+    made[-1, -1] = 1 / 3
+    np.save(tmp_path / "a.npy", made)
+    given = str(tmp_path / "a.npy"), str(tmp_path / "table")
+    with pytest.raises(SourceError, match="--as-float32 rounds them"):
+        import_vectors(*given)
+    assert not list((tmp_path / "table").glob("part-*"))
+    assert import_vectors(*given, as_float32=True).rows_embedded == NUM
+
+
+def test_columns_keep_their_types_or_are_refused(tmp_path: Path) -> None:
+    day = np.datetime64("2020-01-01T00:00:00", "s")
+    np.savez(
+        tmp_path / "a.npz", embeddings=vectors(), ids=np.array(IDS).astype("S"),
+        when=day + np.arange(NUM), big=np.arange(NUM, dtype=">i2"), size=np.arange(NUM, dtype="u1"),
+        word=np.array([b"w\xc3\xa9"] * NUM), flag=np.arange(NUM) % 2 == 0, odd=np.zeros((NUM, 2)),
+        half=np.arange(NUM, dtype="f4"),
+    )  # fmt: skip
+    import_vectors(str(tmp_path / "a.npz"), str(tmp_path / "table"), ids="ids")
+    ids, _, rows = read(tmp_path / "table")
+    assert ids == IDS
+    types = {f.name: str(f.type) for f in rows.schema}
+    assert (types["when"], types["big"], types["size"], types["flag"], types["half"]) == (
+        "timestamp[us]", "int16", "int16", "bool", "float",
+    )  # fmt: skip
+    assert rows["word"].to_pylist()[:2] == ["wé", "wé"]
+    assert rows["size"].to_pylist() == [i % 256 for i in range(NUM)]
+    assert "odd" not in types
+    for value, told in [
+        (pa.array([2**63] * 2, pa.uint64()), "the column n does not fit"),
+        (pa.array([1, 2], pa.duration("s")), "a table has no type for the column n"),
+        (pa.array([1, 2]).cast(pa.timestamp("ns")), "the column n does not fit"),
+    ]:
+        pq.write_table(pa.table({"vector": [[1.0], [2.0]], "n": value}), tmp_path / "b.parquet")
+        given = str(tmp_path / "b.parquet"), str(tmp_path / "other")
+        with pytest.raises(SourceError, match=told):
+            import_vectors(*given)
+    assert import_vectors(*given, columns=[]).rows_embedded == 2
+
+
+@pytest.mark.parametrize(
+    ("ids", "told"),
+    [
+        ([1.5, 2.5], "its ids hold 1.5, of type float"),
+        ([["a"], ["b"]], "of type list"),
+        ([b"\xff", b"a"], "ids hold bytes that are no UTF-8"),
+        ([True, False], "of type bool"),
+    ],
+)
+def test_what_is_no_id_is_refused(ids: list[Any], told: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"vector": [[1.0], [2.0]], "id": ids}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=told):
+        import_vectors(str(tmp_path / "a.parquet"), str(tmp_path / "table"))
+
+
+def test_a_row_without_an_id_is_rejected(tmp_path: Path) -> None:
+    made = pa.table({"vector": [[1.0], [2.0], [3.0]], "id": ["None", None, "b"]})
+    pq.write_table(made, tmp_path / "a.parquet")
+    result = import_vectors(str(tmp_path / "a.parquet"), str(tmp_path / "table"))
+    assert result.causes == {"no id": 1}
+    assert read(tmp_path / "table")[0] == ["None", "b"]
+
+
+def test_lines_are_split_where_a_file_is_and_nowhere_else(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", vectors()[:4])
+    (tmp_path / "ids.txt").write_bytes("a\x0cb\r\nc\u2028d\r\ne\r\nf\r\n".encode())
+    (tmp_path / "labels.txt").write_text("x\n\ny\nx\n")
+    import_vectors(
+        str(tmp_path / "v.npy"), str(tmp_path / "table"), ids=str(tmp_path / "ids.txt"),
+        label=str(tmp_path / "labels.txt"),
+    )  # fmt: skip
+    ids, _, rows = read(tmp_path / "table")
+    assert ids == ["a\x0cb", "c\u2028d", "e", "f"]
+    assert rows["label"].to_pylist() == ["x", None, "y", "x"]
+
+
+def test_what_an_npz_has_no_room_for_is_refused(table: Path, tmp_path: Path) -> None:
+    for name, told in [("listfiles", "an array 'listfiles' of its own"), ("embeddings", "of its")]:
+        made = pa.table({"vector": [[1.0], [2.0]], "id": ["a", "b"], name: ["x", "y"]})
+        pq.write_table(made, tmp_path / f"{name}.parquet")
+        other = tmp_path / name
+        import_vectors(str(tmp_path / f"{name}.parquet"), str(other), column="vector")
+        with pytest.raises(SpecError, match=told):
+            export(other, str(tmp_path / "out.npz"))
+    with pytest.raises(SpecError, match="columns: names 'topic' twice"):
+        export(table, str(tmp_path / "out.npz"), columns=["topic", "topic"])
+    pq.write_table(pa.table({"vector": [[1.0], [2.0]], "id": ["a\0", "a"]}), tmp_path / "n.parquet")
+    import_vectors(str(tmp_path / "n.parquet"), str(tmp_path / "nul"))
+    for to in ("npz", "npy"):
+        with pytest.raises(SpecError, match="ends in a NUL"):
+            export(tmp_path / "nul", str(tmp_path / f"out.{to}"))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_labels_that_are_missing_stay_so(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "a.npz", X_train=vectors()[:4], X_test=vectors()[4:6],
+        y_train=np.array([0.0, 1.0, -1.0, 1.0]), class_names=np.array(["a", "b"]),
+        listfiles_train=np.array(["p", "q", "r", "s"]),
+    )  # fmt: skip
+    import_vectors(str(tmp_path / "a.npz"), str(tmp_path / "table"))
+    ids, _, rows = read(tmp_path / "table")
+    assert ids == ["p", "q", "r", "s", "test#0", "test#1"]
+    assert rows["label"].to_pylist() == ["a", "b", None, "b", None, None]
+    export(tmp_path / "table", str(tmp_path / "b.npz"), label="label", split="split")
+    with np.load(tmp_path / "b.npz") as found:
+        assert found["class_names"].tolist() == ["a", "b"]
+        assert found["y_train"].tolist() == [0, 1, -1, 1]
+        assert found["y_test"].tolist() == [-1, -1]
+        assert found["listfiles_train"].tolist() == ids[:4]
+
+
+def test_nothing_but_a_file_is_replaced_and_nothing_in_a_table(table: Path, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo.npz"
+    os.mkfifo(fifo)
+    with pytest.raises(SpecError, match="is no file"):
+        export(table, str(fifo))
+    with pytest.raises(SpecError, match="lies in a table"):
+        export(table, str(table / "_delta_log" / "out.npz"))
+    link, target = tmp_path / "link.npz", tmp_path / "target.npz"
+    target.write_bytes(b"before")
+    link.symlink_to(target)
+    export(table, str(link))
+    assert link.is_symlink()
+    assert target.read_bytes()[:2] == b"PK"
+    with pytest.raises(SpecError, match="too long"):
+        export(table, str(tmp_path / ("n" * 300 + ".npz")))
+    for version in (-1, 99):
+        with pytest.raises(TableError, match="has the versions 0 to 1"):
+            export(table, str(tmp_path / "v.npz"), version=version)
+
+
+def test_a_report_that_cannot_be_written_is_said_before_anything_is_done(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", vectors())
+    (tmp_path / "v.npy.report.html").mkdir()
+    with pytest.raises(SpecError, match="cannot be written"):
+        fmembed.probe(str(tmp_path / "v.npy"))
