@@ -140,14 +140,18 @@ class RunResult:
 _RUN_RESULT = TypeAdapter(RunResult)
 
 
+_MOST_ROWS = 10**15
+
+
 class _Record(BaseModel):
     model_config = _CHECKED
 
 
 class _Interval(_Record):
-    value: float
-    low: float
-    high: float
+    # Of accuracies, agreements, and differences of them.
+    value: Annotated[float, Field(ge=-1, le=1)]
+    low: Annotated[float, Field(ge=-1, le=1)]
+    high: Annotated[float, Field(ge=-1, le=1)]
     # Of a baseline made by shuffling; records of earlier versions are without.
     shuffles: int | None = None
     p: float | None = None
@@ -216,8 +220,8 @@ class _Probe(_Record):
     probe: str
     version: int
     column: str
-    num_train: int
-    num_test: int
+    num_train: Annotated[int, Field(ge=0, le=_MOST_ROWS)]
+    num_test: Annotated[int, Field(ge=0, le=_MOST_ROWS)]
     seconds: float
     num_classes: int | None = None
     C: float | None = None
@@ -231,8 +235,8 @@ class _Probe(_Record):
     confusion: _Confusion | None = None
     suspicious: list[_Suspicious] | None = None
     leaks: _Leaks | None = None
-    wrong_labels: Annotated[int, Field(ge=0)] | None = None
-    num_rows: Annotated[int, Field(ge=0)] | None = None
+    wrong_labels: Annotated[int, Field(ge=0, le=_MOST_ROWS)] | None = None
+    num_rows: Annotated[int, Field(ge=0, le=_MOST_ROWS)] | None = None
     figures: list[_Figure] | None = None
     findings: list[_Finding] | None = None
 
@@ -241,6 +245,15 @@ class _Probe(_Record):
         given = [part for part in (self.skipped, self.headline, self.findings) if part is not None]
         if len(given) != 1:
             raise ValueError("takes a headline, or findings, or why it was skipped")
+        if (self.findings is not None) != (self.probe == "health" and self.skipped is None):
+            raise ValueError("takes findings of health, and of nothing else")
+        if self.findings is not None and (self.figures is None or self.num_rows is None):
+            raise ValueError("takes figures and the number of rows with findings")
+        if self.headline is not None and not self.baselines:
+            raise ValueError("takes baselines with a headline")
+        is_judge = self.probe in ("knn", "linear") and self.headline is not None
+        if is_judge and self.baselines.get("majority") is None:
+            raise ValueError("takes what the most frequent label reaches")
         return self
 
 

@@ -59,7 +59,7 @@ def _headline(r: dict[str, Any]) -> dict[str, Any]:
         **r["headline"],
         "num_test": r["num_test"],
         "baselines": {n: b["value"] for n, b in there.items()},
-        **{"against": {n: b["difference"] for n, b in there.items() if "difference" in b}},
+        **{"against": {n: b["difference"] for n, b in there.items() if b.get("difference")}},
         **{name: r[name] for name in ("leaks", "wrong_labels") if r.get(name)},
         **_by_chance(r["baselines"]),
         **({"missing": r["missing"]} if "missing" in r else {}),
@@ -76,6 +76,8 @@ def _by_chance(baselines: dict[str, Any]) -> dict[str, Any]:
 
 # Labels that were shuffled score as high as these in more than so many cases of one.
 _BY_CHANCE = 0.05
+# Where a line between classes tells fewer labels, it is no witness against one of them.
+_TELLS = 0.8
 # By which of the probes vectors are judged: the competitor is a logistic regression, too.
 _JUDGES = ("linear", "knn")
 
@@ -95,15 +97,20 @@ def judge(headlines: Mapping[str, Any]) -> list[str]:
         name = next((judge for judge in _JUDGES if judge in by), None)
         if name is not None:
             said.append(named + _judge(name, by[name]))
-            if leaks := by[name].get("leaks"):
+            leaks = by[name].get("leaks")
+            if leaks and leaks["without"] is not None:
                 said.append(named + _tell_leaks(name, leaks))
         if findings := by.get("health", {}).get("findings"):
             kinds = ", ".join(finding["kind"] for finding in findings)
             said.append(f"{named}to be looked at: {kinds}")
-        if num_wrong := by.get("linear", {}).get("wrong_labels"):
+        linear = by.get("linear", {})
+        # Of vectors that tell little, what models say of labels is their own mistake.
+        tells = linear.get("value", 0) >= _TELLS and not _is_chance(linear)
+        if tells and (num_wrong := linear.get("wrong_labels")):
             are = "label is" if num_wrong == 1 else "labels are"
-            likeliest = "the report lists the likeliest"
-            said.append(f"{named}about {num_wrong:,} {are} probably wrong; {likeliest}")
+            by_whom = "contradicted by models that have not seen the row"
+            likeliest = "the report lists the likeliest to be wrong"
+            said.append(f"{named}{num_wrong:,} {are} {by_whom}; {likeliest}")
     return said
 
 
@@ -111,10 +118,14 @@ def _judge(name: str, found: dict[str, Any]) -> str:
     """Whether a probe's score is better than chance, and than the cheap competitor's."""
     value, num = found["value"], found["num_test"]
     told = f"{name} tells the label of {value:.1%} of {num:,} rows"
-    if found.get("by_chance", {}).get("p", 0.0) > _BY_CHANCE:
-        return f"no better than chance: {told}, {found['baselines']['majority']:.1%} by saying one"
+    majority, leaks = found["baselines"].get("majority", 0.0), found.get("leaks")
+    if leaks and leaks["without"] is None:
+        return f"all {num:,} test rows are copies of train rows, or nearly: no score tells anything"
+    if _is_chance(found):
+        return f"no better than chance: {told}, {majority:.1%} by saying one"
+    if value <= majority:
+        return f"no better than saying one label of all rows: {told}, that of {majority:.1%}"
     if not found["against"]:
-        majority = found["baselines"]["majority"]
         return f"better than chance: {told}, {majority:.1%} by saying one; no competitor was there"
     rival, gap = next(iter(found["against"].items()))
     by = f"{told}, {rival} of {found['baselines'][rival]:.1%}"
@@ -128,11 +139,14 @@ def _judge(name: str, found: dict[str, Any]) -> str:
     return f"no better than what costs no model, as far as {num:,} rows tell: {by}"
 
 
+def _is_chance(found: dict[str, Any]) -> bool:
+    return bool(found.get("by_chance", {}).get("p", 0.0) > _BY_CHANCE)
+
+
 def _tell_leaks(name: str, leaks: dict[str, Any]) -> str:
     """What becomes of a score without the rows that were trained on."""
     are = "test row is a copy" if leaks["num"] == 1 else "test rows are copies"
-    without = leaks["without"]
-    rest = f"{without['value']:.1%} of the others" if without else "there are no others"
+    rest = f"{leaks['without']['value']:.1%} of the others"
     return f"{leaks['num']:,} {are} of train rows, or nearly: {name} tells the label of {rest}"
 
 

@@ -32,6 +32,8 @@ _MAX_QUERIES, _MIN_QUERIES, _MAX_PAIRS = 50_000, 2_000, 10_000_000_000
 _MAX_ROWS = 1_000_000
 # Of a task.
 _QUERIES_EACH = 12_500
+# Of vectors of length 1; rows of a kept graph that are looked for again, and what may differ then.
+_FARTHEST, _CHECKED, _ROUNDING = 2.001, 50, 1e-4
 
 
 @dataclass(frozen=True)
@@ -196,14 +198,47 @@ def _load(queries: _Queries, path: str) -> Graph:
         table = Table.open(queries.which.uri)
         kept = pq.read_table(io.BytesIO(table.storage.get(path)))
         ids, hashes = kept[ROW_ID].to_pylist(), kept[CONTENT_HASH].to_pylist()
-        near = kept["neighbours"].combine_chunks().flatten().to_numpy().reshape(-1, k)[:num]
-        far = kept["distances"].combine_chunks().flatten().to_numpy().reshape(-1, k)[:num]
-        rows, distances = near.astype(np.int64), far.astype(np.float32)
-        is_whole = ids[:num] == queries.row_ids and hashes[:num] == queries.hashes
-        is_whole &= bool((rows >= -1).all() and (rows < len(ids)).all() and (distances >= 0).all())
-        if is_whole:
+        rows, distances = (
+            kept[name]
+            .combine_chunks()
+            .flatten()
+            .to_numpy()
+            .reshape(len(ids), k)[:num]
+            .astype(type_)
+            for name, type_ in (("neighbours", np.int64), ("distances", np.float32))
+        )
+        is_ours = ids[:num] == queries.row_ids and hashes[:num] == queries.hashes
+        is_ours &= all(isinstance(text, str) for text in (*ids, *hashes))
+        if is_ours and _is_whole(rows, distances, len(ids)) and _is_true(queries, rows, distances):
             return _graph(queries, ids, hashes, rows, distances)
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError):
         pass
     found = [_search(queries, at) for at in range(0, max(num, 1), _QUERIES_EACH)]
     return _join(queries, path, *found)
+
+
+def _is_whole(rows: Ints, distances: Floats, num_nodes: int) -> bool:
+    """Whether these can be neighbours: other nodes, each once, the nearest first."""
+    is_none, ordered = rows < 0, np.sort(rows, axis=1)
+    is_twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    is_own = rows == np.arange(len(rows))[:, None]
+    is_right = (rows >= -1) & (rows < num_nodes) & (is_none == np.isinf(distances)) & ~is_own
+    is_right &= is_none | ((distances >= 0) & (distances <= _FARTHEST))
+    is_after = distances[:, 1:] >= distances[:, :-1]
+    return bool(is_right.all() and is_after.all() and not is_twice.any())
+
+
+def _is_true(queries: _Queries, rows: Ints, distances: Floats) -> bool:
+    """Whether some of the distances are those of the vectors, and no neighbour is kept back."""
+    usable = np.flatnonzero(probes.is_usable(queries.vectors))
+    if ((rows[usable] >= 0).sum(axis=1) < min(rows.shape[1], len(usable) - 1)).any():
+        return False
+    rng = np.random.default_rng()  # not to be foreseen
+    some = rng.choice(usable, min(_CHECKED, len(usable)), replace=False)
+    unit = probes.normalized(queries.vectors)
+    found = probes.nearest(unit[some], some, [(usable, unit[usable])], 1)
+    # The nearest of all is no farther than that of the queries alone.
+    return bool((distances[some, 0] <= found.distances[:, 0] + _ROUNDING).all()) and bool(
+        len(rows) < queries.num_rows
+        or np.allclose(distances[some, 0], found.distances[:, 0], atol=_ROUNDING)
+    )

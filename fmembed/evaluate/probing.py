@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 
@@ -235,7 +236,11 @@ def _gather(
 def _run(name: str, column: str, **given: Any) -> dict[str, Any]:
     if why := next((value for value in given.values() if isinstance(value, str)), None):
         return _skip(name, column, why)
-    return {**probes.run_probe(name, probes.Sample(**given)), "column": column}
+    try:
+        return {**probes.run_probe(name, probes.Sample(**given)), "column": column}
+    except (ValueError, ArithmeticError, np.linalg.LinAlgError) as e:
+        # Of vectors that no computation ends with; the others may have something to say.
+        return _skip(name, column, f"cannot be computed of these vectors: {str(e)[:200]}")
 
 
 def _skip(name: str, column: str, why: str) -> dict[str, Any]:

@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from fmembed.probes.arrays import Floats, Ints
-from fmembed.probes.data import Graph
+from fmembed.probes.arrays import Bools, Floats, Ints
+from fmembed.probes.data import Graph, is_usable
 
 # Vectors nearer than this are one, but for rounding.
-_SAME = 1e-4
-# Nearly a copy is what is this much nearer than the neighbours of rows are. Of articles with a word
-# left out or a comma put in, by all-MiniLM-L6-v2, 0.13 finds 92 in 100 and 0.17 all; what it finds
-# among the articles themselves are stories that were told twice.
+_SAME = 1e-5
+# And as long as this.
+_LENGTH = 1e-3
+# Nearly a copy is what is this much nearer than the farthest of 30 neighbours. Of articles with a
+# word left out or a comma put in, by all-MiniLM-L6-v2, 0.13 finds 92 in 100 and 0.17 all; what it
+# finds among the articles themselves are stories that were told twice.
 _NEAR = 0.17
-# The neighbour that says how near they are: of groups of fewer copies it is none of them.
-_TYPICAL = 9
+# So many pairs of all rows may be that near by chance: of few dimensions many are.
+_BY_CHANCE = 0.5
 _MAX_GROUPS, _MAX_OF_GROUP = 10, 5
 
 
@@ -26,26 +28,29 @@ _MAX_GROUPS, _MAX_OF_GROUP = 10, 5
 class Copies:
     """Groups of rows, the largest first, as numbers of nodes of the graph.
 
-    `repeated` have one content, `shared` unlike contents and one vector, `near` vectors nearer than
-    `distance` and neither of the former.
+    `repeated` have one content, `shared` unlike contents and one vector, `near` vectors that are
+    nearly one and neither of the former, with a cosine of `cosine` at least. `same` has one number
+    for rows of one content or vector, shape (nodes,).
     """
 
     graph: Graph
     repeated: list[Ints]
     shared: list[Ints]
     near: list[Ints]
-    distance: float
+    cosine: float
+    same: Ints
 
     def findings(self) -> Iterator[dict[str, Any]]:
         """In words, with the first rows of the first groups."""
         for kind, groups, what in (
             ("copies", self.repeated, "have the content of another row"),
             ("same vector", self.shared, "share a vector, of unlike contents"),
-            ("near copies", self.near, f"are nearly copies (cosine of {self.cosine:.4f} or more)"),
+            ("near copies", self.near, f"are nearly copies (cosine of {self.cosine:.6f} or more)"),
         ):
             if groups:
                 num = sum(map(len, groups))
-                words = f"{num:,} rows {what}, in {len(groups):,} groups"
+                in_groups = f"in {len(groups):,} group{'' if len(groups) == 1 else 's'}"
+                words = f"{num:,} rows {what}, {in_groups}"
                 yield {"kind": kind, "words": words, "rows": self._named(groups)}
 
     def figures(self) -> list[dict[str, Any]]:
@@ -54,11 +59,6 @@ class Copies:
         counted = [{"name": f"rows, {n}", "value": sum(map(len, g))} for n, g in kinds]
         return [*counted, {"name": "cosine of near copies", "value": self.cosine}]
 
-    @property
-    def cosine(self) -> float:
-        """From which on rows are nearly copies."""
-        return 1 - self.distance**2 / 2
-
     def _named(self, groups: list[Ints]) -> list[list[str]]:
         return [[self.graph.row_ids[i] for i in g[:_MAX_OF_GROUP]] for g in groups[:_MAX_GROUPS]]
 
@@ -66,37 +66,82 @@ class Copies:
 def find_copies(graph: Graph) -> Copies:
     """Find them, of more than one row of a table each."""
     near, far = graph.neighbours.rows, graph.neighbours.distances
-    threshold = near_distance(far)
     num = len(graph.row_ids)
-    from_, place = np.nonzero((far <= max(threshold, _SAME)) & (near >= 0))
+    from_, place = np.nonzero(is_near(far, near) & (near >= 0))
     edges, lengths = np.stack([from_, near[from_, place]]), far[from_, place]
     # More copies of a content or a vector than a row has neighbours are linked by what they are.
     by_content = _linked(graph.contents)
-    by_vector = _linked(_codes(graph.vectors))
+    usable = np.flatnonzero(is_usable(graph.vectors))
+    by_vector = usable[_linked(_codes(graph.vectors[usable]))]
     content = _groups(num, [by_content])
-    same = _groups(num, [by_content, by_vector, edges[:, lengths <= _SAME]])
+    is_one = (lengths <= _SAME) & _is_as_long(graph.vectors, edges)
+    same = _groups(num, [by_content, by_vector, edges[:, is_one]])
     like = _groups(num, [by_content, by_vector, edges])
     return Copies(
         graph,
         _listed(content),
         _listed(same, besides=content),
         _listed(like, besides=same),
-        threshold,
+        1 - float(lengths.max(initial=0.0)) ** 2 / 2,
+        same,
     )
 
 
-def near_distance(distances: Floats) -> float:
-    """From which distance on rows are no near copies.
+def is_near(distances: Floats, neighbours: Ints | None = None) -> Bools:
+    """Which neighbours are nearly the row itself, shape (rows, k).
 
-    How near unlike rows are depends on the model: of one they have a cosine of 0.3, of another of
-    0.98. So it is a share of the distance that a row has to its tenth neighbour.
+    How near unlike rows are depends on the model, and on where they lie: of one they have a cosine
+    of 0.3, of another of 0.98. So it is a share of the distance to the farthest neighbour of a row;
+    a smaller one where so many rows of so few dimensions would be that near by chance.
 
     Args:
-        distances: Of rows to their nearest, ascending, shape (rows, k).
+        distances: Of rows to their nearest, ascending, shape (rows, k); infinite where there is
+            none.
+        neighbours: Which those are among the rows; other numbers are of no row. Without them all
+            rows are taken to lie in as many dimensions.
     """
-    tenth = distances[:, min(_TYPICAL, distances.shape[1] - 1)]
-    tenth = tenth[np.isfinite(tenth)]
-    return float(_NEAR * np.median(tenth)) if len(tenth) else 0.0
+    is_there = np.isfinite(distances)
+    farthest = np.where(is_there, distances, 0).max(axis=1, initial=0)
+    flatness = _flatness(distances, neighbours)
+    num_pairs = max(distances.size, 1)
+    share = np.minimum(_NEAR, np.exp(flatness * np.log(_BY_CHANCE / num_pairs)))
+    return np.asarray(is_there & (distances <= np.maximum(share * farthest, _SAME)[:, None]))
+
+
+def _flatness(distances: Floats, neighbours: Ints | None) -> Floats:
+    """One over the number of dimensions that rows lie in, shape (rows,): by how much farther the
+    last neighbour is than the one two thirds of the way, so that copies change little of it; the
+    mean of a row and its neighbours. 0 where nothing can be said.
+    """
+    rows, k = distances.shape
+    inner = max(2 * k // 3, 1)
+    if k < 3:
+        return np.zeros(rows)
+    one, last = distances[:, inner - 1].astype(np.float64), distances[:, -1].astype(np.float64)
+    is_told = np.isfinite(last) & (one > _SAME)
+    logs = np.zeros(rows)
+    logs[is_told] = np.log(last[is_told] / one[is_told])
+    if neighbours is None:
+        logs[:] = float(np.median(logs[is_told])) if is_told.any() else 0.0
+    else:
+        is_row = (neighbours >= 0) & (neighbours < rows)
+        near = np.where(is_row, neighbours, 0)
+        weight = is_row & is_told[near]
+        total = logs * is_told + (logs[near] * weight).sum(axis=1)
+        logs = total / np.maximum(is_told + weight.sum(axis=1), 1)
+    return np.asarray(logs / np.log(k / inner))
+
+
+def _is_as_long(vectors: Floats, edges: Ints) -> Bools:
+    """Whether both ends of a link are as long, shape (links,); of a node whose vector is not at
+    hand that is taken for granted.
+    """
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    found = np.ones(edges.shape[1], dtype=np.bool_)
+    both = (edges < len(vectors)).all(axis=0)
+    one, other = lengths[edges[0, both]], lengths[edges[1, both]]
+    found[both] = np.abs(one - other) <= _LENGTH * np.maximum(one, other)
+    return found
 
 
 def _codes(vectors: Floats) -> Ints:

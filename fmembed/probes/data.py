@@ -20,6 +20,8 @@ _BUCKETS = 100
 _TEST_BUCKETS = 20
 _C_GRID = tuple(float(c) for c in 10.0 ** np.arange(-2, 6))
 _FIT_SEED = 0
+# What a split is called that is judged by, the first that there is.
+_TEST_NAMES = ("test", "val", "valid", "validation", "dev")
 _MAX_LEAKS = 10
 
 
@@ -134,7 +136,7 @@ class Competitor:
         its 95 % interval.
         """
         hits = np.asarray(predicted == data.labels[data.test])
-        found = difference(self.hits, hits, data.contents[data.test])
+        found = difference(self.hits, hits, data.contents[data.test], doubts=1)
         return {**self.accuracy, "difference": {k: found[k] for k in ("value", "low", "high")}}
 
 
@@ -245,7 +247,9 @@ def label_rows(
     are on one side, where they cannot leak. Of more than 20,000 rows those with the smallest
     hashes are taken: a sample that is fixed in the same way.
     """
-    labelled = [i for i, label in enumerate(labels) if label is not None]
+    # Of what is not finite nothing can be learned; the probe health tells of it.
+    is_finite: Bools = np.asarray(np.isfinite(vectors).all(axis=1))
+    labelled = [i for i, label in enumerate(labels) if label is not None and is_finite[i]]
     by_hash = sorted(labelled, key=lambda i: (content_hashes[i], row_ids[i]))[:MAX_ROWS]
     chosen = sorted(by_hash)
     classes = sorted({str(labels[i]) for i in chosen})
@@ -254,8 +258,9 @@ def label_rows(
     test, named_split = bucket < _TEST_BUCKETS, False
     if splits is not None:
         names = [str(splits[i]).lower() for i in chosen]
-        if "test" in names and len(set(names)) > 1:
-            test, named_split = np.array([n == "test" for n in names], dtype=np.bool_), True
+        judged = next((name for name in _TEST_NAMES if name in names), None)
+        if judged is not None and len(set(names)) > 1:
+            test, named_split = np.array([n == judged for n in names], dtype=np.bool_), True
     return LabelledRows(
         row_ids=[row_ids[i] for i in chosen],
         vectors=vectors[chosen],
@@ -284,16 +289,21 @@ def codes(hashes: list[str]) -> Ints:
 
 
 def normalized(vectors: Floats) -> Floats:
-    """Vectors of length 1 along the last axis, float32; a vector of zeros stays one."""
-    vectors = vectors.astype(np.float32)
-    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12))
+    """Vectors of length 1 along the last axis, float32; a vector of zeros stays one.
+
+    By its largest number first: the squares of 1e25 are more than float32 holds, of 1e-25 nothing.
+    """
+    largest = np.abs(vectors).max(axis=-1, keepdims=True).astype(np.float64)
+    wide = vectors.astype(np.float64) / np.where(largest > 0, largest, 1)
+    lengths = np.linalg.norm(wide, axis=-1, keepdims=True)
+    return np.asarray(wide / np.where(lengths > 0, lengths, 1), dtype=np.float32)
 
 
 def majority(data: LabelledRows) -> dict[str, float]:
     """Accuracy on the test split of always saying the train split's most frequent label."""
     most = np.bincount(data.labels[~data.test]).argmax()
     truth = data.labels[data.test]
-    return accuracy(truth, np.full_like(truth, most))
+    return accuracy(truth, np.full_like(truth, most), data.contents[data.test])
 
 
 def fit_logistic(features: Any, labels: Ints, bucket: Ints) -> tuple[LogisticRegression, float]:
@@ -357,4 +367,5 @@ def compete(data: LabelledRows) -> Competitor | None:
         return None
     model, _ = fit_logistic(features[train], data.labels[train], data.bucket[train])
     truth, predicted = data.labels[test], model.predict(features[test].astype(np.float64))
-    return Competitor(accuracy(truth, predicted), np.asarray(predicted == truth))
+    contents = data.contents[test]
+    return Competitor(accuracy(truth, predicted, contents), np.asarray(predicted == truth))

@@ -28,11 +28,12 @@ def run(sample: Sample) -> dict[str, Any]:
     """Accuracy and the mean recall of the labels, on the test split."""
     data = sample.split_rows()
     train, truth = np.flatnonzero(~data.test), data.labels[data.test]
+    contents = data.contents[data.test]
     held = hold_out(data.labels[train], data.contents[train])
     c = choose(data.vectors[train], data.labels[train], held)
     predicted = fit(data.vectors[train], data.labels[train], c).predict(_wide(data, data.test))
     scores = [
-        {"metric": "accuracy", **accuracy(truth, predicted)},
+        {"metric": "accuracy", **accuracy(truth, predicted, contents)},
         {"metric": "mean recall", **mean_by_class(truth, predicted, "recall")},
     ]
     return {
@@ -42,7 +43,7 @@ def run(sample: Sample) -> dict[str, Any]:
         "leaks": sample.leaks and sample.leaks.left(truth, predicted),
         "baselines": {
             "majority": majority(data),
-            "shuffled labels": shuffled_accuracy(truth, predicted),
+            "shuffled labels": shuffled_accuracy(truth, predicted, contents),
             f"{data.cheap_name} + logistic regression": sample.competitor
             and sample.competitor.against(data, predicted),
         },

@@ -25,12 +25,17 @@ NEEDS: frozenset[Need] = frozenset(("graph",))
 # spectrum, and those of neighbours.
 SPECTRUM_ROWS, NEIGHBOUR_ROWS = 2000, 5000
 _K = 10
+# Rows that are no farther apart are one, but for rounding.
+_SAME = 1e-6
 # RankMe's guard against a logarithm of nothing (Garrido et al. 2023).
 _RANKME_EPS = 1e-7
-# A dimension whose spread is this share of the middle one's is constant.
-_CONSTANT = 1e-4
-# One that has this share of all squares by itself is dominant, if that is so many times its part.
-_DOMINANT, _TIMES_ITS_PART = 0.1, 10.0
+# A dimension whose spread is this share of that of most others is constant.
+_CONSTANT, _MOST = 1e-4, 0.9
+# One that has this share of all squares by itself is dominant, if that is so many times its part;
+# of fewer dimensions, nearly all there is.
+_DOMINANT, _TIMES_ITS_PART, _NEARLY_ALL = 0.25, 10.0, 0.9
+# Of fewer rows some dimension is always the same.
+_MIN_ROWS = 100
 # Vectors are one over this mean cosine, or where they go in so small a share of the directions that
 # random ones of their number would.
 _COLLAPSED_COSINE, _COLLAPSED_SHARE = 0.95, 0.02
@@ -45,36 +50,41 @@ def run(sample: Sample) -> dict[str, Any]:
     vectors = graph.vectors
     is_finite: Bools = np.asarray(np.isfinite(vectors).all(axis=1))
     lengths = np.linalg.norm(np.where(is_finite[:, None], vectors, 0).astype(np.float64), axis=1)
-    is_usable: Bools = is_finite & (lengths > 0)
+    is_usable: Bools = is_finite & (vectors != 0).any(axis=1)
     usable = np.flatnonzero(is_usable)
-    if len(usable) < 2:
-        raise UnfitError(f"{len(usable)} of {len(vectors)} vectors are finite and not of length 0")
+    wrong = list(_judge_rows(is_finite, lengths))
+    if len(usable) < 2 or vectors.shape[1] < 3:
+        if not wrong:
+            raise UnfitError("needs two rows of three numbers at least")
+        return _told(graph, [], wrong)
+    # Some that do not depend on the order of the rows.
+    by_id = usable[np.argsort([graph.row_ids[i] for i in usable], kind="stable")]
     rng = np.random.default_rng(SEED)
-    some = np.sort(rng.permutation(usable)[:NEIGHBOUR_ROWS])
+    some = rng.permutation(by_id)[:NEIGHBOUR_ROWS]
     now = figures(vectors[some])
     dim = vectors.shape[1]
     chance = figures(rng.standard_normal((len(some), dim)).astype(np.float32))
     low, middle, high = np.quantile(lengths[usable], [0, 0.5, 1])
     copies = find_copies(graph)
-    found = [
-        *_judge_rows(is_finite, lengths),
-        *_judge_directions(now, chance, len(some)),
-        *_judge_dimensions(vectors[usable]),
-        *_judge_hubs(graph),
-        *copies.findings(),
+    wrong += _judge_directions(now, chance, len(some))
+    wrong += _judge_dimensions(vectors[usable])
+    wrong += _judge_hubs(graph, copies.same)
+    wrong += copies.findings()
+    told = [
+        *({"name": n, "value": v, "random": chance[n]} for n, v in now.items()),
+        {"name": "length, shortest", "value": float(low)},
+        {"name": "length, middle", "value": float(middle)},
+        {"name": "length, longest", "value": float(high)},
+        *copies.figures(),
     ]
-    return {
-        "num_test": len(vectors),
-        "num_rows": graph.num_rows,
-        "figures": [
-            *({"name": n, "value": v, "random": chance[n]} for n, v in now.items()),
-            {"name": "length, shortest", "value": float(low)},
-            {"name": "length, middle", "value": float(middle)},
-            {"name": "length, longest", "value": float(high)},
-            *copies.figures(),
-        ],
-        "findings": found,
-    }
+    return _told(graph, told, wrong)
+
+
+def _told(
+    graph: Graph, figures: list[dict[str, Any]], findings: list[dict[str, Any]]
+) -> dict[str, Any]:
+    seen = {"num_test": len(graph.vectors), "num_rows": graph.num_rows}
+    return {**seen, "figures": figures, "findings": findings}
 
 
 def figures(vectors: Floats) -> dict[str, float]:
@@ -84,7 +94,7 @@ def figures(vectors: Floats) -> dict[str, float]:
         vectors: Shape (rows, dim), finite and not of length 0, two rows at least.
     """
     unit = normalized(vectors)
-    few = vectors[:SPECTRUM_ROWS]
+    few = vectors[:SPECTRUM_ROWS] / np.abs(vectors[:SPECTRUM_ROWS]).max()
     near = nearest(unit, np.arange(len(unit)), [(np.arange(len(unit)), unit)], _K)
     return {
         **spectrum(few),
@@ -159,13 +169,13 @@ def two_nn(first: Floats, second: Floats) -> float:
     al. 2017).
 
     Args:
-        first: The distance of each row to its nearest, shape (rows,); rows at 0 are left out.
+        first: The distance of each row to its nearest, shape (rows,); copies are left out.
         second: To the one after it.
 
     Returns:
         0 of fewer than ten rows.
     """
-    apart = (first > 0) & np.isfinite(second)
+    apart = (first > _SAME) & np.isfinite(second)
     ratios = np.sort(second[apart].astype(np.float64) / first[apart])
     kept = int(len(ratios) * 0.9)  # the largest tenth is noise, as the authors say
     if kept < 9:
@@ -204,9 +214,11 @@ def _finding(kind: str, words: str, rows: Sequence[Sequence[str]] = ()) -> dict[
 def _judge_rows(is_finite: Bools, lengths: Floats) -> Iterator[dict[str, Any]]:
     num_broken, num_zero = int((~is_finite).sum()), int((is_finite & (lengths == 0)).sum())
     if num_broken:
-        yield _finding("not finite", f"{num_broken:,} vectors hold a NaN or an infinity")
+        hold = "vector holds" if num_broken == 1 else "vectors hold"
+        yield _finding("not finite", f"{num_broken:,} {hold} a NaN or an infinity")
     if num_zero:
-        yield _finding("zero", f"{num_zero:,} vectors are of length 0, and like no other")
+        are = "vector is" if num_zero == 1 else "vectors are"
+        yield _finding("zero", f"{num_zero:,} {are} of length 0, and like no other")
 
 
 def _judge_directions(
@@ -214,8 +226,8 @@ def _judge_directions(
 ) -> Iterator[dict[str, Any]]:
     rank, could = now["effective rank"], chance["effective rank"]
     is_one = now["mean cosine"] > _COLLAPSED_COSINE
-    is_thin = num >= SPECTRUM_ROWS // 20 and rank < max(_COLLAPSED_SHARE * could, 2)
-    if is_one or is_thin:
+    is_thin = rank < min(max(_COLLAPSED_SHARE * could, 2), could / 2)
+    if num >= _MIN_ROWS and (is_one or is_thin):
         yield _finding(
             "collapsed",
             "the vectors have collapsed: two rows have a mean cosine of "
@@ -225,15 +237,18 @@ def _judge_directions(
 
 
 def _judge_dimensions(vectors: Floats) -> Iterator[dict[str, Any]]:
-    wide = vectors.astype(np.float64)
+    if len(vectors) < _MIN_ROWS:
+        return
+    wide = vectors.astype(np.float64) / np.abs(vectors).max()
     dim = wide.shape[1]
     squares, spread = (wide**2).mean(axis=0), wide.std(axis=0)
     # all-MiniLM-L6-v2 has three whose numbers are of 1e-33 and 1e-8.
-    is_dead = np.sqrt(squares) <= _CONSTANT * max(float(np.median(np.sqrt(squares))), 1e-30)
-    is_constant = spread <= _CONSTANT * max(float(np.median(spread)), 1e-30)
+    is_dead = np.sqrt(squares) <= _CONSTANT * np.quantile(np.sqrt(squares), _MOST)
+    is_constant = spread <= _CONSTANT * np.quantile(spread, _MOST)
     dead, constant = np.flatnonzero(is_dead), np.flatnonzero(is_constant & ~is_dead)
     share = squares / max(float(squares.sum()), 1e-300)
-    dominant = np.flatnonzero((share >= _DOMINANT) & (share * dim >= _TIMES_ITS_PART))
+    least = max(_DOMINANT, min(_TIMES_ITS_PART / dim, _NEARLY_ALL))
+    dominant = np.flatnonzero(share >= least)
     for kind, found, what in (
         ("dead", dead, "0 in all rows, but for rounding"),
         ("constant", constant, "the same number in all rows"),
@@ -254,17 +269,22 @@ def _name(dimensions: Ints) -> str:
     return f"dimension{'s' if len(dimensions) > 1 else ''} {named}{more}"
 
 
-def _judge_hubs(graph: Graph) -> Iterator[dict[str, Any]]:
+def _judge_hubs(graph: Graph, same: Ints) -> Iterator[dict[str, Any]]:
+    """Rows of one content or vector are one here: they take each other's places."""
     places = graph.neighbours.rows[:, :_K]
-    counts = np.bincount(places[places >= 0].ravel(), minlength=len(graph.row_ids))
-    least = max(_HUB_SHARE * len(places), _HUB_TIMES * _K)
+    first = np.unique(same[: len(places)], return_index=True)[1]
+    near = np.where(places[first] < 0, -1, same[places[first]])
+    near = np.sort(np.where(near == same[first][:, None], -1, near), axis=1)
+    is_new = np.concatenate([np.ones((len(near), 1), np.bool_), near[:, 1:] != near[:, :-1]], 1)
+    counts = np.bincount(near[is_new & (near >= 0)], minlength=int(same.max()) + 1)
+    least = max(_HUB_SHARE * len(first), _HUB_TIMES * _K)
     hubs = np.flatnonzero(counts >= least)
     hubs = hubs[np.argsort(-counts[hubs], kind="stable")]
     if len(hubs):
-        first, most = graph.row_ids[hubs[0]], int(counts[hubs[0]])
+        shown = [graph.row_ids[int(np.flatnonzero(same == hub)[0])] for hub in hubs[:_MAX_NAMED]]
         yield _finding(
             "hub",
             f"{'one row is' if len(hubs) == 1 else f'{len(hubs):,} rows are'} among the ten nearest"
-            f" of a tenth of all rows: {first} of {most:,} of {len(places):,}",
-            [[graph.row_ids[i] for i in hubs[:_MAX_NAMED]]],
+            f" of a tenth of all rows: {shown[0]} of {int(counts[hubs[0]]):,} of {len(first):,}",
+            [shown],
         )

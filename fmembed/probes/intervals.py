@@ -16,12 +16,25 @@ NUM_SHUFFLES = 1000
 _NUM_BOOTSTRAPS = 2000
 
 
-def accuracy(truth: Ints | Bools, predicted: Ints | Bools) -> dict[str, float]:
+def accuracy(
+    truth: Ints | Bools, predicted: Ints | Bools, groups: Ints | None = None
+) -> dict[str, float]:
     """Share of equal entries, with Wilson's interval.
 
     The truth that it is about: the share in the population that these rows were drawn from.
+
+    Args:
+        truth: Shape (rows,).
+        predicted: Shape (rows,).
+        groups: Rows of one content have one number, and stand or fall together; shape (rows,).
     """
-    return wilson(float(np.mean(truth == predicted)), len(truth))
+    hits = truth == predicted
+    value = float(np.mean(hits))
+    codes = None if groups is None else np.unique(groups, return_inverse=True)[1]
+    if codes is None or codes.max(initial=0) + 1 == len(hits):
+        return wilson(value, len(hits))
+    moved: Floats = np.bincount(codes, (hits - value) / len(hits)).astype(np.float64)
+    return averaged(value, moved, codes.max() + 1)
 
 
 def wilson(value: float, num: float) -> dict[str, float]:
@@ -93,8 +106,17 @@ def averaged(value: float, moved: Floats, num: float) -> dict[str, float]:
     return wilson(value, num)
 
 
-def shuffled_accuracy(truth: Ints, predicted: Ints) -> dict[str, float]:
-    """What is left of an accuracy when the labels of the judged rows are dealt out anew."""
+def shuffled_accuracy(truth: Ints, predicted: Ints, groups: Ints | None = None) -> dict[str, float]:
+    """What is left of an accuracy when the labels of the judged rows are dealt out anew.
+
+    Args:
+        truth: Shape (rows,).
+        predicted: Shape (rows,).
+        groups: As for `accuracy`: of each group the first row counts.
+    """
+    if groups is not None:
+        first = np.unique(groups, return_index=True)[1]
+        truth, predicted = truth[first], predicted[first]
 
     def shuffle(rng: np.random.Generator) -> float:
         return float(np.mean(rng.permutation(truth) == predicted))
@@ -126,7 +148,9 @@ def permutation_test(
     return {"value": mean, "low": low, "high": high, "shuffles": NUM_SHUFFLES, "p": p}
 
 
-def difference(old: Bools, new: Bools, groups: Ints, outside: float = 0.05) -> dict[str, float]:
+def difference(
+    old: Bools, new: Bools, groups: Ints, outside: float = 0.05, doubts: int = 0
+) -> dict[str, float]:
     """The difference of two shares of hits, what it is at least and at most: by a paired bootstrap.
 
     Args:
@@ -134,6 +158,9 @@ def difference(old: Bools, new: Bools, groups: Ints, outside: float = 0.05) -> d
         new: The same rows, shape (rows,).
         groups: Rows of one content have one number, and are drawn together; shape (rows,).
         outside: The share of bootstraps that lie outside of the interval, half on each side.
+        doubts: So many rows more that only the one, and only the other says, for the interval: of
+            few rows that differ it would be too narrow, and of none nothing at all (Agresti and Min
+            2005).
 
     Returns:
         `old` and `new`, both shares; `value`, new - old; `low` and `high`, the interval.
@@ -141,6 +168,8 @@ def difference(old: Bools, new: Bools, groups: Ints, outside: float = 0.05) -> d
     _, codes = np.unique(groups, return_inverse=True)
     size = np.bincount(codes).astype(np.float64)
     moved = np.bincount(codes, new.astype(np.float64) - old.astype(np.float64))
+    size = np.concatenate([size, np.ones(2 * doubts)])
+    moved = np.concatenate([moved, np.repeat([1.0, -1.0], doubts)])
     rng, shares = np.random.default_rng(SEED), np.empty(_NUM_BOOTSTRAPS)
     for i in range(_NUM_BOOTSTRAPS):
         drawn = rng.integers(0, len(size), len(size))

@@ -30,18 +30,18 @@ def run(sample: Sample) -> dict[str, Any]:
     data = sample.split_rows()
     train, test = ~data.test, data.test
     ks = sorted({min(k, int(train.sum())) for k in _KS})
-    truth = data.labels[test]
+    truth, contents = data.labels[test], data.contents[test]
     predicted = knn_predict(
         data.vectors[train], data.labels[train], data.vectors[test], ks, len(data.classes)
     )
-    scores = [{"metric": "accuracy", "k": k, **accuracy(truth, predicted[k])} for k in ks]
+    scores = [{"metric": "accuracy", "k": k, **accuracy(truth, predicted[k], contents)} for k in ks]
     return {
         "scores": scores,
         "headline": scores[0],
         "leaks": sample.leaks and sample.leaks.left(truth, predicted[ks[0]]),
         "baselines": {
             "majority": majority(data),
-            "shuffled labels": shuffled_accuracy(truth, predicted[ks[0]]),
+            "shuffled labels": shuffled_accuracy(truth, predicted[ks[0]], contents),
             f"{data.cheap_name} + logistic regression": sample.competitor
             and sample.competitor.against(data, predicted[ks[0]]),
         },

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fmembed.probes.copies import near_distance
+from fmembed.probes.copies import is_near
 from fmembed.probes.data import LabelledRows, Leaks, is_usable, normalized
 from fmembed.probes.neighbours import nearest
-
-# As far as the distance that says how near rows are: `copies.near_distance`.
-_K = 10
 
 
 def find_leaks(data: LabelledRows) -> Leaks:
@@ -23,11 +20,9 @@ def find_leaks(data: LabelledRows) -> Leaks:
         normalized(data.vectors[test[asked]]),
         test[asked],
         [(among, normalized(data.vectors[among]))],
-        _K,
     )
-    is_near = found.distances[:, 0] <= near_distance(found.distances)
-    near = asked[is_near & (source[asked] < 0)]
-    source[near] = found.rows[is_near & (source[asked] < 0), 0]
+    near = is_near(found.distances)[:, 0] & (source[asked] < 0)
+    source[asked[near]] = found.rows[near, 0]
     pairs = [
         [data.row_ids[i], data.row_ids[j]] for i, j in zip(test, source, strict=True) if j >= 0
     ]

@@ -20,12 +20,12 @@ def run(sample: Sample) -> dict[str, Any]:
 
     data = sample.split_rows()
     train, test = ~data.test, data.test
-    truth = data.labels[test]
+    truth, contents = data.labels[test], data.contents[test]
     model, c = fit_logistic(data.vectors[train], data.labels[train], data.bucket[train])
     predicted = model.predict(data.vectors[test].astype(np.float64))
     beliefs = believe(data, c)
     scores = [
-        {"metric": "accuracy", **accuracy(truth, predicted)},
+        {"metric": "accuracy", **accuracy(truth, predicted, contents)},
         {"metric": "macro F1", **mean_by_class(truth, predicted, "F1")},
     ]
     return {
@@ -35,7 +35,7 @@ def run(sample: Sample) -> dict[str, Any]:
         "C": c,
         "baselines": {
             "majority": majority(data),
-            "shuffled labels": shuffled_accuracy(truth, predicted),
+            "shuffled labels": shuffled_accuracy(truth, predicted, contents),
             f"{data.cheap_name} + logistic regression": sample.competitor
             and sample.competitor.against(data, predicted),
         },

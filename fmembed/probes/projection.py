@@ -23,6 +23,9 @@ def project(vectors: Floats) -> tuple[str, Floats]:
     from sklearn.manifold import TSNE
 
     rows, dim = vectors.shape
+    # A row that is not finite has no place, and the squares of huge numbers are infinite.
+    vectors = np.where(np.isfinite(vectors).all(axis=1, keepdims=True), vectors, 0)
+    vectors = vectors.astype(np.float64) / max(float(np.abs(vectors).max(initial=0)), 1e-300)
     # t-SNE divides by their spread, and its compiled code then ended the process.
     if rows < 3 or not np.ptp(vectors, axis=0).any():
         return "none", np.zeros((rows, 2))

@@ -77,7 +77,8 @@ def test_what_is_wrong_follows() -> None:
         "50 test rows are copies of train rows, or nearly: linear tells the label of 90.0% of the "
         "others",
         "to be looked at: hub, near copies",
-        "about 7 labels are probably wrong; the report lists the likeliest",
+        "7 labels are contradicted by models that have not seen the row; the report lists the "
+        "likeliest to be wrong",
     ]
     assert said({**health, "findings": []}) == []
 
@@ -92,3 +93,23 @@ def test_a_probe_that_was_not_run_judges_nothing() -> None:
     knn = probe(probe="knn")
     assert said({**skipped, "skipped": "why"}, knn)[0].startswith("better than what costs no model")
     assert "knn tells" in said({**skipped, "skipped": "why"}, knn)[0]
+
+
+def test_a_score_of_rows_that_all_leaked_tells_nothing() -> None:
+    leaks = {"num": 500, "rows": [["a", "b"]], "without": None}
+    assert said(probe(leaks=leaks)) == [
+        "all 500 test rows are copies of train rows, or nearly: no score tells anything"
+    ]
+
+
+def test_saying_one_label_costs_no_model_either() -> None:
+    most = {"value": 0.97, "low": 0.9, "high": 1.0}
+    assert said(probe(baselines={"majority": most})) == [
+        "no better than saying one label of all rows: linear tells the label of 95.0% of 500 rows, "
+        "that of 97.0%"
+    ]
+
+
+def test_vectors_that_tell_little_are_no_witness_against_labels() -> None:
+    low = {"metric": "accuracy", "value": 0.6, "low": 0.5, "high": 0.7}
+    assert len(said(probe(wrong_labels=200, headline=low, scores=[low]))) == 1

@@ -187,8 +187,16 @@ def test_records_as_they_are_written_pass() -> None:
     assert check_run({**RUN, "verdict": {}}, "").verdict == {}
     assert check_probe(json.loads(json.dumps(PROBE)), "knn", "embedding") == PROBE
     chance = {"value": 0.2, "low": 0.1, "high": 0.3, "shuffles": 1000, "p": 0.001}
-    now = {**PROBE, "baselines": {"shuffled labels": chance}}
+    now = {**PROBE, "baselines": {**PROBE["baselines"], "shuffled labels": chance}}
     assert check_probe(now, "knn", "embedding") == now
+    health = {k: v for k, v in PROBE.items() if k not in ("scores", "headline", "baselines")}
+    figures = [{"name": "hubness", "value": 1e9, "random": 0.1}]
+    health |= {"probe": "health", "findings": [], "figures": figures, "num_rows": 1}
+    assert check_probe(health, "health", "embedding") == health
+    for lost in ("findings", "figures", "num_rows"):
+        left = {k: v for k, v in health.items() if k != lost}
+        assert check_probe(left, "health", "embedding") is None
+        assert check_probe({**health, lost: None}, "health", "embedding") is None
     skipped = {k: PROBE[k] for k in ("probe", "column", "version", "num_train", "num_test")}
     skipped |= {"seconds": 0.0, "skipped": "why"}
     assert check_probe(skipped, "knn", "embedding") == skipped
@@ -212,6 +220,12 @@ def test_records_as_they_are_written_pass() -> None:
         {"confusion": {"classes": ["a"], "counts": [["x"]]}},
         {"suspicious": [{"row_id": 1}]},
         {"version": {}},
+        {"baselines": {}},
+        {"baselines": {"TF-IDF": None}},
+        {"headline": {**SCORE, "value": 1e308}},
+        {"num_test": 10**4000},
+        {"wrong_labels": 10**4000},
+        {"headline": None, "findings": [], "figures": [], "num_rows": 1},
     ],
 )
 def test_records_of_other_shapes_do_not(change: dict[str, Any]) -> None:

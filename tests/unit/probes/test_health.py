@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -173,8 +174,8 @@ PLANTED = {
     "dominant dimension": (_dominant, "dimension 5 has "),
     "hub": (_hub, "among the ten nearest of a tenth of all rows: r7 of "),
     "collapsed": (_collapsed, "the vectors have collapsed"),
-    "not finite": (_broken, "1 vectors hold a NaN"),
-    "zero": (_zero, "1 vectors are of length 0"),
+    "not finite": (_broken, "1 vector holds a NaN"),
+    "zero": (_zero, "1 vector is of length 0"),
 }
 
 
@@ -231,3 +232,73 @@ def test_too_few_rows_are_no_reason_to_fail() -> None:
     assert "skipped" in look(cloud(1))
     assert "skipped" in run_probe("health", Sample(graph=None))
     assert not look(cloud(3))["findings"]
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_what_is_told_does_not_depend_on_the_scale(scale: float) -> None:
+    before, after = figures(look(cloud())), figures(look(cloud() * np.float32(scale)))
+    assert not look(cloud() * np.float32(scale))["findings"]
+    for name in before.keys() - {f"length, {n}" for n in ("shortest", "middle", "longest")}:
+        assert after[name] == pytest.approx(before[name], rel=1e-3), name
+
+
+def test_what_is_told_does_not_depend_on_the_order() -> None:
+    rng = np.random.default_rng(1)
+    flat = rng.normal(size=(2500, 4)) @ rng.normal(size=(4, 64))
+    vectors = np.concatenate([flat, rng.normal(size=(2500, 64))]).astype(np.float32)
+    order = rng.permutation(len(vectors))
+    one = graph(vectors)
+    ids = [one.row_ids[i] for i in order]
+    other = replace(graph(vectors[order]), row_ids=ids)
+    told = [run_probe("health", Sample(graph=g)) for g in (one, other)]
+    assert kinds(told[0]) == kinds(told[1]) == []
+    for name, value in figures(told[0]).items():
+        assert figures(told[1])[name] == pytest.approx(value, rel=1e-6), name
+
+
+@pytest.mark.parametrize("dim", [3, 4, 5, 8])
+def test_of_few_dimensions_rows_that_are_near_by_chance_are_no_copies(dim: int) -> None:
+    for seed in range(3):
+        found = figures(look(cloud(2000, dim, seed)))
+        assert found["rows, near copies"] <= 4
+
+
+def test_a_denser_class_is_no_group_of_copies() -> None:
+    vectors = cloud(2000, 64)
+    vectors[:300] = 3 * cloud(1, 64, 4) + 0.3 * vectors[:300]
+    assert not look(vectors)["findings"]
+
+
+def test_groups_of_many_near_copies_are_found() -> None:
+    vectors = np.repeat(cloud(100, 64), 20, axis=0) + 0.001 * cloud(2000, 64, 3)
+    assert figures(look(vectors))["rows, near copies"] == 2000
+
+
+def test_copies_take_each_other_s_places_and_make_no_hub() -> None:
+    vectors = cloud(1500)
+    vectors[:200] = vectors[0]
+    assert kinds(look(vectors)) == ["same vector"]
+    twice = cloud(1500)
+    twice[10] = 2 * twice[20]  # one direction, and not one vector
+    assert kinds(look(twice)) == ["near copies"]
+
+
+def test_the_worst_vectors_are_told_of_too() -> None:
+    assert kinds(look(np.full((50, 8), np.nan, dtype=np.float32))) == ["not finite"]
+    assert kinds(look(np.zeros((50, 8), dtype=np.float32))) == ["zero"]
+
+
+def test_most_dimensions_may_be_dead_and_one_of_few_dominant() -> None:
+    vectors = cloud(500, 64)
+    vectors[:, 10:] *= 1e-33
+    assert kinds(look(vectors)) == ["dead dimension"]
+    few = cloud(500, 8)
+    few[:, 2] *= 30
+    assert "dominant dimension" in kinds(look(few))
+
+
+@pytest.mark.parametrize("num", [5, 50])
+def test_of_few_rows_no_dimension_is_judged(num: int) -> None:
+    vectors = np.sign(cloud(num, 64))
+    vectors[:, 3] = 1
+    assert not look(vectors)["findings"]

@@ -69,8 +69,7 @@ def test_leaked_rows_are_all_found_and_the_score_is_told_without_them(kind: str)
     labels[leaked] = labels[leaked + 500]
     if kind == "content":
         contents[leaked] = contents[leaked + 500]
-        vectors[leaked] *= np.nan  # by their content alone
-        vectors[leaked + 500] *= np.nan
+        vectors[leaked] = vectors[leaked + 500] = 0  # by their content alone
     if kind == "nearly":
         vectors[leaked] += rng.normal(0, 0.01, (50, 32)).astype(np.float32)
     data = rows(vectors, labels, splits, contents)
@@ -94,3 +93,32 @@ def test_of_a_split_without_leaks_nothing_is_said() -> None:
     leaks = find_leaks(data)
     assert not leaks.is_leaked.any()
     assert run_probe("knn", Sample(labels=data, leaks=leaks))["leaks"] is None
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_copies_of_rows_that_are_there_many_times_leak_too(noise: float) -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(60, 64)).astype(np.float32)
+    train = np.repeat(base, 20, axis=0)
+    test = np.concatenate([base[:40], rng.normal(size=(20, 64)).astype(np.float32)])
+    test[:40] *= 1 + noise
+    vectors = np.concatenate([train, test])
+    splits = ["train"] * len(train) + ["test"] * len(test)
+    leaks = find_leaks(rows(vectors, np.arange(len(vectors)) % 2, splits))
+    assert leaks.is_leaked.tolist() == [True] * 40 + [False] * 20
+
+
+def test_of_labels_that_come_in_copies_chance_is_as_often_right_as_it_should_be() -> None:
+    by_chance = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        content = np.repeat(np.arange(60), 15)
+        data = rows(
+            rng.normal(size=(60, 16)).astype(np.float32)[content],
+            rng.integers(0, 2, 60)[content], None, content,
+        )  # fmt: skip
+        found = run_probe("knn", Sample(labels=data))
+        by_chance += found["baselines"]["shuffled labels"]["p"] <= 0.05
+        # As few as there are contents.
+        assert found["headline"]["high"] - found["headline"]["low"] > 0.2
+    assert by_chance <= 6
