@@ -48,6 +48,7 @@ ALLOWED = {
     "api": _STATIONS | {"embeddings", "pipeline", "promotion"},
     "embeddings": _STATIONS | {"evaluate", "run"},
     "encoding": _STATIONS,
+    "mteb": _STATIONS | {"encoding", "evaluate"},
     "exchange": _ALL | {"rows", "sources", "table"},
     "evaluate": _STATIONS,
     "run": _STATIONS | {"evaluate", "inputs"},
