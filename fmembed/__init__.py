@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from fmembed.exchange.exporting import export
     from fmembed.exchange.importing import import_vectors
     from fmembed.forecast import Forecast
-    from fmembed.pipeline import probe
+    from fmembed.pipeline import compare, probe
     from fmembed.promotion import promote, rollback, status
     from fmembed.result import RunResult
     from fmembed.table.reading import read
@@ -120,6 +120,7 @@ __all__ = [
     "UserError",
     "WaitedError",
     "__version__",
+    "compare",
     "delete",
     "diff",
     "embed",
@@ -192,10 +193,10 @@ def __getattr__(name: str) -> Any:
         from fmembed.table.store import Store
 
         return Store
-    if name == "probe":
-        from fmembed.pipeline import probe
+    if name in ("compare", "probe"):
+        from fmembed import pipeline
 
-        return probe
+        return getattr(pipeline, name)
     if name == "read":
         from fmembed.table.reading import read
 

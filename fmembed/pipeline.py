@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from fmembed.startup import joins_cluster
 from fmembed.telling import Teller
 
 if TYPE_CHECKING:
+    from fmembed.evaluate.compare import Comparison
     from fmembed.promotion import GateMode
     from fmembed.run.cluster import Cluster
     from fmembed.run.record import Run
@@ -534,6 +536,41 @@ def probe(
         teller.say("probing …")
         result = probing.evaluate(table, spec, last, source, model)
         return replace(result, probe_s=round(time.monotonic() - began, 2))
+
+
+def compare(
+    tables: Sequence[str | Path],
+    names: Sequence[str] = ("knn", "linear"),
+    *,
+    label: str | None = None,
+    split: str | None = None,
+    verbose: bool = False,
+    quiet: bool = False,
+) -> Comparison:
+    """Compare tables of the same rows by what probes say of the labels.
+
+    Args:
+        tables: Two at least.
+        names: Which probes: knn, linear.
+        label: What is predicted; else what the first table's config says.
+        split: What names the test split; as `label`. Without one all rows are judged, each by
+            probes that were trained without it.
+        verbose: Show Ray's own output.
+        quiet: Say nothing meanwhile.
+
+    Raises:
+        TableError: No table there, or too few rows that all have.
+        SpecError: No such column, or probe.
+    """
+    from fmembed.evaluate.compare import check, compare
+    from fmembed.run.cluster import Cluster
+
+    uris = [str(table) for table in tables]
+    label, split = check(uris, names, label, split)  # before Ray starts
+    with Cluster(verbose, Teller(quiet)) as cluster:
+        cluster.connect()
+        Teller(quiet).say("comparing …")
+        return compare(uris, names, label, split)
 
 
 def _probe_file(

@@ -230,3 +230,31 @@ def _describe_chance(chance: dict[str, Any]) -> str:
         f" ({chance['low']:z.3f} to {chance['high']:z.3f} in {chance['shuffles']:,} shuffles, "
         f"p = {chance['p']:.3f})"
     )
+
+
+def compared(found: Any) -> Iterator[str]:
+    """A comparison, as `evaluate.compare.Comparison`, in lines: who is better, by how much, and is
+    it sure.
+    """
+    models = {m.table: m for m in found.models}
+    yield (
+        f"compared  {len(models):,} tables by {found.label}: {found.rows:,} rows that all have, of "
+        f"{found.classes:,} labels"
+    )
+    for name, ranked in found.ranked.items():
+        for r in ranked:
+            m = models[r.table]
+            ranks = f"{r.best_rank}" + (f"-{r.worst_rank}" if r.worst_rank > r.best_rank else "")
+            rate = "" if m.rows_per_s is None else f", {m.rows_per_s:,.0f} rows/s"
+            yield (
+                f"{name:<9} rank {ranks:<4} {r.value:z.3f} [{r.low:z.3f}, {r.high:z.3f}] {r.table} "
+                f"({m.model}, {m.dim:,} × {m.precision}, {m.bytes_a_row:,} bytes a row{rate})"
+                + ("" if r.is_pareto else "; another is as good and costs no more")
+            )
+        for pair in found.pairs[name]:
+            gap = f"{100 * pair.value:+.1f} points, {100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
+            told = "a tie" if pair.is_tie else f"{'better' if pair.value > 0 else 'worse'}"
+            yield f"{name:<9} {pair.two} against {pair.one}: {told} ({gap}, p = {pair.p:.3f})"
+    for note in found.notes:
+        yield f"note      {note}"
+    yield f"time      {duration(found.seconds)}"

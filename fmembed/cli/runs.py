@@ -193,6 +193,36 @@ def probe(
 
 
 @app.command()
+def compare(
+    tables: Annotated[list[str], typer.Argument(help="Tables of the same rows, two or more.")],
+    probes: Annotated[
+        list[str] | None, typer.Option("--probe", help="knn or linear; both, if none is named.")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="What is predicted; else as its config.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="What names the test split's rows.")] = None,
+    json_: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare models by their tables: who tells the labels better, by how much, and is it sure.
+
+    On the rows that all tables have, each judged by probes that were trained without it.
+    """
+    from fmembed import pipeline
+
+    found = pipeline.compare(
+        tables, tuple(probes or ("knn", "linear")),
+        label=label, split=split, verbose=verbose, quiet=json_,
+    )  # fmt: skip
+    if json_:
+        print(json.dumps(asdict(found)))
+        return
+    for line in summary.compared(found):
+        say_line(line)
+
+
+@app.command()
 def bench(
     what: Annotated[
         list[str] | None,

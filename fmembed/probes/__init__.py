@@ -37,6 +37,7 @@ from fmembed.probes.data import (
     label_rows,
     normalized,
 )
+from fmembed.probes.intervals import accuracy
 from fmembed.probes.leaks import find_leaks
 from fmembed.probes.neighbours import NUM_NEIGHBOURS, Neighbours, nearest
 from fmembed.probes.projection import MAX_ROWS as MAX_MAP_ROWS
@@ -56,6 +57,7 @@ __all__ = [
     "Need",
     "Neighbours",
     "Sample",
+    "accuracy",
     "codes",
     "compete",
     "find_leaks",
