@@ -18,8 +18,12 @@ def lines(result: dict[str, Any], verbose: bool = False) -> Iterator[str]:
         result: The fields of a `RunResult`.
         verbose: Where the time went, too, and what was spent; and of scores all that was compared.
     """
+    first, *rest = _refreshed(result) if result["kind"] == "refresh" else _embedded(result)
+    # Unless there was nothing to do, the judgement leads: it is of an earlier run then.
+    is_idle = first.startswith("nothing to do")
+    yield from [first] if is_idle else []
     yield from _judged(result)
-    yield from _refreshed(result) if result["kind"] == "refresh" else _embedded(result)
+    yield from rest if is_idle else [first, *rest]
     if num_pieces := result["pieces_embedded"]:
         num_rows = result["rows_embedded"]
         yield f"pieces    {num_pieces:,} of {num_rows:,} rows, each with a vector of its own"

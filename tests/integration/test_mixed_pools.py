@@ -80,8 +80,9 @@ def test_each_pool_draws_windows_at_its_own_speed(
     idle = 1 - (min(ends.values()) - min(begins)) / (max(ends.values()) - min(begins))
     print(f"{result['seconds']:.0f} s, {max(ends.values()) - min(begins):.0f} of them at work")
     print(f"rows {dict(rows)}, the first to end is idle for {idle:.1%} of the run")
-    # Four times as fast, it has four times as many, but for what both have at the ends.
-    assert 3 < rows["H100"] / rows["T4"] < 5
+    # Four times as fast, it has four times as many, but for what both have at the ends, and for the
+    # model's own work, which takes both as long: on a busy machine 6 ms a row beside 10 and 40.
+    assert 2 < rows["H100"] / rows["T4"] < 5
     # The vectors are the model's, whoever made them.
     twin = RunSpec.parse({**spec, "compute": {}}).model
     texts = [f"row {i} of some words" for i in range(0, NUM_ROWS, 60)]

@@ -246,7 +246,8 @@ def hostile_warning(*_: Any, **__: Any) -> None:
     ("name", "answer", "command"),
     [
         ("fmembed.table.table.Table.open",
-         lambda _: SimpleNamespace(rejected_by_cause=hostile_causes), "rejected"),
+         lambda _: SimpleNamespace(rejected_by_cause=hostile_causes, card=lambda: None),
+         "rejected"),
         ("fmembed.table.verify.verify", hostile_verification, "verify"),
         ("fmembed.pipeline.probe", hostile_result, "probe"),
         ("fmembed.pipeline.probe", hostile_error, "probe"),

@@ -81,3 +81,9 @@ def test_the_judgement_comes_first_and_health_is_told_a_line_each() -> None:
     ]
     well = list(summary.probed(result(probes={"health": {**HEALTH, "findings": []}})))
     assert well[1] == "health    nothing wrong found in 10 of 12 rows"
+
+
+def test_of_a_run_that_has_nothing_to_do_that_comes_first() -> None:
+    told = list(summary.lines(result(rows_read=12, rows_skipped=12, judgement=["better"])))
+    assert told[0] == "nothing to do: all 12 rows are done"
+    assert told[1] == "verdict   better"
