@@ -74,7 +74,8 @@ def test_the_judgement_comes_first_and_health_is_told_a_line_each() -> None:
         "health    dimension 3: 0 in all rows",
         "health    2 rows have the content of another row, in 1 groups: a, b",
     ]
-    assert next(iter(summary.lines(made))) == "verdict   worse than nothing"
+    done = result(rows_read=12, rows_embedded=12, judgement=["worse than nothing"])
+    assert next(iter(summary.lines(done))) == "verdict   worse than nothing"
     assert list(summary.probed(made, verbose=True))[4:6] == [
         "health    effective rank 12.35, of random vectors 23",
         "health    length, middle 1",
