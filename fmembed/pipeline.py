@@ -593,7 +593,9 @@ def _probe_file(
         raise SpecError(f"{report}: cannot be written: {e.strerror}") from None
     with tempfile.TemporaryDirectory(prefix="fmembed-") as folder:
         uri = f"{folder}/table"
-        import_vectors(path, uri, label=label, split=split, as_float32=True)
+        taken = import_vectors(path, uri, label=label, split=split, as_float32=True)
+        for cause, num in taken.causes.items():
+            Teller(quiet).say(f"not probed: {num:,} rows, {cause}")
         result = probe(uri, names, overrides=overrides, verbose=verbose, quiet=quiet)
         report.write_bytes(Table.open(uri).storage.get("_report.html"))
     return replace(result, table=path, report=str(report))

@@ -269,9 +269,14 @@ def _rank(
 ) -> list[Ranked]:
     ranks = comparison.rank_intervals(list(hits), pairs)
     scores = {uri: probes.accuracy(own, np.ones_like(own), contents) for uri, own in hits.items()}
+    # How fast a model is counts only where that is known of all.
+    is_known = all(m.rows_per_s is not None for m in models)
     points = {
-        m.table: (scores[m.table]["value"], -m.bytes_a_row, m.rows_per_s or 0.0) for m in models
-    }
+        m.table: (
+            scores[m.table]["value"], -m.bytes_a_row, (m.rows_per_s or 0.0) if is_known else 0.0,
+        )
+        for m in models
+    }  # fmt: skip
     best = comparison.pareto(points)
     found = [
         Ranked(uri, s["value"], s["low"], s["high"], *ranks[uri], uri in best)

@@ -142,7 +142,8 @@ def export(
             files = _write_splits(rows, where, label, split)
         else:
             files = _WRITE[kind](rows, where)
-    except (OSError, ValueError, KeyError, NotImplementedError, pa.ArrowException) as e:
+    except (OSError, ValueError, NotImplementedError, pa.ArrowException) as e:
+        # A full disk, or a column that a format's own library has no room for.
         raise FmembedError(f"{path}: cannot be written as {kind}: {reason(e)}") from None
     return Exported(
         table.uri, rows.version, kind, tuple(map(str, files)), len(rows), rows.dim,

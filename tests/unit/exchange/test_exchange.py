@@ -493,3 +493,13 @@ def test_a_report_that_cannot_be_written_is_said_before_anything_is_done(tmp_pat
     (tmp_path / "v.npy.report.html").mkdir()
     with pytest.raises(SpecError, match="cannot be written"):
         fmembed.probe(str(tmp_path / "v.npy"))
+
+
+def test_rows_that_are_not_probed_are_said(
+    tmp_path: Path, local_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = vectors()
+    made[:3] = np.nan
+    np.save(tmp_path / "v.npy", made)
+    fmembed.probe(str(tmp_path / "v.npy"), ("health",))
+    assert "not probed: 3 rows, not finite" in capsys.readouterr().err
