@@ -60,7 +60,10 @@ class Copies:
         return [*counted, {"name": "cosine of near copies", "value": self.cosine}]
 
     def _named(self, groups: list[Ints]) -> list[list[str]]:
-        return [[self.graph.row_ids[i] for i in g[:_MAX_OF_GROUP]] for g in groups[:_MAX_GROUPS]]
+        """The ids of the first, whatever the order of the rows."""
+        named = [sorted(self.graph.row_ids[i] for i in group) for group in groups]
+        named.sort(key=lambda ids: (-len(ids), ids))
+        return [ids[:_MAX_OF_GROUP] for ids in named[:_MAX_GROUPS]]
 
 
 def find_copies(graph: Graph) -> Copies:
